@@ -1,0 +1,21 @@
+"""relora_ds: ReLoRA pre-training on DeepSpeed ZeRO. The public names; each is imported when it is first used."""
+
+import importlib
+
+_HOMES = {
+    "ReLoRAConfig": "relora_ds.config",
+    "wrap": "relora_ds.lowrank.wrap",
+    "merge_and_unwrap": "relora_ds.lowrank.wrap",
+    "lr_multiplier": "relora_ds.lowrank.schedule",
+    "initialize": "relora_ds.zero.engine",
+    "ReLoRAEngine": "relora_ds.zero.engine",
+}
+__version__ = "0.1.0"
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    # torch and deepspeed take seconds to import; reading a recipe or printing --help needs neither.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'relora_ds' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,337 @@
+"""The recipe: everything a run needs to know, in one typed tree.
+
+A recipe is a YAML file (or the name of a shipped one, see `recipe_names`) laid over the defaults of the dataclasses
+below, with dotted `section.key=value` overrides on top:
+
+    recipe = load_recipe("quickstart", ["relora.r=64", "train.steps=2000"])
+
+Every mistake in it is reported at once, in one `RecipeError`, with the field, the value and a remedy: starting a job
+on a cluster once per typo wastes hours. How the YAML is read is in `recipe_loading`, the checks of the values are in
+`recipe_validation`.
+
+This module imports neither torch nor deepspeed, so that tools can read a recipe in milliseconds.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from relora_ds import recipe_loading, recipe_validation
+
+PACKAGE_DIR = Path(__file__).parent
+# The one copy of the DeepSpeed configurations: inside an installed package, beside the package in a checkout.
+_INSTALLED = PACKAGE_DIR / "ds_configs"
+DS_CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else PACKAGE_DIR.parent / "ds_configs"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run. `problems` lists everything that is wrong with it; `str` shows one per line."""
+
+    def __init__(self, problems: list[str], source: str | None = None):
+        self.problems = list(problems)
+        where = f" in recipe {source}" if source else ""
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{count}{where}:", *(f"  {problem}" for problem in self.problems)]))
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which network. Exactly one of `preset` (shipped LLaMA shapes) and `name_or_path` (hub id, directory, JSON)."""
+
+    preset: str | None = None
+    name_or_path: str | None = None
+    init: str = "random"  # random | pretrained
+    attn_implementation: str = "sdpa"
+
+
+@dataclass(kw_only=True)
+class ReLoRAConfig:
+    """The low-rank phase: `W + s·B·A`, merged and restarted every `restart_every` steps (arXiv 2307.05695, sec. 3).
+
+    r, lora_alpha, lora_dropout, target_modules: PEFT's names and meanings; `s = lora_alpha / r`. `target_modules` is
+        "all-linear" (every linear layer but the output head) or a list of module names or name suffixes.
+    trainable_modules: what trains at full rank beside A and B; None = embeddings, output head and norms.
+    restart_every: applied optimizer steps between restarts; None = never (plain LoRA on a frozen W).
+    restart_warmup_steps: length of the linear re-warm-up after a restart, in steps.
+    optimizer_reset, reset_ratio: what happens to Adam's moments of A and B at a restart. `magnitude_joint` keeps the
+        largest `1 - reset_ratio` of |exp_avg| and applies that one mask to both moments.
+    frozen_dtype: how W is stored; auto = the precision of the run. frozen_master: where the fp32 masters of W live
+        when W is stored below fp32. frozen_placement: how ZeRO-3 places W.
+
+    Constructing one checks nothing; `problems()` lists what is wrong with the values.
+    """
+
+    r: int = 128
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    trainable_modules: list[str] | None = None
+    restart_every: int | None = None
+    restart_warmup_steps: int = 100
+    optimizer_reset: str = "magnitude_joint"  # magnitude_joint | magnitude | random | zero | none
+    reset_ratio: float = 0.99
+    frozen_dtype: str = "auto"  # auto | fp32 | bf16 | fp16
+    frozen_master: str = "cpu"  # cpu | none
+    frozen_placement: str = "auto"  # auto | sharded
+
+    @property
+    def scaling(self) -> float:
+        """`s` of `W + s·B·A`."""
+        return self.lora_alpha / self.r
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one message each (`relora.<field>: <value> … <remedy>`); [] when usable."""
+        return recipe_validation.relora_problems(self)
+
+
+@dataclass(kw_only=True)
+class LoRAConfig:
+    """Method `lora` only; rank, alpha and targets come from `relora`.
+
+    base: none = no W at all, `y = s·B·A·x` (the paper's LoRA baseline); random = a frozen random W; warm_start = the
+    W that `warm_start_steps` of full-rank training (or `init_from`) leave behind.
+    """
+
+    base: str = "none"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How much. Exactly one of steps/tokens and exactly one of batch_sequences/batch_tokens.
+
+    tokens = sequences × seq_len, over the whole run including the warm start. The batch is that of one optimizer step
+    over all ranks; micro_batch_size is the sequences of one forward on one rank.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    batch_sequences: int | None = None
+    batch_tokens: int | None = None
+    micro_batch_size: int = 8
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and the learning-rate schedule. `warm_start_*` None = the value of the low-rank phase."""
+
+    lr: float = 1e-3
+    warm_start_lr: float | None = None
+    warmup_steps: int = 500
+    warm_start_warmup_steps: int | None = None
+    min_lr_ratio: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0 = no clipping
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Corpus and tokenizer. `validation`: a path, or the fraction of the documents to hold out.
+
+    tokenizer: a hub id or a directory; None = train a sentencepiece BPE of `vocab_size` pieces on the corpus.
+    """
+
+    source: str = "wikitext2"  # wikitext2 | pydocs | text
+    path: str | None = None
+    text_column: str = "text"
+    validation: str | float | None = None
+    max_tokens: int | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+    seq_len: int = 256
+    packing: bool = True
+    cache_dir: str | None = None
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    every: int | None = None  # in steps; None = at the end of every cycle and of the run
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int | None = None  # in steps; None = only at the end
+    keep_last: int = 2
+    keep_every: int | None = None  # in steps: checkpoints at its multiples are never deleted
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    every: int = 10  # in steps
+
+
+@dataclass(kw_only=True)
+class GuardConfig:
+    max_bad_steps: int = 10  # consecutive non-finite steps before the run gives up
+    watchdog_seconds: int = 1800  # without a step before the run is called stuck
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run. Field names are a contract with users' recipes and scripts."""
+
+    method: str = "relora"  # full | control | lora | relora
+    seed: int = 0
+    run_dir: str | None = None  # load_recipe fills in runs/<recipe name>
+    resume: str | bool = False  # False | "auto" (the newest checkpoint of run_dir, if any) | a checkpoint's path
+    overwrite: bool = False
+    precision: str = "auto"  # fp32 | bf16 | fp16 | auto, see resolve_precision
+    deepspeed: str = "zero1"  # a shipped configuration's name or a path
+    compile: bool = False
+    activation_checkpointing: str = "none"
+    warm_start_steps: int = 0
+    carry_moments: bool = False
+    init_from: str | None = None
+    trust_remote_code: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences per optimizer step, over all ranks."""
+        if self.train.batch_sequences is not None:
+            return self.train.batch_sequences
+        return self.train.batch_tokens // self.data.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all ranks: sequences × seq_len."""
+        return self.batch_sequences * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, warm start included; `train.tokens` is rounded up to whole steps."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return -(-self.train.tokens // self.tokens_per_step)
+
+    @property
+    def full_rank_steps(self) -> int:
+        """Full-rank steps at the start of the run: all of them for full and control, else the warm start's.
+
+        LoRA without a base, or on a random one, has no use for a warm start: 0.
+        """
+        if self.method in ("full", "control"):
+            return self.total_steps
+        if self.method == "lora" and self.lora.base != "warm_start":
+            return 0
+        return self.warm_start_steps
+
+    @property
+    def low_rank_steps(self) -> int:
+        """`N` of the schedule: steps of the low-rank phase."""
+        return self.total_steps - self.full_rank_steps
+
+    @property
+    def num_restarts(self) -> int:
+        """Scheduled restarts: the multiples of restart_every strictly inside (0, low_rank_steps)."""
+        if self.method != "relora" or self.relora.restart_every is None:
+            return 0
+        return max(0, self.low_rank_steps - 1) // self.relora.restart_every
+
+    def problems(self, check_files: bool = True) -> list[str]:
+        """What is wrong with the values; [] when the recipe can run. check_files: also look whether files exist."""
+        return recipe_validation.recipe_problems(self, preset_names(), ds_config_names(), check_files)
+
+    def warnings(self) -> list[str]:
+        """What is allowed but has no effect, or not the effect one would expect. Only for a recipe without problems."""
+        return recipe_validation.recipe_warnings(self)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `load_recipe` of it gives an equal Recipe."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in (PACKAGE_DIR / "recipes").glob("*.yaml"))
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped model presets, in the file's order (smallest first)."""
+    return list(json.loads((PACKAGE_DIR / "models" / "presets.json").read_text()))
+
+
+def ds_config_names() -> list[str]:
+    """Names of the shipped DeepSpeed configurations."""
+    return sorted(path.stem for path in DS_CONFIG_DIR.glob("*.json"))
+
+
+def resolve_precision(precision: str, cuda_bf16: bool) -> str:
+    """fp32, bf16 or fp16. cuda_bf16: whether the run's devices are CUDA devices that compute in bf16.
+
+    auto never picks fp16: its loss scaling changes which steps are applied. It never picks bf16 on a CPU: the demos
+    run there, and fp32 is as fast and more exact.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if cuda_bf16 else "fp32"
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Micro-steps per optimizer step on `world_size` ranks.
+
+    RecipeError when ranks × micro_batch_size do not divide the batch; it names the nearest batch sizes that work.
+    """
+    micro, batch = recipe.train.micro_batch_size, recipe.batch_sequences
+    if batch % (micro * world_size) == 0:
+        return batch // (micro * world_size)
+    name, unit = recipe_validation.batch_field(recipe)
+    sizes = recipe_validation.nearest_multiples(batch, micro * world_size)
+    remedies = [f"{name}={size * unit}" for size in sizes]
+    smaller = [m for m in range(micro - 1, 0, -1) if batch % (m * world_size) == 0][:1]
+    remedies += [f"train.micro_batch_size={m}" for m in smaller]
+    raise RecipeError([
+        f"{name}: {batch * unit} ({batch} sequences) cannot be split into {world_size} ranks × "
+        f"train.micro_batch_size {micro}; use {' or '.join(remedies)}"
+    ])
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
+    """Read a recipe, lay the overrides over it, and check all of it.
+
+    name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value in YAML
+    (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`); later ones win. check_files:
+    False for tools that read the recipe of a run whose data may be elsewhere.
+
+    Raises RecipeError with every unknown key, wrong type, bad value and missing file.
+    """
+    path, problems = _find(str(name_or_path))
+    values = recipe_loading.read_values(path, Recipe, problems) if path else None
+    readable = values is not None
+    values = values or {}
+    recipe_loading.read_overrides(overrides, Recipe, values, problems)
+    recipe, untrusted = recipe_loading.fill_in(Recipe, values, problems)
+    if isinstance(recipe.resume, str) and recipe.resume.lower() == "false":
+        recipe.resume = False
+    if recipe.run_dir is None:
+        recipe.run_dir = f"runs/{Path(name_or_path).stem}"
+    if readable:  # without the file, whatever it would have set is missing, and the rest means nothing
+        messages = recipe.problems(check_files)
+        problems += [m for m in messages if not any(recipe_validation.mentions(m, key) for key in untrusted)]
+    if problems:
+        raise RecipeError(problems, str(name_or_path))
+    return recipe
+
+
+def _find(name_or_path: str) -> tuple[Path | None, list[str]]:
+    """(the recipe's file, []), or (None, [what is wrong])."""
+    if Path(name_or_path).is_file():
+        return Path(name_or_path), []
+    if name_or_path in recipe_names():
+        return PACKAGE_DIR / "recipes" / f"{name_or_path}.yaml", []
+    hint = recipe_validation.nearest(Path(name_or_path).stem, recipe_names())
+    return None, [f"no file {name_or_path!r}, and no shipped recipe of that name{hint}; "
+                  f"shipped: {', '.join(recipe_names())}"]

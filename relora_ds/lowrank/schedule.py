@@ -1,0 +1,49 @@
+"""The learning rate: warm-up, cosine, and a ramp after every restart (paper Figure 2).
+
+Pure functions of the step. `k` is the number of applied optimizer steps so far, so `lr_multiplier(k)`
+is what update number `k + 1` uses.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+
+def scheduled_restarts(total_steps: int, restart_every: int | None) -> list[int]:
+    """The steps after which a restart is due: every multiple of `restart_every` in (0, total_steps)."""
+    return list(range(restart_every, total_steps, restart_every)) if restart_every else []
+
+
+def lr_multiplier(step: int, *, total_steps: int, warmup_steps: int = 0, restart_every: int | None = None,
+                  restart_warmup_steps: int = 0, min_lr_ratio: float = 0.0,
+                  restarts: Sequence[int] | None = None) -> float:
+    """The factor on the base learning rate for update number `step + 1`.
+
+    Linear over `warmup_steps`, then a cosine from 1 to `min_lr_ratio` at `total_steps`; after a restart
+    at L, a linear ramp from 0 over `restart_warmup_steps` to the value that the curve has at its end.
+
+    Args:
+        step: applied optimizer steps so far, `0 ≤ step`; past `total_steps` the cosine stays at its end.
+        restarts: the ascending steps at which restarts took place. Default: the schedule's own,
+            `scheduled_restarts(total_steps, restart_every)`. A running engine passes the list that it
+            records, so that learning rate and merges cannot drift apart.
+
+    Returns:
+        A factor in [0, 1].
+    """
+    if restarts is None:
+        restarts = scheduled_restarts(total_steps, restart_every)
+
+    def base(k: int) -> float:
+        if k < warmup_steps:
+            return k / warmup_steps
+        span = max(1, total_steps - warmup_steps)
+        progress = min(1.0, (k - warmup_steps) / span)
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    num_past = bisect_right(restarts, step)
+    if num_past:
+        last = restarts[num_past - 1]
+        if step - last < restart_warmup_steps:
+            return (step - last) / restart_warmup_steps * base(last + restart_warmup_steps)
+    return base(step)

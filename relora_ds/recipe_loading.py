@@ -1,0 +1,130 @@
+"""From YAML and `section.key=value` overrides to a typed recipe, collecting every mistake on the way.
+
+OmegaConf knows the types and stops at the first error; a user wants to see all of them. So the sources are flattened
+to {dotted key: value} and merged leaf by leaf. The recipe class comes in as an argument: nothing here knows a field
+by name, except those listed in `NONE_IS_A_CHOICE`.
+"""
+
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Where the text "none" is a choice, YAML's null means the same.
+NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relora.frozen_master", "lora.base")
+
+# A field's type in a user's words.
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null",
+          list[str]: "a list of names", list[float]: "a list of numbers"}
+
+
+def read_values(path: Path, recipe_class: type, problems: list[str]) -> dict[str, object] | None:
+    """{dotted key: value} of a YAML file; None, and the reason in `problems`, when it cannot be read."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(tree, dict):
+            raise ValueError("it holds a list, not a mapping of keys to values")
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        problems.append(f"{path} is not a readable YAML recipe: {error}")
+        return None
+    values = {}
+    _flatten(tree, "", recipe_class, values, problems)
+    return values
+
+
+def read_overrides(overrides: Sequence[str], recipe_class: type, values: dict, problems: list[str]) -> None:
+    """Write `section.key=value` overrides over `values`; later ones win. Malformed ones go to `problems`."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        try:
+            if not equals or not key.strip():
+                raise ValueError("no key=value")
+            tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError):
+            problems.append(f"override {override!r} is not section.key=value with a YAML value; e.g. relora.r=64")
+        else:
+            _flatten(tree, "", recipe_class, values, problems)
+
+
+def _flatten(tree: dict, prefix: str, recipe_class: type, values: dict, problems: list[str]) -> None:
+    """Write the leaves of a nested mapping into `values` under their dotted keys. Lists are leaves."""
+    sections = {f.name: fields(f.type)[0].name for f in fields(recipe_class) if is_dataclass(f.type)}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _flatten(value, f"{dotted}.", recipe_class, values, problems)
+        elif dotted not in sections:
+            values[dotted] = value
+        elif value is not None:  # null: a section with every key commented out
+            problems.append(f"{dotted}: {value!r} where a section of keys is expected; "
+                            f"set its keys instead, e.g. {dotted}.{sections[dotted]}")
+
+
+def fill_in(recipe_class: type, values: dict[str, object], problems: list[str]) -> tuple[object, set[str]]:
+    """(the recipe: its defaults with `values` over them, the keys whose value could not be used).
+
+    Unknown keys and wrong types are appended to `problems`; those fields keep their default.
+    """
+    schema, config, untrusted = _schema(recipe_class), OmegaConf.structured(recipe_class), set()
+    for key, value in values.items():
+        if key not in schema:
+            guess = _nearest_key(key, schema)
+            problems.append(f"{key}: unknown key; " + (f"did you mean {guess}?" if guess else "remove it"))
+            if guess not in values:
+                untrusted.add(guess or key)  # that the guessed key is not set is no second mistake
+            continue
+        if value is None and key in NONE_IS_A_CHOICE:
+            value = "none"
+        accepted = typing.get_args(schema[key]) or (schema[key],)
+        if int in accepted and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1.2e9 is a float in YAML, and how people write token counts
+        elif float in accepted and type(value) is int:
+            value = float(value)  # OmegaConf does not, where text is accepted too
+        default = OmegaConf.select(config, key)
+        try:
+            OmegaConf.update(config, key, value)
+            OmegaConf.select(config, key, throw_on_missing=True)  # also resolves ${…}
+        except (OmegaConfBaseException, ValueError):
+            OmegaConf.update(config, key, default)
+            untrusted.add(key)
+            problems.append(f"{key}: {_show(value)} is not {_describe(schema[key])}; the default is {_show(default)}")
+    return OmegaConf.to_object(config), untrusted
+
+
+def _schema(recipe_class: type) -> dict[str, object]:
+    """{dotted key: type} of all fields."""
+    schema = {}
+    for top in fields(recipe_class):
+        if is_dataclass(top.type):
+            schema |= {f"{top.name}.{f.name}": f.type for f in fields(top.type)}
+        else:
+            schema[top.name] = top.type
+    return schema
+
+
+def _nearest_key(key: str, schema: dict[str, object]) -> str | None:
+    """The known dotted key that `key` most likely means: the right leaf in a wrong section, or a typing error."""
+    leaf = key.rpartition(".")[2]
+    same_leaf = [known for known in schema if known.rpartition(".")[2] == leaf]
+    if len(same_leaf) == 1:
+        return same_leaf[0]
+    found = difflib.get_close_matches(key, same_leaf or schema, n=1, cutoff=0.7)
+    if not found:  # a typing error in the leaf, and the section forgotten
+        by_leaf = {known.rpartition(".")[2]: known for known in schema}
+        found = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    return found[0] if found else None
+
+
+def _describe(kind) -> str:
+    return _WORDS.get(kind) or " or ".join(_WORDS[option] for option in typing.get_args(kind))
+
+
+def _show(value) -> str:
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) \
+        else repr(value)

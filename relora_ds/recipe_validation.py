@@ -1,0 +1,351 @@
+"""What makes a recipe's values wrong, or right but without effect.
+
+Pure functions of a recipe; each problem is one line: `<field>: <value> <what is wrong>; <remedy>`. Nothing raises and
+nothing stops at the first problem. Every message names each field that it judged (load_recipe drops the messages about
+fields whose value it could not read in the first place).
+"""
+
+import difflib
+import glob
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from relora_ds.config import Recipe, ReLoRAConfig
+
+METHODS = ("full", "control", "lora", "relora")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+INITS = ("random", "pretrained")
+LORA_BASES = ("none", "random", "warm_start")
+OPTIMIZER_RESETS = ("magnitude_joint", "magnitude", "random", "zero", "none")
+FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16")
+FROZEN_MASTERS = ("cpu", "none")
+FROZEN_PLACEMENTS = ("auto", "sharded")
+DATA_SOURCES = ("wikitext2", "pydocs", "text")
+
+
+def relora_problems(config: "ReLoRAConfig") -> list[str]:
+    """Problems of the `relora` section alone. Also checks types: users construct ReLoRAConfig in Python."""
+    found = [
+        _integer("relora.r", config.r, 1, example=128),
+        _number("relora.lora_alpha", config.lora_alpha, "above 0", lambda x: x > 0, example=32),
+        _number("relora.lora_dropout", config.lora_dropout, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.0),
+        _integer("relora.restart_every", config.restart_every, 1, example=5000, optional=True),
+        _integer("relora.restart_warmup_steps", config.restart_warmup_steps, 0, example=100),
+        _number("relora.reset_ratio", config.reset_ratio, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.99),
+        _choice("relora.optimizer_reset", config.optimizer_reset, OPTIMIZER_RESETS),
+        _available("relora.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES),
+        _choice("relora.frozen_master", config.frozen_master, FROZEN_MASTERS),
+        _available("relora.frozen_placement", config.frozen_placement, FROZEN_PLACEMENTS),
+    ]
+    every, ramp = config.restart_every, config.restart_warmup_steps
+    if _is_int(every) and _is_int(ramp) and 1 <= every <= ramp:
+        found.append(f"relora.restart_every: {every} is not above relora.restart_warmup_steps {ramp}, so the learning "
+                     f"rate would never recover; use e.g. relora.restart_warmup_steps={_tenth(every)}")
+    targets = config.target_modules
+    if targets != "all-linear" and not _is_names(targets):
+        found.append(f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
+                     "suffixes; use e.g. all-linear or [q_proj, v_proj]")
+    if config.trainable_modules is not None and not _is_names(config.trainable_modules, empty=True):
+        found.append(f"relora.trainable_modules: {config.trainable_modules!r} is not a list of module names; use e.g. "
+                     "[embed_tokens, lm_head, norm], or null for embeddings, head and norms")
+    return [message for message in found if message]
+
+
+def recipe_problems(recipe: "Recipe", preset_names: list[str], ds_config_names: list[str],
+                    check_files: bool) -> list[str]:
+    """Everything that keeps `recipe` from running. check_files: also look whether the files it names exist."""
+    found = [
+        *_run_problems(recipe),
+        *_model_problems(recipe, preset_names),
+        *relora_problems(recipe.relora),
+        *_amount_problems(recipe),
+        *_optim_problems(recipe),
+        *_data_problems(recipe),
+        *_interval_problems(recipe),
+        *_unavailable(recipe),
+        *(_missing_files(recipe, ds_config_names) if check_files else ()),
+    ]
+    return [message for message in found if message]
+
+
+def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
+    yield _choice("method", recipe.method, METHODS)
+    yield _choice("precision", recipe.precision, PRECISIONS)
+    yield _choice("lora.base", recipe.lora.base, LORA_BASES)
+    yield _integer("seed", recipe.seed, 0, example=0)
+    yield _integer("warm_start_steps", recipe.warm_start_steps, 0, example=0)
+    if recipe.resume is True:
+        yield "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"
+    elif recipe.overwrite and recipe.resume:
+        yield f"overwrite: true would delete the run that resume: {recipe.resume} continues; set one of the two"
+    if recipe.init_from and recipe.warm_start_steps:
+        yield (f"init_from: {recipe.init_from} together with warm_start_steps: {recipe.warm_start_steps} is not "
+               "available in this version; use warm_start_steps=0")
+    if recipe.method == "lora" and recipe.lora.base == "warm_start" and not (recipe.warm_start_steps
+                                                                             or recipe.init_from):
+        yield "lora.base: warm_start has nothing to start from; set warm_start_steps or init_from"
+    if recipe.method == "control" and (recipe.init_from or recipe.model.init == "pretrained"):
+        field = "init_from" if recipe.init_from else "model.init"
+        yield (f"{field}: {recipe.init_from or 'pretrained'} does not fit method control, which trains a smaller "
+               "network from scratch; use method=full, or remove it")
+
+
+def _model_problems(recipe: "Recipe", preset_names: list[str]) -> Iterator[str | None]:
+    model = recipe.model
+    yield _choice("model.init", model.init, INITS)
+    if model.preset is None and model.name_or_path is None:
+        yield (f"model.preset and model.name_or_path: neither is set; set one of them, e.g. "
+               f"model.preset={preset_names[0]}")
+    elif model.preset is not None and model.name_or_path is not None:
+        yield (f"model.preset: {model.preset} and model.name_or_path: {model.name_or_path} are both set; set one of "
+               "them to null")
+    if model.preset is not None and model.preset not in preset_names:
+        yield (f"model.preset: {model.preset!r} is unknown{nearest(model.preset, preset_names)}; "
+               f"known: {', '.join(preset_names)}")
+    if model.init == "pretrained" and model.name_or_path is None:
+        yield "model.init: pretrained needs model.name_or_path; presets are shapes without weights"
+
+
+def _amount_problems(recipe: "Recipe") -> Iterator[str | None]:
+    """Steps, tokens, batch, and the lengths of the phases, as far as they can be computed."""
+    train = recipe.train
+    amounts = [("train.steps", train.steps), ("train.tokens", train.tokens),
+               ("train.batch_sequences", train.batch_sequences), ("train.batch_tokens", train.batch_tokens),
+               ("train.micro_batch_size", train.micro_batch_size), ("data.seq_len", recipe.data.seq_len)]
+    broken = [message for name, value in amounts if (message := _integer(name, value, 1, example=8, optional=True))]
+    yield from broken
+    for (one, first), (other, second) in (amounts[0:2], amounts[2:4]):
+        if first is None and second is None:
+            broken.append(f"{one} and {other}: neither is set; set one of them")
+            yield broken[-1]
+        elif first is not None and second is not None:
+            broken.append(f"{one}: {first} and {other}: {second} are both set; set one of them to null")
+            yield broken[-1]
+    if broken:
+        return
+    batch = _batch_problem(recipe)
+    yield batch
+    if not batch:
+        yield from _phase_problems(recipe)
+
+
+def _batch_problem(recipe: "Recipe") -> str | None:
+    train, seq_len = recipe.train, recipe.data.seq_len
+    if train.batch_tokens is not None and train.batch_tokens % seq_len:
+        sizes = nearest_multiples(train.batch_tokens, seq_len * train.micro_batch_size)
+        return (f"train.batch_tokens: {train.batch_tokens} is not a multiple of data.seq_len {seq_len}; use "
+                f"{_either('train.batch_tokens', sizes)} (train.micro_batch_size {train.micro_batch_size})")
+    if recipe.batch_sequences % train.micro_batch_size:
+        name, unit = batch_field(recipe)
+        sizes = [size * unit for size in nearest_multiples(recipe.batch_sequences, train.micro_batch_size)]
+        return (f"{name}: {recipe.batch_sequences * unit} ({recipe.batch_sequences} sequences of data.seq_len "
+                f"{seq_len}) is not a multiple of train.micro_batch_size {train.micro_batch_size}; use "
+                f"{_either(name, sizes)}, or another micro-batch")
+    return None
+
+
+def _phase_problems(recipe: "Recipe") -> Iterator[str | None]:
+    optim, total, warm = recipe.optim, recipe.total_steps, recipe.warm_start_steps
+    length = "train.steps" if recipe.train.steps is not None else "train.tokens, in steps:"
+    low_rank = recipe.method in ("lora", "relora")
+    if low_rank and recipe.full_rank_steps >= total:
+        yield (f"warm_start_steps: {warm} leaves no low-rank steps of {length} {total}; use e.g. "
+               f"warm_start_steps={_tenth(total)}")
+        return
+    num_steps = recipe.low_rank_steps if low_rank else total
+    what = f"{num_steps} low-rank steps (warm_start_steps {warm}, {length} {total})" if low_rank \
+        else f"{total} steps ({length} {total})"
+    if optim.warmup_steps >= num_steps:
+        yield (f"optim.warmup_steps: {optim.warmup_steps} is not below the {what}; use e.g. "
+               f"optim.warmup_steps={_tenth(num_steps)}")
+    every = recipe.relora.restart_every
+    if recipe.method == "relora" and every is not None and 1 <= every <= optim.warmup_steps:
+        yield (f"relora.restart_every: {every} is not above optim.warmup_steps {optim.warmup_steps}, so the first "
+               f"restart would fall into the warm-up; use e.g. optim.warmup_steps={_tenth(every)}")
+    ramp = optim.warm_start_warmup_steps
+    if low_rank and warm and ramp is not None and ramp >= total:
+        yield (f"optim.warm_start_warmup_steps: {ramp} is not below the whole run's {total} steps; use e.g. "
+               f"optim.warm_start_warmup_steps={_tenth(warm)}")
+
+
+def _optim_problems(recipe: "Recipe") -> Iterator[str | None]:
+    optim = recipe.optim
+    yield _number("optim.lr", optim.lr, "above 0", lambda x: x > 0, example=0.001)
+    if optim.warm_start_lr is not None:
+        yield _number("optim.warm_start_lr", optim.warm_start_lr, "above 0", lambda x: x > 0, example=0.001)
+    yield _integer("optim.warmup_steps", optim.warmup_steps, 0, example=500)
+    yield _integer("optim.warm_start_warmup_steps", optim.warm_start_warmup_steps, 0, example=500, optional=True)
+    yield _number("optim.min_lr_ratio", optim.min_lr_ratio, "inside [0, 1]", lambda x: 0 <= x <= 1, example=0.1)
+    yield _number("optim.eps", optim.eps, "above 0", lambda x: x > 0, example=1e-8)
+    yield _number("optim.weight_decay", optim.weight_decay, "0 or more", lambda x: x >= 0, example=0.0)
+    yield _number("optim.max_grad_norm", optim.max_grad_norm, "0 (no clipping) or more", lambda x: x >= 0, example=1.0)
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas: {optim.betas} is not two numbers inside [0, 1); use e.g. [0.9, 0.999]"
+
+
+def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
+    data = recipe.data
+    yield _available("data.source", data.source, DATA_SOURCES)
+    if data.source == "text" and not data.path:
+        yield "data.path: null, and data.source text reads it; set it to a file"
+    if isinstance(data.validation, float) and not 0 < data.validation < 1:
+        yield f"data.validation: {data.validation} is not inside (0, 1); use e.g. 0.05, or a path"
+    yield _integer("data.max_tokens", data.max_tokens, 1, example=1_000_000, optional=True)
+    yield _integer("data.vocab_size", data.vocab_size, 1, example=8192)
+    if data.seq_len == 1:
+        yield "data.seq_len: 1 leaves no next token to predict; use e.g. 256"
+
+
+def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
+    yield _integer("eval.every", recipe.eval.every, 1, example=500, optional=True)
+    yield _integer("checkpoint.every", recipe.checkpoint.every, 1, example=500, optional=True)
+    yield _integer("checkpoint.keep_last", recipe.checkpoint.keep_last, 1, example=2)
+    yield _integer("checkpoint.keep_every", recipe.checkpoint.keep_every, 1, example=5000, optional=True)
+    yield _integer("log.every", recipe.log.every, 1, example=10)
+    yield _integer("guard.max_bad_steps", recipe.guard.max_bad_steps, 1, example=10)
+    yield _integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
+
+
+def _unavailable(recipe: "Recipe") -> Iterator[str]:
+    """Keys of the contract that this version does not serve."""
+    if recipe.compile:
+        yield "compile: true is not available in this version; use compile=false"
+    if recipe.activation_checkpointing != "none":
+        yield (f"activation_checkpointing: {recipe.activation_checkpointing} is not available in this version; use "
+               "activation_checkpointing=none and, for memory, a smaller train.micro_batch_size")
+    if not recipe.data.packing:
+        yield "data.packing: false is not available in this version; use data.packing=true"
+
+
+def _missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str]:
+    paths = {"resume": recipe.resume if recipe.resume not in (True, False, "auto") else None,
+             "data.path": recipe.data.path if recipe.data.source == "text" else None,
+             "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None}
+    for name, value in (("init_from", recipe.init_from), ("model.name_or_path", recipe.model.name_or_path),
+                        ("data.tokenizer", recipe.data.tokenizer)):
+        if value and (value.startswith((".", "/", "~")) or value.endswith(".json")):  # else it may be a hub id
+            paths[name] = value
+    for name, path in paths.items():
+        if path and not Path(path).expanduser().exists() and not glob.glob(path):
+            yield f"{name}: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
+    if recipe.deepspeed not in ds_config_names and not Path(recipe.deepspeed).is_file():
+        yield (f"deepspeed: {recipe.deepspeed} is neither a file nor a shipped configuration"
+               f"{nearest(Path(recipe.deepspeed).stem, ds_config_names)}; shipped: {', '.join(ds_config_names)}")
+
+
+def recipe_warnings(recipe: "Recipe") -> list[str]:
+    """Options without effect, and runs that are not what they look like. For a recipe without problems."""
+    return list(_warnings(recipe))
+
+
+def _warnings(recipe: "Recipe") -> Iterator[str]:
+    method, relora, warm = recipe.method, recipe.relora, recipe.warm_start_steps
+    low_rank = method in ("lora", "relora")
+    if warm and not recipe.full_rank_steps:
+        yield f"warm_start_steps: {warm} has no effect with method lora on lora.base {recipe.lora.base}"
+    elif warm and not low_rank:
+        yield f"warm_start_steps: {warm} has no effect with method {method}: all of its steps are full-rank"
+    if recipe.carry_moments and not (low_rank and recipe.full_rank_steps):
+        yield "carry_moments: true has no effect without a warm start"
+    if recipe.optim.warm_start_lr is not None and not (low_rank and recipe.full_rank_steps):
+        yield f"optim.warm_start_lr: {recipe.optim.warm_start_lr} has no effect without a warm start"
+    ramp = recipe.optim.warmup_steps if recipe.optim.warm_start_warmup_steps is None \
+        else recipe.optim.warm_start_warmup_steps
+    if low_rank and 0 < recipe.full_rank_steps <= ramp:
+        yield (f"optim.warm_start_warmup_steps: the warm start's {warm} steps end inside its warm-up of {ramp}; its "
+               "learning rate never reaches the peak")
+    if recipe.lora.base != "none" and method != "lora":
+        yield f"lora.base: {recipe.lora.base} has no effect with method {method}"
+    if method == "lora" and relora.restart_every is not None:
+        yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"
+    if method == "lora" and recipe.lora.base == "none" and recipe.model.init == "pretrained":
+        yield "model.init: lora.base none has no W, so the pretrained weights of the wrapped layers are dropped"
+    if recipe.data.path and recipe.data.source != "text":
+        yield f"data.path: {recipe.data.path} has no effect with data.source {recipe.data.source}"
+    if method != "relora":
+        return
+    if relora.restart_every is None:
+        yield "relora.restart_every: null means no restart: this run is LoRA on a frozen W, not ReLoRA"
+    elif not recipe.num_restarts:
+        yield (f"relora.restart_every: {relora.restart_every} is not below the {recipe.low_rank_steps} low-rank steps: "
+               "the run has no restart")
+    if relora.optimizer_reset == "magnitude":
+        yield ("relora.optimizer_reset: magnitude prunes the two moments by different masks, which can take steps of "
+               "exp_avg/eps after a restart; for reproduction only, use magnitude_joint")
+    if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora)().reset_ratio:
+        yield f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
+
+
+def batch_field(recipe: "Recipe") -> tuple[str, int]:
+    """(the field that sets the batch, sequences → its unit: a factor of 1 or seq_len)."""
+    if recipe.train.batch_sequences is None:
+        return "train.batch_tokens", recipe.data.seq_len
+    return "train.batch_sequences", 1
+
+
+def nearest_multiples(value: int, step: int) -> list[int]:
+    """The positive multiples of `step` on both sides of `value`, smaller first."""
+    below = value // step * step
+    return [multiple for multiple in (below, below + step) if multiple > 0]
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """' (did you mean …?)', or '' when nothing known is near."""
+    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def mentions(message: str, key: str) -> bool:
+    """Whether `message` judges the field `key`."""
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message) is not None
+
+
+def _choice(name: str, value: object, known: tuple[str, ...]) -> str | None:
+    if value in known:
+        return None
+    return f"{name}: {value!r} is unknown{nearest(value, known)}; known: {', '.join(known)}"
+
+
+def _available(name: str, value: object, known: tuple[str, ...]) -> str | None:
+    """Like _choice, for fields whose list of choices is going to grow."""
+    if value in known:
+        return None
+    return f"{name}: {value!r} is not available in this version{nearest(value, known)}; use one of {', '.join(known)}"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: object, empty: bool = False) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value) \
+        and (empty or len(value) > 0)
+
+
+def _integer(name: str, value: object, least: int, example: int, optional: bool = False) -> str | None:
+    if (value is None and optional) or (_is_int(value) and value >= least):
+        return None
+    return f"{name}: {value!r} is not an integer of at least {least}; use e.g. {example}"
+
+
+def _number(name: str, value: object, wanted: str, accepts, example: float) -> str | None:
+    """`accepts`: the test for finite numbers; `wanted` says it in words ('inside [0, 1)')."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and math.isfinite(value) and accepts(value):
+        return None
+    if wanted.startswith("inside") and number:
+        return f"{name}: {value} is outside {wanted.removeprefix('inside ')}; use e.g. {example}"
+    return f"{name}: {value!r} is not a number {wanted}; use e.g. {example}"
+
+
+def _tenth(steps: int) -> int:
+    """A sensible warm-up for `steps` steps: a tenth of them, and fewer than them."""
+    return min(steps - 1, max(1, steps // 10))
+
+
+def _either(name: str, values: list[int]) -> str:
+    return " or ".join(f"{name}={value}" for value in values)

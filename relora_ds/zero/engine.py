@@ -1,0 +1,228 @@
+"""`initialize`: DeepSpeed's 4-tuple, with the restart inside `engine.step()`.
+
+The engine is DeepSpeed's own with its class specialised, so `isinstance(engine, DeepSpeedEngine)`,
+`engine.module` and every other attribute keep working. What is added is gathered in `ReLoRAEngine` below.
+"""
+
+from collections.abc import Callable
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.seeding import keyed_seed
+from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
+from relora_ds.zero import checkpoint_files, ds_config
+from relora_ds.zero.collect import collect_merged
+from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
+from relora_ds.zero.plain_model import save_plain
+from relora_ds.zero.restart import RestartReport, restart
+from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
+from relora_ds.zero.shards import ShardView
+from relora_ds.zero.start import align_ranks, init_distributed
+
+STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None = None, *,
+               lr: float, total_steps: int, warmup_steps: int = 0, min_lr_ratio: float = 0.0,
+               betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+               precision: str | None = None, micro_batch_size: int | None = None,
+               gradient_accumulation_steps: int | None = None, max_grad_norm: float | None = None,
+               training_data=None, collate_fn=None, param_groups: list[dict] | None = None, seed: int = 0,
+               after_step: Callable[["ReLoRAEngine"], None] | None = None):
+    """`deepspeed.initialize` for a model that `relora_ds.wrap` has wrapped (or a plain one, with `relora=None`).
+
+    Args:
+        model: on CPU, in fp32: masters of what trains and of what is frozen are taken from it before
+            DeepSpeed casts it. Where ranks hold different values, rank 0's count.
+        config: a shipped name ("zero1"), a path, or a DeepSpeed config dict. "auto" values are filled
+            from the arguments below; `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps`
+            default to 1, clipping to 1.0, precision to bf16 on CUDA and fp32 elsewhere.
+        relora: the config that the model was wrapped with. With `restart_every`, `engine.step()` restarts.
+        lr, total_steps, warmup_steps, min_lr_ratio: the schedule, see `relora_ds.lr_multiplier`; steps are
+            applied optimizer steps, counted from here.
+        param_groups: default `lowrank.wrap.parameter_groups(model)`: LoRA factors, other matrices, and
+            vectors without weight decay.
+        seed: decides the values of A after each restart.
+        after_step: called after every applied step; default: restart when it is due.
+
+    Returns:
+        `(engine, optimizer, loader, scheduler)`; `loader` is None without `training_data`.
+
+    Raises:
+        ValueError: everything in `config` that is not supported or in conflict, at once.
+    """
+    if any(is_partitioned(p) for p in model.parameters()):
+        raise ValueError("model: it was built under deepspeed.zero.Init and has no whole fp32 weights to take masters "
+                         "from; build it on CPU, initialize() lets ZeRO-3 partition it")
+    if relora is None and lowrank_layers(model):
+        raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
+
+    settings = ds_config.load(config)
+    found = ds_config.problems(settings, precision=precision, micro_batch_size=micro_batch_size,
+                               accumulation=gradient_accumulation_steps, max_grad_norm=max_grad_norm)
+    if found:
+        raise ValueError("\n".join(found))
+    init_distributed()
+    precision = precision or ds_config.precision_of(settings) or ("bf16" if torch.cuda.is_available() else "fp32")
+    settings = ds_config.resolve(
+        settings, precision=precision, micro_batch_size=micro_batch_size or 1,
+        accumulation=gradient_accumulation_steps or 1, world_size=dist.get_world_size(),
+        max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm, num_trainable=count_parameters(model)[0])
+
+    align_ranks(model)
+    below_fp32 = STORED_DTYPES[precision] != torch.float32
+    with_masters = below_fp32 and relora is not None and relora.frozen_master == "cpu"
+    frozen = FrozenWeights(lowrank_layers(model), with_masters=with_masters)
+    # DeepSpeed casts by giving each parameter new storage; these references keep the fp32 values.
+    uncast = {name: p.data for name, p in model.named_parameters() if p.requires_grad} if below_fp32 else {}
+
+    groups = param_groups or parameter_groups(model, weight_decay=weight_decay)
+    adam = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
+    schedule = ScheduleConfig(total_steps, warmup_steps, min_lr_ratio,
+                              relora.restart_every if relora else None, relora.restart_warmup_steps if relora else 0)
+    engine, optimizer, loader, scheduler = deepspeed.initialize(
+        model=model, optimizer=adam, config=settings, training_data=training_data, collate_fn=collate_fn,
+        lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule))
+
+    shards = ShardView(engine)
+    shards.create_adam_state()
+    shards.drop_gathered_copies()
+    for name, value in uncast.items():
+        shards.write(name, value)
+
+    engine.__class__ = ReLoRAEngine
+    engine.shards, engine.frozen, engine.relora, engine.seed = shards, frozen, relora, seed
+    engine.after_step = after_step or ReLoRAEngine.restart_if_due
+    engine.drift_probe = None
+    engine.last_restart = None
+    return engine, optimizer, loader, scheduler
+
+
+class ReLoRAEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, specialised by `initialize`; never constructed directly.
+
+    Attributes:
+        shards: `ShardView` of what trains.
+        frozen: `FrozenWeights`: owners and fp32 masters of what is frozen.
+        relora: the `ReLoRAConfig`, or None.
+        drift_probe: set it to a callable that returns logits of a fixed batch, and every restart measures
+            by how much the function changed.
+        last_restart: the `RestartReport` of the newest restart, or None.
+    """
+
+    @property
+    def t(self) -> int:
+        """Applied optimizer steps since this engine was made (a skipped step does not count)."""
+        return self.lr_scheduler.t
+
+    @property
+    def restarts(self) -> list[int]:
+        """The steps `t` after which restarts took place."""
+        return self.lr_scheduler.restarts
+
+    def forward(self, *inputs, **kwargs):
+        if self.training and self.relora is not None and self.relora.lora_dropout > 0:
+            # A mask of its own for every rank, step and micro-step, and the same one after a resume.
+            torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.micro_steps}/{dist.get_rank()}"))
+        return super().forward(*inputs, **kwargs)
+
+    def step(self, lr_kwargs=None):
+        """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""
+        super().step(lr_kwargs)
+        if self.was_step_applied():
+            self.after_step(self)
+
+    def restart_if_due(self) -> None:
+        """Restart if the schedule wants one at this `t`."""
+        if self.lr_scheduler.restart_due:
+            self.restart()
+
+    def restart(self) -> RestartReport:
+        """Merge, reinitialise, prune, agree (see `zero.restart`), now. Collective.
+
+        By hand it may be called between `step()` and the next forward; it is recorded, and the
+        learning-rate ramp starts at this step.
+        """
+        if not self.frozen.layers:
+            raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
+        self.lr_scheduler.record_restart()
+        self.last_restart = restart(self.shards, self.frozen, self.relora, t=self.t, number=len(self.restarts),
+                                    seed=self.seed, device=self.device, probe=self._probe())
+        return self.last_restart
+
+    def collect_merged(self, dst: int | None = None) -> dict[str, Tensor]:
+        """The merged model's weights in fp32, from the masters; see `zero.collect`. Collective."""
+        return collect_merged(self.module, self.shards, self.frozen, device=self.device, dst=dst)
+
+    def save_merged(self, directory: str, dtype: torch.dtype = torch.float32) -> None:
+        """Write a plain transformers model (safetensors, no trace of the low-rank layers). Collective."""
+        state = self.collect_merged(dst=0)
+        if dist.get_rank() == 0:
+            save_plain(self.module, state, directory, dtype)
+        dist.barrier()
+
+    def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True,
+                        exclude_frozen_parameters=False):
+        """DeepSpeed's, plus the fp32 masters of the frozen weights in the same tag."""
+        if exclude_frozen_parameters and self.frozen.layers:
+            raise ValueError("exclude_frozen_parameters: True would lose every merge: with ReLoRA the frozen weights "
+                             "are training state; leave it False")
+        tag = str(tag if tag is not None else f"global_step{self.global_steps}")
+        checkpoint_files.save_frozen(save_dir, tag, self.frozen)
+        return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+
+    def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
+        """DeepSpeed's, plus the fp32 masters of the frozen weights. Raises when they are missing."""
+        path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
+        if path is not None:
+            checkpoint_files.load_frozen(load_dir, tag, self.frozen)
+            self._relink()
+        return path, client_state
+
+    def _relink(self) -> None:
+        # DeepSpeed never renews these links once an engine has stepped, and safe_get_full_* would go on
+        # reading the tensors from before the load.
+        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _take_model_step(self, lr_kwargs):
+        # DeepSpeed skips a non-finite step on all ranks, except at stage 0 in fp32, where it applies the NaN.
+        if isinstance(self.optimizer, torch.optim.Optimizer) and not self._gradients_are_finite():
+            self._skip_step()
+        else:
+            super()._take_model_step(lr_kwargs)
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros((), device=self.device)
+        bad = (~torch.isfinite(norm)).to(torch.int32)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return not bad.item()
+
+    def _skip_step(self) -> None:
+        self.zero_grad()
+        self._global_grad_norm = float("inf")
+        self._step_applied = False
+        self.losses = None
+        self.skipped_steps += 1
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _probe(self) -> Callable[[], Tensor] | None:
+        if self.drift_probe is None:
+            return None
+
+        def logits() -> Tensor:
+            training = self.module.training
+            self.module.eval()
+            try:
+                return self.drift_probe()
+            finally:
+                self.module.train(training)
+        return logits

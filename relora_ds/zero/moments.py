@@ -1,0 +1,92 @@
+"""Pruning of Adam moments that are split over ranks, and the size of the updates that they lead to."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from relora_ds.lowrank.pruning import count_ties, keep_mask, kth_largest_magnitude, num_kept, random_mask
+from relora_ds.lowrank.seeding import keyed_generator
+from relora_ds.zero.shards import Shard, ShardView
+
+
+@torch.no_grad()
+def prune_moments(shards: ShardView, names: list[str], how: str, reset_ratio: float, *, seed: int, number: int,
+                  device: torch.device) -> tuple[float, float]:
+    """Set the pruned entries of `exp_avg` and `exp_avg_sq` to 0, per tensor over all ranks. Collective.
+
+    Args:
+        how: "magnitude_joint" keeps the largest `1 - reset_ratio` of |exp_avg| and uses that mask for
+            both moments; "magnitude" (the authors') gives each moment its own mask; "random" draws one
+            joint mask from (seed, restart number, name); "zero" resets all; "none" keeps all.
+
+    Returns:
+        The realised fractions of pruned entries of the first and of the second moment, over all ranks.
+    """
+    mine = [shards[name] for name in names]
+    if how == "magnitude_joint":
+        masks_m = masks_v = _magnitude_masks(shards, mine, "exp_avg", reset_ratio)
+    elif how == "magnitude":
+        masks_m = _magnitude_masks(shards, mine, "exp_avg", reset_ratio)
+        masks_v = _magnitude_masks(shards, mine, "exp_avg_sq", reset_ratio)
+    elif how == "random":
+        masks_m = masks_v = [_random_mask(shard, reset_ratio, f"{seed}/{number}/{shard.name}") for shard in mine]
+    elif how == "zero":
+        masks_m = masks_v = [torch.zeros_like(shard.exp_avg, dtype=torch.bool) for shard in mine]
+    elif how == "none":
+        masks_m = masks_v = [torch.ones_like(shard.exp_avg, dtype=torch.bool) for shard in mine]
+    else:
+        raise ValueError(f"relora.optimizer_reset: unknown value {how!r}")
+
+    pruned = torch.zeros(2, dtype=torch.int64, device=device)
+    for shard, mask_m, mask_v in zip(mine, masks_m, masks_v, strict=True):
+        shard.exp_avg.mul_(mask_m)
+        shard.exp_avg_sq.mul_(mask_v)
+        pruned += torch.stack([(~mask_m).sum(), (~mask_v).sum()]).to(device)
+    if shards.partitioned:
+        dist.all_reduce(pruned)
+    total = sum(shard.numel for shard in mine)
+    return pruned[0].item() / total, pruned[1].item() / total
+
+
+@torch.no_grad()
+def max_update_over_lr(shards: ShardView, names: list[str], *, betas: tuple[float, float], eps: float,
+                       device: torch.device) -> float:
+    """max |Δp| / lr of the last Adam step, weight decay not counted, over the named parameters. Collective.
+
+    Computed from the moments after the step. About 1 in ordinary training; it is where a reset that kept
+    m and zeroed v shows (10⁵ was seen), before the loss does.
+    """
+    steps = shards.adam_steps()
+    step = steps.get("lora", max(steps.values(), default=0))
+    largest = torch.zeros((), device=device)
+    if step > 0:
+        for name in names:
+            shard = shards[name]
+            if shard.exp_avg.numel():
+                m = shard.exp_avg / (1 - betas[0]**step)
+                v = shard.exp_avg_sq / (1 - betas[1]**step)
+                largest = torch.maximum(largest, (m / (v.sqrt() + eps)).abs().max().to(device))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def _magnitude_masks(shards: ShardView, mine: list[Shard], moment: str, reset_ratio: float) -> list[Tensor]:
+    values = [getattr(shard, moment) for shard in mine]
+    keep = [num_kept(shard.numel, reset_ratio) for shard in mine]
+    device = values[0].device
+    if not shards.partitioned:
+        threshold, ties = kth_largest_magnitude(values, keep)
+    else:
+        threshold, ties = kth_largest_magnitude(values, keep, reduce=dist.all_reduce)
+        # Ties go to the lowest flat index: subtract what the pieces before this one take. Every stage
+        # hands out pieces in rank order.
+        counts = torch.zeros(dist.get_world_size(), len(values), dtype=torch.int64, device=device)
+        counts[dist.get_rank()] = torch.stack([count_ties(v, t) for v, t in zip(values, threshold, strict=True)])
+        dist.all_reduce(counts)
+        ties = (ties - counts[:dist.get_rank()].sum(0)).clamp(min=0)
+    return [keep_mask(v, t, n) for v, t, n in zip(values, threshold, ties, strict=True)]
+
+
+def _random_mask(shard: Shard, reset_ratio: float, key: str) -> Tensor:
+    mask = random_mask(shard.numel, reset_ratio, keyed_generator(key))
+    return shard.slice(mask).to(shard.exp_avg.device)

@@ -1,0 +1,126 @@
+"""The restart, as one exact transaction over all shards (paper section 3, Algorithm 1).
+
+    merge         W <- W + s·B·A, in fp32, on the rank that owns W
+    reinitialise  A <- Kaiming from (seed, restart number, name), B <- 0: masters and forward's copies
+    prune         Adam moments of A and B, per tensor over all ranks
+    agree         the owners broadcast W; checksums over W, A and B prove that all ranks hold the same
+
+Everything here is written against `ShardView` and `FrozenWeights` and knows no ZeRO stage.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.frozen import add_update_, to_stored, to_stored_unbiased
+from relora_ds.lowrank.linear import initial_A
+from relora_ds.lowrank.seeding import keyed_generator
+from relora_ds.lowrank.wrap import is_lora_parameter
+from relora_ds.zero.agreement import verify
+from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.moments import prune_moments
+from relora_ds.zero.shards import ShardView
+
+
+@dataclass(frozen=True)
+class RestartReport:
+    """What a restart did, the same on every rank.
+
+    Attributes:
+        t: applied optimizer steps when it took place.
+        restarts: its number, counted from 1.
+        prune_fraction_m, prune_fraction_v: realised fraction of pruned entries of the LoRA parameters'
+            `exp_avg` and `exp_avg_sq`, over all ranks.
+        merge_loss: ‖ΔW stored − ΔW intended‖ / ‖ΔW intended‖ over all layers.
+        merge_drift: ‖logits after − before‖ / ‖logits before‖ on the engine's probe; None without one.
+        restart_s: seconds, the drift's two forwards not counted.
+        checksum: over W, A and B, equal on all ranks.
+    """
+
+    t: int
+    restarts: int
+    prune_fraction_m: float
+    prune_fraction_v: float
+    merge_loss: float
+    merge_drift: float | None
+    restart_s: float
+    checksum: str
+
+
+@torch.no_grad()
+def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t: int, number: int, seed: int,
+            device: torch.device, probe: Callable[[], Tensor] | None = None) -> RestartReport:
+    """Merge, reinitialise, prune, agree. Collective: every rank calls it between a step and the next forward.
+
+    Args:
+        number: of this restart, from 1; decides the values of the new `A`.
+        probe: returns logits of some fixed batch; called before and after to measure the drift.
+
+    Raises:
+        RuntimeError: when the ranks hold different bytes afterwards, naming the first tensor.
+    """
+    before = probe() if probe else None
+    started = time.perf_counter()
+    shards.drop_gathered_copies()
+    merge_loss = _merge(shards, frozen, config, seed=seed, number=number, device=device)
+    _reinitialise(shards, frozen, seed=seed, number=number)
+    fraction_m, fraction_v = prune_moments(shards, [n for n in shards.names if is_lora_parameter(n)],
+                                           config.optimizer_reset, config.reset_ratio,
+                                           seed=seed, number=number, device=device)
+    checksum = verify(shards, frozen, device=device)
+    seconds = time.perf_counter() - started
+    drift = _relative_change(before, probe(), device) if probe else None
+    return RestartReport(t, number, fraction_m, fraction_v, merge_loss, drift, seconds, checksum)
+
+
+def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
+           device: torch.device) -> float:
+    """Merge on the owners, all at the same time, then broadcast one weight after the other. Returns the merge loss."""
+    factors: dict[str, Tensor] = {}
+    for owner in range(dist.get_world_size()):
+        names = [f"{name}.{factor}" for name, rank in frozen.owners.items() if rank == owner
+                 for factor in ("lora_A", "lora_B")]
+        factors.update(shards.gather(names, dst=owner))
+
+    stored: dict[str, Tensor] = {}
+    lost = torch.zeros(2, dtype=torch.float64, device=device)  # ‖stored − intended‖², ‖intended‖²
+    for name, layer in frozen.layers.items():
+        base = frozen.read(name, device)
+        if base is None:
+            continue
+        dtype = layer.weight.dtype
+        stored_before = to_stored(base, dtype).float()
+        intended = add_update_(torch.zeros_like(base), factors.pop(f"{name}.lora_A"), factors.pop(f"{name}.lora_B"),
+                               layer.scaling)
+        merged = base + intended
+        if frozen.with_masters:
+            stored[name] = to_stored(merged, dtype)
+        else:
+            generator = keyed_generator(f"{seed}/{number}/{name}.weight", device)
+            stored[name] = to_stored_unbiased(merged, dtype, generator)
+        frozen.keep(name, merged)
+        lost += torch.stack([(stored[name].float() - stored_before - intended).square().sum(dtype=torch.float64),
+                             intended.square().sum(dtype=torch.float64)])
+    for name in frozen.layers:
+        frozen.publish(name, stored.pop(name, None), device)
+
+    dist.all_reduce(lost)
+    return float((lost[0] / lost[1]).sqrt()) if lost[1] > 0 else 0.0
+
+
+def _reinitialise(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int) -> None:
+    for name, layer in frozen.layers.items():
+        shards.write(f"{name}.lora_A", initial_A(layer.r, layer.in_features, seed=seed, restart=number, name=name))
+        shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r))
+
+
+def _relative_change(before: Tensor, after: Tensor, device: torch.device) -> float:
+    squares = torch.stack([(after.float() - before.float()).square().sum(dtype=torch.float64),
+                           before.float().square().sum(dtype=torch.float64)]).to(device)
+    dist.all_reduce(squares)
+    return float((squares[0] / squares[1]).sqrt())

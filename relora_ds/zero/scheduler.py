@@ -1,0 +1,82 @@
+"""The learning-rate scheduler that an engine carries, and the record of its restarts.
+
+One object counts the applied steps, lists the restarts and sets the learning rate, so that merges and
+schedule cannot drift apart, also after a restart by hand or a resume. DeepSpeed calls `step()` after
+every step that it applied (and not after one it skipped), and saves and loads this state with its
+checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from relora_ds.lowrank.schedule import lr_multiplier
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The curve: see `lowrank.schedule.lr_multiplier` for each field."""
+
+    total_steps: int
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    restart_every: int | None = None
+    restart_warmup_steps: int = 0
+
+
+class ReLoRAScheduler:
+    """Sets `lr = base · lr_multiplier(t)` of every parameter group.
+
+    Attributes:
+        t: applied optimizer steps.
+        restarts: the steps after which restarts took place, ascending.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig):
+        self.optimizer = optimizer
+        self.config = config
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.t = 0
+        self.restarts: list[int] = []
+        self._apply()
+
+    @property
+    def multiplier(self) -> float:
+        """The factor that update number `t + 1` uses."""
+        c = self.config
+        return lr_multiplier(self.t, total_steps=c.total_steps, warmup_steps=c.warmup_steps,
+                             restart_warmup_steps=c.restart_warmup_steps, min_lr_ratio=c.min_lr_ratio,
+                             restarts=self.restarts)
+
+    @property
+    def restart_due(self) -> bool:
+        """Whether the schedule wants a restart now, directly after step `t`."""
+        every = self.config.restart_every
+        return bool(every) and 0 < self.t < self.config.total_steps and self.t % every == 0 and self.t not in self.restarts
+
+    def step(self) -> None:
+        """Count one applied step. DeepSpeed calls this; you do not."""
+        self.t += 1
+        self._apply()
+
+    def record_restart(self) -> None:
+        """A restart takes place now: the ramp starts at this step."""
+        if self.t in self.restarts:
+            raise ValueError(f"restart: there was one at step t={self.t} already; take a step first")
+        self.restarts.append(self.t)
+        self._apply()
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that the next step uses, by group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict:
+        return {"t": self.t, "restarts": list(self.restarts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.t, self.restarts = state["t"], list(state["restarts"])
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self.multiplier

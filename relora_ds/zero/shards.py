@@ -1,0 +1,330 @@
+"""One view of "my shard of this parameter", the same for every ZeRO stage.
+
+DeepSpeed keeps the fp32 masters and the Adam moments of a trainable parameter in a different place for
+every optimizer wrapper. Restart, checkpoint and every method are written against the view below and
+never ask for the stage:
+
+    for shard in ShardView(engine):
+        shard.start, shard.stop      # the range of parameter.flatten() that this rank owns; may be empty
+        shard.master                 # fp32, writable, [stop - start]
+        shard.exp_avg, shard.exp_avg_sq
+    view.write(name, value)          # a value that every rank holds -> master *and* the copy forward reads
+    view.gather(names)               # the full fp32 masters, on every rank or on one
+
+There is one small adapter per DeepSpeed wrapper; a wrapper that none of them knows is an error. Nothing
+is cached: DeepSpeed replaces its tensors when it loads a checkpoint.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where this rank's piece of a parameter lives: `flat[offset : offset + stop - start]` is `p.flatten()[start:stop]`."""
+
+    start: int
+    stop: int
+    flat: Tensor | None  # the tensor that the inner optimizer steps; None where this rank owns nothing
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's piece of one trainable parameter; the tensors are 1-D writable views of length `stop - start`."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    start: int
+    stop: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter, over all ranks."""
+        return self.shape.numel()
+
+    def slice(self, value: Tensor) -> Tensor:
+        """This rank's piece of a full-size tensor, 1-D."""
+        return value.reshape(-1)[self.start:self.stop]
+
+
+class _Adapter:
+    """What is common: the low-precision copy is a whole tensor on every rank, the masters may be split."""
+
+    partitioned = True
+
+    def __init__(self, wrapper):
+        self.wrapper = wrapper
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The Adam that DeepSpeed wraps."""
+        return self.wrapper.optimizer
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
+    def locate(self, parameter: nn.Parameter) -> Location:
+        raise NotImplementedError
+
+    def flats(self) -> list[tuple[int, Tensor]]:
+        """Every tensor that the inner optimizer steps, with the index of its parameter group."""
+        return [(i, p) for i, group in enumerate(self.inner.param_groups) for p in group["params"]]
+
+    def write_forward_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.data.copy_(value)
+
+    def forward_copy(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """What forward reads on this rank, 1-D, and its start in the flattened parameter."""
+        return parameter.data.reshape(-1), 0
+
+    def drop_gathered_copies(self) -> None:
+        """Make sure that the next forward sees what is written now."""
+
+
+class _Unwrapped(_Adapter):
+    """Stage 0 in fp32: the optimizer steps the parameters themselves."""
+
+    partitioned = False
+
+    @property
+    def inner(self):
+        return self.wrapper
+
+    def locate(self, parameter):
+        return Location(0, parameter.numel(), parameter)
+
+
+class _Unfused(_Adapter):
+    """Stage 0 in 16 bit with any optimizer but DeepSpeed's FusedAdam: one fp32 master per parameter."""
+
+    partitioned = False
+
+    def locate(self, parameter):
+        for stored, masters in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True):
+            for candidate, master in zip(stored, masters, strict=True):
+                if candidate is parameter:
+                    return Location(0, parameter.numel(), master)
+        raise KeyError("the optimizer does not hold this parameter")
+
+
+class _Fused(_Adapter):
+    """Stage 0 in 16 bit with FusedAdam: one flat fp32 master per group, parameters one after the other."""
+
+    partitioned = False
+
+    def locate(self, parameter):
+        for stored, flat in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups_flat, strict=True):
+            offset = 0
+            for candidate in stored:
+                if candidate is parameter:
+                    return Location(0, parameter.numel(), flat, offset)
+                offset += candidate.numel()
+        raise KeyError("the optimizer does not hold this parameter")
+
+
+class _Linked(_Adapter):
+    """Stages 1 and 2: DeepSpeed links each parameter to its fragment of this rank's flat partition."""
+
+    def partition(self, group: int) -> Tensor:
+        return self.wrapper.single_partition_of_fp32_groups[group]
+
+    def locate(self, parameter):
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return Location(0, 0, None)
+        lp, hp = fragment.lp_fragment_address, fragment.hp_fragment_address
+        assert lp.numel == hp.numel
+        return Location(lp.start, lp.start + lp.numel, self.partition(fragment.param_group_index), hp.start)
+
+
+class _LinkedBF16(_Linked):
+    """Stage 1 in bf16 with fp32 gradient accumulation (BF16_Optimizer)."""
+
+    def partition(self, group):
+        return self.wrapper.fp32_groups_flat_partition[group]
+
+
+class _Stage3(_Adapter):
+    """Stage 3: every rank owns an equal piece of every parameter, the last ones padded."""
+
+    def shape(self, parameter):
+        return parameter.ds_shape
+
+    def locate(self, parameter):
+        group, offset, length = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
+        start, stop = partition_range(parameter)
+        assert stop - start <= length
+        return Location(start, stop, self.wrapper.fp32_partitioned_groups_flat[group], offset)
+
+    def flats(self):
+        # Between steps DeepSpeed keeps the inner optimizer's groups empty.
+        return [(self.wrapper.sub_group_to_group_id[i], flat)
+                for i, flat in enumerate(self.wrapper.fp32_partitioned_groups_flat)]
+
+    def write_forward_copy(self, parameter, value):
+        write_partition(parameter, value)
+
+    def forward_copy(self, parameter):
+        start, stop = partition_range(parameter)
+        return parameter.ds_tensor.data[:stop - start], start
+
+    def drop_gathered_copies(self):
+        # After an evaluation, parameters are still gathered and an edited partition would go unseen.
+        self.wrapper.empty_partition_cache()
+
+
+_ADAPTERS = {
+    FP16_UnfusedOptimizer: _Unfused,
+    FP16_Optimizer: _Fused,
+    DeepSpeedZeroOptimizer: _Linked,
+    BF16_Optimizer: _LinkedBF16,
+    DeepSpeedZeroOptimizer_Stage3: _Stage3,
+}
+
+
+def partition_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """The half-open range of the flattened parameter in this rank's ZeRO-3 partition; the rest of it is padding."""
+    length = parameter.ds_tensor.ds_numel
+    start = min(parameter.ds_numel, length * parameter.ds_zero_partition_rank)
+    return start, min(parameter.ds_numel, start + length)
+
+
+def write_partition(parameter: nn.Parameter, value: Tensor) -> None:
+    """Store this rank's piece of a full-size `value` in a ZeRO-3 parameter that nobody has gathered."""
+    assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, "gathered: the edit would go unseen"
+    start, stop = partition_range(parameter)
+    parameter.ds_tensor.data[:stop - start].copy_(value.reshape(-1)[start:stop])
+
+
+def _adapter(engine: DeepSpeedEngine) -> _Adapter:
+    kind = type(engine.optimizer)
+    if kind in _ADAPTERS:
+        return _ADAPTERS[kind](engine.optimizer)
+    if issubclass(kind, torch.optim.Optimizer):
+        return _Unwrapped(engine.optimizer)
+    raise TypeError(f"relora_ds does not know how {kind.__name__} keeps its shards; "
+                    "supported: DeepSpeed 0.19 with Adam or AdamW at ZeRO stages 0 to 3")
+
+
+class ShardView:
+    """The trainable parameters of a DeepSpeed engine, each as this rank's `Shard`, by name and in model order."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self._adapter = _adapter(engine)
+        self._device = engine.device
+        self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+    @property
+    def names(self) -> list[str]:
+        """The trainable parameters' names, the same list on every rank."""
+        return list(self._parameters)
+
+    @property
+    def partitioned(self) -> bool:
+        """False where every rank holds every master whole (stage 0)."""
+        return self._adapter.partitioned
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[name] for name in self._parameters)
+
+    def __getitem__(self, name: str) -> Shard:
+        parameter = self._parameters[name]
+        at = self._adapter.locate(parameter)
+        if at.flat is None or at.start == at.stop:
+            master, moments = torch.empty(0, device=self._device), [torch.empty(0, device=self._device)] * 2
+        else:
+            state = self._adapter.inner.state[at.flat]
+            master, *moments = (t.detach().view(-1)[at.offset:at.offset + at.stop - at.start]
+                                for t in (at.flat.data, state["exp_avg"], state["exp_avg_sq"]))
+        return Shard(name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *moments)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Set a parameter to `value`, a full-size tensor that every rank holds: master and forward's copy, together.
+
+        Writing only one of them is the classic mistake: the master alone leaves one step on the old
+        value, the copy alone is undone by the next step. Collective in effect, but nothing is sent.
+        """
+        shard = self[name]
+        value = value.to(shard.parameter.device if not shard.master.numel() else shard.master.device)
+        shard.master.copy_(shard.slice(value))
+        self._adapter.write_forward_copy(shard.parameter, value)
+
+    def forward_copy(self, name: str) -> tuple[Tensor, int]:
+        """This rank's piece of what forward reads, 1-D, and its start in the flattened parameter."""
+        return self._adapter.forward_copy(self._parameters[name])
+
+    def drop_gathered_copies(self) -> None:
+        """Call before writing: ZeRO-3 may still hold whole parameters from the last forward."""
+        self._adapter.drop_gathered_copies()
+
+    @torch.no_grad()
+    def gather(self, names: Iterable[str], what: str = "master", dst: int | None = None) -> dict[str, Tensor]:
+        """Full fp32 tensors, in their shapes, put together from all shards. Collective: all ranks, same names.
+
+        Args:
+            what: "master", "exp_avg" or "exp_avg_sq".
+            dst: the one rank that gets them (the others get an empty dict); None for every rank.
+        """
+        shards = [self[name] for name in names]
+        buffer = torch.zeros(sum(s.numel for s in shards), dtype=torch.float32, device=self._device)
+        pieces = buffer.split([s.numel for s in shards]) if shards else []
+        for shard, piece in zip(shards, pieces, strict=True):
+            piece[shard.start:shard.stop].copy_(getattr(shard, what))
+        if self.partitioned and shards:
+            # Every element is non-zero on one rank at most, so a sum is exact.
+            if dst is None:
+                dist.all_reduce(buffer)
+            else:
+                dist.reduce(buffer, dst)
+        if dst is not None and dist.get_rank() != dst:
+            return {}
+        return {s.name: piece.view(s.shape) for s, piece in zip(shards, pieces, strict=True)}
+
+    def create_adam_state(self) -> None:
+        """Give the inner Adam zero moments and step 0 before its first step, so that the view is whole at once.
+
+        Also undoes the step that DeepSpeed's 16-bit wrappers take at construction to allocate the state.
+        """
+        for _, flat in self._adapter.flats():
+            state = self._adapter.inner.state[flat]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(self._adapter.inner, flat))
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+
+    def adam_steps(self) -> dict[str, int]:
+        """Adam's step count by parameter-group name ("lora", "matrices", "vectors")."""
+        groups = self._adapter.inner.param_groups
+        return {groups[i].get("name", str(i)): int(self._adapter.inner.state[flat]["step"])
+                for i, flat in self._adapter.flats()}
+
+    def set_adam_steps(self, steps: dict[str, int]) -> None:
+        """Set Adam's step count of the named parameter groups."""
+        groups = self._adapter.inner.param_groups
+        for i, flat in self._adapter.flats():
+            if groups[i].get("name") in steps:
+                self._adapter.inner.state[flat]["step"].fill_(steps[groups[i]["name"]])
+
+
+def _step_device(inner: torch.optim.Optimizer, flat: Tensor) -> torch.device:
+    """Where torch's Adam keeps `step`: on the host unless it is fused or capturable."""
+    fused = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
+    return flat.device if fused else torch.device("cpu")

@@ -1,0 +1,54 @@
+"""Before an engine exists: the process group, and the same initial values on every rank."""
+
+import os
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from relora_ds.zero.agreement import checksum
+
+
+def init_distributed() -> None:
+    """Start the process group if there is none: from the launcher's environment, or one rank without any launcher."""
+    if dist.is_initialized():
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed()
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
+        from deepspeed.ops import __compatible_ops__
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def device_of_rank() -> torch.device:
+    """The device that this rank computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def align_ranks(model: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers. Collective.
+
+    DeepSpeed broadcasts parameters too, but after casting them, and no buffers; the masters are taken
+    before. Only tensors whose checksums differ are sent: usually none, because every rank built the
+    model from one seed.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    device = device_of_rank()
+    sums = torch.stack([checksum(t.data.reshape(-1)).cpu() for t in tensors.values()]).to(device)
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    for tensor, differs in zip(tensors.values(), (low != high).tolist(), strict=True):
+        if differs:
+            value = tensor.data.to(device)
+            dist.broadcast(value, 0)
+            tensor.data.copy_(value)

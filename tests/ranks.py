@@ -1,0 +1,89 @@
+"""A few processes that stand ready as ranks, so that a distributed test costs milliseconds and not imports.
+
+    results = ranks(2).run(case, argument, ...)     # case(argument, ...) on every rank; results in rank order
+
+The processes come from a forkserver that has torch, deepspeed and transformers imported already. They
+live as long as the test session and run one case after another over one gloo process group. A case that
+raises fails the test with the rank's traceback; one that hangs is killed.
+"""
+
+import functools
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "deepspeed", "transformers", "relora_ds"])
+
+
+def _serve(rank: int, world_size: int, port: int, pipe) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import logging
+
+    import torch
+
+    from relora_ds.zero.start import init_distributed
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    init_distributed()
+    while True:
+        job = pipe.recv()
+        if job is None:
+            return
+        case, args, kwargs = job
+        try:
+            pipe.send((True, case(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Ranks:
+    """`world_size` rank processes."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._workers: list = []
+
+    def run(self, case: Callable, *args, timeout: float = 240, **kwargs) -> list:
+        """Call `case` (importable, with picklable arguments and result) on every rank; results in rank order."""
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((case, args, kwargs))
+        answers = []
+        for rank, (process, pipe) in enumerate(self._workers):
+            try:
+                ready = pipe.poll(timeout)
+                answers.append(pipe.recv() if ready else (False, f"rank {rank} did not answer in {timeout} s"))
+            except EOFError:
+                answers.append((False, f"rank {rank} died with exit code {process.exitcode}"))
+            if not answers[-1][0]:
+                self.stop()  # the other ranks wait in a collective
+                raise AssertionError(f"rank {rank}:\n{answers[-1][1]}")
+        return [value for _, value in answers]
+
+    def stop(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        for rank in range(self.world_size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+
+@functools.cache
+def ranks(world_size: int) -> Ranks:
+    """The session's rank processes."""
+    return Ranks(world_size)

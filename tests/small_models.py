@@ -1,0 +1,41 @@
+"""Small models and batches that several tests share."""
+
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+VOCAB, LENGTH = 67, 12  # odd sizes: flat partitions need padding, tensors straddle ranks
+
+
+def llama(seed: int = 0, **changes):
+    sizes = dict(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=2, max_position_embeddings=32, use_cache=False)
+    return _build(LlamaConfig(**{**sizes, **changes}), seed)
+
+
+def gpt_neox(seed: int = 0, **changes):
+    sizes = dict(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=2, num_attention_heads=2,
+                 max_position_embeddings=32, use_cache=False)
+    return _build(GPTNeoXConfig(**{**sizes, **changes}), seed)
+
+
+def qwen2(seed: int = 0, **changes):
+    """Biased q, k and v; grouped-query attention; embeddings tied to the head."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, max_position_embeddings=32, use_cache=False, tie_word_embeddings=True)
+    return _build(Qwen2Config(**{**sizes, **changes}), seed)
+
+
+FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "qwen2": qwen2}
+
+
+def _build(config, seed: int):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def batch(step: int, size: int, vocab: int = VOCAB, length: int = LENGTH) -> torch.Tensor:
+    """Token ids `[size, length]`, a function of the step only."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    # A skewed distribution, so that there is something to learn.
+    return (torch.rand(size, length, generator=generator).square() * vocab).long()

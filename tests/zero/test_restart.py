@@ -1,0 +1,226 @@
+"""The invariants of a restart, at every stage and precision, on two ranks."""
+
+import hashlib
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from relora_ds.lowrank.linear import initial_A
+from relora_ds.lowrank.wrap import lowrank_layers
+from tests.parity import cases
+from tests.parity.reference import prune
+from tests.ranks import ranks
+
+STAGES = [0, 1, 2, 3]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def frozen_masters(engine) -> dict[str, torch.Tensor]:
+    """Every fp32 master of a frozen weight, on every rank."""
+    masters = {}
+    for name, layer in lowrank_layers(engine.module).items():
+        value = engine.frozen.read(name, engine.device)
+        if value is None:
+            value = torch.empty(layer.out_features, layer.in_features)
+        dist.broadcast(value, engine.frozen.owners[name])
+        masters[name] = value
+    return masters
+
+
+def fingerprint(*trees: dict) -> str:
+    digest = hashlib.sha256()
+    for tree in trees:
+        for name in sorted(tree):
+            value = tree[name]
+            if isinstance(value, dict):
+                digest.update(fingerprint(value).encode())
+            else:
+                digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def restart_by_hand(stage, precision, reset="magnitude_joint", after_evaluation=False, frozen_master="cpu",
+                    **how) -> dict:
+    """Six steps, a restart by hand, and every invariant checked on this rank; returns what ranks must agree on."""
+    relora = cases.relora_config(optimizer_reset=reset, frozen_master=frozen_master)
+    engine = cases.build(stage, precision=precision, relora=relora, **how)
+    dtype = DTYPES[precision]
+    for step in range(6):
+        cases.train_step(engine, step)
+    layers = lowrank_layers(engine.module)
+    before, stored_before, masters_before = (cases.gathered_state(engine), cases.stored_weights(engine),
+                                             frozen_masters(engine))
+    steps_before = engine.shards.adam_steps()
+    engine.drift_probe = lambda: engine.module(input_ids=cases.batch(999, 4)).logits.clone()
+    logits_before = cases.logits(engine)
+    if not after_evaluation:
+        engine.empty_partition_cache()
+    report = engine.restart()
+    after, stored, masters = cases.gathered_state(engine), cases.stored_weights(engine), frozen_masters(engine)
+    copies = cases.forward_copies(engine)
+    logits_after = cases.logits(engine)
+
+    # Merge.
+    for name in layers:
+        A, B = before["master"][f"{name}.lora_A"], before["master"][f"{name}.lora_B"]
+        assert B.norm() > 1e-3, "nothing to merge: the test would show nothing"
+        intended = masters_before[name].double() + cases.SCALING * B.double() @ A.double()
+        if frozen_master == "cpu" or precision == "fp32":
+            assert (masters[name] - intended).abs().max() <= 1e-6 * intended.abs().max()
+            assert torch.equal(stored[name], masters[name].to(dtype)), f"{name}: stored copy is not the rounded master"
+        else:
+            assert (stored[name].double() - intended).abs().max() <= 2**-7 * intended.abs().max()
+        assert not torch.equal(stored[name], stored_before[name])
+    drift = ((logits_after - logits_before).norm() / logits_before.norm()).item()
+    assert drift <= (5e-6 if precision == "fp32" else 5e-2)
+    assert report.merge_drift == pytest.approx(drift, rel=1e-3, abs=1e-7)
+    assert report.merge_loss <= (1e-3 if precision == "fp32" else 0.5)
+
+    # Reinitialise: masters and forward's copies.
+    for name, layer in layers.items():
+        A = initial_A(4, layer.in_features, seed=0, restart=1, name=name)
+        assert torch.equal(after["master"][f"{name}.lora_A"], A)
+        assert not after["master"][f"{name}.lora_B"].any()
+    for name, value in after["master"].items():
+        assert torch.equal(copies[name], value.to(dtype)), f"{name}: master and forward's copy differ"
+
+    # Prune: LoRA moments as the whole-tensor reference does it, everything else untouched to the bit.
+    pruned = kept = 0
+    for name in after["master"]:
+        m, v = before["exp_avg"][name].clone(), before["exp_avg_sq"][name].clone()
+        if "lora_" in name:
+            prune(m, v, reset, relora.reset_ratio)
+            pruned += (after["exp_avg_sq"][name] == 0).sum().item()
+            kept += (after["exp_avg_sq"][name] != 0).sum().item()
+        else:
+            assert torch.equal(after["master"][name], before["master"][name]), name
+        assert torch.equal(after["exp_avg"][name], m) and torch.equal(after["exp_avg_sq"][name], v), name
+    assert engine.shards.adam_steps() == steps_before == dict.fromkeys(steps_before, 6)
+    expected = {"zero": 1.0, "none": 0.0}.get(reset, relora.reset_ratio)
+    assert abs(report.prune_fraction_m - expected) < 2e-3 and abs(report.prune_fraction_v - expected) < 2e-3
+    assert pruned / (pruned + kept) >= expected - 2e-3
+
+    # The step after a restart has learning rate 0 and must change nothing: it exposes a stale master.
+    assert engine.get_lr() == [0.0] * len(engine.get_lr())
+    cases.train_step(engine, 6)
+    later = cases.gathered_state(engine)
+    assert fingerprint(later["master"]) == fingerprint(after["master"])
+    assert fingerprint(cases.forward_copies(engine)) == fingerprint(copies)
+    assert fingerprint(later["exp_avg"]) != fingerprint(after["exp_avg"])
+    cases.train_step(engine, 7)
+    cases.train_step(engine, 8)
+    moved = cases.gathered_state(engine)["master"]
+    assert all(moved[f"{name}.lora_B"].any() for name in layers), "B does not train after the restart"
+
+    result = {"state": fingerprint(after, stored, masters, copies), "checksum": report.checksum,
+              "report": (report.prune_fraction_m, report.merge_loss), "restarts": list(engine.restarts)}
+    cases.release(engine)
+    return result
+
+
+def _check(results: list[dict]) -> None:
+    assert all(result == results[0] for result in results), "the ranks disagree"
+    assert results[0]["restarts"] == [6]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_invariants(stage, precision):
+    _check(ranks(2).run(restart_by_hand, stage, precision))
+
+
+@pytest.mark.parametrize("reset", ["magnitude", "zero", "none"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_reset(stage, reset):
+    _check(ranks(2).run(restart_by_hand, stage, "fp32", reset=reset))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_with_the_optimizer_on_cpu(stage, precision):
+    _check(ranks(2).run(restart_by_hand, stage, precision, offload=True))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_directly_after_an_evaluation(stage):
+    _check(ranks(2).run(restart_by_hand, stage, "bf16", after_evaluation=True))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_persistent_small_parameters_and_none(stage):
+    """ZeRO-3 keeps small parameters gathered, by default all of this model's; here none, and here all."""
+    for threshold in (0, 10**6):
+        _check(ranks(2).run(restart_by_hand, stage, "bf16", zero={"stage3_param_persistence_threshold": threshold}))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_without_masters_bf16_is_rounded_without_bias(stage):
+    _check(ranks(2).run(restart_by_hand, stage, "bf16", frozen_master="none"))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen2"])
+def test_other_model_families(family):
+    for stage in (1, 3):
+        _check(ranks(2).run(restart_by_hand, stage, "bf16", family=family))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_three_ranks(stage):
+    _check(ranks(3).run(restart_by_hand, stage, "bf16"))
+
+
+def test_one_rank():
+    for stage in STAGES:
+        _check(ranks(1).run(restart_by_hand, stage, "fp32"))
+
+
+def test_stage_1_with_fp32_accumulation_uses_another_wrapper():
+    _check(ranks(2).run(restart_with_fp32_accumulation))
+
+
+def restart_with_fp32_accumulation() -> dict:
+    original = cases.ds_settings
+
+    def with_fp32_accumulation(*args, **kwargs):
+        return {**original(*args, **kwargs), "data_types": {"grad_accum_dtype": "fp32"}}
+
+    cases.ds_settings = with_fp32_accumulation
+    try:
+        return restart_by_hand(1, "bf16")
+    finally:
+        cases.ds_settings = original
+
+
+def random_pruning(stage) -> dict:
+    engine = cases.build(stage, relora=cases.relora_config(optimizer_reset="random"))
+    for step in range(3):
+        cases.train_step(engine, step)
+    engine.restart()
+    moments = {n: v for n, v in engine.shards.gather([n for n in engine.shards.names if "lora_" in n],
+                                                     "exp_avg_sq").items()}
+    cases.release(engine)
+    return {n: (v != 0).nonzero().tolist() for n, v in moments.items()}
+
+
+def test_random_pruning_draws_the_same_mask_at_every_stage():
+    first, *others = [ranks(2).run(random_pruning, stage)[0] for stage in STAGES]
+    assert all(len(kept) for name, kept in first.items() if "lora_B" in name)
+    assert all(other == first for other in others)
+
+
+def two_restarts_in_a_row() -> str:
+    engine = cases.build(1)
+    cases.train_step(engine, 0)
+    engine.restart()
+    try:
+        engine.restart()
+    except ValueError as error:
+        return str(error)
+    finally:
+        cases.release(engine)
+    return ""
+
+
+def test_a_second_restart_at_the_same_step_is_an_error():
+    assert "there was one at step t=1" in ranks(1).run(two_restarts_in_a_row)[0]
