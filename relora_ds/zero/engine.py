@@ -64,15 +64,16 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
 
     settings = ds_config.load(config)
     found = ds_config.problems(settings, precision=precision, micro_batch_size=micro_batch_size,
-                               accumulation=gradient_accumulation_steps, max_grad_norm=max_grad_norm)
+                               accumulation=gradient_accumulation_steps, max_grad_norm=max_grad_norm,
+                               lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if found:
         raise ValueError("\n".join(found))
     init_distributed()
     precision = precision or ds_config.precision_of(settings) or ("bf16" if torch.cuda.is_available() else "fp32")
     settings = ds_config.resolve(
-        settings, precision=precision, micro_batch_size=micro_batch_size or 1,
-        accumulation=gradient_accumulation_steps or 1, world_size=dist.get_world_size(),
-        max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm, num_trainable=count_parameters(model)[0])
+        settings, precision=precision, micro_batch_size=micro_batch_size, accumulation=gradient_accumulation_steps,
+        world_size=dist.get_world_size(), max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
+        num_trainable=count_parameters(model)[0], cpu=not torch.cuda.is_available())
 
     align_ranks(model)
     below_fp32 = STORED_DTYPES[precision] != torch.float32

@@ -88,6 +88,22 @@ class count_traffic(TorchDispatchMode):  # noqa: N801 (a context manager, used l
         self.traffic.wire += size * wire_factor(dist.get_world_size())
 
 
+def expected_step(stage: int, *, trainable: int, frozen: int, element_size: int, accumulation: int,
+                  world_size: int) -> tuple[float, float]:
+    """`(payload, wire)` bytes of one optimizer step, padding and control messages left out.
+
+    With T trainable and F frozen elements of `e` bytes: stage 0 reduces T once; stage 1 reduces and gathers
+    T once; stage 2 reduces at every micro-step and gathers once; stage 3 reduces T and gathers T + F at
+    every micro-step (within `stage3_max_live_parameters`; twice past it).
+    """
+    t, f = trainable * element_size, frozen * element_size
+    reduced = t * (accumulation if stage >= 2 else 1)
+    gathered = {0: 0, 1: t, 2: t, 3: (t + f) * accumulation}[stage]
+    both_ways, one_way = _BOTH_WAYS(world_size), _ONE_WAY(world_size)
+    # Stage 3 reduces by reduce_scatter, the others by all_reduce.
+    return reduced + gathered, reduced * (one_way if stage == 3 else both_ways) + gathered * one_way
+
+
 def _num_bytes(value) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()

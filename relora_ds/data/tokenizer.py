@@ -1,0 +1,198 @@
+"""Tokenizers: any Hugging Face one, or a sentencepiece BPE trained on the corpus.
+
+A trained tokenizer is a directory with `tokenizer.model` and `tokenizer_config.json` that
+`transformers.AutoTokenizer` loads. Three decisions in it:
+
+* no normalisation at all (identity, spaces kept, bytes as the fallback), so that decoding gives the text
+  back and perplexity per word or per byte means something. The one exception is sentencepiece's own: U+2581
+  becomes a space.
+* `add_dummy_prefix` off. With it, transformers drops the extra space wherever a text already starts with one
+  and sentencepiece does not, so the ids differ; without it both agree on every string.
+* newlines are never part of a longer piece (training sees one line at a time), so a long document can be
+  tokenized line by line with the same result.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sentencepiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINING = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": 3,
+}
+# Much more text does not change the merges of a small vocabulary, and all of it is held in memory.
+MAX_TRAINING_CHARACTERS = 100_000_000
+# sentencepiece silently skips what is longer than max_sentence_length bytes, so cut lines instead.
+MAX_LINE_CHARACTERS = 8192
+
+CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "legacy": False,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 10**30,  # transformers' own "no limit"
+}
+
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    " = Title = \n \n A line , with @-@ marks .\n",
+    "  two  spaces   three    four ",
+    "In 2016, 1234567890 of 3.14159; 007",
+    "naïve façade, Δx ≈ π, 東京都, 🙂👩‍👩‍👧, e\u0301, \u00a0nbsp\u200b",
+    "def f(x):\n\treturn {x: '\\n'}\r\n\n\n",
+    "</s> <s>text that only looks special<unk> <pad>",
+)
+
+
+def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> PreTrainedTokenizerBase:
+    """Train on `documents`, write the tokenizer into `out_dir`, and return it, loaded back and verified.
+
+    The same documents give the same tokenizer, to the bit. Reads the first 100 million characters at most.
+    Raises ValueError when the documents hold no text, or when `vocab_size` is too large for them or too
+    small for the characters in them; RuntimeError when transformers would tokenize otherwise than
+    sentencepiece.
+    """
+    lines = list(_lines(documents))  # a list: an error while reading must not have to pass through sentencepiece
+    if not lines:
+        raise ValueError("data.source: the corpus holds no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            max_sentence_length=4 * MAX_LINE_CHARACTERS,
+            minloglevel=2,
+            **TRAINING,
+        )
+    except RuntimeError as error:
+        raise _clear_error(error, vocab_size) from error
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "tokenizer.model").write_bytes(model.getvalue())
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    tokenizer = load(out_dir)
+    verify(tokenizer, out_dir / "tokenizer.model")
+    with tempfile.TemporaryDirectory() as saved:  # an exported model directory holds the re-saved form
+        tokenizer.save_pretrained(saved)
+        verify(load(saved), out_dir / "tokenizer.model")
+    return tokenizer
+
+
+def load(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, and the checks that it does not make.
+
+    Raises ValueError: nothing there, no end-of-sequence token, or a vocabulary that was silently lost
+    (transformers 5 builds a 3-token LlamaTokenizer where it does not find the vocabulary).
+    """
+    from transformers import AutoTokenizer
+
+    name = str(Path(name_or_path).expanduser()) if Path(name_or_path).expanduser().is_dir() else str(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # OSError, ValueError, KeyError, …, by what is wrong with the directory
+        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ValueError(
+            f"data.tokenizer: {name!r} cannot be loaded ({first_line}); give a directory that holds a tokenizer, or a "
+            f"Hugging Face id that can be reached"
+        ) from error
+    expected = _num_pieces(Path(name) / "tokenizer.model")
+    if len(tokenizer) < expected or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"data.tokenizer: {name!r} loads with {len(tokenizer)} tokens instead of {expected or 'a vocabulary'}; "
+            f"the directory needs tokenizer.json, or tokenizer.model with a matching tokenizer_config.json"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"data.tokenizer: {name!r} has no end-of-sequence token; set eos_token in its "
+            f"tokenizer_config.json, documents are separated by it"
+        )
+    return tokenizer
+
+
+def verify(tokenizer: PreTrainedTokenizerBase, model_file: str | Path) -> None:
+    """Raise RuntimeError unless `tokenizer` has the vocabulary and gives the ids of the sentencepiece model.
+
+    Also checks that the samples decode to themselves.
+    """
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    if len(tokenizer) != pieces.get_piece_size():
+        raise RuntimeError(f"transformers loads {len(tokenizer)} tokens of {pieces.get_piece_size()} in {model_file}")
+    for sample, ids in zip(SAMPLES, encode(tokenizer, SAMPLES), strict=True):
+        if ids != pieces.encode(sample):
+            raise RuntimeError(f"transformers encodes {sample!r} as {ids}, sentencepiece as {pieces.encode(sample)}")
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != sample:
+            raise RuntimeError(f"{sample!r} does not survive encoding and decoding: {tokenizer.decode(ids)!r}")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of each text, as text: no special tokens added, and none read out of it ("</s>" is four characters)."""
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    num_characters = 0
+    for document in documents:
+        for line in document.split("\n"):
+            for start in range(0, len(line), MAX_LINE_CHARACTERS):
+                piece = line[start : start + MAX_LINE_CHARACTERS]
+                if piece.strip():
+                    num_characters += len(piece)
+                    yield piece
+        if num_characters >= MAX_TRAINING_CHARACTERS:
+            return
+
+
+def _clear_error(error: RuntimeError, vocab_size: int) -> Exception:
+    """sentencepiece reports both bounds as a failed C++ assertion."""
+    if found := re.search(r"set it to a value <= (\d+)", str(error)):
+        return ValueError(
+            f"data.vocab_size: {vocab_size} is more than this corpus can fill; "
+            f"use at most {found[1]} or a larger corpus"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return ValueError(
+            f"data.vocab_size: {vocab_size} does not hold the corpus' characters; use more than {found[1]}"
+        )
+    return error
+
+
+def _num_pieces(model_file: Path) -> int:
+    """Size of a sentencepiece model; 0 if there is none (some families keep another format under that name)."""
+    if not model_file.is_file():
+        return 0
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model_file)).get_piece_size()
+    except RuntimeError:
+        return 0

@@ -1,0 +1,7 @@
+"""Ordinary training of every weight: the paper's full-rank baseline, and the warm start."""
+
+from relora_ds.methods.base import Method
+
+
+class Full(Method):
+    """Everything trains."""

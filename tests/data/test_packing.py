@@ -1,0 +1,135 @@
+"""The token cache: what is in it, when it is rebuilt, and what survives a crash or a race."""
+
+import multiprocessing
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+
+from relora_ds.data import documents, packing, prepare
+from relora_ds.data import tokenizer as tokenizers
+from tests.data.settings import settings
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often the corpus is tokenized."""
+    calls = []
+    build = packing._build
+    monkeypatch.setattr(packing, "_build", lambda *arguments: calls.append(1) or build(*arguments))
+    return calls
+
+
+def text_settings(tmp_path, **changes):
+    path = tmp_path / "text.txt"
+    if not path.exists():
+        path.write_text("".join(topics[key] for key in sorted(topics)[:20]), encoding="utf-8")
+    return settings(tmp_path / "cache", **{"source": "text", "path": str(path), **changes})
+
+
+def test_tokens_are_the_documents_with_eos_after_each(tmp_path):
+    data = settings(tmp_path)
+    prepared = prepare(data, seed=1)
+    tokenizer = tokenizers.load(prepared.tokenizer_dir)
+    for split, tokens in (("train", prepared.train), ("validation", prepared.validation)):
+        texts = list(documents(data, split))
+        ids = [[*ids, prepared.eos_id] for ids in tokenizers.encode(tokenizer, texts)]
+        np.testing.assert_array_equal(tokens, np.concatenate(ids))
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and not tokens.flags.writeable
+        assert np.count_nonzero(tokens == prepared.eos_id) == len(texts)
+    text = "".join(documents(data, "validation"))
+    assert prepared.validation_bytes == len(text.encode())
+    assert prepared.validation_words == sum(len(text.split()) for text in documents(data, "validation"))
+    assert prepared.vocab_size == len(tokenizer) == 600
+
+
+def test_long_documents_are_tokenized_in_pieces_with_the_same_result(tmp_path, monkeypatch):
+    whole = prepare(settings(tmp_path / "a"))
+    monkeypatch.setattr(packing, "MAX_PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 1200)
+    pieces = prepare(settings(tmp_path / "b"))
+    np.testing.assert_array_equal(whole.train, pieces.train)
+    np.testing.assert_array_equal(whole.validation, pieces.validation)
+
+
+def test_cache_is_hit_for_other_lengths_and_seeds_and_missed_for_other_ids(tmp_path, builds):
+    first = prepare(text_settings(tmp_path), seed=0)
+    same = [prepare(text_settings(tmp_path), seed=7), prepare(text_settings(tmp_path, seq_len=64))]
+    assert len(builds) == 1 and {prepared.fingerprint for prepared in same} == {first.fingerprint}
+    others = [
+        prepare(text_settings(tmp_path, **changes)).fingerprint
+        for changes in ({"vocab_size": 500}, {"max_tokens": 1000}, {"validation": 0.1})
+    ]
+    others.append(prepare(text_settings(tmp_path, tokenizer=str(first.tokenizer_dir))).fingerprint)
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text().replace("the", "teh"))  # the same size
+    others.append(prepare(text_settings(tmp_path)).fingerprint)
+    assert len({first.fingerprint, *others}) == 6 and len(builds) == 6
+
+
+def test_given_tokenizer_is_used_and_named(tmp_path):
+    first = prepare(text_settings(tmp_path))
+    second = prepare(text_settings(tmp_path, tokenizer=str(first.tokenizer_dir)))
+    assert second.tokenizer_dir == first.tokenizer_dir
+    np.testing.assert_array_equal(first.train, second.train)
+
+
+def test_max_tokens_is_exact(tmp_path):
+    full, cut = prepare(text_settings(tmp_path)), prepare(text_settings(tmp_path, max_tokens=1001))
+    np.testing.assert_array_equal(cut.train, full.train[:1001])
+    np.testing.assert_array_equal(cut.validation, full.validation)
+
+
+@pytest.mark.parametrize("damage", ["metadata.json", "train.bin", "truncate"])
+def test_half_written_cache_is_rebuilt(tmp_path, builds, damage):
+    first = prepare(text_settings(tmp_path))
+    expected = np.array(first.train)
+    directory = first.tokenizer_dir.parent
+    if damage == "truncate":
+        (directory / "train.bin").write_bytes((directory / "train.bin").read_bytes()[:-2])
+    else:
+        (directory / damage).unlink()
+    np.testing.assert_array_equal(prepare(text_settings(tmp_path)).train, expected)
+    assert len(builds) == 2
+
+
+def test_a_crash_while_building_leaves_no_entry(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_write_tokens", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            prepare(text_settings(tmp_path))
+    assert all(path.name.endswith(".lock") for path in (tmp_path / "cache" / "tokens").iterdir())
+    assert len(prepare(text_settings(tmp_path)).train) > 0
+
+
+def _race(data, barrier, results):
+    build = packing._build
+    builds = []
+    packing._build = lambda *arguments: builds.append(1) or build(*arguments)
+    barrier.wait()
+    prepared = prepare(data)
+    results.put((len(builds), prepared.fingerprint, int(prepared.train.sum(dtype=np.int64))))
+
+
+def test_racing_processes_build_once_and_agree(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    data = text_settings(tmp_path)
+    processes = [context.Process(target=_race, args=(data, barrier, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(builds for builds, *_ in found) == [0, 1]
+    assert found[0][1:] == found[1][1:]
+
+
+def test_too_small_and_wrong_are_clear_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"data.seq_len: 9000000 is more than the \d+ training tokens"):
+        prepare(settings(tmp_path, seq_len=9_000_000))
+    with pytest.raises(ValueError, match="data.source: 'x' is unknown.*\n.*data.seq_len: 1 "):
+        prepare(settings(tmp_path, source="x", seq_len=1))
+    (tmp_path / "blank.txt").write_text(" \n \n")
+    with pytest.raises(ValueError, match="holds no text"):
+        prepare(settings(tmp_path, source="text", path=str(tmp_path / "blank.txt")))
