@@ -65,7 +65,7 @@ def _rename(temporary: Path, final: Path, is_complete: Callable[[Path], bool]) -
 
 
 def _sync(directory: Path) -> None:
-    """Flush every file to disk, so that after a power failure the renamed directory is not full of empty files."""
+    """Flush every file to disk: a power failure must not leave a complete name on empty files."""
     for path in directory.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:

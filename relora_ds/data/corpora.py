@@ -1,6 +1,6 @@
 """Corpora: where the documents come from, and which of them are held out for validation.
 
-    wikitext2   600 / 60 Wikipedia articles, 11 / 1 MB, the default demo (see wikitext.py for where it comes from)
+    wikitext2   600 / 60 Wikipedia articles, 11 / 1 MB, the default demo (wikitext.py)
     pydocs      the help topics that Python itself carries, 79 documents, 0.46 MB, no download
     text        local UTF-8 files, one document per file
 
@@ -101,7 +101,9 @@ def problems(data: DataConfig) -> list[str]:
     elif data.source == "text" and not data.path:
         found.append("data.path: missing; data.source=text needs a file, a directory or a glob")
     elif data.source != "text" and data.path:
-        found.append(f"data.path: {data.path!r} is read only with data.source=text; set that or remove data.path")
+        found.append(
+            f"data.path: {data.path!r} is read only with data.source=text; set that or remove data.path"
+        )
     found += _errors_of(validation_setting, data)
     if data.source == "text" and data.path:
         found += _errors_of(_text_files, data)
@@ -111,11 +113,13 @@ def problems(data: DataConfig) -> list[str]:
         found.append(f"data.text_column: {data.text_column!r} has no effect on {data.source!r}; remove it")
     found += _tokenizer_problems(data)
     if not _is_int(data.seq_len) or data.seq_len < 2:
-        found.append(f"data.seq_len: {data.seq_len!r} is not a whole number of at least 2 tokens, such as 256")
+        found.append(
+            f"data.seq_len: {data.seq_len!r} is not a whole number of at least 2 tokens, such as 256"
+        )
     elif data.max_tokens is not None and (not _is_int(data.max_tokens) or data.max_tokens < data.seq_len):
         found.append(
-            f"data.max_tokens: {data.max_tokens!r} does not hold one sequence of data.seq_len {data.seq_len}; "
-            f"raise it or remove it"
+            f"data.max_tokens: {data.max_tokens!r} does not hold one sequence of data.seq_len "
+            f"{data.seq_len}; raise it or remove it"
         )
     if not data.packing:
         found.append("data.packing: false is not available yet; set it to true")
@@ -139,7 +143,9 @@ def _tokenizer_problems(data: DataConfig) -> list[str]:
     # "gpt2" and "org/name" may be names on the hub; these cannot.
     only_a_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
     if place.is_file() or (only_a_path and not place.exists()):
-        return [f"data.tokenizer: {name!r} is not a directory; give a tokenizer's directory or a Hugging Face id"]
+        return [
+            f"data.tokenizer: {name!r} is not a directory; give a tokenizer's directory or a Hugging Face id"
+        ]
     return []
 
 
@@ -188,8 +194,8 @@ def _text_files(data: DataConfig) -> list[Path]:
     files = [file for file in files if file.resolve() not in held_out]
     if not files:
         raise ValueError(
-            f"data.path: every file of {data.path!r} is also in data.validation {data.validation!r}; nothing is left "
-            f"to train on, name other validation files or a fraction"
+            f"data.path: every file of {data.path!r} is also in data.validation {data.validation!r}; nothing "
+            f"is left to train on, name other validation files or a fraction"
         )
     return files
 

@@ -1,4 +1,4 @@
-"""Batches out of a row of token ids: training in a resumable global order, evaluation of every token exactly once."""
+"""Batches of token windows: training in a resumable global order, evaluation of every token once."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class TrainLoader:
         self.num_sequences = len(tokens) // seq_len
         if self.num_sequences < batch_sequences:
             raise ValueError(
-                f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} sequences of "
-                f"{seq_len} tokens in the corpus ({len(tokens)} tokens); lower it, shorten data.seq_len or use a "
-                f"larger corpus"
+                f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} sequences "
+                f"of {seq_len} tokens in the corpus ({len(tokens)} tokens); lower it, shorten data.seq_len "
+                f"or use a larger corpus"
             )
         self.windows = tokens[: self.num_sequences * seq_len].reshape(self.num_sequences, seq_len)
         self.batch_sequences = batch_sequences
@@ -69,7 +69,7 @@ class TrainLoader:
         return [_batch(self.windows[indices]) for indices in mine]
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next step starts; the same on every rank, and valid for any world size and micro-batch size."""
+        """Where the next step starts; the same on every rank, valid for any world and micro-batch size."""
         epoch, position = divmod(self.consumed, self.num_sequences)
         return {"epoch": epoch, "position": position}
 
@@ -78,8 +78,8 @@ class TrainLoader:
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < self.num_sequences:
             raise ValueError(
-                f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} sequences; resume "
-                f"with the data and data.seq_len that the run started with"
+                f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} "
+                f"sequences; resume with the data and data.seq_len that the run started with"
             )
         self.consumed = epoch * self.num_sequences + position
 
@@ -117,8 +117,8 @@ def evaluation_batches(
     assert 0 <= rank < world_size, (rank, world_size)
     if seq_len < 2 or len(tokens) < 2:
         raise ValueError(
-            f"data.validation: {len(tokens)} tokens in windows of data.seq_len {seq_len} leave nothing to predict; "
-            f"both must be at least 2"
+            f"data.validation: {len(tokens)} tokens in windows of data.seq_len {seq_len} leave nothing to "
+            f"predict; both must be at least 2"
         )
     stride = seq_len - 1
     num_windows = -(-(len(tokens) - 1) // stride)
@@ -140,8 +140,9 @@ def _accumulation_steps(batch_sequences: int, micro_batch_size: int, world_size:
     if remainder or steps == 0:
         sizes = " or ".join(str(size * per_micro_step) for size in (steps, steps + 1) if size > 0)
         raise ValueError(
-            f"train.batch_sequences: {batch_sequences} is not a multiple of {per_micro_step} (micro_batch_size "
-            f"{micro_batch_size} x {world_size} ranks); use {sizes}, or change train.micro_batch_size"
+            f"train.batch_sequences: {batch_sequences} is not a multiple of {per_micro_step} "
+            f"(micro_batch_size {micro_batch_size} x {world_size} ranks); use {sizes}, or change "
+            f"train.micro_batch_size"
         )
     return steps
 

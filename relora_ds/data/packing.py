@@ -40,16 +40,20 @@ BATCH_CHARACTERS = 1 << 21
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A tokenized corpus. `train` and `validation` are 1-D, read-only, uint16 (vocabulary < 65536) or uint32."""
+    """A tokenized corpus; both splits are 1-D, read-only, uint16 (vocabulary < 65536) or uint32."""
 
     train: np.memmap
     validation: np.memmap
     validation_words: int  # separated by whitespace
     validation_bytes: int  # of the UTF-8 text
-    tokenizer_dir: Path | str  # what `tokenizer.load` takes: a directory, or the Hugging Face id of the recipe
+    tokenizer_dir: (
+        Path | str
+    )  # what `tokenizer.load` takes: a directory, or the Hugging Face id of the recipe
     vocab_size: int
     eos_id: int
-    fingerprint: str  # sha256; equal on two hosts if and only if they read the same corpus with the same settings
+    fingerprint: (
+        str  # sha256; equal on two hosts if and only if they read the same corpus with the same settings
+    )
 
 
 def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
@@ -88,8 +92,8 @@ def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
     )
     if len(prepared.train) < data.seq_len:
         raise ValueError(
-            f"data.seq_len: {data.seq_len} is more than the {len(prepared.train)} training tokens of {data.source!r} "
-            f"({len(prepared.validation)} are held out); shorten it or use a larger corpus"
+            f"data.seq_len: {data.seq_len} is more than the {len(prepared.train)} training tokens of "
+            f"{data.source!r} ({len(prepared.validation)} are held out); shorten it or use a larger corpus"
         )
     return prepared
 
@@ -106,7 +110,9 @@ def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBas
         # What the tokenizer does rather than its files: the same for a directory and the hub id it came
         # from, and a model directory need not have its gigabytes of weights hashed.
         backend = getattr(given, "backend_tokenizer", None)
-        state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
+        state = (
+            backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
+        )
         tokenizer_key = {"sha256": hashlib.sha256(state.encode()).hexdigest(), "eos_id": given.eos_token_id}
     return {
         "format": FORMAT_VERSION,
@@ -135,8 +141,8 @@ def _build(
     )
     if num_train == 0 or num_validation == 0:
         raise ValueError(
-            f"data.source: {data.source!r} gives {num_train} training and {num_validation} validation tokens; "
-            f"both need text, use a larger corpus or set data.validation"
+            f"data.source: {data.source!r} gives {num_train} training and {num_validation} validation "
+            f"tokens; both need text, use a larger corpus or set data.validation"
         )
     metadata = {
         "train_tokens": num_train,
@@ -187,7 +193,7 @@ def _write_tokens(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (piece, whether it ends its document) of about BATCH_CHARACTERS: parallel work for the tokenizer."""
+    """Lists of (piece, whether it ends its document) of about BATCH_CHARACTERS, tokenized in parallel."""
     batch: list[tuple[str, bool]] = []
     num_characters = 0
     for document in documents:

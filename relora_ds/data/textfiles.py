@@ -38,7 +38,9 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
     elif place.is_dir():
         files = sorted(file for file in place.rglob("*.txt") if file.is_file())
         if not files:
-            raise ValueError(f"{field}: directory {name!r} holds no .txt file; give a glob for files named otherwise")
+            raise ValueError(
+                f"{field}: directory {name!r} holds no .txt file; give a glob for files named otherwise"
+            )
     elif glob.has_magic(name):
         files = sorted(Path(file) for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
         if not files:
@@ -47,7 +49,9 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
         raise ValueError(f"{field}: {name!r} does not exist; give a file, a directory or a glob")
     for file in files:
         if file.suffix.lower() in STRUCTURED_SUFFIXES:
-            raise ValueError(f"{field}: {str(file)!r} is not plain text; give UTF-8 text files, one document per file")
+            raise ValueError(
+                f"{field}: {str(file)!r} is not plain text; give UTF-8 text files, one document per file"
+            )
     files = [file for file in files if file.stat().st_size > 0]
     if not files:
         raise ValueError(f"{field}: {name!r} holds only empty files; give at least one file with text")
@@ -55,7 +59,7 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """The text of each file, in order, bytes unchanged but for a leading byte order mark; blank files skipped.
+    """The text of each file, in order, unchanged but for a byte order mark; blank files are skipped.
 
     Raises ValueError for a file that is not UTF-8, naming the file and the first bad byte.
     """

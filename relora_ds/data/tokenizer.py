@@ -77,7 +77,9 @@ def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> Pre
     small for the characters in them; RuntimeError when transformers would tokenize otherwise than
     sentencepiece.
     """
-    lines = list(_lines(documents))  # a list: an error while reading must not have to pass through sentencepiece
+    lines = list(
+        _lines(documents)
+    )  # a list: an error while reading must not have to pass through sentencepiece
     if not lines:
         raise ValueError("data.source: the corpus holds no text to train a tokenizer on")
     model = io.BytesIO()
@@ -112,20 +114,25 @@ def load(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    name = str(Path(name_or_path).expanduser()) if Path(name_or_path).expanduser().is_dir() else str(name_or_path)
+    name = (
+        str(Path(name_or_path).expanduser())
+        if Path(name_or_path).expanduser().is_dir()
+        else str(name_or_path)
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # OSError, ValueError, KeyError, …, by what is wrong with the directory
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ValueError(
-            f"data.tokenizer: {name!r} cannot be loaded ({first_line}); give a directory that holds a tokenizer, or a "
-            f"Hugging Face id that can be reached"
+            f"data.tokenizer: {name!r} cannot be loaded ({first_line}); give a directory that holds a "
+            f"tokenizer, or a Hugging Face id that can be reached"
         ) from error
     expected = _num_pieces(Path(name) / "tokenizer.model")
     if len(tokenizer) < expected or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(
-            f"data.tokenizer: {name!r} loads with {len(tokenizer)} tokens instead of {expected or 'a vocabulary'}; "
-            f"the directory needs tokenizer.json, or tokenizer.model with a matching tokenizer_config.json"
+            f"data.tokenizer: {name!r} loads with {len(tokenizer)} tokens instead of "
+            f"{expected or 'a vocabulary'}; the directory needs tokenizer.json, "
+            f"or tokenizer.model with a matching tokenizer_config.json"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -142,16 +149,22 @@ def verify(tokenizer: PreTrainedTokenizerBase, model_file: str | Path) -> None:
     """
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     if len(tokenizer) != pieces.get_piece_size():
-        raise RuntimeError(f"transformers loads {len(tokenizer)} tokens of {pieces.get_piece_size()} in {model_file}")
+        raise RuntimeError(
+            f"transformers loads {len(tokenizer)} tokens of {pieces.get_piece_size()} in {model_file}"
+        )
     for sample, ids in zip(SAMPLES, encode(tokenizer, SAMPLES), strict=True):
         if ids != pieces.encode(sample):
-            raise RuntimeError(f"transformers encodes {sample!r} as {ids}, sentencepiece as {pieces.encode(sample)}")
+            raise RuntimeError(
+                f"transformers encodes {sample!r} as {ids}, sentencepiece as {pieces.encode(sample)}"
+            )
         if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != sample:
-            raise RuntimeError(f"{sample!r} does not survive encoding and decoding: {tokenizer.decode(ids)!r}")
+            raise RuntimeError(
+                f"{sample!r} does not survive encoding and decoding: {tokenizer.decode(ids)!r}"
+            )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text, as text: no special tokens added, and none read out of it ("</s>" is four characters)."""
+    """Token ids of each text: no special tokens added, none read out of it ("</s>" is 4 characters)."""
     return tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -189,7 +202,7 @@ def _clear_error(error: RuntimeError, vocab_size: int) -> Exception:
 
 
 def _num_pieces(model_file: Path) -> int:
-    """Size of a sentencepiece model; 0 if there is none (some families keep another format under that name)."""
+    """Size of a sentencepiece model; 0 if there is none (some families use the name for another format)."""
     if not model_file.is_file():
         return 0
     try:

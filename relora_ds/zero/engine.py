@@ -201,9 +201,10 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros((), device=self.device)
+        norm = torch.nn.utils.get_total_norm(gradients)
         bad = (~torch.isfinite(norm)).to(torch.int32)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        self._global_grad_norm = norm.item()  # DeepSpeed does not report one here
         return not bad.item()
 
     def _skip_step(self) -> None:

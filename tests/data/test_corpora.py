@@ -31,12 +31,16 @@ def test_few_documents_are_cut_at_a_line(tmp_path):
 
 def test_one_line_is_cut_at_a_space(tmp_path):
     (tmp_path / "a.txt").write_text("one two three four five six", encoding="utf-8")
-    train, validation = both(settings(tmp_path, source="text", path=str(tmp_path / "a.txt"), validation="0.5"))
+    train, validation = both(
+        settings(tmp_path, source="text", path=str(tmp_path / "a.txt"), validation="0.5")
+    )
     assert (train, validation) == (["one two three "], ["four five six"])
 
 
 def test_directory_and_glob_give_one_document_per_file(tmp_path):
-    texts = [write_text(tmp_path / "texts" / f"{name}.txt", 30, name).read_text() for name in ("a", "b", "sub/c")]
+    texts = [
+        write_text(tmp_path / "texts" / f"{name}.txt", 30, name).read_text() for name in ("a", "b", "sub/c")
+    ]
     write_text(tmp_path / "texts" / "notes.md", 30)
     held_out = write_text(tmp_path / "texts" / "valid.txt", 30)
     for path in (tmp_path / "texts", tmp_path / "texts" / "**" / "*.txt"):
@@ -61,7 +65,10 @@ def test_not_utf8_names_file_and_byte(tmp_path):
 
 def test_hash_follows_contents_and_split(tmp_path):
     file = write_text(tmp_path / "a.txt", 100)
-    hashes = {open_corpus(settings(tmp_path, source="text", path=str(file), validation=f)).sha256 for f in (0.1, 0.2)}
+    hashes = {
+        open_corpus(settings(tmp_path, source="text", path=str(file), validation=f)).sha256
+        for f in (0.1, 0.2)
+    }
     again = open_corpus(settings(tmp_path, source="text", path=str(file), validation=0.1)).sha256
     assert len(hashes) == 2 and again in hashes
     file.write_text(file.read_text().replace("hill 3", "hull 3"))  # the same size
@@ -74,7 +81,10 @@ def test_hash_follows_contents_and_split(tmp_path):
         ({"source": "wikitext3"}, "data.source: 'wikitext3' is unknown; use one of wikitext2, pydocs, text"),
         ({"source": "text"}, "data.path: missing"),
         ({"path": "x.txt"}, "data.path: 'x.txt' is read only with data.source=text"),
-        ({"source": "text", "path": "x.txt"}, "data.path: 'x.txt' does not exist; give a file, a directory or a glob"),
+        (
+            {"source": "text", "path": "x.txt"},
+            "data.path: 'x.txt' does not exist; give a file, a directory or a glob",
+        ),
         ({"source": "text", "path": "no/*.txt"}, "data.path: 'no/*.txt' matches no file"),
         ({"validation": 1.5}, "data.validation: 1.5 is not a fraction between 0 and 1"),
         ({"validation": "0"}, "data.validation: '0' is not a fraction"),
@@ -96,7 +106,11 @@ def test_problems_reports_all_at_once_and_nothing_when_right(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "no_texts").mkdir()
     wrong = settings(
-        tmp_path, source="text", path=str(tmp_path / "empty.txt"), validation=str(tmp_path / "no_texts"), seq_len=0
+        tmp_path,
+        source="text",
+        path=str(tmp_path / "empty.txt"),
+        validation=str(tmp_path / "no_texts"),
+        seq_len=0,
     )
     found = " ".join(problems(wrong))
     assert "only empty files" in found and "holds no .txt file" in found and "data.seq_len: 0" in found
@@ -105,4 +119,6 @@ def test_problems_reports_all_at_once_and_nothing_when_right(tmp_path):
 
 def test_structured_files_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
-    assert "is not plain text" in problems(settings(tmp_path, source="text", path=str(tmp_path / "a.jsonl")))[0]
+    assert (
+        "is not plain text" in problems(settings(tmp_path, source="text", path=str(tmp_path / "a.jsonl")))[0]
+    )

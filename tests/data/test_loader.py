@@ -29,7 +29,9 @@ def steps(num_steps, micro_batch_size, world_size, batch_sequences=12, seed=0, s
     return result
 
 
-@pytest.mark.parametrize(("micro_batch_size", "world_size"), [(12, 1), (1, 1), (3, 2), (2, 3), (1, 4), (6, 2)])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "world_size"), [(12, 1), (1, 1), (3, 2), (2, 3), (1, 4), (6, 2)]
+)
 def test_order_does_not_depend_on_ranks_or_micro_batches(micro_batch_size, world_size):
     assert steps(8, micro_batch_size, world_size) == steps(8, 4, 1)
 
@@ -49,7 +51,9 @@ def test_batches_are_windows_with_labels():
         assert batch["input_ids"].shape == (3, SEQ_LEN) and batch["input_ids"].dtype == torch.int64
         assert torch.equal(batch["labels"], batch["input_ids"])
         assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
-        assert torch.equal(batch["input_ids"] - batch["input_ids"][:, :1], torch.arange(SEQ_LEN).expand(3, -1))
+        assert torch.equal(
+            batch["input_ids"] - batch["input_ids"][:, :1], torch.arange(SEQ_LEN).expand(3, -1)
+        )
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 5])
@@ -76,10 +80,13 @@ def test_loader_errors():
 @pytest.mark.parametrize("num_tokens", [2, 7, 8, 9, 50])
 @pytest.mark.parametrize("seq_len", [2, 8])
 @pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 1), (3, 1), (2, 2), (4, 3)])
-def test_evaluation_predicts_every_token_but_the_first_once(num_tokens, seq_len, micro_batch_size, world_size):
+def test_evaluation_predicts_every_token_but_the_first_once(
+    num_tokens, seq_len, micro_batch_size, world_size
+):
     tokens = np.arange(1, num_tokens + 1, dtype=np.uint16)
     ranks = [
-        list(evaluation_batches(tokens, seq_len, micro_batch_size, rank, world_size)) for rank in range(world_size)
+        list(evaluation_batches(tokens, seq_len, micro_batch_size, rank, world_size))
+        for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1, "collectives must match"
     predicted = []
@@ -88,7 +95,9 @@ def test_evaluation_predicts_every_token_but_the_first_once(num_tokens, seq_len,
         assert input_ids.shape == labels.shape == (micro_batch_size, seq_len) and labels.dtype == torch.int64
         counts = labels[:, 1:] != -100
         predicted += labels[:, 1:][counts].tolist()
-        assert torch.equal(input_ids[:, :-1][counts] + 1, labels[:, 1:][counts]), "predicted from the token before"
+        assert torch.equal(input_ids[:, :-1][counts] + 1, labels[:, 1:][counts]), (
+            "predicted from the token before"
+        )
         assert not input_ids[labels == -100].any()
     assert sorted(predicted) == list(range(2, num_tokens + 1))
 

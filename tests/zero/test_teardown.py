@@ -1,0 +1,64 @@
+"""After a release nothing of the old engine is left, at every stage."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from relora_ds.zero.teardown import release
+from tests.parity import cases
+from tests.ranks import ranks
+
+
+def live_bytes() -> int:
+    """Bytes of the distinct storages of all live tensors of this process."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        try:
+            if isinstance(thing, torch.Tensor) and not thing.is_meta:
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        except Exception:  # half-built objects of other libraries
+            continue
+    return sum(storages.values())
+
+
+def _watch(engine) -> dict[str, weakref.ref]:
+    """Weak references to everything large. A function of its own, so that its loop variables hold nothing."""
+    watched = {}
+    for i, (_, flat) in enumerate(engine.shards._adapter.flats()):
+        watched[f"master {i}"] = weakref.ref(flat)
+        for key, value in engine.shards._adapter.inner.state[flat].items():
+            watched[f"{key} {i}"] = weakref.ref(value)
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_tensor"):
+            watched[f"{name} partition"] = weakref.ref(parameter.ds_tensor)
+    for name, master in engine.frozen.masters.items():
+        watched[f"{name} frozen master"] = weakref.ref(master)
+    for buffers in ("bit16_groups_flat", "single_partition_of_fp32_groups", "fp16_partitioned_groups_flat"):
+        for i, buffer in enumerate(getattr(engine.optimizer, buffers, [])):
+            watched[f"{buffers} {i}"] = weakref.ref(buffer)
+    return watched
+
+
+def build_and_release(stage, precision, offload=False) -> tuple[list[str], int, int]:
+    """(names of tensors that are still alive, live bytes before and after)."""
+    before = live_bytes()
+    engine = cases.build(stage, precision=precision, offload=offload)
+    cases.train_step(engine, 0)
+    cases.logits(engine)
+    watched = _watch(engine)
+    release(engine)
+    gc.collect()
+    return [name for name, reference in watched.items() if reference() is not None], before, live_bytes()
+
+
+@pytest.mark.parametrize("stage, precision, offload", [
+    (0, "fp32", False), (0, "bf16", False), (1, "bf16", False), (1, "fp32", True), (2, "bf16", False),
+    (3, "fp32", False), (3, "bf16", False), (3, "bf16", True)])
+def test_nothing_survives_a_release(stage, precision, offload):
+    for alive, before, after in ranks(2).run(build_and_release, stage, precision, offload):
+        assert alive == []
+        assert after - before < 2048
