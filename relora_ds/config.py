@@ -300,13 +300,23 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
-    """Read a recipe, lay the overrides over it, and check all of it.
+    """Read a recipe, lay the overrides over it, and check all of it; see `read_recipe`.
+
+    Raises RecipeError with every unknown key, wrong type, bad value and missing file.
+    """
+    recipe, problems = read_recipe(name_or_path, overrides, check_files)
+    if problems:
+        raise RecipeError(problems, str(name_or_path))
+    return recipe
+
+
+def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
+                check_files: bool = True) -> tuple[Recipe, list[str]]:
+    """`(recipe, problems)`: the recipe as far as it can be read, and everything that is wrong with it.
 
     name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value in YAML
     (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`); later ones win. check_files:
     False for tools that read the recipe of a run whose data may be elsewhere.
-
-    Raises RecipeError with every unknown key, wrong type, bad value and missing file.
     """
     path, problems = _find(str(name_or_path))
     values = recipe_loading.read_values(path, Recipe, problems) if path else None
@@ -321,9 +331,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_f
     if readable:  # without the file, whatever it would have set is missing, and the rest means nothing
         messages = recipe.problems(check_files)
         problems += [m for m in messages if not any(recipe_validation.mentions(m, key) for key in untrusted)]
-    if problems:
-        raise RecipeError(problems, str(name_or_path))
-    return recipe
+    return recipe, problems
 
 
 def _find(name_or_path: str) -> tuple[Path | None, list[str]]:

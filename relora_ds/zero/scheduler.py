@@ -48,11 +48,15 @@ class ReLoRAScheduler:
                              restart_warmup_steps=c.restart_warmup_steps, min_lr_ratio=c.min_lr_ratio,
                              restarts=self.restarts)
 
+    def is_scheduled(self, t: int) -> bool:
+        """Whether the calendar has a restart directly after step `t`."""
+        every = self.config.restart_every
+        return bool(every) and 0 < t < self.config.total_steps and t % every == 0
+
     @property
     def restart_due(self) -> bool:
         """Whether the schedule wants a restart now, directly after step `t`."""
-        every = self.config.restart_every
-        return bool(every) and 0 < self.t < self.config.total_steps and self.t % every == 0 and self.t not in self.restarts
+        return self.is_scheduled(self.t) and self.t not in self.restarts
 
     def step(self) -> None:
         """Count one applied step. DeepSpeed calls this; you do not."""

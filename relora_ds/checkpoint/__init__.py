@@ -1,0 +1,1 @@
+"""What is saved, and how a run goes on from it."""

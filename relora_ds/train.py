@@ -1,0 +1,67 @@
+"""`train.py`, also as `python -m relora_ds train` and `deepspeed --module relora_ds.train`."""
+
+import argparse
+import os
+import sys
+import traceback
+
+from relora_ds.config import RecipeError, recipe_names
+
+EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME = 0, 1, 2, 3, 4
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line: a recipe and its overrides."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Pre-train a language model with ReLoRA on DeepSpeed ZeRO.",
+        epilog="Examples:  deepspeed --num_gpus 8 train.py --config quickstart relora.r=32 train.steps=1000   |   "
+               "torchrun --nproc_per_node 2 train.py --config my.yaml   |   python train.py --config tiny")
+    parser.add_argument("--config", default="quickstart", metavar="RECIPE",
+                        help=f"a YAML file, or a shipped recipe: {', '.join(recipe_names())} (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="override any key of the recipe; the value is YAML")
+    # The DeepSpeed launcher appends it; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    arguments, rest = parser.parse_known_intermixed_args(argv)
+    unknown = [a for a in rest if a.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; recipe keys are given as section.key=value")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a recipe on this rank; returns the exit code of DESIGN's contract: 0, 1, 2 (recipe), 3 (guard), 4 (resume)."""
+    arguments = parse_arguments(argv)
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    from relora_ds.training.console import quieten_libraries
+    quieten_libraries()
+    from relora_ds.checkpoint.store import ResumeError
+    from relora_ds.training.guard import GuardError
+    from relora_ds.training.preflight import check
+    from relora_ds.training.trainer import Trainer
+    trainer = None
+    try:
+        trainer = Trainer(check(arguments.config, arguments.overrides))
+        trainer.fit()
+        return EXIT_DONE
+    except RecipeError as error:
+        return _stop(trainer, is_first, str(error), EXIT_RECIPE)
+    except GuardError as error:
+        return _stop(trainer, is_first, str(error), EXIT_GUARD)
+    except ResumeError as error:
+        return _stop(trainer, is_first, str(error), EXIT_RESUME)
+    except Exception as error:
+        traceback.print_exc()
+        return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", EXIT_ERROR)
+
+
+def _stop(trainer, say: bool, reason: str, exit_code: int) -> int:
+    if say:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    if trainer is not None:
+        trainer.set_status("failed", reason, exit_code)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

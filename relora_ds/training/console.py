@@ -1,0 +1,97 @@
+"""What a person sees: rank 0's lines and progress bar, and a quiet library stack."""
+
+import logging
+import os
+import warnings
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def quieten_libraries() -> None:
+    """Hide what a user cannot act on: DeepSpeed's INFO flood, start-up warnings of torch and transformers.
+
+    RELORA_DS_VERBOSE=1 leaves everything as it is.
+    """
+    if os.environ.get("RELORA_DS_VERBOSE"):
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed)\..*")
+
+
+class View:
+    """Rank 0 talks; on the other ranks every call does nothing.
+
+    On a terminal there is a progress bar at the bottom; elsewhere (a log file) a plain line per logged step.
+    """
+
+    def __init__(self, enabled: bool, total_steps: int):
+        self.enabled = enabled
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not enabled)
+        self._bar = None
+        if enabled:
+            logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True,
+                                handlers=[RichHandler(console=self.console, show_time=False, show_path=False)])
+            logging.getLogger("relora_ds").setLevel(logging.INFO)
+            if self.console.is_terminal:
+                self._bar = Progress(
+                    TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+                    TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+                    console=self.console)
+                self._task = self._bar.add_task("starting", total=total_steps, figures="")
+                self._bar.start()
+        else:
+            logging.getLogger("relora_ds").setLevel(logging.ERROR)
+
+    def line(self, text: str) -> None:
+        """One line above the bar."""
+        self.console.print(text, markup=False)
+
+    def step(self, step: int, total: int, phase: str, figures: str, logged: bool) -> None:
+        """A step is done; `figures` is shown where it was logged."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=phase, **({"figures": figures} if logged else {}))
+        elif logged:
+            self.line(f"step {step:>6}/{total}  {phase:<10}  {figures}")
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table; the first column left, the others right."""
+        table = Table(title=title, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def human_bytes(size: float) -> str:
+    """1536 -> '1.5 kB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def human_count(number: float) -> str:
+    """2410000 -> '2.41M'."""
+    for unit in ("", "k", "M", "B"):
+        if abs(number) < 1000 or unit == "B":
+            return f"{number:.0f}" if not unit else f"{number:.2f}{unit}"
+        number /= 1000
+    raise AssertionError

@@ -1,0 +1,56 @@
+"""Validation loss, exact: every token but the first is predicted once, sums are fp64, one division at the end.
+
+So the figure is the same for every world size and micro-batch, and comparable between runs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from relora_ds.data import PreparedData, evaluation_batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Attributes: as in `metrics.jsonl`; `val_loss` is nats per token, `word_ppl` per whitespace-separated word."""
+
+    val_loss: float
+    val_tokens: int
+    ppl: float
+    word_ppl: float
+    bits_per_byte: float
+
+
+@torch.no_grad()
+def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, device: torch.device) -> Evaluation:
+    """Evaluate on the whole validation split. Collective; leaves the model in the mode it was in.
+
+    Args:
+        model: a callable engine or module that returns an object with `logits`, with train() and eval().
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+    for batch in evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size):
+        logits = model(input_ids=batch["input_ids"].to(device)).logits
+        labels = batch["labels"][:, 1:].to(device)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none",
+                                 ignore_index=-100)
+        sums += torch.stack([losses.sum(dtype=torch.float64), (labels != -100).sum()])
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    nats, tokens = sums[0].item(), int(sums[1].item())
+    # The first token is not predicted: its share is that of the average token.
+    whole = nats * len(data.validation) / tokens
+    return Evaluation(val_loss=nats / tokens, val_tokens=tokens, ppl=_exp(nats / tokens),
+                      word_ppl=_exp(whole / data.validation_words),
+                      bits_per_byte=whole / math.log(2) / data.validation_bytes)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,123 @@
+"""Everything that can be known to be wrong before a process group, a model or a run directory exists.
+
+A mistake found here costs seconds and is printed once; the same mistake found by eight ranks after the
+rendezvous costs minutes and is printed eight times.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from relora_ds import data
+from relora_ds.checkpoint.store import has_run
+from relora_ds.config import DS_CONFIG_DIR, Recipe, RecipeError, accumulation_steps, read_recipe, resolve_precision
+from relora_ds.data import PreparedData, TrainLoader
+from relora_ds.data.tokenizer import load as load_tokenizer
+from relora_ds.methods import method_of
+from relora_ds.models.build import build_config, meta_model
+from relora_ds.zero import ds_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked recipe and what was prepared for it on this host.
+
+    Attributes:
+        deepspeed: the DeepSpeed config, its "auto" values not yet filled.
+        precision: fp32, bf16 or fp16.
+        accumulation: micro-steps per optimizer step.
+        model_config: of the full network, fitted to the tokenizer.
+    """
+
+    recipe: Recipe
+    deepspeed: dict
+    precision: str
+    world_size: int
+    accumulation: int
+    data: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PretrainedConfig
+
+
+def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
+    """Read a recipe, check all that can be checked, prepare the data.
+
+    Raises:
+        RecipeError: every problem at once. (What needs the tokenized corpus, such as a corpus too small for
+            one batch, comes in a second batch, because tokenizing may download and take minutes.)
+    """
+    recipe, problems = read_recipe(name_or_path, overrides)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    precision = resolve_precision(recipe.precision, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    accumulation, settings = 0, {}
+    if not problems:
+        problems += _run_dir_problems(recipe)
+    for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe)):
+        problems += [p for p in _errors_of(found) if p not in problems]
+    if not any(p.startswith(("train.", "data.seq_len", "deepspeed")) for p in problems):
+        try:
+            accumulation = accumulation_steps(recipe, world_size)
+        except RecipeError as error:
+            problems += error.problems
+        settings = ds_config.load(_ds_config_path(recipe.deepspeed))
+        problems += ds_config.problems(
+            settings, precision=None if recipe.precision == "auto" else precision,
+            micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation or None,
+            max_grad_norm=recipe.optim.max_grad_norm, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas),
+            eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay)
+    if problems:
+        raise RecipeError(problems, name_or_path)
+    if recipe.precision == "auto":
+        precision = ds_config.precision_of(settings) or precision
+
+    try:
+        prepared = data.prepare(recipe.data, recipe.seed)
+        tokenizer = load_tokenizer(prepared.tokenizer_dir)
+        config = build_config(recipe.model, prepared.vocab_size, recipe.data.seq_len, tokenizer.bos_token_id,
+                              tokenizer.eos_token_id, tokenizer.pad_token_id, recipe.trust_remote_code)
+        if found := method_of(recipe).problems(meta_model(config)):
+            raise RecipeError(found, name_or_path)
+        TrainLoader(prepared.train, recipe.data.seq_len, recipe.batch_sequences, recipe.train.micro_batch_size,
+                    0, world_size, recipe.seed)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error).splitlines(), name_or_path) from error
+    return Plan(recipe, settings, precision, world_size, accumulation, prepared, tokenizer, config)
+
+
+def _run_dir_problems(recipe: Recipe) -> list[str]:
+    directory = Path(recipe.run_dir)
+    if recipe.resume or not directory.exists() or not any(directory.iterdir()):
+        return []
+    if not has_run(directory):
+        return [f"run_dir: {recipe.run_dir} exists and holds something that is no run; choose another one"]
+    if not recipe.overwrite:
+        return [f"run_dir: {recipe.run_dir} holds a run already; set resume=auto to go on with it, overwrite=true to "
+                "delete it, or another run_dir"]
+    return []
+
+
+def _model_problems(recipe: Recipe) -> list[str]:
+    """What is wrong between network and method, found on a network without storage (its vocabulary is a guess)."""
+    config = build_config(dataclasses.replace(recipe.model, init="random"), recipe.data.vocab_size,
+                          recipe.data.seq_len, trust_remote_code=recipe.trust_remote_code)
+    return method_of(recipe).problems(meta_model(config))
+
+
+def _errors_of(function) -> list[str]:
+    try:
+        return function()
+    except ValueError as error:
+        return str(error).splitlines()
+    except Exception:
+        return []  # the recipe's own problems, which are reported, made the question meaningless
+
+
+def _ds_config_path(name_or_path: str) -> str:
+    shipped = DS_CONFIG_DIR / f"{name_or_path}.json"
+    return str(shipped if shipped.is_file() else name_or_path)

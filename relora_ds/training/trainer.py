@@ -1,0 +1,240 @@
+"""One run, from a checked plan to an exported model. `fit` reads from top to bottom."""
+
+import json
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from relora_ds.checkpoint import store
+from relora_ds.data import TrainLoader
+from relora_ds.interop.export import model_card
+from relora_ds.lowrank.wrap import count_parameters
+from relora_ds.models.build import meta_model
+from relora_ds.training import report
+from relora_ds.training.accounting import Account, StepTraffic
+from relora_ds.training.console import View
+from relora_ds.training.evaluation import Evaluation, evaluate
+from relora_ds.training.guard import NonFiniteGuard
+from relora_ds.training.metrics import MetricsLog
+from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
+from relora_ds.training.preflight import Plan
+from relora_ds.zero.moments import max_update_over_lr
+from relora_ds.zero.start import init_distributed
+from relora_ds.zero.teardown import release
+from relora_ds.zero.traffic import count_traffic
+
+DRIFT_PROBE_SEQUENCES = 4
+UPDATE_METRIC_STEPS = 10  # after a restart: for so many steps the size of the updates is a metric
+
+
+class Trainer:
+    """Trains one recipe.
+
+    Attributes:
+        plan: what `preflight.check` returned.
+        account: totals so far.
+        history: (step, phase, Evaluation) of this process's evaluations.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan, self.recipe = plan, plan.recipe
+        self.run_dir = Path(self.recipe.run_dir)
+        self.account = Account()
+        self.guard = NonFiniteGuard(self.recipe.guard.max_bad_steps)
+        self.history: list[tuple[int, str, Evaluation]] = []
+        self.engine = None
+
+    def fit(self) -> dict:
+        """Train to the end; returns what is in summary.json. Collective."""
+        checkpoint = self._open_run()
+        phases = phases_of(self.recipe)
+        first = next(i for i, p in enumerate(phases) if checkpoint is None or p.name == checkpoint[1]["phase"])
+        for phase in phases[first:]:
+            self._enter(phase, checkpoint)
+            checkpoint = None
+            while self.account.step < phase.stop:
+                self._train_step()
+                self._evaluate_if_due()
+                self._checkpoint_if_due()
+        return self._finish()
+
+    def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
+        """Replace status.json (rank 0; before the run directory exists, nothing happens)."""
+        if self.run_dir.is_dir() and (not dist.is_initialized() or dist.get_rank() == 0):
+            store.write_json(self.run_dir / "status.json", {
+                "state": state, "step": self.account.step, "reason": reason, "exit_code": exit_code,
+                "time": time.time()})
+
+    # -- the run and its phases --------------------------------------------------------------------------------
+
+    def _open_run(self) -> tuple[Path, dict] | None:
+        """Start the process group, open the run directory, read the state of the checkpoint to go on from."""
+        init_distributed()
+        checkpoint = store.find(self.run_dir, self.recipe.resume)
+        self.is_first = dist.get_rank() == 0
+        if self.is_first:
+            if self.recipe.overwrite and self.run_dir.exists():
+                shutil.rmtree(self.run_dir)
+            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            store.write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+        dist.barrier()
+        if checkpoint is not None:
+            self.account = Account(**checkpoint[1]["account"])
+        data, recipe = self.plan.data, self.recipe
+        self.loader = TrainLoader(data.train, recipe.data.seq_len, recipe.batch_sequences,
+                                  recipe.train.micro_batch_size, dist.get_rank(), dist.get_world_size(), recipe.seed)
+        if checkpoint is not None:
+            self.loader.load_state_dict(checkpoint[1]["loader"])
+        self.metrics = MetricsLog(self.run_dir, enabled=self.is_first,
+                                  resume_step=None if checkpoint is None else self.account.step)
+        self.view = View(self.is_first, recipe.total_steps)
+        self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
+        for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
+            self.view.line(line)
+        self.set_status("running")
+        return checkpoint
+
+    def _enter(self, phase: Phase, checkpoint: tuple[Path, dict] | None) -> None:
+        """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
+        handover = hand_over(self.engine, self.plan, phase) if self.engine is not None else None
+        self.engine, self.phase = build_engine(self.plan, phase, handover), phase
+        if checkpoint is not None:
+            directory, state = checkpoint
+            self.engine.load_checkpoint(str(directory.parent), directory.name)
+            assert self.engine.t == state["t"], "the checkpoint's trainer and engine states are of different steps"
+        probe = torch.from_numpy(
+            self.plan.data.validation[:DRIFT_PROBE_SEQUENCES * self.recipe.data.seq_len].astype("int64"))
+        probe = probe[:len(probe) // self.recipe.data.seq_len * self.recipe.data.seq_len].view(
+            -1, self.recipe.data.seq_len).to(self.engine.device)
+        self.engine.drift_probe = (lambda: self.engine.module(input_ids=probe).logits) if len(probe) else None
+        self.traffic = StepTraffic(self.engine, self.full_rank_elements)
+        self._step_seconds: list[float] = []
+        self._last_evaluated = None
+        trainable, total = count_parameters(self.engine.module)
+        self.trainable = trainable
+        self.view.line(report.phase_line(phase, self.account.step, trainable, total))
+        self.metrics.write("phase", **self._where(), trainable_parameters=trainable, total_parameters=total)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> None:
+        """One optimizer step on the next batch: forward, backward, reduce, Adam and, if it is due, a restart."""
+        engine, account = self.engine, self.account
+        lr, restarts_before = engine.get_lr()[0], len(engine.restarts)
+        sampling = self.traffic.wants_sample()
+        started = time.perf_counter()
+        loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+        with count_traffic() if sampling else nullcontext() as sample:
+            for micro_batch in self.loader.next_step():
+                output = engine(**{name: value.to(engine.device) for name, value in micro_batch.items()})
+                engine.backward(output.loss)
+                engine.step()
+                loss += output.loss.detach().double() / self.plan.accumulation
+        self.guard.record(engine.was_step_applied())
+        seconds = time.perf_counter() - started
+        restarted = len(engine.restarts) > restarts_before
+        self.traffic.record(sample, restarted)
+        if not sampling:
+            self._step_seconds.append(seconds)
+
+        account.tokens += self.recipe.tokens_per_step
+        account.seconds += seconds
+        account.bytes_payload += self.traffic.payload
+        account.bytes_wire += self.traffic.wire
+        account.full_rank_payload += self.traffic.full_rank[0]
+        account.full_rank_wire += self.traffic.full_rank[1]
+        if engine.was_step_applied():
+            account.step = self.phase.start + engine.t
+        else:
+            account.skipped += 1
+            self.view.line(f"step {account.step}  non-finite loss or gradient: no rank applied this step")
+        if restarted:
+            self._report_restart()
+        self._log(loss, lr, seconds)
+
+    def _log(self, loss: torch.Tensor, lr: float, seconds: float) -> None:
+        engine, account, recipe = self.engine, self.account, self.recipe
+        # After a restart every step is logged: its first updates are where a bad reset shows.
+        after_restart = engine.restarts and 0 < engine.t - engine.restarts[-1] <= UPDATE_METRIC_STEPS
+        logged = account.step % recipe.log.every == 0 or account.step == recipe.total_steps or bool(after_restart)
+        figures = ""
+        if logged:
+            dist.all_reduce(loss)
+            extra = {}
+            if after_restart:
+                extra["max_update_over_lr"] = max_update_over_lr(
+                    engine.shards, [n for n in engine.shards.names if n.endswith("lora_A")],
+                    betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, device=engine.device)
+            typical = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else seconds
+            self._step_seconds = []
+            line = {"loss": loss.item() / dist.get_world_size(), "lr": lr, "grad_norm": float(engine.get_global_grad_norm()),
+                    "tokens": account.tokens, "tokens_per_s": recipe.tokens_per_step / typical, "step_s": seconds,
+                    "bytes_payload": self.traffic.payload, "bytes_wire": self.traffic.wire,
+                    "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}
+            self.metrics.write("train", **self._where(), **line, **extra)
+            figures = f"loss {line['loss']:.4f}  lr {lr:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
+        self.view.step(account.step, recipe.total_steps, self.phase.name, figures, logged)
+
+    def _report_restart(self) -> None:
+        done = self.engine.last_restart
+        self.account.restarts += 1
+        self.metrics.write("restart", **self._where(), **{
+            "restarts": self.account.restarts, "prune_fraction_m": done.prune_fraction_m,
+            "prune_fraction_v": done.prune_fraction_v, "merge_drift": done.merge_drift, "merge_loss": done.merge_loss,
+            "restart_s": done.restart_s, "checksum": done.checksum})
+        self.view.line(report.restart_line(self.account.step, done))
+
+    def _evaluate_if_due(self) -> None:
+        """At `eval.every`, or at the end of every cycle; always at the end of a phase."""
+        step, every = self.account.step, self.recipe.eval.every
+        cycle_ended = bool(self.engine.restarts) and self.engine.restarts[-1] == self.engine.t
+        due = step == self.phase.stop or (step % every == 0 if every else cycle_ended)
+        if not due or self._last_evaluated == step:
+            return
+        self._last_evaluated = step
+        result = evaluate(self.engine, self.plan.data, seq_len=self.recipe.data.seq_len,
+                          micro_batch_size=self.recipe.train.micro_batch_size, device=self.engine.device)
+        self.history.append((step, self.phase.name, result))
+        self.metrics.write("eval", **self._where(), **vars(result))
+        self.view.line(f"step {step}  validation: loss {result.val_loss:.4f}, perplexity {result.ppl:.2f}")
+
+    def _checkpoint_if_due(self) -> None:
+        step, settings = self.account.step, self.recipe.checkpoint
+        if not (step == self.recipe.total_steps or (settings.every and step % settings.every == 0)):
+            return
+        state = {"step": step, "t": self.engine.t, "phase": self.phase.name, "loader": self.loader.state_dict(),
+                 "account": self.account.state(), "world_size": dist.get_world_size()}
+        cost = store.save(self.engine, self.run_dir, state)
+        if self.is_first:
+            store.prune(self.run_dir, settings.keep_last, settings.keep_every)
+        self.metrics.write("checkpoint", **self._where(), **cost)
+        self.set_status("running")
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict:
+        """Export, summarise, say how it went."""
+        if not self.history:  # resumed at the very end
+            self._last_evaluated = None
+            self._evaluate_if_due()
+        summary = report.summarise(self.plan, self.account, self.history[-1][2], self.trainable,
+                                   count_parameters(self.engine.module)[1])
+        self.engine.save_merged(str(self.run_dir / "export"))
+        if self.is_first:
+            self.plan.tokenizer.save_pretrained(self.run_dir / "export")
+            store.write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
+            store.write_json(self.run_dir / "summary.json", summary)
+        self.view.close()
+        report.closing(self.view, self.run_dir, self.history, summary)
+        self.metrics.close()
+        self.set_status("done", exit_code=0)
+        release(self.engine)
+        dist.barrier()
+        return json.loads(json.dumps(summary))
+
+    def _where(self) -> dict:
+        return {"step": self.account.step, "t": self.engine.t, "phase": self.phase.name}
