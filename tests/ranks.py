@@ -9,8 +9,10 @@ raises fails the test with the rank's traceback; one that hangs is killed.
 
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 
@@ -53,17 +55,26 @@ class Ranks:
             self._start()
         for _, pipe in self._workers:
             pipe.send((case, args, kwargs))
-        answers = []
-        for rank, (process, pipe) in enumerate(self._workers):
-            try:
-                ready = pipe.poll(timeout)
-                answers.append(pipe.recv() if ready else (False, f"rank {rank} did not answer in {timeout} s"))
-            except EOFError:
-                answers.append((False, f"rank {rank} died with exit code {process.exitcode}"))
-            if not answers[-1][0]:
-                self.stop()  # the other ranks wait in a collective
-                raise AssertionError(f"rank {rank}:\n{answers[-1][1]}")
-        return [value for _, value in answers]
+        answers: dict[int, object] = {}
+        deadline = time.monotonic() + timeout
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"ranks {sorted(waiting.values())} did not answer in {timeout} s")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    fine, answers[rank] = pipe.recv()
+                except EOFError:
+                    fine, answers[rank] = False, "it died"
+                if not fine:
+                    self._fail(f"rank {rank}:\n{answers[rank]}")
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def _fail(self, message: str):
+        self.stop()  # the other ranks may wait in a collective
+        raise AssertionError(message)
 
     def stop(self) -> None:
         for process, _ in self._workers:

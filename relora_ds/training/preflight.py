@@ -57,7 +57,9 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     if not problems:
         problems += _run_dir_problems(recipe)
     for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe)):
-        problems += [p for p in _errors_of(found) if p not in problems]
+        # A field that the recipe's own checks found fault with is not reported twice.
+        named = {p.partition(":")[0] for p in problems}
+        problems += [p for p in _errors_of(found) if p.partition(":")[0] not in named]
     if not any(p.startswith(("train.", "data.seq_len", "deepspeed")) for p in problems):
         try:
             accumulation = accumulation_steps(recipe, world_size)

@@ -74,6 +74,7 @@ class Trainer:
     def _open_run(self) -> tuple[Path, dict] | None:
         """Start the process group, open the run directory, read the state of the checkpoint to go on from."""
         init_distributed()
+        dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
         checkpoint = store.find(self.run_dir, self.recipe.resume)
         self.is_first = dist.get_rank() == 0
         if self.is_first:
@@ -158,11 +159,11 @@ class Trainer:
 
     def _log(self, loss: torch.Tensor, lr: float, seconds: float) -> None:
         engine, account, recipe = self.engine, self.account, self.recipe
-        # After a restart every step is logged: its first updates are where a bad reset shows.
-        after_restart = engine.restarts and 0 < engine.t - engine.restarts[-1] <= UPDATE_METRIC_STEPS
-        logged = account.step % recipe.log.every == 0 or account.step == recipe.total_steps or bool(after_restart)
+        # After a restart every step goes into the metrics: its first updates are where a bad reset shows.
+        after_restart = bool(engine.restarts) and 0 < engine.t - engine.restarts[-1] <= UPDATE_METRIC_STEPS
+        shown = account.step % recipe.log.every == 0 or account.step == recipe.total_steps
         figures = ""
-        if logged:
+        if shown or after_restart:
             dist.all_reduce(loss)
             extra = {}
             if after_restart:
@@ -177,7 +178,7 @@ class Trainer:
                     "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}
             self.metrics.write("train", **self._where(), **line, **extra)
             figures = f"loss {line['loss']:.4f}  lr {lr:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
-        self.view.step(account.step, recipe.total_steps, self.phase.name, figures, logged)
+        self.view.step(account.step, recipe.total_steps, self.phase.name, figures, shown)
 
     def _report_restart(self) -> None:
         done = self.engine.last_restart

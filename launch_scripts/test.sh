@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Lint and test: bash launch_scripts/test.sh [--all] [pytest arguments]
+#
+#   bash launch_scripts/test.sh                     everything but the slow tests
+#   bash launch_scripts/test.sh --all               the slow ones too: minutes, downloads, the DeepSpeed launcher
+#   bash launch_scripts/test.sh tests/zero -k restart
+set -euo pipefail
+# shellcheck source=launch_scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+selection=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --all) selection=() ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+prepare_environment test
+cd "$ROOT"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # a test runs up to three ranks
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
+
+lint=0
+"$PYTHON" -m ruff check . || lint=$?
+tests=0
+"$PYTHON" -m pytest -q ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
+if [ "$lint" -ne 0 ]; then
+    echo "error: ruff found problems; they are listed above the tests" >&2
+fi
+exit $((tests != 0 ? tests : lint))

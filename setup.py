@@ -1,0 +1,57 @@
+"""How relora_ds is packaged. `pip install .` also installs the recipes, model presets and DeepSpeed configurations."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# Plain literals: launch_scripts/environment.sh reads them without running this file.
+INSTALL_REQUIRES = [
+    "deepspeed>=0.19.8,<0.20",  # relora_ds/zero relies on private attributes of this series
+    "torch>=2.6",
+    "transformers>=5,<6",
+    "datasets",
+    "huggingface_hub",
+    "numpy",
+    "omegaconf>=2.4",
+    "protobuf",  # transformers reads sentencepiece tokenizers through it; tensorboard needs it too
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "tqdm",
+]
+EXTRAS_REQUIRE = {
+    "test": ["pytest>=8", "ruff>=0.9", "setuptools>=70.1"],  # tests/test_packaging.py builds a wheel
+    "lint": ["ruff>=0.9"],
+    "plot": ["matplotlib"],
+    "peft": ["peft"],
+}
+
+
+def version() -> str:
+    """`__version__` of relora_ds/__init__.py, read as text: importing it is not possible before it is installed."""
+    return re.search(r'^__version__ = "([^"]+)"', (HERE / "relora_ds/__init__.py").read_text(), re.MULTILINE)[1]
+
+
+setup(
+    name="relora_ds",
+    version=version(),
+    description="ReLoRA pre-training on DeepSpeed ZeRO: high-rank training through low-rank updates",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["relora_ds", "relora_ds.*"]), "relora_ds.ds_configs"],
+    package_dir={"relora_ds.ds_configs": "ds_configs"},  # one copy serves the checkout and the installed package
+    package_data={
+        "relora_ds": ["recipes/*.yaml"],
+        "relora_ds.models": ["*.json"],
+        "relora_ds.ds_configs": ["*.json"],
+    },
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)

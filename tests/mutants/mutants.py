@@ -1,0 +1,60 @@
+"""Known mistakes, and the tests that must notice them.
+
+Each is a patch in `patches/`, made against the current source. Most are mistakes of earlier ReLoRA
+implementations; the rest are places where a distributed restart can go wrong on one rank only.
+When a patch no longer applies, make it again: `git diff -U2 > tests/mutants/patches/NAME.patch`.
+"""
+
+from dataclasses import dataclass
+
+RESTART = "tests/zero/test_restart.py::test_invariants"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake.
+
+    Attributes:
+        name: of the patch file.
+        tests: pytest node ids; at least one must fail.
+        says: a part of the failure's text, so that a patch that merely breaks the code does not count.
+    """
+
+    name: str
+    tests: tuple[str, ...]
+    says: str
+
+
+MUTANTS = [
+    # Writing a value: master and forward's copy.
+    Mutant("stale_master", (f"{RESTART}[1-fp32]",), "lora_"),
+    Mutant("stale_forward_copy", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
+    Mutant("truncated_masters", ("tests/zero/test_masters.py::test_masters_are_the_models_fp32_values[1-False]",),
+           "the master is not the model's fp32 value"),
+    # Merging.
+    Mutant("unscaled_merge", (f"{RESTART}[0-fp32]",), "intended"),
+    Mutant("repeated_rounding", (f"{RESTART}[1-bf16]",), "intended"),
+    Mutant("masters_not_kept", (f"{RESTART}[1-bf16]",), "the ranks do not agree on"),
+    Mutant("resume_forgets_merges",
+           ("tests/zero/test_checkpoint.py::test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained[1]",),
+           "saved differs"),
+    # Reinitialising.
+    Mutant("zero_A_at_wrapping", ("tests/lowrank/test_wrap.py::test_gradient_reaches_B_at_once",), "lora_B.grad"),
+    # Pruning.
+    Mutant("prunes_one_shard", (f"{RESTART}[1-fp32]",), "lora_"),
+    Mutant("threshold_of_one_shard", (f"{RESTART}[1-fp32]",), "lora_"),
+    Mutant("ties_on_every_rank", ("tests/zero/test_moments.py::test_ties_across_ranks[1-magnitude_joint]",), "lora_"),
+    Mutant("full_reset_keeps_some", ("tests/zero/test_restart.py::test_every_reset[1-zero]",), "lora_"),
+    Mutant("pruning_keeps_one_less", ("tests/lowrank/test_pruning.py",), "num_kept"),
+    Mutant("pruning_keeps_all_ties", ("tests/lowrank/test_pruning.py",), "magnitude_mask"),
+    Mutant("threshold_off_by_one", ("tests/lowrank/test_pruning.py",), "num_kept"),
+    # Schedule and merge on one counter.
+    Mutant("restart_off_by_one", ("tests/parity/test_parity.py::test_losses_equal_plain_pytorch[0-zero]",), "restarts"),
+    Mutant("trough_one_step_early", (f"{RESTART}[0-fp32]",), "get_lr"),
+    Mutant("schedule_misses_restarts", (f"{RESTART}[0-fp32]",), "get_lr"),
+    Mutant("lr_not_set_at_restart", (f"{RESTART}[0-fp32]",), "get_lr"),
+    # What one rank does and the others do not.
+    Mutant("one_dropout_mask", ("tests/zero/test_dropout.py",), "the same mask on every rank"),
+    Mutant("applies_nan", ("tests/zero/test_nonfinite.py::test_one_bad_rank[0-fp32-nan]",), "the bad batch changed"),
+    Mutant("nan_check_of_one_rank", ("tests/zero/test_nonfinite.py::test_one_bad_rank[0-fp32-nan]",), ""),
+]

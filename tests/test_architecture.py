@@ -1,0 +1,141 @@
+"""The arrows between the packages of relora_ds point one way, and only relora_ds/zero knows DeepSpeed.
+
+Imports are read with `ast`, also those inside functions and under TYPE_CHECKING; nothing is imported to check it.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# What each room may import of relora_ds, beside itself. A room is a folder of relora_ds or one of its modules;
+# the modules that read a recipe are one room.
+CONFIG_MODULES = ("config", "recipe_loading", "recipe_validation")
+BELOW_TRAINING = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop"}
+ALLOWED = {
+    "__init__": set(),  # the public names are imported lazily, by name
+    "config": set(),
+    "models": {"config"},
+    "data": {"config"},
+    "lowrank": {"config"},
+    "zero": {"config", "lowrank"},
+    "checkpoint": {"config", "lowrank", "zero"},
+    "methods": {"config", "models", "lowrank", "zero", "checkpoint"},
+    "interop": {"config", "models", "data", "lowrank", "zero"},
+    "training": BELOW_TRAINING,
+    "train": BELOW_TRAINING | {"training"},
+    "bench": BELOW_TRAINING | {"training"},
+    "__main__": BELOW_TRAINING | {"training", "train", "bench"},
+}
+# Other people's packages that a room may not import; "*" is every room that has no entry of its own.
+FORBIDDEN = {
+    "*": {"deepspeed"},
+    "zero": set(),
+    "config": {"torch", "deepspeed", "transformers"},  # reading a recipe takes milliseconds
+    "lowrank": {"deepspeed", "torch.distributed"},
+}
+
+
+def violations(root: Path) -> list[str]:
+    """What breaks the rules in the checkout `root`: `file:line: what`, for train.py and every module of relora_ds."""
+    package = root / "relora_ds"
+    known = {path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        room = _room(path.relative_to(package).parts[0].removesuffix(".py"))
+        if room not in ALLOWED:
+            found.append(f"{path.relative_to(root)}:1: no rule says what {room} may import")
+            continue
+        for line, name in _imports(path, root):
+            if reason := _reason(room, name, known):
+                found.append(f"{path.relative_to(root)}:{line}: {reason}")
+    for line, name in _imports(root / "train.py", root):
+        if name.split(".")[0] == "relora_ds" and not f"{name}.".startswith("relora_ds.train."):
+            found.append(f"train.py:{line}: it imports {name}; relora_ds.train is all it needs")
+    return found
+
+
+def _room(name: str) -> str:
+    return "config" if name in CONFIG_MODULES else name
+
+
+def _reason(room: str, name: str, known: set[str]) -> str | None:
+    """Why `room` may not import `name`, or None."""
+    top, *rest = name.split(".")
+    if top != "relora_ds":
+        forbidden = FORBIDDEN.get(room, FORBIDDEN["*"])
+        return next((f"{room} imports {name}" for ban in forbidden if f"{name}.".startswith(f"{ban}.")), None)
+    if rest and rest[0] not in known:
+        return None if rest[0] == "__version__" else f"{name} is a public name; import it from the module it is in"
+    target = _room(rest[0]) if rest else "__init__"
+    return None if target == room or target in ALLOWED[room] else f"{room} imports {name}"
+
+
+def _imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything that a file imports; `from a import b` counts as `a.b`."""
+    package = path.relative_to(root).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield node.lineno, "torch.distributed"  # `import torch` is enough to use it
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from ((node.lineno, argument.value) for argument in node.args[:1]
+                        if isinstance(argument, ast.Constant) and isinstance(argument.value, str))
+
+
+def test_the_arrows_point_one_way():
+    assert violations(REPOSITORY) == []
+
+
+def test_every_room_of_the_house_is_seen():
+    rooms = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop", "training"}
+    assert rooms <= {_room(path.stem) for path in (REPOSITORY / "relora_ds").iterdir()}
+
+
+@pytest.mark.parametrize(("file", "code", "violation"), [
+    ("relora_ds/lowrank/linear.py", "import deepspeed", "lowrank imports deepspeed"),
+    ("relora_ds/lowrank/linear.py", "import torch.distributed as dist", "lowrank imports torch.distributed"),
+    ("relora_ds/lowrank/linear.py", "from torch import distributed", "lowrank imports torch.distributed"),
+    ("relora_ds/lowrank/linear.py", "import torch\ntorch.distributed.barrier()", "lowrank imports torch.distributed"),
+    ("relora_ds/lowrank/linear.py", "from ..zero import engine", "lowrank imports relora_ds.zero.engine"),
+    ("relora_ds/zero/engine.py", "from relora_ds import checkpoint", "zero imports relora_ds.checkpoint"),
+    ("relora_ds/checkpoint/store.py", "from deepspeed.comm import comm", "checkpoint imports deepspeed.comm.comm"),
+    ("relora_ds/checkpoint/store.py", "def f():\n  from relora_ds.methods import base",
+     "checkpoint imports relora_ds.methods.base"),
+    ("relora_ds/methods/base.py", "from relora_ds.training.trainer import Trainer",
+     "methods imports relora_ds.training.trainer.Trainer"),
+    ("relora_ds/training/trainer.py", "import deepspeed.comm", "training imports deepspeed.comm"),
+    ("relora_ds/interop/export.py", "import relora_ds.methods.base", "interop imports relora_ds.methods.base"),
+    ("relora_ds/config.py", "import torch", "config imports torch"),
+    ("relora_ds/recipe_loading.py", "import importlib\nimportlib.import_module('relora_ds.zero.engine')",
+     "config imports relora_ds.zero.engine"),
+    ("relora_ds/data/loader.py", "from relora_ds.lowrank.linear import ReLoRALinear",
+     "data imports relora_ds.lowrank.linear.ReLoRALinear"),
+    ("relora_ds/models/build.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import relora_ds.data.loader",
+     "models imports relora_ds.data.loader"),
+    ("relora_ds/checkpoint/store.py", "from relora_ds import initialize",
+     "relora_ds.initialize is a public name; import it from the module it is in"),
+    ("relora_ds/attic/old.py", "", "no rule says what attic may import"),
+    ("train.py", "from relora_ds.zero import engine",
+     "it imports relora_ds.zero.engine; relora_ds.train is all it needs"),
+])
+def test_a_wrong_import_is_found(tmp_path, file, code, violation):
+    good = ["train.py", "relora_ds/__init__.py", "relora_ds/config.py", "relora_ds/recipe_loading.py",
+            "relora_ds/models/build.py", "relora_ds/data/loader.py", "relora_ds/lowrank/linear.py",
+            "relora_ds/zero/engine.py", "relora_ds/checkpoint/store.py", "relora_ds/methods/base.py",
+            "relora_ds/interop/export.py", "relora_ds/training/trainer.py", "relora_ds/train.py"]
+    for name in [*good, file]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("import math\n")
+    assert violations(tmp_path) == [] or file not in good
+    (tmp_path / file).write_text(code)
+    (only,) = violations(tmp_path)
+    assert only.startswith(f"{file}:") and only.endswith(f": {violation}")

@@ -1,0 +1,84 @@
+"""What `pip install .` brings: all code and data of relora_ds, the DeepSpeed configurations, and nothing else."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import relora_ds
+
+REPOSITORY = Path(__file__).parent.parent
+DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name of the module is not the name to install
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of a copy of the checkout, built as pip builds it, but without a build environment to download."""
+    if find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "train.py"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("relora_ds", "ds_configs", "launch_scripts", "tests"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(output)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = output.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_relora_ds_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    files = [path for path in (REPOSITORY / "relora_ds").rglob("*") if path.suffix in (".py", ".yaml", ".json")]
+    expected = {path.relative_to(REPOSITORY).as_posix() for path in files}
+    expected |= {f"relora_ds/ds_configs/{path.name}" for path in (REPOSITORY / "ds_configs").iterdir()}
+    assert {"relora_ds/recipes/quickstart.yaml", "relora_ds/models/presets.json", "relora_ds/zero/engine.py",
+            "relora_ds/ds_configs/zero1.json"} <= expected
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_installed_package_finds_its_data(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from relora_ds import config\n"
+            "print(config.DS_CONFIG_DIR)\n"
+            "print(*config.recipe_names())\nprint(*config.preset_names())\nprint(*config.ds_config_names())")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
+                          check=True)
+    directory, recipes, presets, ds_configs = done.stdout.splitlines()
+    assert Path(directory) == tmp_path / "relora_ds/ds_configs"
+    assert "quickstart" in recipes.split() and "tiny" in presets.split() and "zero1" in ds_configs.split()
+
+
+def test_version_and_requirements(wheel):
+    metadata_file = f"relora_ds-{relora_ds.__version__}.dist-info/METADATA"
+    metadata = message_from_string(zipfile.ZipFile(wheel).read(metadata_file).decode())
+    assert metadata["Version"] == relora_ds.__version__ and metadata["Requires-Python"] == ">=3.10"
+    required = metadata.get_all("Requires-Dist")
+    assert any(line.startswith("deepspeed") and ">=0.19.8" in line and "<0.20" in line for line in required)
+
+
+def test_what_is_imported_is_required():
+    setup = ast.parse((REPOSITORY / "setup.py").read_text(encoding="utf-8"))
+    literals = {node.targets[0].id: ast.literal_eval(node.value) for node in setup.body
+                if isinstance(node, ast.Assign) and node.targets[0].id in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")}
+    requirements = [*literals["INSTALL_REQUIRES"], *(r for extra in literals["EXTRAS_REQUIRE"].values() for r in extra)]
+    required = {requirement.split(">")[0].split("<")[0].split("=")[0] for requirement in requirements}
+    imported = set()
+    for path in (REPOSITORY / "relora_ds").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"relora_ds"}
+    assert {DISTRIBUTIONS.get(name, name) for name in foreign} <= required

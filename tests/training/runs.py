@@ -1,0 +1,33 @@
+"""Whole runs on the rank processes, and reading what they left."""
+
+import json
+from pathlib import Path
+
+from relora_ds.training.metrics import read_metrics
+from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
+from tests.ranks import ranks
+
+
+def train(recipe: str, overrides: list[str]) -> dict:
+    """On a rank: train a recipe to its end; returns the summary."""
+    return Trainer(check(recipe, overrides)).fit()
+
+
+def run(run_dir: Path, *overrides: str, recipe: str = "tiny", world_size: int = 2) -> dict:
+    """Train on `world_size` ranks into `run_dir`; returns the summary."""
+    return ranks(world_size).run(train, recipe, [f"run_dir={run_dir}", *overrides])[0]
+
+
+def lines(run_dir: Path, kind: str) -> list[dict]:
+    """The lines of one kind in metrics.jsonl."""
+    return [line for line in read_metrics(run_dir) if line["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {line["step"]: line["loss"] for line in lines(run_dir, "train")}
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())

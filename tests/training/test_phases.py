@@ -1,0 +1,98 @@
+"""The switch from the warm start: weights, moments and memory."""
+
+import math
+
+import pytest
+import torch
+
+from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.training.phases import build_engine, hand_over, phases_of
+from relora_ds.training.preflight import check
+from tests.ranks import ranks
+from tests.zero.test_teardown import live_bytes
+
+OVERRIDES = ["model.preset=llama_9m", "data.vocab_size=512", "warm_start_steps=2", "train.steps=40"]
+
+
+def _train(engine, plan, steps):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 512, (2, 32), generator=generator)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+
+
+def switch(stage, precision, carry) -> dict:
+    plan = check("tiny", [*OVERRIDES, f"deepspeed=zero{stage}", f"precision={precision}", f"carry_moments={carry}",
+                          "train.batch_sequences=4", "train.micro_batch_size=2", "run_dir=unused"])
+    before = live_bytes()
+    warm, low = phases_of(plan.recipe)
+    engine = build_engine(plan, warm)
+    _train(engine, plan, 2)
+    weights = engine.collect_merged()
+    moments = {n: {w: engine.shards.gather([n], w)[n].clone() for w in ("exp_avg", "exp_avg_sq")}
+               for n in engine.shards.names}
+    full_bytes = live_bytes() - before - _size(weights) - sum(_size(m) for m in moments.values())
+    engine = build_engine(plan, low, hand_over(engine, plan, low))
+
+    # All masters arrived whole, not as their bf16 copies.
+    for name, value in engine.shards.gather(engine.shards.names).items():
+        if "lora_" not in name:
+            assert torch.equal(value, weights[name]), name
+    for name in lowrank_layers(engine.module):
+        base = engine.frozen.read(name, engine.device)
+        assert base is None or stage == 3 or torch.equal(base, weights[f"{name}.weight"]), name
+
+    steps = engine.shards.adam_steps()
+    carried = [n for n in engine.shards.names if "lora_" not in n]
+    for name in carried:
+        for what in ("exp_avg", "exp_avg_sq"):
+            now = engine.shards.gather([name], what)[name]
+            assert torch.equal(now, moments[name][what]) if carry else not now.any(), name
+    assert steps == {"lora": 0, "matrices": 2 * carry, "vectors": 2 * carry}
+    trainable = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel
+                    for p in engine.module.parameters() if p.requires_grad)
+    frozen = sum(layer.in_features * layer.out_features for layer in lowrank_layers(engine.module).values())
+    del weights, moments, now, value
+    measured = live_bytes() - before
+    _train(engine, plan, 1)
+    from relora_ds.zero.teardown import release
+    release(engine)
+    return {"full": full_bytes, "measured": measured, "trainable": trainable, "frozen": frozen}
+
+
+def _size(tensors: dict) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def expected_bytes(stage, precision, trainable, frozen, world_size=2) -> float:
+    """State of the low-rank phase on one rank: stored copies, masters and moments of T, masters of F."""
+    stored = 2 if precision == "bf16" else 4
+    masters = 4 if precision == "bf16" or stage > 0 else 0  # stage 0 in fp32 steps the parameters themselves
+    share = 1 if stage == 0 else 1 / world_size
+    copies = stored * (trainable + frozen) * (1 / world_size if stage == 3 else 1)
+    # ZeRO-3 keeps its reduce bucket (of T elements here) and this rank's gradients between steps.
+    kept = stored * trainable * (1 + share) if stage == 3 else 0
+    return copies + kept + (masters + 8) * trainable * share + (4 * frozen / world_size if precision == "bf16" else 0)
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"),
+                                              (3, "fp32"), (3, "bf16")])
+def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
+    for result in ranks(2).run(switch, stage, precision, False):
+        expected = expected_bytes(stage, precision, result["trainable"], result["frozen"])
+        assert result["measured"] == pytest.approx(expected, rel=0.05)
+        assert result["measured"] < 0.85 * result["full"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_moments_can_be_carried_over(stage):
+    ranks(2).run(switch, stage, "bf16", True)
+
+
+def test_warm_start_has_a_curve_over_the_whole_run():
+    plan = check("tiny", ["run_dir=unused", "optim.warm_start_lr=1e-3"])
+    warm, low = phases_of(plan.recipe)
+    assert (warm.start, warm.stop, warm.total_steps, warm.lr) == (0, 10, 40, 1e-3)
+    assert (low.start, low.stop, low.total_steps, low.lr) == (10, 40, 30, 5e-3)
+    assert math.isclose(low.total_steps + warm.stop, plan.recipe.total_steps)

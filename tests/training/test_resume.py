@@ -1,0 +1,65 @@
+"""A resumed run is the run that would have been: in the warm start, at the switch, through restarts."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.runs import lines, losses, run
+
+
+def _weights(directory):
+    return load_file(directory / "export" / "model.safetensors")
+
+
+def _compare(directory, whole, first_step):
+    ours, theirs = losses(directory), losses(whole)
+    assert min(ours) == first_step
+    assert all(ours[step] == theirs[step] for step in ours), "a loss differs"
+    assert len(lines(directory, "restart")) == sum(r["step"] >= first_step for r in lines(whole, "restart"))
+    assert [r["checksum"] for r in lines(directory, "restart")] == \
+        [r["checksum"] for r in lines(whole, "restart") if r["step"] >= first_step]
+    first, second = _weights(directory), _weights(whole)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("settings", [
+    ("deepspeed=zero1", "precision=bf16"),
+    pytest.param(("deepspeed=zero1", "precision=fp32"), marks=pytest.mark.slow),
+    pytest.param(("deepspeed=zero2", "precision=bf16"), marks=pytest.mark.slow),
+    pytest.param(("deepspeed=zero3", "precision=bf16"), marks=pytest.mark.slow),
+    pytest.param(("deepspeed=zero0", "precision=bf16"), marks=pytest.mark.slow)], ids="-".join)
+def test_resume_is_exact(tmp_path, settings):
+    whole = tmp_path / "whole"
+    run(whole, "checkpoint.every=5", "checkpoint.keep_last=99", *settings)
+    for step in (5, 10, 15, 20, 25):  # warm start, the switch, before and exactly at a restart, after it
+        directory = tmp_path / f"from-{step}"
+        run(directory, f"resume={whole}/checkpoints/step_{step:08d}", *settings)
+        _compare(directory, whole, step + 1)
+
+
+def test_auto_goes_on_in_place_and_drops_what_was_written_past_the_checkpoint(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(whole, "checkpoint.every=8", "checkpoint.keep_last=9")
+    # What a killed run leaves: metrics past its last checkpoint, no export.
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "export")
+    for step in (24, 32, 40):
+        shutil.rmtree(broken / "checkpoints" / f"step_{step:08d}")
+    (broken / "checkpoints" / "latest").write_text("step_00000016")
+    run(broken, "resume=auto")
+    assert [line["step"] for line in lines(broken, "train")] == list(range(1, 41))
+    assert losses(broken) == losses(whole)
+    assert [r["step"] for r in lines(broken, "restart")] == [20, 30]
+
+
+def test_auto_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+    run(tmp_path / "new", "resume=auto", "train.steps=15")
+    assert min(losses(tmp_path / "new")) == 1
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    run(tmp_path / "r", "checkpoint.every=5", "checkpoint.keep_last=2", "checkpoint.keep_every=10", "train.steps=31")
+    kept = sorted(p.name for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000010", "step_00000020", "step_00000030", "step_00000031"]

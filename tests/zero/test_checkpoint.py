@@ -1,0 +1,122 @@
+"""DeepSpeed's own save_checkpoint and load_checkpoint between two restarts: training goes on as if never interrupted.
+
+The restart after the load is what tells: it merges into the fp32 masters of the frozen weights, which
+DeepSpeed's files do not hold.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.parity import cases
+from tests.ranks import ranks
+from tests.zero.test_nonfinite import everything
+
+EVERY, SAVED_AT, END = 4, 6, 11  # restarts at 4 and 8; three steps after the second
+STAGES = [0, 1, 2, 3]
+
+
+def build(stage, precision, lora_dropout=0.0, **how):
+    relora = cases.relora_config(restart_every=EVERY, restart_warmup_steps=2, lora_dropout=lora_dropout)
+    return cases.build(stage, precision=precision, relora=relora, **how)
+
+
+def train(engine, start: int, stop: int) -> list[float]:
+    return [cases.train_step(engine, step) for step in range(start, stop)]
+
+
+def saved_run(stage, precision, directory: str, **how) -> dict:
+    """Save at SAVED_AT and go on to the end; returns the state that was saved and what came after."""
+    engine = build(stage, precision, **how)
+    train(engine, 0, SAVED_AT)
+    saved = everything(engine)
+    engine.save_checkpoint(directory)
+    assert everything(engine) == saved, "saving changed the engine"
+    result = {"saved": saved, "losses": train(engine, SAVED_AT, END), "restarts": list(engine.restarts),
+              "end": everything(engine)}
+    cases.release(engine)
+    return result
+
+
+def resumed_run(stage, precision, directory: str, steps_before: int, **how) -> dict:
+    """Another model's engine, stepped a few times on other data, loads the checkpoint and goes on."""
+    engine = build(stage, precision, model_seed=1, **how)
+    train(engine, 100, 100 + steps_before)
+    other = everything(engine)
+    engine.load_checkpoint(directory)
+    saved = everything(engine)
+    assert not {"master", "forward", "stored"} & {what for what in saved if saved[what] == other[what]}, \
+        "the other engine was the same to begin with: the test would show nothing"
+    result = {"saved": saved, "losses": train(engine, SAVED_AT, END), "restarts": list(engine.restarts),
+              "end": everything(engine)}
+    cases.release(engine)
+    return result
+
+
+def check(stage, precision, directory: str, own_steps: tuple[int, ...] = (0,), **how) -> None:
+    expected = ranks(2).run(saved_run, stage, precision, directory, **how)
+    assert expected[0]["restarts"] == [4, 8]
+    for steps_before in own_steps:
+        for rank, result in enumerate(ranks(2).run(resumed_run, stage, precision, directory, steps_before, **how)):
+            for what, value in expected[rank].items():
+                assert result[what] == value, f"rank {rank}, after {steps_before} steps of its own: {what} differs"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_exact_through_the_next_restart(stage, tmp_path):
+    check(stage, "fp32", str(tmp_path))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained(stage, tmp_path):
+    check(stage, "bf16", str(tmp_path), own_steps=(0, 5))  # five: past a restart of its own
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_with_the_optimizer_on_cpu(stage, tmp_path):
+    check(stage, "bf16", str(tmp_path), offload=True)
+
+
+def test_dropout_masks_are_the_same_after_a_resume(tmp_path):
+    check(1, "fp32", str(tmp_path), lora_dropout=0.5)
+
+
+def load_with_a_file_missing(stage, directory: str) -> str:
+    engine = build(stage, "bf16")
+    engine.save_checkpoint(directory, tag="t")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in Path(directory, "t").glob("relora_frozen_masters_*"):
+            path.unlink()
+    dist.barrier()
+    try:
+        engine.load_checkpoint(directory, tag="t")
+    except ValueError as error:
+        return str(error)
+    finally:
+        cases.release(engine)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_missing_masters_are_an_error(stage, tmp_path):
+    for message in ranks(2).run(load_with_a_file_missing, stage, str(tmp_path)):
+        assert "has no fp32 master of the frozen weight model.layers" in message and "save_checkpoint" in message
+
+
+def save_without_frozen_parameters(directory: str) -> str:
+    engine = build(1, "fp32")
+    try:
+        engine.save_checkpoint(directory, exclude_frozen_parameters=True)
+    except ValueError as error:
+        return str(error)
+    finally:
+        cases.release(engine)
+    return ""
+
+
+def test_leaving_out_the_frozen_parameters_is_an_error(tmp_path):
+    for message in ranks(2).run(save_without_frozen_parameters, str(tmp_path)):
+        assert "would lose every merge" in message
+    assert not any(tmp_path.iterdir()), "something was written nevertheless"
