@@ -58,9 +58,15 @@ class Trainer:
             checkpoint = None
             while self.account.step < phase.stop:
                 self._train_step()
-                self._evaluate_if_due()
-                self._checkpoint_if_due()
+                if self.engine.was_step_applied():
+                    self._evaluate_if_due()
+                    self._checkpoint_if_due()
         return self._finish()
+
+    @staticmethod
+    def close() -> None:
+        """Leave the process group, when the process has nothing more to do in it."""
+        dist.destroy_process_group()
 
     def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         """Replace status.json (rank 0; before the run directory exists, nothing happens)."""
@@ -73,9 +79,9 @@ class Trainer:
 
     def _open_run(self) -> tuple[Path, dict] | None:
         """Start the process group, open the run directory, read the state of the checkpoint to go on from."""
+        checkpoint = store.find(self.run_dir, self.recipe.resume)
         init_distributed()
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
-        checkpoint = store.find(self.run_dir, self.recipe.resume)
         self.is_first = dist.get_rank() == 0
         if self.is_first:
             if self.recipe.overwrite and self.run_dir.exists():
@@ -148,11 +154,11 @@ class Trainer:
         account.bytes_wire += self.traffic.wire
         account.full_rank_payload += self.traffic.full_rank[0]
         account.full_rank_wire += self.traffic.full_rank[1]
-        if engine.was_step_applied():
-            account.step = self.phase.start + engine.t
-        else:
+        if not engine.was_step_applied():
             account.skipped += 1
-            self.view.line(f"step {account.step}  non-finite loss or gradient: no rank applied this step")
+            self.view.line(f"after step {account.step}: a non-finite loss or gradient, no rank applied the step")
+            return
+        account.step = self.phase.start + engine.t
         if restarted:
             self._report_restart()
         self._log(loss, lr, seconds)
