@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a recipe on this rank; returns its exit code: 0 done, 2 bad recipe, 3 guard, 4 resume refused, 1 anything else."""
+    """Run a recipe on this rank. Exit codes: 0 done, 2 bad recipe, 3 guard, 4 resume refused, 1 anything else."""
     arguments = parse_arguments(argv)
     is_first = int(os.environ.get("RANK", 0)) == 0
     from relora_ds.training.console import quieten_libraries

@@ -50,8 +50,9 @@ class View:
             logging.getLogger("relora_ds").setLevel(logging.INFO)
             if self.console.is_terminal:
                 self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-                    TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+                    TextColumn("{task.description}"), BarColumn(bar_width=24),
+                    TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
+                    TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
                     console=self.console)
                 self._task = self._bar.add_task("starting", total=total_steps, figures="")
                 self._bar.start()

@@ -24,7 +24,8 @@ class MetricsLog:
         if resume_step is not None and path.is_file():
             _drop_after(path, resume_step)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+        self._board = SummaryWriter(run_dir / "tensorboard",
+                                    purge_step=None if resume_step is None else resume_step + 1)
 
     def write(self, kind: str, *, step: int, t: int, phase: str, **values) -> None:
         """Append a line: `kind` is train, eval, restart, phase or checkpoint. Non-finite numbers become null."""

@@ -78,8 +78,8 @@ def closing(view: View, run_dir: Path, history: list[tuple[int, str, Evaluation]
             for step, phase, e in history]
     view.table("Validation", ["after step", "loss", "perplexity", "per word", "bits per byte"], rows)
     view.line(summary["verdict"])
-    view.line(f"{human_count(summary['trainable_parameters'])} of {human_count(summary['total_parameters'])} parameters "
-              f"trained; {summary['seconds']:.0f} s of training")
+    view.line(f"{human_count(summary['trainable_parameters'])} of {human_count(summary['total_parameters'])} "
+              f"parameters trained; {summary['seconds']:.0f} s of training")
     view.line(f"model: {run_dir / 'export'} (AutoModelForCausalLM.from_pretrained)   "
               f"curves: tensorboard --logdir {run_dir / 'tensorboard'}")
 

@@ -178,8 +178,9 @@ class Trainer:
                     betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, device=engine.device)
             typical = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else seconds
             self._step_seconds = []
-            line = {"loss": loss.item() / dist.get_world_size(), "lr": lr, "grad_norm": float(engine.get_global_grad_norm()),
-                    "tokens": account.tokens, "tokens_per_s": recipe.tokens_per_step / typical, "step_s": seconds,
+            line = {"loss": loss.item() / dist.get_world_size(), "lr": lr,
+                    "grad_norm": float(engine.get_global_grad_norm()), "tokens": account.tokens,
+                    "tokens_per_s": recipe.tokens_per_step / typical, "step_s": seconds,
                     "bytes_payload": self.traffic.payload, "bytes_wire": self.traffic.wire,
                     "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}
             self.metrics.write("train", **self._where(), **line, **extra)

@@ -51,7 +51,7 @@ class FrozenWeights:
         return [name for name, owner in self.owners.items() if owner == dist.get_rank()]
 
     def read(self, name: str, device: torch.device) -> Tensor | None:
-        """The fp32 value to merge into: a new tensor on the owner, None elsewhere. Collective where ZeRO-3 shards it."""
+        """The fp32 value to merge into: a new tensor on the owner, None elsewhere. Collective."""
         mine = self.owners[name] == dist.get_rank()
         if self.with_masters:
             return self.masters[name].to(device, copy=True) if mine else None

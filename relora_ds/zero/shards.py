@@ -34,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Location:
-    """Where this rank's piece of a parameter lives: `flat[offset : offset + stop - start]` is `p.flatten()[start:stop]`."""
+    """Where this rank's piece of a parameter is: `p.flatten()[start:stop]` is `flat[offset:offset + stop - start]`."""
 
     start: int
     stop: int

@@ -10,7 +10,7 @@ import torch
 
 
 class ReleasedEngine(torch.nn.Module):
-    """What is left of an engine after `release`. (DeepSpeed's own class would run its destructor on the empty shell.)"""
+    """What is left of an engine after `release`: DeepSpeed's own class would run its destructor on the empty shell."""
 
     def __getattr__(self, name: str):
         raise AttributeError(f"this engine was released (asked for {name!r}); use the one that replaced it")

@@ -85,7 +85,8 @@ def test_initial_A_depends_on_seed_restart_and_name_and_on_nothing_else():
     first = initial_A(4, 9, seed=0, restart=1, name="q")
     torch.manual_seed(2)
     assert torch.equal(first, initial_A(4, 9, seed=0, restart=1, name="q"))
-    for other in (dict(seed=1, restart=1, name="q"), dict(seed=0, restart=2, name="q"), dict(seed=0, restart=1, name="k")):
+    for change in (dict(seed=1), dict(restart=2), dict(name="k")):
+        other = {**dict(seed=0, restart=1, name="q"), **change}
         assert not torch.equal(first, initial_A(4, 9, **other))
     bound = 1 / 9**0.5  # kaiming_uniform with a=√5: U(-1/√in, 1/√in)
     assert first.abs().max() <= bound and first.abs().max() > 0.7 * bound

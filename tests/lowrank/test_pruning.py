@@ -45,7 +45,8 @@ def test_a_split_tensor_gets_the_same_mask_as_a_whole_one():
     left = ties.clone()
     for rank in range(2):
         masks.append([keep_mask(p, t, n) for p, t, n in zip(pieces[rank], threshold, left, strict=True)])
-        left = (left - torch.stack([count_ties(p, t) for p, t in zip(pieces[rank], threshold, strict=True)])).clamp(min=0)
+        taken = torch.stack([count_ties(p, t) for p, t in zip(pieces[rank], threshold, strict=True)])
+        left = (left - taken).clamp(min=0)
     for i, w in enumerate(whole):
         assert torch.equal(torch.cat([masks[0][i], masks[1][i]]), magnitude_mask(w, 0.9))
 

@@ -17,7 +17,8 @@ from tests.training.runs import lines, losses, run, status
 
 TRAIN_KEYS = {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "bytes_payload", "bytes_wire",
               "peak_memory_bytes", "restarts"}
-RESTART_KEYS = {"restarts", "prune_fraction_m", "prune_fraction_v", "merge_drift", "merge_loss", "restart_s", "checksum"}
+RESTART_KEYS = {"restarts", "prune_fraction_m", "prune_fraction_v", "merge_drift", "merge_loss", "restart_s",
+                "checksum"}
 EVAL_KEYS = {"val_loss", "val_tokens", "ppl", "word_ppl", "bits_per_byte"}
 
 
@@ -73,7 +74,8 @@ def test_it_learns_and_the_updates_after_a_restart_stay_small(finished):
     values = [e["val_loss"] for e in lines(directory, "eval")]
     assert len(values) == 4 and values == sorted(values, reverse=True)
     sizes = [line["max_update_over_lr"] for line in lines(directory, "train") if "max_update_over_lr" in line]
-    assert len(sizes) == 19 and max(sizes) < 40  # Adam's own bound is about (1-β₁)/√(1-β₂) ≈ 3.2 at the first of its steps
+    # In ordinary training |Δp|/lr is about 1. A reset that keeps m and zeroes v shows here with 10⁵.
+    assert len(sizes) == 19 and max(sizes) < 4
 
 
 def test_bytes_shrink_with_what_trains(finished):

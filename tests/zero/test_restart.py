@@ -197,8 +197,7 @@ def random_pruning(stage) -> dict:
     for step in range(3):
         cases.train_step(engine, step)
     engine.restart()
-    moments = {n: v for n, v in engine.shards.gather([n for n in engine.shards.names if "lora_" in n],
-                                                     "exp_avg_sq").items()}
+    moments = engine.shards.gather([n for n in engine.shards.names if "lora_" in n], "exp_avg_sq")
     cases.release(engine)
     return {n: (v != 0).nonzero().tolist() for n, v in moments.items()}
 
