@@ -7,6 +7,7 @@ live as long as the test session and run one case after another over one gloo pr
 raises fails the test with the rank's traceback; one that hangs is killed.
 """
 
+import atexit
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -32,10 +33,10 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     init_distributed()
     while True:
-        job = pipe.recv()
-        if job is None:
+        try:
+            case, args, kwargs = pipe.recv()
+        except EOFError:  # the test session is gone
             return
-        case, args, kwargs = job
         try:
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:
@@ -83,12 +84,14 @@ class Ranks:
         self._workers = []
 
     def _start(self) -> None:
+        # Not daemons: a case may start children of its own (a DataLoader's workers).
+        atexit.register(self.stop)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         for rank in range(self.world_size):
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process = _context.Process(target=_serve, args=(rank, self.world_size, port, theirs))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
