@@ -124,11 +124,11 @@ make_venv() {
 
 announce_download() {
     say "installing PyTorch, DeepSpeed, transformers and the rest into .venv; this takes minutes"
-    if [ -n "${PIP_CONSTRAINT:-}" ]; then
-        say "  PIP_CONSTRAINT is set: its versions are used"
-    elif [ "$(uname -sm)" = "Linux x86_64" ]; then
-        say "  about 3 to 6 GB: PyTorch for Linux brings its CUDA libraries"
-        if ! command -v nvidia-smi >/dev/null; then
+    if [ "$(uname -sm)" = "Linux x86_64" ]; then
+        say "  3 to 6 GB: PyTorch for Linux brings its CUDA libraries, unless pip is set up to take another build"
+        if [ -n "${PIP_CONSTRAINT:-}" ]; then
+            say "  PIP_CONSTRAINT is set and decides the versions"
+        elif ! command -v nvidia-smi >/dev/null; then
             say "  No NVIDIA GPU was found. PyTorch's CPU build (0.2 GB) is enough here; to have it, stop now and start with"
             say "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment."
         fi

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 
+def storage_problems(frozen_dtype: str, frozen_master: str, precision: str) -> list[str]:
+    """Why frozen weights cannot be stored as asked for in a run of `precision`, one message each."""
+    found = []
+    if frozen_dtype not in ("auto", precision):
+        found.append(f"relora.frozen_dtype: {frozen_dtype} is not available in a run of precision {precision}: "
+                     "DeepSpeed casts all weights alike; use frozen_dtype=auto")
+    if frozen_master == "none" and precision == "fp16":
+        found.append("relora.frozen_master: none needs weights stored in bf16 or fp32, where they can be rounded "
+                     "without bias; use frozen_master=cpu")
+    return found
+
+
 def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`base += scaling · lora_B · lora_A`, in place. All fp32: `[out, in]`, `[r, in]`, `[out, r]`."""
     assert base.dtype == lora_A.dtype == lora_B.dtype == torch.float32
@@ -34,9 +46,7 @@ def to_stored_unbiased(value: Tensor, dtype: torch.dtype, generator: torch.Gener
     """
     if dtype == torch.float32:
         return value
-    if dtype != torch.bfloat16:
-        raise ValueError(f"relora.frozen_master: none needs weights stored in bf16 or fp32, not {dtype}; "
-                         "use frozen_master: cpu")
+    assert dtype == torch.bfloat16, dtype
     noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     bits = value.contiguous().view(torch.int32) + noise
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)

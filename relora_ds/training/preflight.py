@@ -17,6 +17,7 @@ from relora_ds.checkpoint.store import has_run
 from relora_ds.config import DS_CONFIG_DIR, Recipe, RecipeError, accumulation_steps, read_recipe, resolve_precision
 from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.tokenizer import load as load_tokenizer
+from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.methods import method_of
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.zero import ds_config
@@ -71,10 +72,11 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
             micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation or None,
             max_grad_norm=recipe.optim.max_grad_norm, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas),
             eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay)
+        if recipe.precision == "auto":
+            precision = ds_config.precision_of(settings) or precision
+    problems += storage_problems(recipe.relora.frozen_dtype, recipe.relora.frozen_master, precision)
     if problems:
         raise RecipeError(problems, name_or_path)
-    if recipe.precision == "auto":
-        precision = ds_config.precision_of(settings) or precision
 
     try:
         prepared = data.prepare(recipe.data, recipe.seed)

@@ -44,6 +44,13 @@ def phase_line(phase: Phase, step: int, trainable: int, total: int) -> str:
             f"({100 * trainable / total:.1f} %)")
 
 
+def evaluation_line(step: int, result: Evaluation, account: Account) -> str:
+    """The network was evaluated; what it took to get here."""
+    sent = "" if not account.bytes_wire else (f"; sent per rank so far {human_bytes(account.bytes_wire)}, full rank "
+                                              f"{human_bytes(account.full_rank_wire)}")
+    return f"step {step}  validation: loss {result.val_loss:.4f}, perplexity {result.ppl:.2f}{sent}"
+
+
 def restart_line(step: int, done: RestartReport) -> str:
     """A restart took place."""
     drift = "" if done.merge_drift is None else f", drift of the function {done.merge_drift:.1e}"

@@ -208,7 +208,7 @@ class Trainer:
                           micro_batch_size=self.recipe.train.micro_batch_size, device=self.engine.device)
         self.history.append((step, self.phase.name, result))
         self.metrics.write("eval", **self._where(), **vars(result))
-        self.view.line(f"step {step}  validation: loss {result.val_loss:.4f}, perplexity {result.ppl:.2f}")
+        self.view.line(report.evaluation_line(step, result, self.account))
 
     def _checkpoint_if_due(self) -> None:
         step, settings = self.account.step, self.recipe.checkpoint

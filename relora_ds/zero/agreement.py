@@ -77,8 +77,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, *, device: torch.device) ->
     dist.all_reduce(known)
     wrong |= (known > 0) & (expected != common)
 
-    stale = torch.tensor([int(i < len(names) and _is_stale(shards, name)) for i, name in enumerate(names)],
-                         device=device)
+    stale = torch.tensor([int(_is_stale(shards, name)) for name in names], device=device)
     dist.all_reduce(stale)
     wrong |= stale > 0
     if wrong.any():

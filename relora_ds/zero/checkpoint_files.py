@@ -8,9 +8,11 @@ so that any number of ranks can read them.
 import os
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from relora_ds.zero.frozen_master import FrozenWeights
 
@@ -23,29 +25,37 @@ def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
         return
     directory = Path(save_dir) / tag
     directory.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        for old in directory.glob(_PATTERN.replace("{rank:05d}", "*")):
+            old.unlink()  # of a larger world: a stale master must never be found
+    dist.barrier()
     path = directory / _PATTERN.format(rank=dist.get_rank())
     temporary = path.with_suffix(".tmp")
     save_file(frozen.masters, temporary)
     os.replace(temporary, path)
 
 
-def load_frozen(load_dir: str, tag: str | None, frozen: FrozenWeights) -> None:
-    """Read the masters that this rank owns, from whichever file holds them.
+def read_frozen(load_dir: str, tag: str | None, frozen: FrozenWeights, device: torch.device) -> dict[str, Tensor]:
+    """The masters that this rank owns, from whichever file holds them. Collective.
 
     Raises:
-        ValueError: when a master is missing: the checkpoint was written without them.
+        ValueError: on every rank, when a master is missing: the checkpoint was written without them.
     """
     if not frozen.with_masters:
-        return
+        return {}
     if tag is None:
-        tag = (Path(load_dir) / "latest").read_text().strip()
-    wanted = set(frozen.owned())
-    for path in sorted((Path(load_dir) / str(tag)).glob("relora_frozen_masters_*.safetensors")):
+        latest = Path(load_dir) / "latest"
+        if not latest.is_file():
+            return {}  # DeepSpeed warns, and loads nothing
+        tag = latest.read_text().strip()
+    wanted, found = set(frozen.owned()), {}
+    for path in sorted((Path(load_dir) / str(tag)).glob(_PATTERN.replace("{rank:05d}", "*"))):
         with safe_open(path, framework="pt") as file:
-            for name in wanted & set(file.keys()):
-                frozen.masters[name].copy_(file.get_tensor(name))
-                wanted.discard(name)
-    if wanted:
-        raise ValueError(f"load_checkpoint: {Path(load_dir) / str(tag)} has no fp32 master of the frozen weight "
-                         f"{sorted(wanted)[0]} ({len(wanted)} missing); the next restart would merge into a truncated "
-                         "weight. Use a checkpoint that this engine's save_checkpoint wrote")
+            found |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    missing = torch.tensor(len(wanted - set(found)), device=device)
+    dist.all_reduce(missing)
+    if missing:
+        raise ValueError(f"load_checkpoint: {Path(load_dir) / str(tag)} lacks the fp32 masters of {missing.item()} "
+                         "frozen weights; the next restart would merge into truncated ones. Use a checkpoint that this "
+                         "engine's save_checkpoint wrote")
+    return found

@@ -13,6 +13,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.lowrank.seeding import keyed_seed
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import checkpoint_files, ds_config
@@ -70,6 +71,8 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         raise ValueError("\n".join(found))
     init_distributed()
     precision = precision or ds_config.precision_of(settings) or ("bf16" if torch.cuda.is_available() else "fp32")
+    if relora is not None and (found := storage_problems(relora.frozen_dtype, relora.frozen_master, precision)):
+        raise ValueError("\n".join(found))
     settings = ds_config.resolve(
         settings, precision=precision, micro_batch_size=micro_batch_size, accumulation=gradient_accumulation_steps,
         world_size=dist.get_world_size(), max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
@@ -129,7 +132,8 @@ class ReLoRAEngine(DeepSpeedEngine):
     def forward(self, *inputs, **kwargs):
         if self.training and self.relora is not None and self.relora.lora_dropout > 0:
             # A mask of its own for every rank, step and micro-step, and the same one after a resume.
-            torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.micro_steps}/{dist.get_rank()}"))
+            micro_step = self.micro_steps % self.gradient_accumulation_steps()  # DeepSpeed does not restore the count
+            torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{micro_step}/{dist.get_rank()}"))
         return super().forward(*inputs, **kwargs)
 
     def step(self, lr_kwargs=None):
@@ -179,9 +183,12 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
         """DeepSpeed's, plus the fp32 masters of the frozen weights. Raises when they are missing."""
+        # First, because it raises when they are missing: nothing is overwritten then.
+        masters = checkpoint_files.read_frozen(load_dir, tag, self.frozen, self.device)
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if path is not None:
-            checkpoint_files.load_frozen(load_dir, tag, self.frozen)
+            for name, value in masters.items():
+                self.frozen.masters[name].copy_(value)
             self._relink()
         return path, client_state
 

@@ -17,27 +17,33 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# operator -> (name, index of the argument whose size is the payload, wire factor at n ranks)
-_ONE_WAY = (lambda n: (n - 1) / n)
-_BOTH_WAYS = (lambda n: 2 * (n - 1) / n)
-_WHOLE = (lambda n: 1.0)
+
+def _one_way(n: int) -> float:
+    return (n - 1) / n
+
+
+def _both_ways(n: int) -> float:
+    return 2 * (n - 1) / n
+
+
+# operator -> (name, index of the argument whose size is the payload, wire bytes per payload byte at n ranks)
 _COLLECTIVES = {
-    "allreduce_": ("all_reduce", 0, _BOTH_WAYS),
-    "allreduce_coalesced_": ("all_reduce", 0, _BOTH_WAYS),
-    "broadcast_": ("broadcast", 0, _ONE_WAY),
-    "reduce_": ("reduce", 0, _ONE_WAY),
-    "allgather_": ("all_gather", 0, _ONE_WAY),
-    "_allgather_base_": ("all_gather", 0, _ONE_WAY),
-    "allgather_coalesced_": ("all_gather", 0, _ONE_WAY),
-    "allgather_into_tensor_coalesced_": ("all_gather", 0, _ONE_WAY),
-    "reduce_scatter_": ("reduce_scatter", 1, _ONE_WAY),
-    "_reduce_scatter_base_": ("reduce_scatter", 1, _ONE_WAY),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1, _ONE_WAY),
-    "gather_": ("gather", 0, _ONE_WAY),
-    "scatter_": ("scatter", 1, _ONE_WAY),
-    "alltoall_": ("all_to_all", 1, _ONE_WAY),
-    "alltoall_base_": ("all_to_all", 1, _ONE_WAY),
-    "send": ("send", 0, _WHOLE),
+    "allreduce_": ("all_reduce", 0, _both_ways),
+    "allreduce_coalesced_": ("all_reduce", 0, _both_ways),
+    "broadcast_": ("broadcast", 0, _one_way),
+    "reduce_": ("reduce", 0, _one_way),
+    "allgather_": ("all_gather", 0, _one_way),
+    "_allgather_base_": ("all_gather", 0, _one_way),
+    "allgather_coalesced_": ("all_gather", 0, _one_way),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0, _one_way),
+    "reduce_scatter_": ("reduce_scatter", 1, _one_way),
+    "_reduce_scatter_base_": ("reduce_scatter", 1, _one_way),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1, _one_way),
+    "gather_": ("gather", 0, _one_way),
+    "scatter_": ("scatter", 1, _one_way),
+    "alltoall_": ("all_to_all", 1, _one_way),
+    "alltoall_base_": ("all_to_all", 1, _one_way),
+    "send": ("send", 0, lambda n: 1.0),
     "recv_": ("recv", 0, lambda n: 0.0),
 }
 _SILENT = {"barrier", "monitored_barrier_", "recv_any_source_"}
@@ -99,7 +105,7 @@ def expected_step(stage: int, *, trainable: int, frozen: int, element_size: int,
     t, f = trainable * element_size, frozen * element_size
     reduced = t * (accumulation if stage >= 2 else 1)
     gathered = {0: 0, 1: t, 2: t, 3: (t + f) * accumulation}[stage]
-    both_ways, one_way = _BOTH_WAYS(world_size), _ONE_WAY(world_size)
+    both_ways, one_way = _both_ways(world_size), _one_way(world_size)
     # Stage 3 reduces by reduce_scatter, the others by all_reduce.
     return reduced + gathered, reduced * (one_way if stage == 3 else both_ways) + gathered * one_way
 

@@ -30,6 +30,7 @@ def fails(tmp_path, capfd):
     ("data.vocab_size=100000", "data.vocab_size"),
     ("train.batch_sequences=100000", "train.batch_sequences: 100000 is more than the"),
     ("deepspeed=zero9", "deepspeed: zero9 is neither a file nor a shipped configuration"),
+    ("relora.frozen_dtype=bf16", "relora.frozen_dtype: bf16 is not available in a run of precision fp32"),
     ("compile=true", "compile: true is not available"),
     ("method=rellora", "method: 'rellora' is unknown"),
 ])
