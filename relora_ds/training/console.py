@@ -5,8 +5,7 @@ import os
 import warnings
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -45,15 +44,13 @@ class View:
         self.console = Console(highlight=False, soft_wrap=True, quiet=not enabled)
         self._bar = None
         if enabled:
-            logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True,
-                                handlers=[RichHandler(console=self.console, show_time=False, show_path=False)])
+            logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True, handlers=[_LogLines(self)])
             logging.getLogger("relora_ds").setLevel(logging.INFO)
             if self.console.is_terminal:
                 self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(bar_width=24),
+                    TextColumn("{task.description}"), BarColumn(bar_width=8),  # all of it in 80 columns
                     TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
-                    TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
-                    console=self.console)
+                    TextColumn("eta"), TimeRemainingColumn(), console=self.console)
                 self._task = self._bar.add_task("starting", total=total_steps, figures="")
                 self._bar.start()
         else:
@@ -83,6 +80,18 @@ class View:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines of the view; what is more than information says so."""
+
+    def __init__(self, view: View):
+        super().__init__()
+        self._view = view
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        self._view.line(prefix + record.getMessage())
 
 
 def human_bytes(size: float) -> str:

@@ -184,7 +184,7 @@ class Trainer:
                     "bytes_payload": self.traffic.payload, "bytes_wire": self.traffic.wire,
                     "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}
             self.metrics.write("train", **self._where(), **line, **extra)
-            figures = f"loss {line['loss']:.4f}  lr {lr:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
+            figures = f"loss {line['loss']:.4f}  lr {lr:.1e}  {line['tokens_per_s']:,.0f} tok/s"
         self.view.step(account.step, recipe.total_steps, self.phase.name, figures, shown)
 
     def _report_restart(self) -> None:
