@@ -86,6 +86,21 @@ def find(run_dir: Path, resume: str | bool) -> tuple[Path, dict] | None:
     return directory, json.loads((directory / RUN_STATE).read_text())
 
 
+def require_same(state: dict, **now) -> None:
+    """Refuse to go on where something that this version cannot convert has changed since the checkpoint.
+
+    Args:
+        state: the checkpoint's run state. now: the same keys, with this run's values.
+
+    Raises:
+        ResumeError: naming every value that differs.
+    """
+    changed = [f"{name} was {state[name]}, is {value}" for name, value in now.items() if state[name] != value]
+    if changed:
+        raise ResumeError("resume: " + "; ".join(changed) + ". A checkpoint goes on only as it was begun in this "
+                          "version: change it back, or start a new run with init_from")
+
+
 def tag_of(step: int) -> str:
     """The directory name of the checkpoint after `step` applied steps."""
     return f"step_{step:08d}"

@@ -80,6 +80,8 @@ class Trainer:
     def _open_run(self) -> tuple[Path, dict] | None:
         """Start the process group, open the run directory, read the state of the checkpoint to go on from."""
         checkpoint = store.find(self.run_dir, self.recipe.resume)
+        if checkpoint is not None:
+            store.require_same(checkpoint[1], **self._identity())
         init_distributed()
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
         self.is_first = dist.get_rank() == 0
@@ -215,7 +217,7 @@ class Trainer:
         if not (step == self.recipe.total_steps or (settings.every and step % settings.every == 0)):
             return
         state = {"step": step, "t": self.engine.t, "phase": self.phase.name, "loader": self.loader.state_dict(),
-                 "account": self.account.state(), "world_size": dist.get_world_size()}
+                 "account": self.account.state(), **self._identity()}
         cost = store.save(self.engine, self.run_dir, state)
         if self.is_first:
             store.prune(self.run_dir, settings.keep_last, settings.keep_every)
@@ -243,6 +245,12 @@ class Trainer:
         release(self.engine)
         dist.barrier()
         return json.loads(json.dumps(summary))
+
+    def _identity(self) -> dict:
+        """What must be the same for a checkpoint to be of this run."""
+        return {"world_size": self.plan.world_size, "deepspeed": self.recipe.deepspeed,
+                "precision": self.plan.precision, "method": self.recipe.method, "data": self.plan.data.fingerprint,
+                "model": report.model_name(self.recipe)}
 
     def _where(self) -> dict:
         return {"step": self.account.step, "t": self.engine.t, "phase": self.phase.name}

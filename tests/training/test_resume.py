@@ -6,6 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from relora_ds.checkpoint.store import ResumeError
+from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
+from tests.ranks import ranks
 from tests.training.runs import lines, losses, run
 
 
@@ -63,3 +67,21 @@ def test_old_checkpoints_are_deleted(tmp_path):
     run(tmp_path / "r", "checkpoint.every=5", "checkpoint.keep_last=2", "checkpoint.keep_every=10", "train.steps=31")
     kept = sorted(p.name for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000010", "step_00000020", "step_00000030", "step_00000031"]
+
+
+def resume(overrides: list[str]) -> str:
+    try:
+        Trainer(check("tiny", overrides)).fit()
+    except ResumeError as error:
+        return str(error)
+    return ""
+
+
+def test_another_number_of_ranks_or_precision_is_refused_by_name(tmp_path):
+    run(tmp_path / "r", "train.steps=15", "warm_start_steps=0")
+    overrides = [f"run_dir={tmp_path / 'new'}", f"resume={tmp_path / 'r' / 'checkpoints'}", "warm_start_steps=0"]
+    [message] = ranks(1).run(resume, overrides)
+    assert "world_size was 2, is 1" in message
+    for message in ranks(2).run(resume, [*overrides, "precision=bf16", "deepspeed=zero2"]):
+        assert "precision was fp32, is bf16" in message and "deepspeed was zero1, is zero2" in message
+    assert not (tmp_path / "new").exists()
