@@ -24,10 +24,10 @@ def prune_moments(shards: ShardView, names: list[str], how: str, reset_ratio: fl
     """
     mine = [shards[name] for name in names]
     if how == "magnitude_joint":
-        masks_m = masks_v = _magnitude_masks(shards, mine, "exp_avg", reset_ratio)
+        masks_m = masks_v = _magnitude_masks(shards, mine, "exp_avg", reset_ratio, device)
     elif how == "magnitude":
-        masks_m = _magnitude_masks(shards, mine, "exp_avg", reset_ratio)
-        masks_v = _magnitude_masks(shards, mine, "exp_avg_sq", reset_ratio)
+        masks_m = _magnitude_masks(shards, mine, "exp_avg", reset_ratio, device)
+        masks_v = _magnitude_masks(shards, mine, "exp_avg_sq", reset_ratio, device)
     elif how == "random":
         masks_m = masks_v = [_random_mask(shard, reset_ratio, f"{seed}/{number}/{shard.name}") for shard in mine]
     elif how == "zero":
@@ -39,8 +39,8 @@ def prune_moments(shards: ShardView, names: list[str], how: str, reset_ratio: fl
 
     pruned = torch.zeros(2, dtype=torch.int64, device=device)
     for shard, mask_m, mask_v in zip(mine, masks_m, masks_v, strict=True):
-        shard.exp_avg.mul_(mask_m)
-        shard.exp_avg_sq.mul_(mask_v)
+        shard.exp_avg.mul_(mask_m.to(shard.exp_avg.device))
+        shard.exp_avg_sq.mul_(mask_v.to(shard.exp_avg_sq.device))
         pruned += torch.stack([(~mask_m).sum(), (~mask_v).sum()]).to(device)
     if shards.partitioned:
         dist.all_reduce(pruned)
@@ -70,10 +70,11 @@ def max_update_over_lr(shards: ShardView, names: list[str], *, betas: tuple[floa
     return float(largest)
 
 
-def _magnitude_masks(shards: ShardView, mine: list[Shard], moment: str, reset_ratio: float) -> list[Tensor]:
-    values = [getattr(shard, moment) for shard in mine]
+def _magnitude_masks(shards: ShardView, mine: list[Shard], moment: str, reset_ratio: float,
+                     device: torch.device) -> list[Tensor]:
+    # On the device of the collectives: an offloaded optimizer keeps its moments on the host.
+    values = [getattr(shard, moment).to(device) for shard in mine]
     keep = [num_kept(shard.numel, reset_ratio) for shard in mine]
-    device = values[0].device
     if not shards.partitioned:
         threshold, ties = kth_largest_magnitude(values, keep)
     else:

@@ -12,6 +12,8 @@ from relora_ds.zero.agreement import checksum
 
 def init_distributed() -> None:
     """Start the process group if there is none: from the launcher's environment, or one rank without any launcher."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_of_rank())  # or every rank's first collective would run on GPU 0
     if dist.is_initialized():
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed()

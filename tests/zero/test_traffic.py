@@ -17,7 +17,7 @@ from tests.ranks import ranks
 from tests.small_models import llama
 
 # Odd factors of the low-rank pair, and a group that is no multiple of 4 elements: everything is padded somewhere.
-HIDDEN, INTERMEDIATE, VOCAB, LAYERS, R = 44, 71, 67, 2, 3
+HIDDEN, INTERMEDIATE, VOCAB, LAYERS, R = 44, 71, 67, 3, 3
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
 WORLD = 2
 BYTES = {"fp32": 4, "bf16": 2}
