@@ -24,9 +24,11 @@ if command -v nvidia-smi >/dev/null; then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
 cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+batch=16  # the recipe's train.batch_sequences, to be split evenly
 if [ "$gpus" -gt 0 ]; then
     ranks=$gpus
-    say "$ranks GPU(s): one rank each"
+    while [ $((batch % ranks)) -ne 0 ]; do ranks=$((ranks - 1)); done
+    say "$gpus GPU(s): one rank on each of $ranks"
 else
     ranks=$((cores < 2 ? 1 : 2))
     export DS_ACCELERATOR=cpu
@@ -35,7 +37,10 @@ fi
 which_devices=(--num_gpus "$ranks")
 if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
     which_devices=()  # the launcher heeds CUDA_VISIBLE_DEVICES only when no number is given
+    CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")
+    export CUDA_VISIBLE_DEVICES
 fi
+micro=$((batch / ranks > 8 ? 8 : batch / ranks))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}"
 port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
@@ -45,7 +50,8 @@ port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind((
 started=$(mktemp)
 set -m
 "$PYTHON" -m deepspeed.launcher.runner --quiet --hostfile /dev/null ${which_devices[@]+"${which_devices[@]}"} \
-    --master_port "$port" "$ROOT/train.py" --config quickstart ${overwrite[@]+"${overwrite[@]}"} "$@" </dev/null &
+    --master_port "$port" "$ROOT/train.py" --config quickstart "train.micro_batch_size=$micro" \
+    ${overwrite[@]+"${overwrite[@]}"} "$@" </dev/null &
 launcher=$!
 set +m
 stopped=

@@ -14,7 +14,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: a recipe and its overrides."""
     parser = argparse.ArgumentParser(
         prog="train.py", description="Pre-train a language model with ReLoRA on DeepSpeed ZeRO.",
-        epilog="Examples:  deepspeed --num_gpus 8 train.py --config quickstart relora.r=32 train.steps=1000   |   "
+        epilog="Examples:  deepspeed --num_gpus 2 train.py --config quickstart relora.r=32 train.steps=1000   |   "
                "torchrun --nproc_per_node 2 train.py --config my.yaml   |   python train.py --config tiny")
     parser.add_argument("--config", default="quickstart", metavar="RECIPE",
                         help=f"a YAML file, or a shipped recipe: {', '.join(recipe_names())} (default: %(default)s)")
