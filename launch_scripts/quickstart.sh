@@ -19,10 +19,7 @@ for argument in "$@"; do
 done
 
 # --- how many ranks, and with how many threads each -------------------------------------------------------------
-gpus=0
-if command -v nvidia-smi >/dev/null; then
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-fi
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 batch=16  # the recipe's train.batch_sequences, to be split evenly
 if [ "$gpus" -gt 0 ]; then

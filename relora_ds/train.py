@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stop(trainer, say: bool, reason: str, exit_code: int) -> int:
+    for part in ("view", "metrics"):  # the bar would swallow the message, and the last events be lost
+        if hasattr(trainer, part):
+            getattr(trainer, part).close()
     if say:
         print(f"error: {reason}", file=sys.stderr, flush=True)
     if trainer is not None:

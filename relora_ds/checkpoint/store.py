@@ -60,6 +60,13 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
             shutil.rmtree(tag)
 
 
+def drop_after(run_dir: Path, step: int) -> None:
+    """Delete the checkpoints past `step`: they are of a future that will not be. Rank 0 calls it."""
+    for tag in (run_dir / "checkpoints").glob("step_*"):
+        if int(tag.name.removeprefix("step_")) > step:
+            shutil.rmtree(tag)
+
+
 def find(run_dir: Path, resume: str | bool) -> tuple[Path, dict] | None:
     """The checkpoint to go on from, as `(directory, its run state)`; None to start from the beginning.
 
@@ -95,7 +102,14 @@ def require_same(state: dict, **now) -> None:
     Raises:
         ResumeError: naming every value that differs.
     """
-    changed = [f"{name} was {state[name]}, is {value}" for name, value in now.items() if state[name] != value]
+    changed = []
+    for name, value in now.items():
+        old = state.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed += [f"{name}.{key} was {old.get(key)}, is {value.get(key)}" for key in sorted({*value, *old})
+                        if old.get(key) != value.get(key)]
+        elif old != value:
+            changed.append(f"{name} was {old}, is {value}")
     if changed:
         raise ResumeError("resume: " + "; ".join(changed) + ". A checkpoint goes on only as it was begun in this "
                           "version: change it back, or start a new run with init_from")
@@ -113,6 +127,6 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's contents in one rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

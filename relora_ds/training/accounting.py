@@ -26,12 +26,12 @@ class Account:
 class StepTraffic:
     """Bytes per step from sampled steps: collectives are the same in every step of a phase, but for restarts.
 
-    The first step is sampled (ZeRO-3 still records its trace there), the third, and every step that ends
-    with a restart.
+    This engine's first step is sampled (ZeRO-3 still records its trace there), its third, and every step that
+    ends with a restart.
     """
 
     def __init__(self, engine, full_rank_elements: int):
-        self._engine = engine
+        self._engine, self._first = engine, engine.t  # a resumed engine does not begin at 0
         stage = engine.zero_optimization_stage()
         self.full_rank = expected_step(
             stage, trainable=full_rank_elements, frozen=0, element_size=element_size(engine),
@@ -41,7 +41,7 @@ class StepTraffic:
 
     def wants_sample(self) -> bool:
         """Whether the coming step should be counted."""
-        return self._engine.t in (0, 2) or self._engine.lr_scheduler.is_scheduled(self._engine.t + 1)
+        return self._engine.t - self._first in (0, 2) or self._engine.lr_scheduler.is_scheduled(self._engine.t + 1)
 
     def record(self, sample: Traffic | None, restarted: bool) -> None:
         """Set `payload` and `wire` of the step that has just been taken."""

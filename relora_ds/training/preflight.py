@@ -53,7 +53,8 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     """
     recipe, problems = read_recipe(name_or_path, overrides)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    precision = resolve_precision(recipe.precision, torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    precision = resolve_precision(recipe.precision, torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+        including_emulation=False))
     accumulation, settings = 0, {}
     if not problems:
         problems += _run_dir_problems(recipe)
@@ -96,7 +97,9 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
 
 def _run_dir_problems(recipe: Recipe) -> list[str]:
     directory = Path(recipe.run_dir)
-    if recipe.resume or not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists() or not any(directory.iterdir()):
+        return []
+    if recipe.resume == "auto" or (recipe.resume and directory.resolve() in Path(recipe.resume).resolve().parents):
         return []
     if not has_run(directory):
         return [f"run_dir: {recipe.run_dir} exists and holds something that is no run; choose another one"]

@@ -47,6 +47,7 @@ class Trainer:
         self.guard = NonFiniteGuard(self.recipe.guard.max_bad_steps)
         self.history: list[tuple[int, str, Evaluation]] = []
         self.engine = None
+        self.is_first = self.is_open = False
 
     def fit(self) -> dict:
         """Train to the end; returns what is in summary.json. Collective."""
@@ -69,8 +70,8 @@ class Trainer:
         dist.destroy_process_group()
 
     def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
-        """Replace status.json (rank 0; before the run directory exists, nothing happens)."""
-        if self.run_dir.is_dir() and (not dist.is_initialized() or dist.get_rank() == 0):
+        """Replace status.json: rank 0, or whichever rank failed. Nothing happens before the run directory is ours."""
+        if self.is_open and (self.is_first or state == "failed"):
             store.write_json(self.run_dir / "status.json", {
                 "state": state, "step": self.account.step, "reason": reason, "exit_code": exit_code,
                 "time": time.time()})
@@ -90,7 +91,10 @@ class Trainer:
                 shutil.rmtree(self.run_dir)
             (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             store.write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+            if checkpoint is not None:
+                store.drop_after(self.run_dir, checkpoint[1]["step"])
         dist.barrier()
+        self.is_open = True
         if checkpoint is not None:
             self.account = Account(**checkpoint[1]["account"])
         data, recipe = self.plan.data, self.recipe
@@ -99,7 +103,8 @@ class Trainer:
         if checkpoint is not None:
             self.loader.load_state_dict(checkpoint[1]["loader"])
         self.metrics = MetricsLog(self.run_dir, enabled=self.is_first,
-                                  resume_step=None if checkpoint is None else self.account.step)
+                                  # -1: an attempt that left no checkpoint is forgotten
+                                  resume_step=-1 if checkpoint is None else self.account.step)
         self.view = View(self.is_first, recipe.total_steps)
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
         for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
@@ -115,10 +120,10 @@ class Trainer:
             directory, state = checkpoint
             self.engine.load_checkpoint(str(directory.parent), directory.name)
             assert self.engine.t == state["t"], "the checkpoint's trainer and engine states are of different steps"
-        probe = torch.from_numpy(
-            self.plan.data.validation[:DRIFT_PROBE_SEQUENCES * self.recipe.data.seq_len].astype("int64"))
-        probe = probe[:len(probe) // self.recipe.data.seq_len * self.recipe.data.seq_len].view(
-            -1, self.recipe.data.seq_len).to(self.engine.device)
+        length = self.recipe.data.seq_len
+        rows = min(DRIFT_PROBE_SEQUENCES, self.recipe.train.micro_batch_size, len(self.plan.data.validation) // length)
+        probe = torch.from_numpy(self.plan.data.validation[:rows * length].astype("int64")).view(rows, length).to(
+            self.engine.device)
         self.engine.drift_probe = (lambda: self.engine.module(input_ids=probe).logits) if len(probe) else None
         self.traffic = StepTraffic(self.engine, self.full_rank_elements)
         self._step_seconds: list[float] = []
@@ -248,9 +253,13 @@ class Trainer:
 
     def _identity(self) -> dict:
         """What must be the same for a checkpoint to be of this run."""
-        return {"world_size": self.plan.world_size, "deepspeed": self.recipe.deepspeed,
-                "precision": self.plan.precision, "method": self.recipe.method, "data": self.plan.data.fingerprint,
-                "model": report.model_name(self.recipe)}
+        recipe = self.recipe
+        return json.loads(json.dumps({
+            "world_size": self.plan.world_size, "deepspeed": self.plan.deepspeed, "precision": self.plan.precision,
+            "method": recipe.method, "model": report.model_name(recipe), "data": self.plan.data.fingerprint,
+            "data.seq_len": recipe.data.seq_len, "batch_sequences": recipe.batch_sequences, "seed": recipe.seed,
+            "train.steps": recipe.total_steps, "warm_start_steps": recipe.warm_start_steps,
+            "relora": vars(recipe.relora), "lora": vars(recipe.lora), "optim": vars(recipe.optim)}))
 
     def _where(self) -> dict:
         return {"step": self.account.step, "t": self.engine.t, "phase": self.phase.name}

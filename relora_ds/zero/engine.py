@@ -107,6 +107,10 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     return engine, optimizer, loader, scheduler
 
 
+def _to(value, device: torch.device):
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 class ReLoRAEngine(DeepSpeedEngine):
     """DeepSpeed's engine, specialised by `initialize`; never constructed directly.
 
@@ -130,6 +134,9 @@ class ReLoRAEngine(DeepSpeedEngine):
         return self.lr_scheduler.restarts
 
     def forward(self, *inputs, **kwargs):
+        # A DataLoader's batches are on the host; DeepSpeed does not move them.
+        inputs = [_to(value, self.device) for value in inputs]
+        kwargs = {name: _to(value, self.device) for name, value in kwargs.items()}
         if self.training and self.relora is not None and self.relora.lora_dropout > 0:
             # A mask of its own for every rank, step and micro-step, and the same one after a resume.
             micro_step = self.micro_steps % self.gradient_accumulation_steps()  # DeepSpeed does not restore the count
@@ -155,6 +162,9 @@ class ReLoRAEngine(DeepSpeedEngine):
         """
         if not self.frozen.layers:
             raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
+        if self.micro_steps % self.gradient_accumulation_steps():
+            raise ValueError("restart: gradients of the old A and B are being accumulated; call it after the step() "
+                             "that applies them")
         self.lr_scheduler.record_restart()
         self.last_restart = restart(self.shards, self.frozen, self.relora, t=self.t, number=len(self.restarts),
                                     seed=self.seed, device=self.device, probe=self._probe())

@@ -54,13 +54,24 @@ def test_auto_goes_on_in_place_and_drops_what_was_written_past_the_checkpoint(tm
     (broken / "checkpoints" / "latest").write_text("step_00000016")
     run(broken, "resume=auto")
     assert [line["step"] for line in lines(broken, "train")] == list(range(1, 41))
+    assert [line["bytes_payload"] > 0 for line in lines(broken, "train")] == [True] * 40
     assert losses(broken) == losses(whole)
     assert [r["step"] for r in lines(broken, "restart")] == [20, 30]
 
 
-def test_auto_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+def test_auto_without_a_checkpoint_starts_at_the_beginning_and_forgets_the_attempt(tmp_path):
     run(tmp_path / "new", "resume=auto", "train.steps=15")
-    assert min(losses(tmp_path / "new")) == 1
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    run(tmp_path / "new", "resume=auto", "train.steps=15")
+    assert [line["step"] for line in lines(tmp_path / "new", "train")] == list(range(1, 16))
+
+
+def test_going_back_to_an_older_checkpoint_drops_the_later_ones(tmp_path):
+    run(tmp_path / "r", "checkpoint.every=5", "checkpoint.keep_last=9", "train.steps=20")
+    run(tmp_path / "r", f"resume={tmp_path}/r/checkpoints/step_00000010", "checkpoint.every=9",
+        "checkpoint.keep_last=2", "train.steps=20")
+    kept = sorted(p.name for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000018", "step_00000020"]
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
@@ -83,5 +94,7 @@ def test_another_number_of_ranks_or_precision_is_refused_by_name(tmp_path):
     [message] = ranks(1).run(resume, overrides)
     assert "world_size was 2, is 1" in message
     for message in ranks(2).run(resume, [*overrides, "precision=bf16", "deepspeed=zero2"]):
-        assert "precision was fp32, is bf16" in message and "deepspeed was zero1, is zero2" in message
+        assert "precision was fp32, is bf16" in message and "deepspeed.zero_optimization was" in message
+    [message] = ranks(1).run(resume, [*overrides, "relora.r=8", "train.steps=20"])
+    assert "relora.r was 4, is 8" in message and "train.steps was 15, is 20" in message
     assert not (tmp_path / "new").exists()
