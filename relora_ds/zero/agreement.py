@@ -32,12 +32,15 @@ def checksum(piece: Tensor, start: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def verify(shards: ShardView, frozen: FrozenWeights, *, device: torch.device) -> str:
+def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *, device: torch.device) -> str:
     """Compare W, A and B over all ranks, as forward reads them; returns the common checksum. Collective.
 
     Where ranks hold whole tensors, each one's checksum must be the same everywhere. Where ZeRO-3 splits a
-    tensor, the pieces' checksums must add up to that of the owner's master, rounded as it is stored. The
-    masters of A and B must equal forward's copies.
+    tensor, the pieces' checksums must add up. Both must give what the owner of the weight sent. The masters
+    of A and B must equal forward's copies.
+
+    Args:
+        sent: the checksums of the weights that this rank owns, taken before they were broadcast.
 
     Raises:
         RuntimeError: naming the first tensor that differs.
@@ -70,9 +73,8 @@ def verify(shards: ShardView, frozen: FrozenWeights, *, device: torch.device) ->
     expected, known = torch.zeros_like(own), torch.zeros_like(own)
     for i, name in enumerate(names):
         owned = name.removesuffix(".weight")
-        if owned in frozen.masters:
-            stored = frozen.masters[owned].to(device).to(frozen.layers[owned].weight.dtype)
-            expected[i], known[i] = checksum(stored.reshape(-1)), 1
+        if owned in sent:
+            expected[i], known[i] = sent[owned], 1
     dist.all_reduce(expected)
     dist.all_reduce(known)
     wrong |= (known > 0) & (expected != common)

@@ -21,7 +21,7 @@ from relora_ds.lowrank.frozen import add_update_, to_stored, to_stored_unbiased
 from relora_ds.lowrank.linear import initial_A
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
-from relora_ds.zero.agreement import verify
+from relora_ds.zero.agreement import checksum, verify
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.moments import prune_moments
 from relora_ds.zero.shards import ShardView
@@ -67,20 +67,23 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     before = probe() if probe else None
     started = time.perf_counter()
     shards.drop_gathered_copies()
-    merge_loss = _merge(shards, frozen, config, seed=seed, number=number, device=device)
+    merge_loss, sent = _merge(shards, frozen, config, seed=seed, number=number, device=device)
     _reinitialise(shards, frozen, seed=seed, number=number)
     fraction_m, fraction_v = prune_moments(shards, [n for n in shards.names if is_lora_parameter(n)],
                                            config.optimizer_reset, config.reset_ratio,
                                            seed=seed, number=number, device=device)
-    checksum = verify(shards, frozen, device=device)
+    common = verify(shards, frozen, sent, device=device)
     seconds = time.perf_counter() - started
     drift = _relative_change(before, probe(), device) if probe else None
-    return RestartReport(t, number, fraction_m, fraction_v, merge_loss, drift, seconds, checksum)
+    return RestartReport(t, number, fraction_m, fraction_v, merge_loss, drift, seconds, common)
 
 
 def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
-           device: torch.device) -> float:
-    """Merge on the owners, all at the same time, then broadcast one weight after the other. Returns the merge loss."""
+           device: torch.device) -> tuple[float, dict[str, Tensor]]:
+    """Merge on the owners, all at the same time, then broadcast one weight after the other.
+
+    Returns the merge loss, and the checksums of the stored copies that this rank sends.
+    """
     factors: dict[str, Tensor] = {}
     for owner in range(dist.get_world_size()):
         names = [f"{name}.{factor}" for name, rank in frozen.owners.items() if rank == owner
@@ -106,11 +109,12 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
         frozen.keep(name, merged)
         lost += torch.stack([(stored[name].float() - stored_before - intended).square().sum(dtype=torch.float64),
                              intended.square().sum(dtype=torch.float64)])
+    sent = {name: checksum(value.reshape(-1)) for name, value in stored.items()}
     for name in frozen.layers:
         frozen.publish(name, stored.pop(name, None), device)
 
     dist.all_reduce(lost)
-    return float((lost[0] / lost[1]).sqrt()) if lost[1] > 0 else 0.0
+    return float((lost[0] / lost[1]).sqrt()) if lost[1] > 0 else 0.0, sent
 
 
 def _reinitialise(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int) -> None:

@@ -223,3 +223,37 @@ def two_restarts_in_a_row() -> str:
 
 def test_a_second_restart_at_the_same_step_is_an_error():
     assert "there was one at step t=1" in ranks(1).run(two_restarts_in_a_row)[0]
+
+
+def a_rank_that_misses_a_weight(stage, precision) -> str:
+    """Rank 1 throws away one broadcast weight; returns the error."""
+    engine = cases.build(stage, precision=precision)
+    cases.train_step(engine, 0)
+    cases.train_step(engine, 1)
+    publish, victim = engine.frozen.publish, next(iter(engine.frozen.layers))
+
+    def forgetful(name, stored, device):
+        if name != victim:
+            return publish(name, stored, device)
+        weight = engine.frozen.layers[name].weight
+        piece = weight.ds_tensor if hasattr(weight, "ds_tensor") else weight
+        before = piece.data.clone()
+        publish(name, stored, device)
+        if dist.get_rank() == 1:
+            piece.data.copy_(before)
+        return None
+
+    engine.frozen.publish = forgetful
+    try:
+        engine.restart()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        cases.release(engine)
+    return ""
+
+
+@pytest.mark.parametrize("stage, precision", [(1, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_ranks_that_disagree_are_noticed_by_all(stage, precision):
+    for message in ranks(2).run(a_rank_that_misses_a_weight, stage, precision):
+        assert "do not agree on model.layers.0.self_attn.q_proj.weight" in message
