@@ -57,7 +57,7 @@ trap 'stopped=1; kill -INT -- "-$launcher" 2>/dev/null || true' INT
 code=0
 wait "$launcher" || code=$?
 if [ -n "$stopped" ]; then
-    # The launcher gives the ranks 30 s to write a checkpoint.
+    # The launcher gives the ranks 30 s to end.
     for ((second = 0; second < 40; second++)); do
         kill -0 -- "-$launcher" 2>/dev/null || break
         sleep 1

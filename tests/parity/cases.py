@@ -1,7 +1,5 @@
 """What runs on the ranks in the parity and restart tests."""
 
-import math
-
 import torch
 import torch.distributed as dist
 
@@ -143,7 +141,3 @@ def logits(engine, step: int = 999) -> torch.Tensor:
         value = engine(input_ids=batch(step, 4)).logits.float().clone()
     engine.train()
     return value
-
-
-def is_finite(value: float) -> bool:
-    return math.isfinite(value)
