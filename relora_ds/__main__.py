@@ -1,31 +1,38 @@
-"""`python -m relora_ds <command>`."""
+"""`python -m relora_ds <command>`; see `relora_ds.commands`."""
 
 import argparse
+import importlib
 import sys
-from pathlib import Path
+
+from relora_ds.commands import COMMANDS
+from relora_ds.config import RecipeError
 
 
-def main() -> int:
-    """Dispatch to a command; returns the exit code."""
-    if len(sys.argv) > 1 and sys.argv[1] == "train":
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else None
+    if name == "train":
         from relora_ds.train import main as train
-        return train(sys.argv[2:])
+        return train(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m relora_ds", description="ReLoRA pre-training on DeepSpeed ZeRO.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="train a recipe; the same as train.py", add_help=False)
-    export = commands.add_parser("export", help="write a finished run as a Hugging Face model directory")
-    export.add_argument("run", type=Path, metavar="RUN")
-    export.add_argument("directory", type=Path, metavar="DIR")
-    arguments = parser.parse_args()
-
-    from relora_ds.interop.export import export_run
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = {known: subparsers.add_parser(known, help=what, description=what) for known, what in COMMANDS.items()}
+    if name not in COMMANDS:
+        parser.parse_args(argv)  # prints the list, or names the mistake, and exits
+    command = importlib.import_module(f"relora_ds.commands.{name}")  # only this one: torch takes seconds to import
+    command.add_arguments(commands[name])
     try:
-        export_run(arguments.run, arguments.directory)
+        return command.run(parser.parse_args(argv))
+    except RecipeError as error:
+        return _fail(error, 2)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.directory}: load it with AutoModelForCausalLM.from_pretrained")
-    return 0
+        return _fail(error, 1)
+
+
+def _fail(error: Exception, exit_code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ ALLOWED = {
     "zero": {"config", "lowrank"},
     "checkpoint": {"config", "lowrank", "zero"},
     "methods": {"config", "models", "lowrank", "zero", "checkpoint"},
-    "interop": {"config", "models", "data", "lowrank", "zero"},
+    "interop": {"config", "models", "data", "lowrank", "zero", "checkpoint"},
     "training": BELOW_TRAINING,
     "train": BELOW_TRAINING | {"training"},
-    "bench": BELOW_TRAINING | {"training"},
-    "__main__": BELOW_TRAINING | {"training", "train", "bench"},
+    "planning": BELOW_TRAINING | {"training"},
+    "bench": BELOW_TRAINING | {"training", "planning"},
+    "commands": BELOW_TRAINING | {"training", "planning", "bench"},
+    "__main__": {"config", "commands", "train"},
 }
 # Other people's packages that a room may not import; "*" is every room that has no entry of its own.
 FORBIDDEN = {

@@ -1,0 +1,18 @@
+"""`python -m relora_ds <command>`: one module a command.
+
+Each has `add_arguments(parser)` and `run(arguments) -> exit code`. A command parses, calls what does the work, and
+prints; the work itself is in the other rooms. ValueError and OSError become one line and exit code 1 (a `RecipeError`:
+2) in `__main__`.
+"""
+
+# name -> what it does, one line. `train` is relora_ds/train.py.
+COMMANDS = {
+    "train": "train a recipe; the same as train.py",
+    "check": "resolve a recipe without training: its calendar, T, memory and bytes per step",
+    "estimate": "memory and bytes per GPU of a recipe, at every ZeRO stage and world size asked for",
+    "doctor": "versions, devices and backends of this machine; --link measures the link between the ranks",
+    "prepare": "tokenize a recipe's corpus into a directory that other machines can train from",
+    "export": "write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base",
+    "eval": "validation loss of any Hugging Face model directory on any corpus",
+    "plot": "figures of one or more runs: PNG, and one self-contained HTML page",
+}
