@@ -44,11 +44,12 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=["Typing :: Typed"],
     python_requires=">=3.10",
     packages=[*find_packages(include=["relora_ds", "relora_ds.*"]), "relora_ds.ds_configs"],
     package_dir={"relora_ds.ds_configs": "ds_configs"},  # one copy serves the checkout and the installed package
     package_data={
-        "relora_ds": ["recipes/*.yaml"],
+        "relora_ds": ["py.typed", "recipes/*.yaml"],
         "relora_ds.models": ["*.json"],
         "relora_ds.ds_configs": ["*.json"],
     },

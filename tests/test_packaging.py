@@ -36,11 +36,12 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_relora_ds_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
-    files = [path for path in (REPOSITORY / "relora_ds").rglob("*") if path.suffix in (".py", ".yaml", ".json")]
+    kinds = (".py", ".yaml", ".json", ".typed")
+    files = [path for path in (REPOSITORY / "relora_ds").rglob("*") if path.suffix in kinds]
     expected = {path.relative_to(REPOSITORY).as_posix() for path in files}
     expected |= {f"relora_ds/ds_configs/{path.name}" for path in (REPOSITORY / "ds_configs").iterdir()}
     assert {"relora_ds/recipes/quickstart.yaml", "relora_ds/models/presets.json", "relora_ds/zero/engine.py",
-            "relora_ds/ds_configs/zero1.json"} <= expected
+            "relora_ds/ds_configs/zero1.json", "relora_ds/py.typed"} <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("LICENSE") for name in names)
 
