@@ -1,13 +1,13 @@
 """From YAML and `section.key=value` overrides to a typed recipe, collecting every mistake on the way.
 
 OmegaConf knows the types and stops at the first error; a user wants to see all of them. So the sources are flattened
-to {dotted key: value} and merged leaf by leaf. The recipe class comes in as an argument: nothing here knows a field
-by name, except those listed in `NONE_IS_A_CHOICE`.
+to {dotted key: value} and merged leaf by leaf: the recipe that a file `extends` lies under the file, and the overrides
+lie over it. The recipe class comes in as an argument: nothing here knows a field by name, except those listed below.
 """
 
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -19,13 +19,71 @@ from omegaconf.errors import OmegaConfBaseException
 # Where the text "none" is a choice, YAML's null means the same.
 NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relora.frozen_master", "lora.base")
 
+# A recipe sets one of each pair. A source that sets one of them replaces the other one of the sources below it:
+# `train.tokens=1e9` is all it takes to run a recipe of so many steps by tokens.
+ONE_OF = (("train.steps", "train.tokens"), ("train.batch_sequences", "train.batch_tokens"),
+          ("model.preset", "model.name_or_path"))
+
+# The key that names the recipe below this one, and what is not taken over from it: a run directory is of one run.
+EXTENDS = "extends"
+NOT_INHERITED = ("run_dir",)
+
 # A field's type in a user's words.
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null",
           list[str]: "a list of names", list[float]: "a list of numbers"}
 
 
-def read_values(path: Path, recipe_class: type, problems: list[str]) -> dict[str, object] | None:
-    """{dotted key: value} of a YAML file; None, and the reason in `problems`, when it cannot be read."""
+def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tuple[Path | None, list[str]]],
+                problems: list[str]) -> tuple[dict[str, object], bool]:
+    """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read).
+
+    find: (what a file extends, the file's directory) -> (the extended file or None, [what is wrong]). What could not
+    be read is left out, and the reason is in `problems`.
+    """
+    chain, layers, complete = [path], [], False
+    while not complete:
+        values = _read_file(chain[-1], recipe_class, problems)
+        if values is None:
+            break
+        parent = values.pop(EXTENDS, None)
+        layers.append(values)
+        if parent is None:
+            complete = True
+        elif not isinstance(parent, str):
+            problems.append(f"{EXTENDS}: {parent!r} in {chain[-1]} is neither a recipe's name nor a path; use e.g. "
+                            f"{EXTENDS}: quickstart")
+            break
+        else:
+            found, why = find(parent, chain[-1].parent)
+            problems += [f"{EXTENDS}: {reason}" for reason in why]
+            if found is None:
+                break
+            if found.resolve() in [file.resolve() for file in chain]:
+                problems.append(f"{EXTENDS}: {' -> '.join(str(file) for file in [*chain, found])} goes round in a "
+                                f"circle; remove one {EXTENDS}")
+                break
+            chain.append(found)
+    merged = {}
+    for values in reversed(layers):
+        merged = lay_over({key: value for key, value in merged.items() if key not in NOT_INHERITED}, values)
+    return merged, complete
+
+
+def lay_over(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:
+    """`below` with the values of `above` over it, leaf by leaf; see `ONE_OF` for the pairs of which one is set.
+
+    A source that sets both of a pair is left as it is: that is a mistake, and the recipe's checks name it.
+    """
+    merged = {**below, **above}
+    for pair in ONE_OF:
+        for one, other in (pair, pair[::-1]):
+            if above.get(one) is not None and other not in above:
+                merged[other] = None
+    return merged
+
+
+def _read_file(path: Path, recipe_class: type, problems: list[str]) -> dict[str, object] | None:
+    """{dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(tree, dict):
@@ -38,8 +96,9 @@ def read_values(path: Path, recipe_class: type, problems: list[str]) -> dict[str
     return values
 
 
-def read_overrides(overrides: Sequence[str], recipe_class: type, values: dict, problems: list[str]) -> None:
-    """Write `section.key=value` overrides over `values`; later ones win. Malformed ones go to `problems`."""
+def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[str]) -> dict[str, object]:
+    """{dotted key: value} of `section.key=value` overrides; later ones win. Malformed ones go to `problems`."""
+    values = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         try:
@@ -50,6 +109,9 @@ def read_overrides(overrides: Sequence[str], recipe_class: type, values: dict, p
             problems.append(f"override {override!r} is not section.key=value with a YAML value; e.g. relora.r=64")
         else:
             _flatten(tree, "", recipe_class, values, problems)
+    if EXTENDS in values:
+        problems.append(f"{EXTENDS}: {values.pop(EXTENDS)!r} is no override; write it into a recipe file")
+    return values
 
 
 def _flatten(tree: dict, prefix: str, recipe_class: type, values: dict, problems: list[str]) -> None:

@@ -1,0 +1,105 @@
+"""What a run left behind, as columns that can be drawn. A run that still goes on, or failed, is one too."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from relora_ds.config import read_recipe
+from relora_ds.training.metrics import read_metrics
+
+TRAIN_COLUMNS = ("step", "loss", "lr", "tokens", "tokens_per_s", "total_bytes_wire", "full_rank_bytes_wire")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: short, unique among the runs that are drawn together.
+        state, reason: of status.json; "unknown" where there is none.
+        verdict: the sentence of summary.json; "" before the end.
+        train: columns of the logged training steps, fp64, NaN for what was not finite.
+        evaluations: columns `step`, `val_loss`, and `tokens` and `total_bytes_wire` at that step.
+        restarts: the steps after which there was one.
+        switches: the steps at which a phase took over from another one.
+        trainable, total: parameters of the last phase.
+        samples: (prompt, text) pairs of the last evaluation.
+    """
+
+    name: str
+    method: str
+    state: str
+    reason: str
+    verdict: str
+    train: dict[str, np.ndarray]
+    evaluations: dict[str, np.ndarray]
+    restarts: list[int]
+    switches: list[int]
+    trainable: int
+    total: int
+    samples: list[tuple[str, str]]
+
+    @property
+    def has_traffic(self) -> bool:
+        """Whether anything was sent: a single rank sends nothing."""
+        return bool(self.train["total_bytes_wire"].any())
+
+
+def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
+    """The runs in these directories, each once.
+
+    Raises:
+        ValueError: for a directory that is no run, or whose run has not logged a training step.
+    """
+    paths = list(dict.fromkeys(directory.resolve() for directory in directories))
+    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _read_run(directory: Path, name: str) -> RunRecord:
+    if not (directory / "metrics.jsonl").is_file():
+        raise ValueError(f"{directory}: no run; it has no metrics.jsonl")
+    lines: dict[str, list[dict]] = {}
+    for line in read_metrics(directory):
+        lines.setdefault(line["kind"], []).append(line)
+    if "train" not in lines:
+        raise ValueError(f"{directory}: its metrics.jsonl has no training step; wait for the run's first logged one")
+    train = {column: _column(lines["train"], column) for column in TRAIN_COLUMNS}
+    evaluations = {column: _column(lines.get("eval", []), column) for column in ("step", "val_loss")}
+    for column in ("tokens", "total_bytes_wire"):
+        evaluations[column] = np.interp(evaluations["step"], [0, *train["step"]], [0, *train[column]])
+    status, phases = _read_json(directory / "status.json"), lines.get("phase", [{}])
+    return RunRecord(
+        name=name, method=_method(directory), state=status.get("state", "unknown"), reason=status.get("reason", ""),
+        verdict=_read_json(directory / "summary.json").get("verdict", ""), train=train, evaluations=evaluations,
+        restarts=[line["step"] for line in lines.get("restart", [])],
+        switches=[after["step"] for before, after in zip(phases, phases[1:], strict=False)
+                  if before["phase"] != after["phase"]],
+        trainable=phases[-1].get("trainable_parameters", 0), total=phases[-1].get("total_parameters", 0),
+        samples=[(s["prompt"], s["text"]) for s in lines.get("eval", [{}])[-1].get("samples", [])])
+
+
+def _column(lines: list[dict], key: str) -> np.ndarray:
+    return np.array([line.get(key) for line in lines], dtype=np.float64)  # None becomes NaN
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _method(directory: Path) -> str:
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        return "unknown"
+    recipe, _ = read_recipe(path, check_files=False)
+    return f"lora ({recipe.lora.base} base)" if recipe.method == "lora" else recipe.method
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last component of each path, or as many of the last ones as it takes to tell them apart."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]

@@ -1,0 +1,79 @@
+"""What docs/ says can be checked: its links, the tests and files that it names, and the measured figures."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from relora_ds.config import load_recipe, recipe_names
+from relora_ds.lowrank.frozen import to_stored
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_files_tests_and_recipes_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            linked = path.parent / file
+            assert linked.is_file(), target
+            headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                        for line in linked.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+            assert not anchor or anchor in headings, target
+    for file in re.findall(r"`((?:relora_ds|tests|launch_scripts)/[\w/.]+)`", text):
+        assert (ROOT / file).exists(), file
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)`,\s+`(test_\w+)`", text):
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
+    for room, module in re.findall(r"`(zero|lowrank|data|training|methods)/(\w+\.py)`", text):
+        assert (ROOT / "relora_ds" / room / module).is_file(), module
+    for name in re.findall(r"`((?:llama|continued|quickstart|tiny)_\w+)`", text):
+        assert name in recipe_names() or name in ("llama_1b_aligned",), name
+
+
+def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("text")
+    blocks = BLOCK.findall((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
+    (recipe,) = [code for language, code in blocks if language == "yaml"]
+    (tmp_path / "my_run.yaml").write_text(recipe)
+    commands = [line for language, code in blocks if language == "bash" for line in code.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        name, *overrides = command.partition("--config ")[2].split()
+        load_recipe(name, overrides)
+    mine = load_recipe("my_run.yaml", ["optim.lr=1e-3"])
+    assert (mine.relora.r, mine.relora.restart_every, mine.train.tokens) == (256, 5000, 10**10)
+
+
+def test_rounding_errors_of_a_merge_are_those_of_the_table():
+    text = (ROOT / "docs" / "restart.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (1e-\d) \| (\d+) % \| (\d+) % \|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rms):
+        return torch.randn(2 * 10**6, generator=generator, dtype=torch.float64).mul_(rms).float()
+
+    def error(stored, update):
+        return 100 * float((stored - before - update).double().norm() / update.double().norm())
+
+    weight = normal(0.02)
+    before = to_stored(weight, torch.bfloat16).float()
+    for rms, expected, unchanged in rows:
+        update = normal(float(rms))
+        merged = to_stored(before + update, torch.bfloat16).float()
+        assert error(merged, update) == pytest.approx(int(expected), abs=0.6)
+        assert 100 * float((merged == before).float().mean()) == pytest.approx(int(unchanged), abs=0.6)
+
+    in_place, master, update = before.clone(), weight.clone(), normal(1e-5)
+    for _ in range(20):
+        in_place = to_stored(in_place + update, torch.bfloat16).float()
+        master += update
+    errors = [error(stored, 20 * update) for stored in (in_place, to_stored(master, torch.bfloat16).float())]
+    assert f"still {errors[0]:.0f} % off in place, and {errors[1]:.0f} % with an fp32" in text, errors
