@@ -1,8 +1,8 @@
 """Directories that are either complete or absent, also when processes race or die.
 
-A directory is built under a temporary name in the same parent and renamed once. A file lock lets the
-processes of one host take turns; between hosts that share a file system the rename alone decides, so a lock
-that such a file system ignores costs duplicated work and nothing else.
+A directory is built under a temporary name in the same parent and renamed once. A file lock lets the processes of one
+host take turns; between hosts that share a file system the rename alone decides (the temporary name carries the host's
+name), so a lock that holds on one host only costs duplicated work and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,44 +25,64 @@ def cache_root(data: DataConfig) -> Path:
     return Path(data.cache_dir or os.environ.get("RELORA_DS_CACHE") or "~/.cache/relora_ds").expanduser()
 
 
-def ensure_directory(final: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process of this host at a time; `path` itself need not exist, its parent is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f".{path.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
+        yield
+
+
+def ensure_directory(final: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None],
+                     is_worth_keeping: Callable[[Path], bool] = lambda partial: False) -> Path:
     """Return `final` after making sure that it is complete.
 
-    `build(temporary)` fills a new, empty directory; it runs only where `is_complete(final)` is false, and
-    what it raises leaves no trace behind. A `final` that exists but is not complete (a copy that was
-    interrupted, a file that somebody deleted) is replaced.
+    `build(partial)` fills a directory; it runs only where `is_complete(final)` is false. The directory is new and
+    empty, unless a build before it was killed or raised and `is_worth_keeping(partial)` is true of what it left: then
+    `build` gets that, and goes on from there. A `final` that exists but is not complete (a copy that was interrupted,
+    a file that somebody deleted) is replaced.
     """
     if is_complete(final):
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with open(final.parent / f".{final.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
+    with locked(final):
         if is_complete(final):
             return final
-        # Under the lock, what this host left under a temporary name belongs to a process that died.
-        prefix = f".{final.name}.{socket.gethostname()}."
-        for leftover in final.parent.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = final.parent / f"{prefix}{os.getpid()}"
-        temporary.mkdir()
+        partial = final.parent / f".{final.name}.{socket.gethostname()}.partial"
+        if partial.exists() and not is_worth_keeping(partial):  # under the lock: its builder is dead
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
         try:
-            build(temporary)
-            _sync(temporary)
+            build(partial)
+            _sync(partial)
             if final.exists() and not is_complete(final):
                 shutil.rmtree(final)
-            _rename(temporary, final, is_complete)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _rename(partial, final, is_complete)
+        except BaseException:
+            if not is_worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     return final
 
 
-def _rename(temporary: Path, final: Path, is_complete: Callable[[Path], bool]) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path`: a reader, or a crash, finds the old text or the new one, never a part of it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _rename(partial: Path, final: Path, is_complete: Callable[[Path], bool]) -> None:
     """Rename, or accept the directory that another host published in the meantime."""
     try:
-        os.rename(temporary, final)
+        os.rename(partial, final)
     except OSError:
         if not is_complete(final):
             raise
+        shutil.rmtree(partial)
 
 
 def _sync(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Batches of token windows: training in a resumable global order, evaluation of every token once."""
+"""Batches of rows: training in a resumable global order, evaluation of every token once."""
 
 from __future__ import annotations
 
@@ -7,46 +7,38 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-IGNORED_LABEL = -100  # Hugging Face's and PyTorch's: positions with this label do not count in the loss
+from relora_ds.data.rows import IGNORED_LABEL, PackedRows, PaddedRows, Padding
 
 
 class TrainLoader:
-    """Micro-batches of non-overlapping windows of `seq_len` tokens.
+    """Micro-batches of rows of `seq_len` tokens: non-overlapping windows, or padded documents.
 
-    The global order of the sequences is one permutation per epoch, seeded by (seed, epoch): it does not
-    depend on the world size or on `micro_batch_size`, so a run gives the same batches on any number of
-    ranks. The state is the number of sequences consumed by all ranks together; a batch may straddle two
-    epochs. Tokens beyond the last whole window are never seen.
+    The global order of the rows is one permutation per epoch, seeded by (seed, epoch): it does not depend on the world
+    size or on `micro_batch_size`, so a run gives the same batches on any number of ranks. The state is the number of
+    rows consumed by all ranks together; a batch may straddle two epochs.
 
     tokens             1-D integer array, for instance `PreparedData.train`
-    batch_sequences    sequences per optimizer step, over all ranks and micro-batches
+    batch_sequences    rows per optimizer step, over all ranks and micro-batches
     rank, world_size   of the data-parallel group
     seed               a non-negative integer
+    padding            `PreparedData.padding`; None = the rows are packed
 
-    Raises ValueError if `batch_sequences` is not a multiple of `micro_batch_size * world_size`, or if the
-    corpus holds fewer sequences than one batch.
+    Raises ValueError if `batch_sequences` is not a multiple of `micro_batch_size * world_size`, or if the corpus holds
+    fewer rows than one batch.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        seq_len: int,
-        batch_sequences: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, tokens: np.ndarray, seq_len: int, batch_sequences: int, micro_batch_size: int, rank: int,
+                 world_size: int, seed: int, padding: Padding | None = None) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         self.gradient_accumulation_steps = _accumulation_steps(batch_sequences, micro_batch_size, world_size)
-        self.num_sequences = len(tokens) // seq_len
+        self.rows = PackedRows(tokens, seq_len) if padding is None else PaddedRows(tokens, seq_len, padding)
+        self.num_sequences = len(self.rows)
         if self.num_sequences < batch_sequences:
-            raise ValueError(
-                f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} sequences "
-                f"of {seq_len} tokens in the corpus ({len(tokens)} tokens); lower it, shorten data.seq_len "
-                f"or use a larger corpus"
-            )
-        self.windows = tokens[: self.num_sequences * seq_len].reshape(self.num_sequences, seq_len)
+            what = f"sequences of {seq_len} tokens" if padding is None else "documents (data.packing=false)"
+            raise ValueError(f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} {what} "
+                             f"in the corpus ({len(tokens)} tokens); lower it, "
+                             f"{'shorten data.seq_len' if padding is None else 'set data.packing=true'} or use a "
+                             f"larger corpus")
         self.batch_sequences = batch_sequences
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -57,16 +49,23 @@ class TrainLoader:
         self._order = np.empty(0, dtype=np.int64)
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of one optimizer step.
+        """This rank's micro-batches of one optimizer step: `gradient_accumulation_steps` of `rows.batch`.
 
-        `gradient_accumulation_steps` dicts of int64 tensors `input_ids` and `labels`, [micro_batch_size,
-        seq_len]. The labels are the input ids: Hugging Face models shift them.
+        Padded ones also hold `num_items_in_batch`, a 0-dim float tensor that Hugging Face models divide the sum of
+        their losses by: the predicted tokens of the whole batch, per micro-batch. The mean over micro-batches and ranks
+        is then the mean over tokens, for every world and micro-batch size; the models' own mean over a micro-batch
+        would give the tokens of short documents more weight, by how they happen to be grouped.
         """
         batch = self._sequences(self.consumed, self.consumed + self.batch_sequences)
         self.consumed += self.batch_sequences
         # [accumulation, world, micro]: a micro-step takes neighbours in the global order.
         mine = batch.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
-        return [_batch(self.windows[indices]) for indices in mine]
+        micro_batches = [self.rows.batch(indices) for indices in mine]
+        if isinstance(self.rows, PaddedRows):
+            share = self.rows.num_predicted(batch) / (self.gradient_accumulation_steps * self.world_size)
+            for micro_batch in micro_batches:
+                micro_batch["num_items_in_batch"] = torch.tensor(share, dtype=torch.float32)
+        return micro_batches
 
     def state_dict(self) -> dict[str, int]:
         """Where the next step starts; the same on every rank, valid for any world and micro-batch size."""
@@ -77,19 +76,18 @@ class TrainLoader:
         """Continue from `state`. Raises ValueError if it cannot belong to this corpus and sequence length."""
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < self.num_sequences:
-            raise ValueError(
-                f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} "
-                f"sequences; resume with the data and data.seq_len that the run started with"
-            )
+            raise ValueError(f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} "
+                             f"sequences; resume with the data, data.seq_len and data.packing that the run started "
+                             f"with")
         self.consumed = epoch * self.num_sequences + position
 
     def _sequences(self, start: int, stop: int) -> np.ndarray:
-        """Window numbers at places [start, stop) of the endless global order."""
+        """Row numbers at places [start, stop) of the endless global order."""
         parts = []
         while start < stop:
             epoch, position = divmod(start, self.num_sequences)
             count = min(stop - start, self.num_sequences - position)
-            parts.append(self._permutation(epoch)[position : position + count])
+            parts.append(self._permutation(epoch)[position:position + count])
             start += count
         return np.concatenate(parts)
 
@@ -100,38 +98,44 @@ class TrainLoader:
         return self._order
 
 
-def evaluation_batches(
-    tokens: np.ndarray, seq_len: int, micro_batch_size: int, rank: int, world_size: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's part of one pass in which every token but the first is predicted exactly once.
+def evaluation_batches(tokens: np.ndarray, seq_len: int, micro_batch_size: int, rank: int, world_size: int,
+                       padding: Padding | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of one pass over the validation tokens.
 
-    Windows of `seq_len` tokens start every `seq_len - 1` tokens: a model that shifts the labels (Hugging
-    Face's do) predicts all but the first token of a window, and that one was the last of the window before.
-    Yields dicts of int64 tensors `input_ids` and `labels`, [micro_batch_size, seq_len]; the end is padded
-    with id 0 and label -100.
+    Packed (padding None): every token but the first is predicted exactly once. Windows of `seq_len` tokens start every
+    `seq_len - 1` tokens: a model that shifts the labels (Hugging Face's do) predicts all but the first token of a
+    window, and that one was the last of the window before. Padded: each document once, cut to `seq_len`; all but the
+    first of its tokens are predicted.
 
-    Every rank yields the same number of batches, so that collectives in the forward match (ZeRO-3). Some may
-    hold padding only, for which a mean loss is 0/0: add up losses and divide once by the sum over ranks of
-    `(labels[:, 1:] != -100).sum()`, which is `len(tokens) - 1`.
+    Yields dicts of int64 tensors `input_ids` and `labels`, [micro_batch_size, seq_len]; padding and the end are filled
+    with label -100.
+
+    Every rank yields the same number of batches, so that collectives in the forward match (ZeRO-3). Some may hold
+    padding only, for which a mean loss is 0/0: add up losses and divide once by the sum over ranks of
+    `(labels[:, 1:] != -100).sum()`.
     """
     assert 0 <= rank < world_size, (rank, world_size)
-    if seq_len < 2 or len(tokens) < 2:
-        raise ValueError(
-            f"data.validation: {len(tokens)} tokens in windows of data.seq_len {seq_len} leave nothing to "
-            f"predict; both must be at least 2"
-        )
+    rows = None if padding is None else PaddedRows(tokens, seq_len, padding)
+    if seq_len < 2 or len(tokens) < 2 or (rows is not None and len(rows) == 0):
+        raise ValueError(f"data.validation: {len(tokens)} tokens in rows of data.seq_len {seq_len} leave nothing to "
+                         f"predict; both must be at least 2")
     stride = seq_len - 1
-    num_windows = -(-(len(tokens) - 1) // stride)
-    for first in range(0, num_windows, micro_batch_size * world_size):
-        input_ids = np.zeros((micro_batch_size, seq_len), dtype=np.int64)
-        labels = np.full((micro_batch_size, seq_len), IGNORED_LABEL, dtype=np.int64)
-        for row in range(micro_batch_size):
-            start = (first + rank * micro_batch_size + row) * stride
-            window = tokens[start : start + seq_len]
-            if start < num_windows * stride:
-                input_ids[row, : len(window)] = window
-                labels[row, : len(window)] = window
-        yield {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+    num_rows = -(-(len(tokens) - 1) // stride) if rows is None else len(rows)
+    for first in range(rank * micro_batch_size, rank * micro_batch_size + num_rows, micro_batch_size * world_size):
+        indices = np.arange(first, first + micro_batch_size)
+        indices[indices >= num_rows] = -1
+        yield _windows(tokens, seq_len, stride, indices) if rows is None else rows.batch(indices)
+
+
+def _windows(tokens: np.ndarray, seq_len: int, stride: int, indices: np.ndarray) -> dict[str, torch.Tensor]:
+    """Windows that share a token with their neighbours; what the last one lacks is id 0."""
+    input_ids = np.zeros((len(indices), seq_len), dtype=np.int64)
+    labels = np.full((len(indices), seq_len), IGNORED_LABEL, dtype=np.int64)
+    for row, index in enumerate(indices):
+        if index >= 0:
+            window = tokens[index * stride:index * stride + seq_len]
+            input_ids[row, :len(window)] = labels[row, :len(window)] = window
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
 def _accumulation_steps(batch_sequences: int, micro_batch_size: int, world_size: int) -> int:
@@ -145,8 +149,3 @@ def _accumulation_steps(batch_sequences: int, micro_batch_size: int, world_size:
             f"train.micro_batch_size"
         )
     return steps
-
-
-def _batch(windows: np.ndarray) -> dict[str, torch.Tensor]:
-    input_ids = torch.from_numpy(windows.astype(np.int64))
-    return {"input_ids": input_ids, "labels": input_ids.clone()}

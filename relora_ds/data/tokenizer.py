@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
+from relora_ds.data import hub
+from relora_ds.data.localfiles import first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -114,18 +117,16 @@ def load(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    name = (
-        str(Path(name_or_path).expanduser())
-        if Path(name_or_path).expanduser().is_dir()
-        else str(name_or_path)
-    )
+    local = Path(name_or_path).expanduser()
+    name = str(local) if local.is_dir() else str(name_or_path)
+    # Without a connection the Hugging Face cache may hold it; asking the hub first would take most of a minute.
+    reason = "" if local.is_dir() or hub.is_offline() else hub.why_unreachable(name, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=bool(reason))
     except Exception as error:  # OSError, ValueError, KeyError, …, by what is wrong with the directory
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ValueError(
-            f"data.tokenizer: {name!r} cannot be loaded ({first_line}); give a directory that holds a "
-            f"tokenizer, or a Hugging Face id that can be reached"
+            f"data.tokenizer: {name!r} cannot be loaded ({reason or first_line(error)}); give a directory that holds a "
+            f"tokenizer, or a Hugging Face id that can be reached or is in the Hugging Face cache"
         ) from error
     expected = _num_pieces(Path(name) / "tokenizer.model")
     if len(tokenizer) < expected or len(tokenizer) <= len(tokenizer.all_special_ids):

@@ -8,6 +8,8 @@ def settings(cache_dir: Path, **changes) -> SimpleNamespace:
     fields = {
         "source": "pydocs",
         "path": None,
+        "config": None,
+        "split": "train",
         "text_column": "text",
         "validation": None,
         "max_tokens": None,

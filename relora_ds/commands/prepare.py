@@ -1,0 +1,30 @@
+"""`python -m relora_ds prepare`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="quickstart", metavar="RECIPE",
+                        help="a YAML file, or a shipped recipe (default: %(default)s)")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write; new, or empty")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the recipe")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if "=" in str(arguments.directory):
+        raise ValueError(f"{arguments.directory} is an override; the directory comes before the overrides: "
+                         "prepare --config RECIPE DIR section.key=value")
+    from relora_ds.config import load_recipe
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    from relora_ds.training.console import quieten_libraries
+    quieten_libraries()
+    from relora_ds.data import prepare
+    from relora_ds.data.pretokenized import write
+    from relora_ds.data.tokenizer import load
+    prepared = prepare(recipe.data, recipe.seed)
+    write(prepared.directory, load(prepared.tokenizer_dir), arguments.directory)
+    print(f"{arguments.directory}: {len(prepared.train):,} training and {len(prepared.validation):,} validation tokens,"
+          f" vocabulary {prepared.vocab_size:,}, fingerprint {prepared.fingerprint[:16]}\n"
+          f"train from it, here or on another machine: data.source=pretokenized data.path={arguments.directory}")
+    return 0

@@ -1,0 +1,59 @@
+"""Text in the ids of any tokenizer, to evaluate any model on it. Nothing is cached."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relora_ds.data import checks, corpora, localfiles, tokenization, tokenizer
+from relora_ds.data.preparation import PreparedData, prepare
+from relora_ds.data.reading import Documents
+from relora_ds.data.rows import Padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from relora_ds.config import DataConfig
+
+
+def validation_of(data: DataConfig, given: PreTrainedTokenizerBase) -> PreparedData:
+    """The validation split of a `data.` section, in the ids of `given`; the training split is empty.
+
+    Errors: see `preparation.prepare`; ValueError too for a pre-tokenized corpus in the ids of another tokenizer.
+    """
+    if found := checks.problems(data):
+        raise ValueError("\n".join(found))
+    if data.source == "pretokenized":
+        prepared = prepare(data)
+        if tokenizer.load(prepared.tokenizer_dir).get_vocab() != given.get_vocab():
+            raise ValueError(f"--data: {data.path!r} is pre-tokenized, and in another vocabulary than the model's; "
+                             "give the text itself")
+        return prepared
+    corpus = corpora.open_corpus(data)
+    return _tokenized(corpus.open().validation, given, corpus.max_validation_tokens, data.packing)
+
+
+def files_in(path: str, text_column: str, given: PreTrainedTokenizerBase) -> PreparedData:
+    """All of the text in files (see `localfiles`), in the ids of `given`; the training split is empty."""
+    return _tokenized(localfiles.documents_of(localfiles.find(path, "--data"), text_column), given)
+
+
+def _tokenized(documents: Documents, given: PreTrainedTokenizerBase, max_tokens: int | None = None,
+               packing: bool = True) -> PreparedData:
+    dtype = np.dtype(np.uint16 if len(given) < 65536 else np.uint32)
+    with tempfile.TemporaryDirectory() as name:
+        progress = tokenization.Progress(revision="")
+        tokenization.write_tokens(Path(name), "validation", documents, given, dtype, progress, max_tokens,
+                                  whole_documents=True)
+        tokens = np.fromfile(Path(name) / "validation.bin", dtype)
+    if not len(tokens):
+        raise ValueError("--data: there is no text to evaluate on")
+    pad_id = given.eos_token_id if given.pad_token_id is None else given.pad_token_id
+    return PreparedData(
+        train=tokens[:0], validation=tokens, validation_words=progress.validation.words,
+        validation_bytes=progress.validation.bytes, tokenizer_dir=given.name_or_path, vocab_size=len(given),
+        eos_id=given.eos_token_id, fingerprint="", directory=Path(),
+        padding=None if packing else Padding(given.eos_token_id, pad_id))

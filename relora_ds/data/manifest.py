@@ -1,0 +1,69 @@
+"""Hashes of files, remembered: a corpus of 100 GB is read once to hash it, and not by every rank at every start.
+
+What is remembered of a file is its size, mtime and ctime. While they are the same the file counts as unchanged. The
+ctime is what makes that safe: a tool can put an old mtime back (`cp -p`, `rsync -t`, `touch -d`), but every write and
+every replacement sets the ctime to the present, and nothing short of turning the clock back hides it. Two cases are
+read again rather than trusted: a file that changed within the last seconds (a second write inside the clock's
+granularity would leave the same times) and one that changed while it was read. What remains is trust in the file
+system: a network mount whose server reports wrong times can hide a change. Deleting `CACHE/manifests` forgets all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from relora_ds.data.cache import locked, write_atomically
+
+# The coarsest clock of a file system in use is FAT's, 2 s.
+GRANULARITY_NS = 2_000_000_000
+
+
+def sha256_of(files: Sequence[Path], cache_root: Path) -> list[str]:
+    """sha256 of the contents of each file, in order. Processes of one host wait for the first that hashes."""
+    names = [str(file.resolve()) for file in files]
+    manifest = cache_root / "manifests" / f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()}.json"
+    with locked(manifest):
+        known = _read(manifest)
+        changed = [name for name in names if known.get(name, [None])[0] != _state(name)]
+        if not changed:
+            return [known[name][1] for name in names]
+        with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
+            hashed = dict(zip(changed, threads.map(_hash, changed), strict=True))
+        hashes = [hashed[name][1] if name in hashed else known[name][1] for name in names]
+        known |= {name: entry for name, entry in hashed.items() if entry[0] is not None}
+        write_atomically(manifest, json.dumps({name: known[name] for name in names if name in known}))
+    return hashes
+
+
+def sha256_of_file(name: str | Path) -> str:
+    """sha256 of the contents."""
+    digest = hashlib.sha256()
+    with open(name, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash(name: str) -> tuple[list[int] | None, str]:
+    """(the state to remember, or None where the file changed too lately to trust the times; sha256)."""
+    started, before = time.time_ns(), _state(name)
+    sha256 = sha256_of_file(name)
+    settled = before == _state(name) and max(before[1:]) < started - GRANULARITY_NS
+    return before if settled else None, sha256
+
+
+def _state(name: str) -> list[int]:
+    stat = Path(name).stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _read(manifest: Path) -> dict:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

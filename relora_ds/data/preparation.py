@@ -1,0 +1,181 @@
+"""A corpus as memory-mapped token ids, made once per host.
+
+A cache entry is a directory `CACHE/tokens/<key>/`:
+
+    train.bin, validation.bin   token ids in document order, EOS after every document; uint16 or uint32
+    tokenizer/                  the trained tokenizer, where the recipe names none
+    metadata.json               counts, hashes and the settings that led here; written last
+
+The key covers everything that decides the ids and can be known without reading a stream; it finds the entry. The
+fingerprint covers the ids themselves; it says whether two hosts train on the same. Neither covers `seq_len` nor
+`packing`: sequences are rows that the loader cuts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relora_ds.data import checks, corpora, pretokenized, tokenization, tokenizer
+from relora_ds.data.cache import cache_root, ensure_directory
+from relora_ds.data.reading import Documents
+from relora_ds.data.rows import Padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from relora_ds.config import DataConfig
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A tokenized corpus; both splits are 1-D, read-only, uint16 (vocabulary < 65536) or uint32.
+
+    validation_words, validation_bytes: of the validation text, separated by whitespace and in UTF-8.
+    tokenizer_dir: what `tokenizer.load` takes: a directory, or the Hugging Face id of the recipe.
+    fingerprint: sha256; equal on two hosts if and only if the token ids of both splits are the same.
+    directory: where the files are.
+    padding: how rows of single documents are padded (data.packing=false); None = rows are packed.
+    """
+
+    train: np.memmap
+    validation: np.memmap
+    validation_words: int
+    validation_bytes: int
+    tokenizer_dir: Path | str
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+    directory: Path
+    padding: Padding | None = None
+
+
+def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
+    """Tokenize the corpus of the `data.` section, or find it in the cache.
+
+    Call it in one process per host first; the others then find the cache. (Calls that race wait for each other, and a
+    call after one that was killed goes on where that was.) `seed` is part of the interface but changes nothing on
+    purpose: the tokens, the tokenizer and the held-out documents are the same for every seed, so that seeds can be
+    compared; the loader's order is what it seeds.
+
+    Raises ValueError with every message of `checks.problems`, for a corpus that cannot be read or reached, without
+    text, without validation text, or with fewer training tokens than one sequence; RuntimeError when a download of
+    wikitext2 or gutenberg fails.
+    """
+    del seed
+    if found := checks.problems(data):
+        raise ValueError("\n".join(found))
+    if data.source == "pretokenized":
+        directory = Path(data.path).expanduser()
+        metadata = pretokenized.verified_metadata(data.path, cache_root(data))
+        tokenizer_dir = directory / "tokenizer"
+    else:
+        directory, tokenizer_dir = _tokenized(data)
+        metadata = pretokenized.read_metadata(directory)
+    train, fingerprint = _map(directory, "train", metadata), metadata["fingerprint"]
+    if data.source == "pretokenized" and data.max_tokens is not None and data.max_tokens < len(train):
+        train = train[:data.max_tokens]
+        fingerprint = _sha256([fingerprint, data.max_tokens])
+    if len(train) < data.seq_len and data.packing:
+        raise ValueError(f"data.seq_len: {data.seq_len} is more than the {len(train)} training tokens of "
+                         f"{data.source!r} ({metadata['validation_tokens']} are held out); shorten it or use a larger "
+                         f"corpus")
+    return PreparedData(
+        train=train, validation=_map(directory, "validation", metadata), validation_words=metadata["validation_words"],
+        validation_bytes=metadata["validation_bytes"], tokenizer_dir=tokenizer_dir, vocab_size=metadata["vocab_size"],
+        eos_id=metadata["eos_id"], fingerprint=fingerprint, directory=directory,
+        padding=None if data.packing else Padding(metadata["eos_id"], metadata["pad_id"]))
+
+
+def _tokenized(data: DataConfig) -> tuple[Path, Path | str]:
+    """(the cache entry, built if need be; where its tokenizer is)."""
+    corpus = corpora.open_corpus(data)
+    given = None if data.tokenizer is None else tokenizer.load(data.tokenizer)
+    key = _key(data, corpus, given)
+    directory = ensure_directory(
+        cache_root(data) / "tokens" / _sha256(key), pretokenized.is_complete,
+        lambda path: _build(path, data, corpus, given, key), tokenization.has_pieces)
+    if given is None:
+        return directory, directory / "tokenizer"
+    place = Path(data.tokenizer).expanduser()
+    return directory, place if place.is_dir() else data.tokenizer
+
+
+def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBase | None) -> dict:
+    """What the token ids depend on."""
+    if given is None:
+        tokenizer_key = {"vocab_size": data.vocab_size, "training": tokenizer.TRAINING, "config": tokenizer.CONFIG}
+    else:
+        # What the tokenizer does rather than its files: the same for a directory and the hub id it came from, and a
+        # model directory need not have its gigabytes of weights hashed.
+        backend = getattr(given, "backend_tokenizer", None)
+        state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
+        tokenizer_key = {"sha256": hashlib.sha256(state.encode()).hexdigest(), "eos_id": given.eos_token_id,
+                         "pad_id": given.pad_token_id}
+    return {"format": FORMAT_VERSION, "source": data.source, "corpus": corpus.sha256, "text_column": data.text_column,
+            "max_tokens": data.max_tokens, "tokenizer": tokenizer_key}
+
+
+def _build(directory: Path, data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBase | None,
+           key: dict) -> None:
+    splits = corpus.open()
+    progress = tokenization.progress_of(directory, splits.revision)
+    if given is None:
+        given = _trained_tokenizer(directory / "tokenizer", data, corpus, splits.train, progress)
+    dtype = np.dtype(np.uint16 if len(given) < 65536 else np.uint32)
+    tokenization.write_tokens(directory, "train", splits.train, given, dtype, progress, data.max_tokens)
+    tokenization.write_tokens(directory, "validation", splits.validation, given, dtype, progress,
+                              corpus.max_validation_tokens, whole_documents=True)
+    train, validation = progress.train, progress.validation
+    if train.tokens == 0 or validation.tokens == 0:
+        (directory / tokenization.PROGRESS).unlink()  # there is nothing to go on from
+        raise ValueError(f"data.source: {data.source!r} gives {train.tokens} training and {validation.tokens} "
+                         f"validation tokens; both need text, use a larger corpus or set data.validation")
+    metadata = {
+        "train_tokens": train.tokens, "train_documents": train.documents, "validation_tokens": validation.tokens,
+        "validation_documents": validation.documents, "validation_words": validation.words,
+        "validation_bytes": validation.bytes, "dtype": dtype.name, "vocab_size": len(given),
+        "eos_id": given.eos_token_id,
+        "pad_id": given.eos_token_id if given.pad_token_id is None else given.pad_token_id,
+        "trained_tokenizer": data.tokenizer is None, "revision": splits.revision, "key": key,
+    }
+    pretokenized.write_metadata(directory, metadata)
+    (directory / tokenization.PROGRESS).unlink()
+
+
+def _trained_tokenizer(directory: Path, data: DataConfig, corpus: corpora.Corpus, documents: Documents,
+                       progress: tokenization.Progress) -> PreTrainedTokenizerBase:
+    if progress.has_tokenizer:
+        return tokenizer.load(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    texts = iter(documents)
+    if corpus.is_streamed:
+        texts = _beginning(texts, data.max_tokens)  # no token is less than a byte, so all of that will be needed
+    given = tokenizer.train(texts, data.vocab_size, directory)
+    progress.has_tokenizer = True
+    return given
+
+
+def _beginning(texts: Iterator[str], num_bytes: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        num_bytes -= len(text.encode("utf-8"))
+        if num_bytes <= 0:
+            return
+
+
+def _map(directory: Path, split: str, metadata: dict) -> np.memmap:
+    return np.memmap(directory / f"{split}.bin", dtype=metadata["dtype"], mode="r")
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,186 @@
+"""Documents to token ids in one flat file, with all cores, and going on where a killed process stopped.
+
+The ids are committed piece by piece: `progress.json` says how many of the file's tokens are valid and at which document
+to go on. Whatever a killed process wrote beyond that is cut off. The ids of a document depend on nothing but its text,
+so where the pieces end, how often it was interrupted and how many cores took part leave no trace in the file.
+
+The cores are used by the threads of the fast tokenizers (rayon), which work on a batch of documents at a time; what
+stays on one core, turning their result into Python's integers, was an eighth of the whole with a vocabulary of 8192.
+Processes of our own would save that and cost the seconds and the memory of importing transformers in each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relora_ds.data import tokenizer
+from relora_ds.data.cache import write_atomically
+from relora_ds.data.reading import Documents, Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Longer documents are tokenized in parts that end at a line end: one string of a gigabyte would take tens of gigabytes
+# while it is tokenized. With a tokenizer trained here the ids are the same, with another one a part's first token may
+# differ.
+MAX_PART_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 21
+# What a killed process loses at the most: about 20 s of one core.
+PIECE_CHARACTERS = 1 << 25
+PROGRESS = "progress.json"
+
+
+@dataclass
+class SplitProgress:
+    """What is committed of one split. words: separated by whitespace; bytes: of the UTF-8 text; of all documents."""
+
+    tokens: int = 0
+    documents: int = 0
+    words: int = 0
+    bytes: int = 0
+    place: list[int] = field(default_factory=lambda: list(Place()))
+    is_done: bool = False
+
+
+@dataclass
+class Progress:
+    """What is committed in a directory. revision: of the corpus; another one cannot be gone on with."""
+
+    revision: str
+    has_tokenizer: bool = False
+    train: SplitProgress = field(default_factory=SplitProgress)
+    validation: SplitProgress = field(default_factory=SplitProgress)
+
+    def commit(self, directory: Path) -> None:
+        write_atomically(directory / PROGRESS, json.dumps(dataclasses.asdict(self)))
+
+
+def progress_of(directory: Path, revision: str) -> Progress:
+    """What an earlier process committed in `directory`; a fresh start where that is nothing, or of other contents."""
+    try:
+        saved = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
+        splits = {split: SplitProgress(**saved.pop(split)) for split in ("train", "validation")}
+        found = Progress(**saved, **splits)
+    except (OSError, ValueError, KeyError, TypeError):
+        return Progress(revision)
+    return found if found.revision == revision else Progress(revision)
+
+
+def has_pieces(directory: Path) -> bool:
+    """Whether a directory that was not finished is worth going on with."""
+    return (directory / PROGRESS).is_file()
+
+
+def write_tokens(directory: Path, split: str, documents: Documents, given: PreTrainedTokenizerBase, dtype: np.dtype,
+                 progress: Progress, max_tokens: int | None = None, whole_documents: bool = False) -> None:
+    """Write the ids of `documents`, EOS after each, to `<split>.bin`, from where `progress` stands to the end.
+
+    max_tokens: where to stop, exactly, or with `whole_documents` at the end of the document that gets there. No shard
+    of the documents is opened that is not needed for them.
+    """
+    from tqdm import tqdm
+
+    state: SplitProgress = getattr(progress, split)
+    if state.is_done:
+        return
+    bar = tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, total=max_tokens, initial=state.tokens,
+               disable=not sys.stderr.isatty())
+    with open(directory / f"{split}.bin", "ab") as file, bar, _all_cores():
+        file.truncate(state.tokens * dtype.itemsize)
+        uncommitted = 0  # characters
+        for batch in _batches(documents, Place(*state.place)):
+            ids, is_last = _encode(batch, given, state, max_tokens, whole_documents)
+            np.asarray(ids, dtype=dtype).tofile(file)
+            bar.update(len(ids))
+            if is_last:
+                break
+            uncommitted += sum(len(text) for text, _ in batch)
+            if uncommitted >= PIECE_CHARACTERS and batch[-1][1] is not None:
+                state.place, uncommitted = list(batch[-1][1]), 0
+                _sync(file)
+                progress.commit(directory)
+        _sync(file)
+    state.is_done = True
+    progress.commit(directory)
+
+
+def _encode(batch: list[tuple[str, Place | None]], given: PreTrainedTokenizerBase, state: SplitProgress,
+            max_tokens: int | None, whole_documents: bool) -> tuple[list[int], bool]:
+    """(the ids of a batch as far as they are wanted, whether that is all that is wanted); counts them in `state`."""
+    ids: list[int] = []
+    room = float("inf") if max_tokens is None else max_tokens - state.tokens
+    is_last = False
+    for (text, place), part_ids in zip(batch, tokenizer.encode(given, [text for text, _ in batch]), strict=True):
+        ids += part_ids
+        state.words += len(text.split())
+        state.bytes += len(text.encode("utf-8"))
+        if place is not None:
+            ids.append(given.eos_token_id)
+            state.documents += 1
+        is_last = len(ids) >= room and not (whole_documents and place is None)
+        if is_last:
+            break
+    if not whole_documents and len(ids) > room:
+        del ids[room:]
+    assert not ids or max(ids) < len(given), "a token id outside the vocabulary"
+    state.tokens += len(ids)
+    return ids, is_last
+
+
+def _batches(documents: Documents, start: Place) -> Iterator[list[tuple[str, Place | None]]]:
+    """Lists of (part of a document, the place after the document that it ends or None), tokenized in parallel.
+
+    About BATCH_CHARACTERS each, and never of two shards: what is in a batch may be all that is wanted.
+    """
+    batch: list[tuple[str, Place | None]] = []
+    num_characters = 0
+    for text, place in documents.read(start):
+        for part, ends_document in _parts(text) if text is not None else ():
+            batch.append((part, place if ends_document else None))
+            num_characters += len(part)
+            if num_characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, num_characters = [], 0
+        if text is None and batch:
+            yield [*batch[:-1], (batch[-1][0], place)]
+            batch, num_characters = [], 0
+
+
+def _parts(document: str) -> Iterator[tuple[str, bool]]:
+    start = 0
+    while len(document) - start > MAX_PART_CHARACTERS:
+        end = document.rfind("\n", start, start + MAX_PART_CHARACTERS) + 1
+        if end == 0:  # not one line end in a million characters
+            end = start + MAX_PART_CHARACTERS
+        yield document[start:end], False
+        start = end
+    yield document[start:], True
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer use its threads, whatever the environment says: nothing forks while it does."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,61 @@
+"""Hashes are remembered while a file is unchanged, and never when it may have changed."""
+
+import hashlib
+import os
+
+import pytest
+
+from relora_ds.data import manifest
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that were read, by name."""
+    read = []
+    real = manifest.sha256_of_file
+    monkeypatch.setattr(manifest, "sha256_of_file", lambda name: read.append(os.path.basename(name)) or real(name))
+    return read
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text(name * 10)
+    return [tmp_path / name for name in "abc"]
+
+
+def expected(files):
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def test_an_unchanged_file_is_read_once(tmp_path, files, hashed, monkeypatch):
+    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)  # as if the files had lain here for long
+    for _ in range(3):
+        assert manifest.sha256_of(files, tmp_path / "cache") == expected(files)
+    assert sorted(hashed) == ["a", "b", "c"]
+
+
+def test_a_changed_file_is_read_again_also_when_its_size_and_mtime_are_put_back(tmp_path, files, hashed, monkeypatch):
+    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)
+    before = manifest.sha256_of(files, tmp_path / "cache")
+    stat = files[1].stat()
+    files[1].write_text("B" * 10)
+    os.utime(files[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (files[1].stat().st_size, files[1].stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = manifest.sha256_of(files, tmp_path / "cache")
+    assert after == expected(files) and after[1] != before[1]
+    assert sorted(hashed) == ["a", "b", "b", "c"]
+
+
+def test_a_file_that_was_just_written_is_not_trusted(tmp_path, files, hashed):
+    """A second write within the clock's granularity would leave the same times."""
+    for _ in range(2):
+        manifest.sha256_of(files, tmp_path / "cache")
+    assert len(hashed) == 6
+
+
+def test_a_broken_manifest_is_forgotten(tmp_path, files):
+    manifest.sha256_of(files, tmp_path / "cache")
+    (written,) = (tmp_path / "cache" / "manifests").glob("*.json")
+    written.write_text("{")
+    assert manifest.sha256_of(files, tmp_path / "cache") == expected(files)
