@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from relora_ds.config import RecipeError, recipe_names
+from relora_ds.zero.launchers import set_rank
 
 EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME = 0, 1, 2, 3, 4
 
@@ -32,6 +33,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run a recipe on this rank. Exit codes: 0 done, 2 bad recipe, 3 guard, 4 resume refused, 1 anything else."""
     arguments = parse_arguments(argv)
+    try:
+        set_rank()  # before anything reads RANK or WORLD_SIZE
+    except ValueError as error:
+        return _stop(None, os.environ.get("RANK", "0") == "0", str(error), EXIT_ERROR)
     is_first = int(os.environ.get("RANK", 0)) == 0
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()

@@ -8,12 +8,18 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_ds.zero.agreement import checksum
+from relora_ds.zero.launchers import set_rank
 
 
 def init_distributed() -> None:
     """Start the process group if there is none: from the launcher's environment, or one rank without any launcher."""
+    set_rank()
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of_rank())  # or every rank's first collective would run on GPU 0
+    else:
+        # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
+        from deepspeed.ops import __compatible_ops__
+        __compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed()
@@ -21,10 +27,6 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
-    if not torch.cuda.is_available():
-        # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
-        from deepspeed.ops import __compatible_ops__
-        __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 

@@ -1,0 +1,127 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # the scripts that source this use what it sets
+# Sourced by the launch scripts, after environment.sh: how many ranks a machine gets, and DeepSpeed's launcher with what
+# it lacks: signals that reach every rank, and the exit code of the run.
+
+# usage: print the comment at the head of the script, and exit.
+usage() {
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+    exit 0
+}
+
+# count_ranks: set `gpus`, `cores` and `ranks`, which is one for each GPU, or two on the CPU.
+count_ranks() {
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+    ranks=$((gpus > 0 ? gpus : cores < 2 ? 1 : 2))
+}
+
+# divide_machine: share GPUs and cores between `ranks` ranks; sets `which_devices`, options of the launcher.
+divide_machine() {
+    if [ "$gpus" -gt 0 ]; then
+        say "$gpus GPU(s): one rank on each of $ranks"
+    else
+        export DS_ACCELERATOR=cpu
+        say "no GPU that PyTorch can use: $ranks rank(s) on $cores CPU core(s)"
+    fi
+    which_devices=(--num_gpus "$ranks")
+    if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        which_devices=()  # the launcher heeds CUDA_VISIBLE_DEVICES only when no number is given
+        CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")
+        export CUDA_VISIBLE_DEVICES
+    fi
+    set_threads "$ranks"
+}
+
+# set_threads RANKS: share the cores between so many ranks.
+set_threads() {
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / $1 > 0 ? cores / $1 : 1))}"
+}
+
+free_port() {
+    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+# split_arguments [RECIPE] [section.key=value ...]: set `recipe` and the array `overrides`.
+split_arguments() {
+    recipe=quickstart overrides=()
+    if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+        recipe=$1
+        shift
+    fi
+    local argument
+    for argument in "$@"; do
+        [[ $argument == *=* && $argument != -* ]] ||
+            fail "$argument: after the recipe, only section.key=value; --help shows how to call this"
+    done
+    overrides=("$@")
+}
+
+# resolve_recipe RECIPE [section.key=value ...]: set `run_dir`, and `resume` to what makes an interrupted run go on:
+# (resume=auto), or nothing where the recipe or the user says something about resume or overwrite.
+resolve_recipe() {
+    local found argument
+    found=$("$PYTHON" - "$ROOT" "$@" <<'PYTHON'
+import sys
+
+root, name, *overrides = sys.argv[1:]
+sys.path.insert(0, root)
+from relora_ds.config import read_recipe
+
+recipe, problems = read_recipe(name, overrides, check_files=False)  # problems: for the run to report
+print(recipe.run_dir, "" if recipe.resume or recipe.overwrite else "resume=auto", sep="\n")
+PYTHON
+    ) || fail "the recipe could not be read"
+    run_dir=${found%%$'\n'*} resume=()
+    if [[ $found == *$'\n'resume=auto ]]; then
+        resume=(resume=auto)
+    fi
+    for argument in "$@"; do
+        case $argument in
+            resume=* | overwrite=*) resume=() ;;
+        esac
+    done
+}
+
+# launch RUN_DIR ARGUMENT...: run DeepSpeed's launcher with these arguments to its end, and exit as the run did.
+launch() {
+    local run_dir=$1 launcher started stopped='' code=0 second
+    shift
+    # In a process group of its own, so that a signal reaches the launcher and all ranks at once: `deepspeed` itself
+    # dies of SIGTERM without telling its children.
+    started=$(mktemp)
+    set -m
+    "$PYTHON" -m deepspeed.launcher.runner --quiet "$@" </dev/null &
+    launcher=$!
+    set +m
+    trap 'stopped=1; kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP
+    trap 'stopped=1; kill -INT -- "-$launcher" 2>/dev/null || true' INT
+    wait "$launcher" || code=$?
+    if [ -n "$stopped" ]; then
+        # The launcher gives the ranks 30 s to end.
+        for ((second = 0; second < 40; second++)); do
+            kill -0 -- "-$launcher" 2>/dev/null || break
+            sleep 1
+        done
+    fi
+    code=$(exit_code "$run_dir" "$started" "$code")
+    rm -f "$started"
+    exit "$code"
+}
+
+# exit_code RUN_DIR STARTED CODE: print the run's exit code, where it recorded one since the file STARTED was made, or
+# else CODE: the launcher does not always pass on the ranks' codes.
+exit_code() {
+    local recorded code=$3
+    if [ "$1/status.json" -nt "$2" ]; then
+        recorded=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"])' "$1/status.json")
+        case $recorded in
+            0) ;;
+            None)  # a rank died without a word; but another machine may be late to see what node 0 wrote
+                code=$((code == 0 && ${node_rank:-0} == 0 ? 1 : code))
+                ;;
+            *) code=$recorded ;;
+        esac
+    fi
+    printf '%s' "$code"
+}

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Train a recipe on several machines, in one of two ways:
+#
+#   bash launch_scripts/multi_node.sh --hostfile FILE [RECIPE] [section.key=value ...]
+#       once, on any machine that reaches all of them by ssh without a password. DeepSpeed's launcher starts the ranks
+#       through pdsh, which this machine needs (Debian and Ubuntu: apt install pdsh).
+#
+#   bash launch_scripts/multi_node.sh --no_ssh --node_rank K --hostfile FILE [RECIPE] [section.key=value ...]
+#       on each of the machines, with K = 0, 1, ... in the order of the hostfile. Needs neither ssh nor pdsh.
+#
+# --hostfile FILE     the machines and their numbers of ranks: see launch_scripts/hostfile.example
+# --master_addr A     the address at which the others reach node 0; with --no_ssh by default the hostfile's first name,
+#                     else what `hostname -I` prints first there
+# --master_port P     a free port of node 0, the same on all machines (default: MASTER_PORT, else 29500)
+# --no_ssh, --node_rank K   the second way
+#
+# RECIPE is a YAML file or the name of a shipped recipe; without one it is quickstart. All machines need this checkout,
+# the environment and the working directory at the same paths, and a run directory that they share where the run is to
+# be resumed, because each rank writes its part of a checkpoint. A run that was interrupted goes on from its newest
+# checkpoint (resume=auto), unless the recipe or the command line sets resume or overwrite. The exit code is the one
+# of the run.
+#
+# The network: with NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPU) name the interface that joins the machines,
+# if the run hangs at its start or takes a slow cable: NCCL_SOCKET_IFNAME=eth1 bash launch_scripts/multi_node.sh ...
+# Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, TORCH_*, HF_*, RELORA_DS_*, PYTHON*,
+# OMP_NUM_THREADS, and all in the files ~/.deepspeed_env and ./.deepspeed_env of this machine, one NAME=VALUE a line.
+# With --no_ssh each machine has its own environment and its own files. The environment comes before the files.
+set -euo pipefail
+# shellcheck source=launch_scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=launch_scripts/launch.sh
+source "$ROOT/launch_scripts/launch.sh"
+
+hostfile='' ssh=1 node_rank='' master_addr='' master_port=${MASTER_PORT:-29500}
+while [[ ${1:-} == -* ]]; do
+    case $1 in
+        -h | --help) usage ;;
+        --no_ssh) ssh='' ;;
+        --hostfile | --node_rank | --master_addr | --master_port)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            printf -v "${1#--}" '%s' "$2"
+            shift
+            ;;
+        *) fail "unknown option $1; --help lists them" ;;
+    esac
+    shift
+done
+split_arguments "$@"
+
+[ -n "$hostfile" ] || fail "--hostfile FILE is needed; launch_scripts/hostfile.example shows one"
+[ -f "$hostfile" ] || fail "--hostfile: there is no file $hostfile"
+hosts=() slots=()
+while read -r host count || [ -n "$host" ]; do
+    [[ $host == '' || $host == '#'* ]] && continue
+    [[ $count =~ ^slots=([1-9][0-9]*)([[:space:]]|$) ]] || fail "$hostfile: '$host $count' is not NAME slots=RANKS"
+    hosts+=("$host") slots+=("${BASH_REMATCH[1]}")
+done <"$hostfile"
+[ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: it names no machine"
+if [ -n "$ssh" ]; then
+    [ -z "$node_rank" ] || fail "--node_rank goes with --no_ssh; over ssh every machine is started from here"
+    command -v pdsh >/dev/null || fail "DeepSpeed's launcher starts other machines with pdsh, and there is none in PATH." \
+        "Install it (Debian and Ubuntu: apt install pdsh), or start each machine yourself with --no_ssh"
+else
+    [[ $node_rank =~ ^[0-9]+$ && $node_rank -lt ${#hosts[@]} ]] ||
+        fail "--node_rank: '$node_rank' is none of 0 to $((${#hosts[@]} - 1)), the machines in $hostfile"
+fi
+
+prepare_environment ''
+resolve_recipe "$recipe" ${overrides[@]+"${overrides[@]}"}
+count_ranks
+
+# --- the environment --------------------------------------------------------------------------------------------
+# DeepSpeed reads these files itself, over ssh, but stumbles over an empty line and lets them win over the environment.
+variables=$(cat ~/.deepspeed_env .deepspeed_env 2>/dev/null | grep -E '^[A-Za-z_][A-Za-z0-9_]*=' || true)
+while IFS='=' read -r name value; do
+    if [ -n "$name" ] && [ -z "${!name+set}" ]; then
+        export "$name=$value"
+    fi
+done <<<"$variables"
+set_threads "${slots[${node_rank:-0}]}"
+
+options=(--hostfile "$hostfile" --master_port "$master_port")
+if [ -n "$ssh" ]; then
+    for host in "${hosts[@]}"; do
+        ssh -o BatchMode=yes "$host" "test -x '$PYTHON' -a -f '$ROOT/train.py' -a -d '$PWD'" </dev/null || fail \
+            "$host: not reachable by ssh without a password, or one of these is not there: $PYTHON, $ROOT/train.py, $PWD"
+    done
+    DS_ENV_FILE=$(mktemp)
+    export DS_ENV_FILE  # instead of .deepspeed_env
+    trap 'rm -f "$DS_ENV_FILE"' EXIT
+    names=$(cut -d= -f1 <<<"$variables")
+    env | grep -E "^(NCCL_|GLOO_|TORCH_|HF_|RELORA_DS_|OMP_NUM_THREADS=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
+    options+=(--force_multi --no_ssh_check ${master_addr:+--master_addr "$master_addr"})
+    say "over ssh: ${hosts[*]}"
+else
+    if [ "$gpus" -eq 0 ]; then
+        export DS_ACCELERATOR=cpu
+    fi
+    master_addr=${master_addr:-${hosts[0]}}
+    options+=(--no_ssh --node_rank "$node_rank" --master_addr "$master_addr")
+    say "node $node_rank of ${#hosts[@]}: ${slots[$node_rank]} rank(s); node 0 is $master_addr:$master_port"
+fi
+launch "$run_dir" "${options[@]}" "$ROOT/train.py" --config "$recipe" ${resume[@]+"${resume[@]}"} \
+    ${overrides[@]+"${overrides[@]}"}

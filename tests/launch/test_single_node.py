@@ -1,0 +1,94 @@
+"""single_node.sh and quickstart.sh: what they print, the exit code, and nothing left behind."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.scripts import SCRIPTS, run, start
+
+
+def processes_with(word: str) -> dict[int, str]:
+    """The command lines of the living processes that contain `word`, by process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode()
+    return {pid: command for pid, command in found.items() if word in command and pid != os.getpid()}
+
+
+@pytest.mark.parametrize("script", [("single_node.sh", "tiny"), ("quickstart.sh", "data.source=pydocs")])
+def test_a_bad_recipe_is_said_once_and_ends_with_2(script, tmp_path):
+    name, *arguments = script
+    code, printed = run("bash", SCRIPTS / name, *arguments, "relora.r=0", "train.nonsense=1", cwd=tmp_path)
+    assert code == 2, printed
+    assert printed.count("relora.r: ") == 1 and printed.count("train.nonsense: ") == 1 and "Traceback" not in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_to_the_script_ends_every_rank(tmp_path):
+    script = start("bash", SCRIPTS / "single_node.sh", "tiny", "train.steps=100000", f"run_dir={tmp_path / 'run'}",
+                   "checkpoint.every=null", cwd=tmp_path)
+    try:
+        for line in script.stdout:
+            if line.startswith("step     12/"):
+                break
+        commands = processes_with(str(tmp_path)).values()
+        assert sum("--local_rank" in command and "launcher" not in command for command in commands) == 2
+        os.kill(script.pid, signal.SIGTERM)
+        assert script.wait(timeout=60) == 128 + signal.SIGTERM
+        assert processes_with(str(tmp_path)) == {}
+    finally:
+        script.stdout.close()
+        for process in processes_with(str(tmp_path)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def test_the_help_says_how_to_call(tmp_path):
+    for name in ("quickstart.sh", "single_node.sh", "multi_node.sh"):
+        code, printed = run("bash", SCRIPTS / name, "--help", cwd=tmp_path)
+        assert code == 0 and f"bash launch_scripts/{name}" in printed and "section.key=value" in printed
+        assert "set -euo" not in printed and "shellcheck" not in printed
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [
+    (["multi_node.sh", "tiny"], "--hostfile FILE is needed"),
+    (["multi_node.sh", "--hostfile", "absent", "tiny"], "there is no file absent"),
+    (["multi_node.sh", "--hostfile", "bad", "tiny"], "'worker-1 ' is not NAME slots=RANKS"),
+    (["multi_node.sh", "--hostfile", "empty", "tiny"], "it names no machine"),
+    (["multi_node.sh", "--hostfile", "good", "--no_ssh", "tiny"], "'' is none of 0 to 1"),
+    (["multi_node.sh", "--hostfile", "good", "--no_ssh", "--node_rank", "2"], "'2' is none of 0 to 1"),
+    (["multi_node.sh", "--hostfile", "good", "--node_rank", "1"], "--node_rank goes with --no_ssh"),
+    (["multi_node.sh", "--hostfile"], "--hostfile needs a value"),
+    (["multi_node.sh", "--hosts", "good"], "unknown option --hosts"),
+    (["multi_node.sh", "--hostfile", "good", "tiny", "relora"], "relora: after the recipe, only section.key=value"),
+    (["single_node.sh", "tiny", "--num_gpus"], "--num_gpus: after the recipe, only section.key=value"),
+])
+def test_wrong_arguments(arguments, problem, tmp_path):
+    (tmp_path / "good").write_text("# two machines\n\nworker-0 slots=1\nworker-1 slots=2 # with more\n")
+    (tmp_path / "bad").write_text("worker-0 slots=1\nworker-1\n")
+    (tmp_path / "empty").write_text("# worker-0 slots=1\n")
+    code, printed = run("bash", SCRIPTS / arguments[0], *arguments[1:], cwd=tmp_path, timeout=20)
+    assert code == 1 and printed.startswith("error: ") and problem in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(("recorded", "launcher", "node", "code"), [
+    (0, 0, 0, 0), (3, 1, 0, 3), (75, 143, 0, 75), (2, 0, 0, 2),
+    ("null", 0, 0, 1),  # a rank died without a word, and the launcher did not say so
+    ("null", 143, 0, 143),
+    ("null", 0, 1, 0),  # another node may see an old file
+])
+def test_the_exit_code_is_what_the_run_recorded(recorded, launcher, node, code, tmp_path):
+    (tmp_path / "status.json").write_text(f'{{"exit_code": {recorded}}}')
+    body = (f"source {SCRIPTS}/environment.sh; source {SCRIPTS}/launch.sh; PYTHON={sys.executable}; node_rank={node}; "
+            f"exit_code {tmp_path} started {launcher}")
+    started = tmp_path / "started"
+    started.touch()
+    for age, expected in ((-60, code), (60, launcher)):  # older than the start: of the run before
+        moment = (tmp_path / "status.json").stat().st_mtime + age
+        os.utime(started, (moment, moment))
+        assert run("bash", "-c", body, cwd=tmp_path) == (0, str(expected))
