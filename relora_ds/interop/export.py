@@ -1,49 +1,147 @@
-"""A finished run as a plain Hugging Face model directory."""
+"""A run or a checkpoint as a directory that Hugging Face's libraries load."""
 
+import json
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-def model_card(summary: dict, recipe_yaml: str) -> str:
-    """The README.md of an exported model."""
+from relora_ds.checkpoint import store
+from relora_ds.interop import peft
+from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
+from relora_ds.zero.checkpoint_model import read_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = ("hf", "peft")
+
+
+def export(source: Path | str, directory: Path | str, *, checkpoint: str | None = None, dtype: str = "fp32",
+           format: str = "hf", trust_remote_code: bool = False) -> Path:
+    """Write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base. One process, on CPU.
+
+    Args:
+        source: a run (its end, or its newest checkpoint), a checkpoint, or a directory of checkpoints.
+        directory: new or empty (`peft`: or an earlier export of the very same base).
+        checkpoint: of a run: which one, such as `step_00005000`.
+        dtype: of what is written: fp32, bf16 or fp16. The sum `W + s·B·A` is made in fp32.
+        format: "hf", the merged model, or "peft", see `interop.peft`.
+
+    Returns:
+        What was exported: the run, or the directory of the checkpoint.
+
+    Raises:
+        ValueError: nothing to export in `source`, something in `directory`, or an argument that is not one of these.
+    """
+    source, directory = Path(source), Path(directory)
+    for name, value, known in (("dtype", dtype, DTYPES), ("format", format, FORMATS)):
+        if value not in known:
+            raise ValueError(f"--{name}: {value} is unknown; use {', '.join(known)}")
+    has_base = (directory / peft.BASE).is_dir() and (directory / peft.ADAPTER_CONFIG).is_file()
+    if directory.exists() and any(directory.iterdir()) and not (format == "peft" and has_base):
+        raise ValueError(f"{directory}: exists and is not empty; choose another directory")
+    if format == "hf" and checkpoint is None and is_finished(source):
+        _copy_finished(source, directory, dtype, trust_remote_code)
+        return source
+    tag = find_checkpoint(source, checkpoint)
+    saved = read_model(tag)
+    if format == "peft":
+        peft.save(saved, plain_model(tag, saved.base(), DTYPES[dtype], trust_remote_code), directory)
+    else:
+        plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code).save_pretrained(directory)
+    places = [directory, directory / peft.BASE] if format == "peft" else [directory]
+    for place in places:
+        if (tag.parent / TOKENIZER).is_dir():
+            shutil.copytree(tag.parent / TOKENIZER, place, dirs_exist_ok=True)
+    recipe = tag.parent.parent / "recipe.yaml"
+    about = {"total_parameters": sum(value.numel() for value in saved.base().values()), "restarts": len(saved.restarts),
+             **_about(tag)}
+    store.write_text(directory / "README.md",
+                     model_card(about, recipe.read_text() if recipe.is_file() else "", peft=format == "peft"))
+    return tag
+
+
+def merged_state(checkpoint: Path | str) -> dict[str, Tensor]:
+    """The merged weights in a checkpoint that `engine.save_checkpoint` wrote, also in a training loop of your own.
+
+    Args:
+        checkpoint: the directory of one step (DeepSpeed's "tag").
+
+    Returns:
+        `{parameter name: fp32 CPU tensor}` of the model as it was before `relora_ds.wrap`; tied weights once.
+
+    Raises:
+        ValueError: it is none, or incomplete.
+    """
+    return read_model(Path(checkpoint)).merged()
+
+
+def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code: bool) -> None:
+    shutil.copytree(run_dir / "export", directory, dirs_exist_ok=True)
+    if dtype != "fp32":
+        AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype=DTYPES[dtype],
+                                             trust_remote_code=trust_remote_code).save_pretrained(directory)
+
+
+def _about(tag: Path) -> dict:
+    """What the run's own files say about a checkpoint; little where it was written outside of a run."""
+    if not (tag / store.RUN_STATE).is_file():
+        return {"model": "A model", "verdict": f"Exported from the checkpoint `{tag.name}`."}
+    state = json.loads((tag / store.RUN_STATE).read_text())
+    step, total = state["step"], state["train.steps"]
+    about = {"model": state["model"], "method": state["method"], "step": step, "tokens": state["account"]["tokens"],
+             "restarts": state["account"]["restarts"],
+             "verdict": f"Exported from the checkpoint `{tag.name}`, after {step:,} of the run's {total:,} steps "
+                        f"(phase {state['phase']})."}
+    metrics = tag.parent.parent / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may still be being written
+    evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= step]
+    if evaluations:
+        about |= {key: evaluations[-1][key] for key in ("val_loss", "ppl")} | {"evaluated_at": evaluations[-1]["step"]}
+    return about
+
+
+_ROWS = {"method": ("method", "{}"), "tokens": ("tokens", "{:,}"), "step": ("steps", "{:,}"),
+         "restarts": ("restarts", "{}"), "total_parameters": ("parameters", "{:,}"),
+         "val_loss": ("validation loss (nats per token)", "{:.4f}"), "ppl": ("validation perplexity", "{:.2f}"),
+         "evaluated_at": ("evaluated after step", "{:,}")}
+
+
+def model_card(about: dict, recipe_yaml: str, peft: bool = False) -> str:
+    """The README.md of an exported model.
+
+    Args:
+        about: `model`, `verdict`, and what is known of the other keys of summary.json.
+        recipe_yaml: the run's recipe, or "".
+        peft: for an adapter with its base.
+    """
+    rows = "\n".join(f"| {label} | {text.format(about[key])} |" for key, (label, text) in _ROWS.items()
+                     if about.get(key) is not None)
+    recipe = f"\n<details><summary>Recipe</summary>\n\n```yaml\n{recipe_yaml}```\n\n</details>\n" if recipe_yaml else ""
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
+library_name: {"peft" if peft else "transformers"}
+{"base_model: base" if peft else "pipeline_tag: text-generation"}
 tags: [relora, deepspeed]
 ---
 
-# {summary["model"]}, pre-trained with relora_ds
+# {about["model"]}, pre-trained with relora_ds
 
-{summary["verdict"]}
-
+{about["verdict"]}
+{_PEFT_USE if peft else ""}
 | | |
 |---|---|
-| method | {summary["method"]} |
-| tokens | {summary["tokens"]:,} |
-| steps | {summary["step"]:,} |
-| restarts | {summary["restarts"]} |
-| parameters | {summary["total_parameters"]:,} |
-| validation loss (nats per token) | {summary["val_loss"]:.4f} |
-| validation perplexity | {summary["ppl"]:.2f} |
+{rows}
+{recipe}"""
 
-<details><summary>Recipe</summary>
 
-```yaml
-{recipe_yaml}```
+_PEFT_USE = """
+The adapter is the current cycle's `s·B·A`; everything else is the model in `base/`, and the adapter belongs to this
+base only: `adapter_config.json` names the sha256 of its weights as `revision`. `relora_ds.interop.peft.load(DIRECTORY)`
+checks it; without relora_ds:
 
-</details>
+```python
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("DIRECTORY/base"), "DIRECTORY")
+```
 """
-
-
-def export_run(run_dir: Path, directory: Path) -> None:
-    """Copy a finished run's exported model to `directory`.
-
-    Raises:
-        ValueError: when the run has no export (it did not finish), or `directory` is not empty.
-    """
-    source = run_dir / "export"
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{run_dir}: no finished run (it has no export/config.json); let it finish with resume=auto")
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: exists and is not empty; choose another directory")
-    shutil.copytree(source, directory, dirs_exist_ok=True)

@@ -58,6 +58,8 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
         _initialise(layer, name, seed, base)
         _replace(model, name, layer)
     _choose_what_trains(model, config)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_to_save
     return model
 
 
@@ -70,6 +72,7 @@ def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         _replace(model, name, linear)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    vars(model).pop("save_pretrained", None)
     return model
 
 
@@ -151,6 +154,13 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
 def is_lora_parameter(name: str) -> bool:
     """Whether a parameter's name is that of a low-rank factor."""
     return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
+
+
+def _refuse_to_save(*args, **kwargs) -> None:
+    """In place of a wrapped model's `save_pretrained`, whose files `from_pretrained` would load without A and B."""
+    raise ValueError("save_pretrained: the model is wrapped, and its low-rank updates would be dropped when it is "
+                     "loaded; use engine.save_merged, ReLoRACallback with the Hugging Face Trainer, or "
+                     "relora_ds.merge_and_unwrap in a single process")
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from relora_ds.zero.frozen_master import FrozenWeights
 
 _PATTERN = "relora_frozen_masters_{rank:05d}.safetensors"
+MASTERS_GLOB = "relora_frozen_masters_*.safetensors"
 
 
 def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
@@ -26,7 +27,7 @@ def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
     directory = Path(save_dir) / tag
     directory.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
-        for old in directory.glob(_PATTERN.replace("{rank:05d}", "*")):
+        for old in directory.glob(MASTERS_GLOB):
             old.unlink()  # of a larger world: a stale master must never be found
     dist.barrier()
     path = directory / _PATTERN.format(rank=dist.get_rank())
@@ -49,7 +50,7 @@ def read_frozen(load_dir: str, tag: str | None, frozen: FrozenWeights, device: t
             return {}  # DeepSpeed warns, and loads nothing
         tag = latest.read_text().strip()
     wanted, found = set(frozen.owned()), {}
-    for path in sorted((Path(load_dir) / str(tag)).glob(_PATTERN.replace("{rank:05d}", "*"))):
+    for path in sorted((Path(load_dir) / str(tag)).glob(MASTERS_GLOB)):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     missing = torch.tensor(len(wanted - set(found)), device=device)

@@ -16,7 +16,7 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.lowrank.seeding import keyed_seed
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
-from relora_ds.zero import checkpoint_files, ds_config
+from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import save_plain
@@ -104,6 +104,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     engine.after_step = after_step or ReLoRAEngine.restart_if_due
     engine.drift_probe = None
     engine.last_restart = None
+    engine.num_accumulated = 0
     return engine, optimizer, loader, scheduler
 
 
@@ -121,6 +122,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         drift_probe: set it to a callable that returns logits of a fixed batch, and every restart measures
             by how much the function changed.
         last_restart: the `RestartReport` of the newest restart, or None.
+        num_accumulated: backward passes since the last step at an accumulation boundary.
     """
 
     @property
@@ -139,15 +141,22 @@ class ReLoRAEngine(DeepSpeedEngine):
         kwargs = {name: _to(value, self.device) for name, value in kwargs.items()}
         if self.training and self.relora is not None and self.relora.lora_dropout > 0:
             # A mask of its own for every rank, step and micro-step, and the same one after a resume.
-            micro_step = self.micro_steps % self.gradient_accumulation_steps()  # DeepSpeed does not restore the count
-            torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{micro_step}/{dist.get_rank()}"))
+            torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.num_accumulated}/{dist.get_rank()}"))
         return super().forward(*inputs, **kwargs)
 
     def step(self, lr_kwargs=None):
         """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""
+        if self.is_gradient_accumulation_boundary():
+            self.num_accumulated = 0
         super().step(lr_kwargs)
         if self.was_step_applied():
             self.after_step(self)
+
+    def _backward_epilogue(self):
+        # Our own count: DeepSpeed's micro_steps is not restored by a load, and counts calls of step(), which a loop
+        # that sets the accumulation boundary itself (accelerate's) makes at the boundary only.
+        super()._backward_epilogue()
+        self.num_accumulated += 1
 
     def restart_if_due(self) -> None:
         """Restart if the schedule wants one at this `t`."""
@@ -162,7 +171,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         """
         if not self.frozen.layers:
             raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
-        if self.micro_steps % self.gradient_accumulation_steps():
+        if self.num_accumulated:
             raise ValueError("restart: gradients of the old A and B are being accumulated; call it after the step() "
                              "that applies them")
         self.lr_scheduler.record_restart()
@@ -183,12 +192,13 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True,
                         exclude_frozen_parameters=False):
-        """DeepSpeed's, plus the fp32 masters of the frozen weights in the same tag."""
+        """DeepSpeed's, plus in the same tag the fp32 masters of the frozen weights and a description of the model."""
         if exclude_frozen_parameters and self.frozen.layers:
             raise ValueError("exclude_frozen_parameters: True would lose every merge: with ReLoRA the frozen weights "
                              "are training state; leave it False")
         tag = str(tag if tag is not None else f"global_step{self.global_steps}")
         checkpoint_files.save_frozen(save_dir, tag, self.frozen)
+        checkpoint_model.save_description(save_dir, tag, self)
         return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
@@ -199,6 +209,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         if path is not None:
             for name, value in masters.items():
                 self.frozen.masters[name].copy_(value)
+            self.num_accumulated = 0
             self._relink()
         return path, client_state
 

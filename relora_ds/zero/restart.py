@@ -8,6 +8,7 @@
 Everything here is written against `ShardView` and `FrozenWeights` and knows no ZeRO stage.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class RestartReport:
             `exp_avg` and `exp_avg_sq`, over all ranks.
         merge_loss: ‖ΔW stored − ΔW intended‖ / ‖ΔW intended‖ over all layers.
         merge_drift: ‖logits after − before‖ / ‖logits before‖ on the engine's probe; None without one.
+        update_norms: ‖s·B·A‖, what was merged into W, by layer name (Frobenius).
+        relative_update_norms: ‖s·B·A‖ / ‖W before the merge‖, by layer name.
         restart_s: seconds, the drift's two forwards not counted.
         checksum: over W, A and B, equal on all ranks.
     """
@@ -48,6 +51,8 @@ class RestartReport:
     prune_fraction_v: float
     merge_loss: float
     merge_drift: float | None
+    update_norms: dict[str, float]
+    relative_update_norms: dict[str, float]
     restart_s: float
     checksum: str
 
@@ -67,7 +72,7 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     before = probe() if probe else None
     started = time.perf_counter()
     shards.drop_gathered_copies()
-    merge_loss, sent = _merge(shards, frozen, config, seed=seed, number=number, device=device)
+    squares, sent = _merge(shards, frozen, config, seed=seed, number=number, device=device)
     _reinitialise(shards, frozen, seed=seed, number=number)
     fraction_m, fraction_v = prune_moments(shards, [n for n in shards.names if is_lora_parameter(n)],
                                            config.optimizer_reset, config.reset_ratio,
@@ -75,14 +80,19 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     common = verify(shards, frozen, sent, device=device)
     seconds = time.perf_counter() - started
     drift = _relative_change(before, probe(), device) if probe else None
-    return RestartReport(t, number, fraction_m, fraction_v, merge_loss, drift, seconds, common)
+    updates = {name: math.sqrt(update) for name, (_, update, _) in squares.items()}
+    relative = {name: _ratio(update, weight) for name, (_, update, weight) in squares.items()}
+    lost, intended, _ = (sum(column) for column in zip(*squares.values(), strict=True))
+    return RestartReport(t, number, fraction_m, fraction_v, _ratio(lost, intended), drift, updates, relative, seconds,
+                         common)
 
 
 def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
-           device: torch.device) -> tuple[float, dict[str, Tensor]]:
+           device: torch.device) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Merge on the owners, all at the same time, then broadcast one weight after the other.
 
-    Returns the merge loss, and the checksums of the stored copies that this rank sends.
+    Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, the same on every rank, and the checksums of
+    the stored copies that this rank sends.
     """
     factors: dict[str, Tensor] = {}
     for owner in range(dist.get_world_size()):
@@ -91,8 +101,8 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
         factors.update(shards.gather(names, dst=owner))
 
     stored: dict[str, Tensor] = {}
-    lost = torch.zeros(2, dtype=torch.float64, device=device)  # ‖stored − intended‖², ‖intended‖²
-    for name, layer in frozen.layers.items():
+    squares = torch.zeros(len(frozen.layers), 3, dtype=torch.float64, device=device)  # a row is filled by its owner
+    for row, (name, layer) in zip(squares, frozen.layers.items(), strict=True):
         base = frozen.read(name, device)
         if base is None:
             continue
@@ -107,20 +117,25 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
             generator = keyed_generator(f"{seed}/{number}/{name}.weight", device)
             stored[name] = to_stored_unbiased(merged, dtype, generator)
         frozen.keep(name, merged)
-        lost += torch.stack([(stored[name].float() - stored_before - intended).square().sum(dtype=torch.float64),
-                             intended.square().sum(dtype=torch.float64)])
+        for i, value in enumerate((stored[name].float() - stored_before - intended, intended, base)):
+            row[i] = value.square().sum(dtype=torch.float64)
     sent = {name: checksum(value.reshape(-1)) for name, value in stored.items()}
     for name in frozen.layers:
         frozen.publish(name, stored.pop(name, None), device)
 
-    dist.all_reduce(lost)
-    return float((lost[0] / lost[1]).sqrt()) if lost[1] > 0 else 0.0, sent
+    dist.all_reduce(squares)
+    return dict(zip(frozen.layers, squares.tolist(), strict=True)), sent
 
 
 def _reinitialise(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int) -> None:
     for name, layer in frozen.layers.items():
         shards.write(f"{name}.lora_A", initial_A(layer.r, layer.in_features, seed=seed, restart=number, name=name))
         shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r))
+
+
+def _ratio(square: float, of: float) -> float:
+    """The quotient of two norms, from their squares; 0 where there is nothing to compare with."""
+    return math.sqrt(square / of) if of > 0 else 0.0
 
 
 def _relative_change(before: Tensor, after: Tensor, device: torch.device) -> float:

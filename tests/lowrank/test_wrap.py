@@ -37,6 +37,16 @@ def test_wrapping_and_merging_keep_the_function(family):
     torch.testing.assert_close(model(input_ids=tokens).logits, updated, rtol=1e-4, atol=1e-5)
 
 
+def test_a_wrapped_model_is_not_saved_as_if_it_were_plain(tmp_path):
+    """`from_pretrained` would drop A and B with a warning; a Trainer without our callback saves like this."""
+    model = wrap(llama(), CONFIG)
+    with pytest.raises(ValueError, match="save_merged"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    merge_and_unwrap(model).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_head_norms_and_biases_train_and_the_wrapped_weights_do_not(family):
     model = wrap(FAMILIES[family](), CONFIG)

@@ -1,0 +1,141 @@
+"""Where weights come from: a run, one of its checkpoints, a Hugging Face model, or a PEFT export of ours.
+
+`init_from`, `python -m relora_ds export` and `python -m relora_ds eval` all name a model in these ways.
+"""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from relora_ds.checkpoint import store
+from relora_ds.interop import peft
+from relora_ds.zero.checkpoint_model import DESCRIPTION, read_model
+from relora_ds.zero.plain_model import export_config, load_plain
+
+TOKENIZER = "tokenizer"  # beside the checkpoints of a run
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run directory has its exported model (and not that of an attempt that is being repeated)."""
+    status = run_dir / "status.json"
+    return (run_dir / "export" / "config.json").is_file() and (
+        not status.is_file() or json.loads(status.read_text())["state"] == "done")
+
+
+def find_checkpoint(source: Path, name: str | None = None) -> Path:
+    """The directory of one step, in a run, a directory of checkpoints, or `source` itself.
+
+    Args:
+        name: such as `step_00005000`; None for the newest one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (source / DESCRIPTION).is_file():
+        if name is not None:
+            raise ValueError(f"--checkpoint: {name} with {source}, which is a checkpoint itself; give one of the two")
+        return source
+    is_run = store.has_run(source)
+    directory = source / "checkpoints" if is_run else source
+    if name is None:
+        latest = directory / "latest"
+        name = latest.read_text().strip() if latest.is_file() else None
+    if name is not None and (directory / name / DESCRIPTION).is_file():
+        return directory / name
+    there = sorted(path.parent.name for path in directory.glob(f"*/{DESCRIPTION}"))
+    if name is not None:
+        raise ValueError(f"--checkpoint: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
+    if is_run:
+        raise ValueError(f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
+                         "resume=auto, and set checkpoint.every for earlier ones")
+    raise ValueError(f"{source}: neither a run of relora_ds nor a checkpoint; name a directory with recipe.yaml, or "
+                     f"one with {DESCRIPTION}")
+
+
+def locate(source: str, field: str = "init_from") -> tuple[str, str]:
+    """`(kind, path)` of a model's weights; kind: "checkpoint", "peft" or "huggingface" (a directory or a hub id).
+
+    Args:
+        field: what names the source, for error messages.
+
+    Raises:
+        ValueError: a path at which there is none of them.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise ValueError(f"{field}: {source} is no directory; give a run, a checkpoint, a Hugging Face model, or a "
+                             "PEFT export of relora_ds")
+        return "huggingface", source
+    if (path / peft.ADAPTER_CONFIG).is_file():
+        return "peft", str(path)
+    if store.has_run(path) and is_finished(path):
+        return "huggingface", str(path / "export")
+    if store.has_run(path) or (path / DESCRIPTION).is_file() or (path / "latest").is_file():
+        return "checkpoint", str(find_checkpoint(path))
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{field}: {source} is neither a run, a checkpoint, a Hugging Face model nor a PEFT export of "
+                         "relora_ds; name a directory with recipe.yaml, relora_model.json or config.json")
+    return "huggingface", str(path)
+
+
+def config_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PretrainedConfig:
+    """The configuration of a model. Arguments and errors: see `locate`; ValueError too where it cannot be read."""
+    kind, path = locate(source, field)
+    if kind == "peft":
+        peft.verify(Path(path))
+        path = str(Path(path) / peft.BASE)
+    with _clear_errors(source, field):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def model_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PreTrainedModel:
+    """The plain model, fp32 on CPU, updates merged. Arguments and errors: see `config_of`."""
+    kind, path = locate(source, field)
+    if kind == "checkpoint":
+        return plain_model(Path(path), read_model(Path(path)).merged(), torch.float32, trust_remote_code)
+    if kind == "peft":
+        return peft.load(Path(path)).merge_and_unload()
+    with _clear_errors(source, field):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def weights_of(source: str, trust_remote_code: bool = False) -> dict[str, Tensor]:
+    """The fp32 weights of the plain model, tied ones once. Errors: see `config_of`."""
+    kind, path = locate(source)
+    if kind == "checkpoint":
+        return read_model(Path(path)).merged()
+    return {name: parameter.detach() for name, parameter in model_of(source, trust_remote_code).named_parameters()}
+
+
+def tokenizer_of(source: str, field: str = "init_from") -> str:
+    """Where the tokenizer of a model is: what `data.tokenizer.load` takes."""
+    kind, path = locate(source, field)
+    return str(Path(path).parent / TOKENIZER) if kind == "checkpoint" else path
+
+
+def plain_model(checkpoint: Path, state: dict[str, Tensor], dtype: torch.dtype,
+                trust_remote_code: bool = False) -> PreTrainedModel:
+    """The plain model of a checkpoint's configuration, with the weights `state`."""
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
+                         "relora_ds.interop.export.merged_state and save the tensors yourself")
+    config = export_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (checkpoint / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    return load_plain(model, state)
+
+
+@contextmanager
+def _clear_errors(source: str, field: str):
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{field}: {source} cannot be loaded ({reason}); give a run, a checkpoint, a Hugging Face "
+                         "model, or a PEFT export of relora_ds") from error

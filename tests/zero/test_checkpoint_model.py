@@ -1,0 +1,131 @@
+"""One process reads what the ranks saved: the same weights, to the bit, as the engine collects from its masters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import relora_ds
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.zero.checkpoint_model import read_description, read_model
+from tests.parity import cases
+from tests.ranks import ranks
+from tests.small_models import FAMILIES
+
+# Between restarts, directly after one, after it again. Without a restart of its own, step 0 is the switch.
+RELORA = cases.relora_config(restart_every=4, restart_warmup_steps=2)
+SAVED_AT = (0, 2, 4, 6)
+
+
+def save(stage, precision, directory: str, relora=RELORA, offload=False, family="llama", settings=None,
+         base=True) -> dict:
+    """Train, and save at every step of SAVED_AT; returns what the engine collects there, `{step: {name: tensor}}`."""
+    model = FAMILIES[family]()
+    if relora is not None:
+        relora_ds.wrap(model, relora, base=base)
+    engine, *_ = relora_ds.initialize(
+        model=model, config={**cases.ds_settings(stage, precision, offload), **(settings or {})}, relora=relora,
+        lr=cases.LR, total_steps=cases.STEPS, precision=precision, micro_batch_size=12)
+    collected = {}
+    for step in range(max(SAVED_AT) + 1):
+        if step in SAVED_AT:
+            engine.save_checkpoint(directory, tag=str(step))
+            collected[step] = engine.collect_merged(dst=0)
+        cases.train_step(engine, step)
+    layers = list(lowrank_layers(engine.module))
+    kind = type(engine.optimizer).__name__
+    cases.release(engine)
+    return {"collected": collected, "layers": layers, "kind": kind}
+
+
+def check(directory: Path, world_size=2, **how) -> dict:
+    result = ranks(world_size).run(save, directory=str(directory), **how)[0]
+    for step, expected in result["collected"].items():
+        saved = read_model(directory / str(step))
+        merged = saved.merged()
+        assert saved.t == step and set(merged) == set(expected)
+        for name, value in expected.items():
+            assert merged[name].dtype == torch.float32 and torch.equal(merged[name], value), f"step {step}: {name}"
+        base = saved.base()
+        updated = {name for name in merged if not torch.equal(merged[name], base[name])}
+        if how.get("relora", RELORA) is not None and how.get("base", True):
+            assert saved.restarts == [t for t in (4,) if t <= step]
+            # B is 0 at the start and after a restart
+            assert updated == (set() if step in (0, 4) else {f"{name}.weight" for name in result["layers"]})
+    return result
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"),
+                                              (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_every_stage(tmp_path, stage, precision):
+    check(tmp_path, stage=stage, precision=precision)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_full_rank_model(tmp_path, stage):
+    check(tmp_path, stage=stage, precision="bf16", relora=None)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_with_the_optimizer_on_cpu(tmp_path, stage):
+    check(tmp_path, stage=stage, precision="bf16", offload=True)
+
+
+def test_gradients_accumulated_in_fp32(tmp_path):
+    result = check(tmp_path, stage=1, precision="bf16", settings={"data_types": {"grad_accum_dtype": "fp32"}})
+    assert result["kind"] == "BF16_Optimizer"
+
+
+def test_groups_that_zero_3_cuts_into_pieces(tmp_path):
+    """As it does with large models."""
+    check(tmp_path, stage=3, precision="bf16", settings={"zero_optimization": {"stage": 3, "sub_group_size": 500}})
+    assert len(read_description(tmp_path / "2")["groups"]) > 3
+
+
+@pytest.mark.parametrize("family, stage", [("gpt_neox", 1), ("qwen2", 3)])
+def test_biases_and_tied_embeddings(tmp_path, family, stage):
+    check(tmp_path, stage=stage, precision="bf16", family=family)
+
+
+def test_another_world_size(tmp_path):
+    check(tmp_path, world_size=1, stage=1, precision="bf16")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_without_frozen_masters_the_stored_copy_counts(tmp_path, stage):
+    relora = cases.relora_config(restart_every=4, restart_warmup_steps=2, frozen_master="none")
+    check(tmp_path, stage=stage, precision="bf16", relora=relora)
+
+
+def test_without_a_base_and_with_frozen_embeddings(tmp_path):
+    config = ReLoRAConfig(r=4, lora_alpha=8, trainable_modules=["norms"])
+    check(tmp_path, stage=2, precision="bf16", relora=config, base=False)
+
+
+@pytest.mark.parametrize("stage, lost", [(0, "mp_rank_00_model_states.pt"),
+                                         (1, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+                                         (3, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
+                                         (1, "relora_frozen_masters_00001.safetensors"),
+                                         (1, "relora_model.json")])
+def test_a_lost_file_is_named(tmp_path, stage, lost):
+    ranks(2).run(save, stage, "bf16", str(tmp_path))
+    (tmp_path / "2" / lost).unlink()
+    with pytest.raises(ValueError, match=r"relora_frozen_masters_\*" if "masters" in lost else lost):
+        read_model(tmp_path / "2")
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    ranks(2).run(save, 1, "fp32", str(tmp_path))
+    torch.save({"module": {}, "bad": Evil(tmp_path / "evil")}, tmp_path / "2" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_model(tmp_path / "2")
+    assert not (tmp_path / "evil").exists()
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
