@@ -1,1 +1,1 @@
-"""What a recipe will cost: its calendar, memory and bytes, computed before any GPU is touched."""
+"""What a recipe will do and cost, computed before anything is trained: calendar, memory, bytes, the link's speed."""

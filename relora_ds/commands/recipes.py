@@ -1,0 +1,30 @@
+"""What `check` and `estimate` have in common: naming a recipe on the command line, and tables."""
+
+import argparse
+
+from relora_ds.config import recipe_names
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """`RECIPE [section.key=value …]`, or `--config RECIPE` as for training."""
+    parser.add_argument("words", nargs="*", metavar="RECIPE [section.key=value ...]",
+                        help=f"a YAML file, or a shipped recipe ({', '.join(recipe_names())}), and overrides of its "
+                             "keys")
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe, as it is given to train.py")
+
+
+def recipe_of(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """`(recipe, overrides)`. ValueError when there is no recipe, or more than one."""
+    names = [word for word in arguments.words if "=" not in word] + ([arguments.config] if arguments.config else [])
+    if len(names) != 1:
+        raise ValueError(f"one recipe is wanted, and {', '.join(names) or 'none'} was given; e.g. quickstart, followed "
+                         "by overrides such as train.steps=1000")
+    return names[0], [word for word in arguments.words if "=" in word]
+
+
+def rows_as_text(rows: list[list[str]], num_left: int = 1, indent: str = "  ") -> list[str]:
+    """Lines of a table: the first `num_left` columns to the left, the others right; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [indent + "  ".join(cell.ljust(width) if i < num_left else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in rows]

@@ -1,0 +1,110 @@
+"""Which stage, r and micro-batch suit a recipe on this machine and the link that was measured."""
+
+import dataclasses
+import os
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from relora_ds.config import Recipe, RecipeError
+from relora_ds.methods import Full, Method, method_of
+from relora_ds.models.build import meta_model
+from relora_ds.planning.activations import DTYPES, activation_bytes
+from relora_ds.planning.cost import cost
+from relora_ds.planning.link import (
+    Candidate,
+    Link,
+    flops_per_token,
+    micro_batches_to_try,
+    predict,
+    ranks_to_try,
+    recommend,
+    seconds_per_token,
+)
+from relora_ds.planning.memory import HOST, KEPT, peak, total
+from relora_ds.planning.network import Shapes, network_of, shapes_of
+from relora_ds.training.preflight import Resolved
+
+USABLE = 0.9  # of a device's memory: the rest is the allocator's and the libraries'
+MEASURED_MICRO_BATCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Attributes: best: the candidate to take, or None where nothing fits; candidates: all, and full rank's."""
+
+    best: Candidate | None
+    candidates: list[Candidate]
+    full_rank: list[Candidate]
+    available: float
+    seconds_per_token: float
+
+
+def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
+    """Measure the network's compute, and predict every stage, r and micro-batch. Collective."""
+    recipe, world_size = resolved.recipe, dist.get_world_size()
+    config, _ = network_of(recipe)
+    micro_batches = micro_batches_to_try(recipe.batch_sequences, world_size)
+    if not micro_batches:
+        raise RecipeError([f"train.batch_sequences: {recipe.batch_sequences} cannot be split over {world_size} ranks; "
+                           f"use a multiple of {world_size}"])
+    method = method_of(recipe)
+    measured = _measured_seconds(method, config, resolved, device)
+    reference = _flops(shapes_of(method, config), config, recipe)
+    available = _available_memory(device)
+
+    def candidates(variant: Recipe, method: Method, r: int | None) -> list[Candidate]:
+        shapes = shapes_of(method, config)
+        first, second = (_activations(method, config, resolved, size) for size in (1, 2))
+        found = []
+        for stage in range(4):
+            for size in micro_batches:
+                changed = dataclasses.replace(resolved, recipe=dataclasses.replace(
+                    variant, train=dataclasses.replace(variant.train, micro_batch_size=size)))
+                result = cost(changed, method, config, stage=stage, world_size=world_size, shapes=shapes)
+                held = peak(result.items, first + (size - 1) * (second - first))
+                if device.type == "cpu":
+                    held += total(result.items, HOST, KEPT)
+                found.append(predict(
+                    stage=stage, r=r, micro_batch_size=size, memory=held, wire=result.step[1],
+                    tokens_per_step=recipe.tokens_per_step, world_size=world_size, bandwidth=link.bandwidth,
+                    seconds_per_token=measured * _flops(shapes, config, recipe) / reference))
+        return found
+
+    own = []
+    for r in ranks_to_try(recipe.relora.r) if method.relora is not None else [None]:
+        variant = recipe if r is None else dataclasses.replace(recipe, relora=dataclasses.replace(recipe.relora, r=r))
+        own += candidates(variant, method_of(variant), r)
+    full = candidates(recipe, Full(recipe), None)
+    return Advice(recommend(own, available), own, full, available, measured)
+
+
+def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolved, device: torch.device) -> float:
+    recipe = resolved.recipe
+    config = method.prepare(meta_model(config)).config  # the control's network is another one
+
+    def build(shallow: PretrainedConfig) -> torch.nn.Module:
+        model = AutoModelForCausalLM.from_config(shallow, dtype=DTYPES[resolved.precision],
+                                                 attn_implementation=recipe.model.attn_implementation)
+        return (model if method.relora is None else method.prepare(model)).to(device)
+
+    return seconds_per_token(build, config, device, seq_len=recipe.data.seq_len,
+                             micro_batch_size=min(MEASURED_MICRO_BATCH, recipe.train.micro_batch_size))
+
+
+def _flops(shapes: Shapes, config: PretrainedConfig, recipe: Recipe) -> float:
+    return flops_per_token(shapes, config.vocab_size * config.hidden_size, config, recipe.data.seq_len)
+
+
+def _activations(method: Method, config: PretrainedConfig, resolved: Resolved, micro_batch_size: int) -> int:
+    recipe = resolved.recipe
+    return activation_bytes(method, config, precision=resolved.precision, micro_batch_size=micro_batch_size,
+                            seq_len=recipe.data.seq_len, attn_implementation=recipe.model.attn_implementation) or 0
+
+
+def _available_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return USABLE * torch.cuda.get_device_properties(device).total_memory
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here

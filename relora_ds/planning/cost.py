@@ -1,0 +1,66 @@
+"""What a method costs one rank, at one ZeRO stage and world size: memory and bytes on the wire."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from relora_ds.config import RecipeError, accumulation_steps
+from relora_ds.methods import Method
+from relora_ds.planning import memory
+from relora_ds.planning.network import Shapes, shapes_of
+from relora_ds.planning.traffic import restart_bytes, step_bytes
+from relora_ds.training.preflight import Resolved
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes on one rank; traffic as `(payload, wire)`.
+
+    Attributes:
+        accumulation: micro-steps per optimizer step; None where the recipe's batch cannot be split over so many
+            ranks (`items` are those of one micro-step then).
+        items: see `memory.state`.
+        step: of one optimizer step; None where `accumulation` is.
+        restart: of one restart; None for a method that merges nothing.
+    """
+
+    stage: int
+    world_size: int
+    accumulation: int | None
+    shapes: Shapes
+    items: list[memory.Item]
+    step: tuple[float, float] | None
+    restart: tuple[float, float] | None
+
+
+def stage_of(deepspeed: dict) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage: int | None = None,
+         world_size: int | None = None, shapes: Shapes | None = None) -> Cost:
+    """The cost of training the network `config` by `method`. Default: the recipe's stage and world size.
+
+    shapes: those of `method` on `config`, if they are known already.
+    """
+    recipe, precision = resolved.recipe, resolved.precision
+    world_size = world_size or resolved.world_size
+    stage = stage_of(resolved.deepspeed) if stage is None else stage
+    deepspeed = memory.at_stage(resolved.deepspeed, stage)
+    shapes = shapes or shapes_of(method, config)
+    try:
+        accumulation = accumulation_steps(recipe, world_size)
+    except RecipeError:
+        accumulation = None
+    zero = memory.zero_section(recipe, deepspeed, shapes, precision=precision, accumulation=accumulation or 1,
+                               world_size=world_size)
+    items = memory.state(shapes, zero, method.relora, precision=precision, world_size=world_size,
+                         accumulation=accumulation or 1)
+    step = restart = None
+    if accumulation is not None:
+        step = step_bytes(shapes, zero, element_size=memory.ELEMENT_SIZE[precision], accumulation=accumulation,
+                          world_size=world_size)
+    if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
+        restart = restart_bytes(shapes, stage, method.relora, precision=precision, world_size=world_size)
+    return Cost(stage, world_size, accumulation, shapes, items, step, restart)

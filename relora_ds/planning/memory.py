@@ -1,0 +1,173 @@
+"""Bytes that one rank holds, by ZeRO stage: an itemised account of what is alive in a DeepSpeed 0.19 engine.
+
+The items that are kept between steps, the gradients after backward and the copies at the optimizer step are checked
+against the live tensors of real engines (tests/planning/test_memory.py). Sizes with T trainable and F frozen elements,
+`e` bytes per stored element, n ranks:
+
+    stage 0     e(T+F) weights, 8T moments; in 16 bit 4T masters
+    stage 1, 2  e(T+F) weights, 12T/n masters and moments
+    stage 3     e(T+F)/n weights, 12T/n masters and moments, eT/n gradients, one reduce bucket, small parameters whole
+
+Below fp32, ReLoRA's frozen weights have 4F/n of masters on the host.
+"""
+
+from dataclasses import dataclass
+
+from relora_ds.config import Recipe, ReLoRAConfig
+from relora_ds.planning.network import Shapes
+from relora_ds.zero import ds_config
+from relora_ds.zero.frozen_master import assign_owners
+
+ELEMENT_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+MASTER, MOMENTS = 4, 8  # bytes per element: fp32, and exp_avg with exp_avg_sq
+
+DEVICE, HOST = "device", "host"
+KEPT = "kept"  # alive between steps
+BACKWARD = "backward"  # besides, at most, while backward runs
+OPTIMIZER = "optimizer"  # besides, at most, while the optimizer steps
+
+
+@dataclass(frozen=True)
+class Item:
+    """`size` bytes on one rank: what, on the device or the host, and when."""
+
+    what: str
+    size: int
+    where: str = DEVICE
+    when: str = KEPT
+
+
+def total(items: list[Item], where: str, *when: str) -> int:
+    """Bytes of the items at `where` in the given moments."""
+    return sum(item.size for item in items if item.where == where and item.when in when)
+
+
+def peak(items: list[Item], activations: int = 0) -> int:
+    """Bytes on the device at the larger of a step's two summits: backward, with its activations, and the optimizer."""
+    return total(items, DEVICE, KEPT) + max(total(items, DEVICE, BACKWARD) + activations,
+                                            total(items, DEVICE, OPTIMIZER))
+
+
+def at_stage(deepspeed: dict, stage: int) -> dict:
+    """The DeepSpeed configuration at another stage; offloading that does not exist there is left out."""
+    zero = {**deepspeed.get("zero_optimization", {}), "stage": stage}
+    if stage < 3:
+        zero.pop("offload_param", None)
+    if stage < 1:
+        zero.pop("offload_optimizer", None)
+    return {**deepspeed, "zero_optimization": zero}
+
+
+def zero_section(recipe: Recipe, deepspeed: dict, shapes: Shapes, *, precision: str, accumulation: int,
+                 world_size: int) -> dict:
+    """DeepSpeed's `zero_optimization` as the engine will get it: every "auto" filled in."""
+    resolved = ds_config.resolve(
+        {**deepspeed, "train_batch_size": ds_config.AUTO, "train_micro_batch_size_per_gpu": ds_config.AUTO,
+         "gradient_accumulation_steps": ds_config.AUTO},  # another world size may be asked about than they are for
+        precision=precision, micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation,
+        world_size=world_size, max_grad_norm=recipe.optim.max_grad_norm, num_trainable=shapes.num_trainable)
+    return resolved["zero_optimization"]
+
+
+def state(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, world_size: int,
+          accumulation: int) -> list[Item]:
+    """What the rank with the most of it holds, without activations.
+
+    Args:
+        zero: a resolved `zero_optimization` section.
+        relora: of the method, or None: nothing is merged, and frozen weights have no masters.
+    """
+    stage, e = zero["stage"], ELEMENT_SIZE[precision]
+    if stage == 0:
+        items = _stage_0(shapes, e)
+    elif stage < 3:
+        items = _stage_1_and_2(shapes, zero, e, world_size, accumulation)
+    else:
+        items = _stage_3(shapes, zero, e, world_size)
+    if relora is not None and relora.frozen_master == "cpu" and precision != "fp32":
+        items.append(Item("fp32 masters of the frozen weights", MASTER * _most_owned(shapes.merged, world_size), HOST))
+    return [item for item in items if item.size]
+
+
+def _stage_0(shapes: Shapes, e: int) -> list[Item]:
+    trainable = shapes.num_trainable
+    below_fp32 = e < MASTER  # in fp32 the optimizer steps the parameters themselves
+    return [
+        *_weights(shapes.num_trainable, shapes.num_frozen, e, DEVICE),
+        Item("fp32 masters of what trains", MASTER * trainable * below_fp32),
+        Item("Adam's moments", MOMENTS * trainable),
+        Item("gradients", e * trainable, when=BACKWARD),
+        Item("gradients", e * trainable, when=OPTIMIZER),
+        Item("fp32 copies of the gradients", MASTER * trainable * below_fp32, when=OPTIMIZER),
+    ]
+
+
+def _stage_1_and_2(shapes: Shapes, zero: dict, e: int, world_size: int, accumulation: int) -> list[Item]:
+    groups = [_share(sum(group), world_size) for group in shapes.groups]
+    mine, trainable = sum(groups), shapes.num_trainable
+    offloaded = _device_of(zero, "offload_optimizer") == HOST
+    # Stage 1 accumulates whole gradients and reduces them once; stage 2 keeps only its own from the first on.
+    whole = e * trainable if zero["stage"] == 1 and accumulation > 1 else 0
+    items = [
+        *_weights(trainable, shapes.num_frozen, e, DEVICE),
+        *_optimizer_state(mine, HOST if offloaded else DEVICE),
+        Item("gradients", whole or (0 if offloaded else e * mine), when=BACKWARD),
+        Item("reduce buckets", e * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1), when=BACKWARD),
+    ]
+    if not offloaded:
+        return items + [Item("gradients", e * mine, when=OPTIMIZER),
+                        # One group after the other is unscaled, clipped and stepped.
+                        Item("fp32 copies of the gradients", MASTER * max(groups), when=OPTIMIZER)]
+    largest = max(map(max, shapes.groups))
+    if accumulation > 1 and zero["stage"] == 2:
+        items.append(Item("accumulated gradients", e * mine, HOST))
+    return items + [Item("fp32 gradients of the offloaded optimizer", MASTER * mine, HOST),
+                    Item("buffers of the offloaded optimizer", e * (mine + largest), HOST),
+                    Item("buffers of the offloaded optimizer", e * largest)]
+
+
+def _stage_3(shapes: Shapes, zero: dict, e: int, world_size: int) -> list[Item]:
+    trainable = [size for group in shapes.groups for size in group]
+    mine = sum(_share(size, world_size) for size in trainable)
+    frozen = sum(_share(size, world_size) for size in shapes.frozen)
+    small = sum(size for size in (*trainable, *shapes.frozen) if size <= zero["stage3_param_persistence_threshold"])
+    optimizer, weights = _device_of(zero, "offload_optimizer"), _device_of(zero, "offload_param")
+    gathered = min(shapes.num_trainable + shapes.num_frozen - small, int(zero["stage3_max_live_parameters"]))
+    largest_group = min(max(_share(sum(group), world_size) for group in shapes.groups),
+                        int(zero.get("sub_group_size", 1_000_000_000)))
+    items = [
+        *_weights(mine, frozen, e, weights),
+        Item("small parameters, whole", e * small),
+        *_optimizer_state(mine, optimizer),
+        Item("gradients", e * mine, optimizer),
+        Item("reduce bucket", e * zero["reduce_bucket_size"]),
+        Item("gathered weights", e * gathered, when=BACKWARD),
+    ]
+    if optimizer == HOST:
+        return items + [Item("fp32 gradients of the offloaded optimizer", MASTER * mine, HOST)]
+    return items + [Item("fp32 copies of the gradients", MASTER * largest_group, when=OPTIMIZER)]
+
+
+def _weights(trainable: int, frozen: int, e: int, where: str) -> list[Item]:
+    return [Item("weights that train", e * trainable, where), Item("frozen weights", e * frozen, where)]
+
+
+def _optimizer_state(mine: int, where: str) -> list[Item]:
+    return [Item("fp32 masters of what trains", MASTER * mine, where), Item("Adam's moments", MOMENTS * mine, where)]
+
+
+def _device_of(zero: dict, key: str) -> str:
+    return HOST if (zero.get(key) or {}).get("device") == "cpu" else DEVICE
+
+
+def _share(size: int, world_size: int) -> int:
+    """One rank's piece, padded."""
+    return -(-size // world_size)
+
+
+def _most_owned(sizes: dict[str, int], world_size: int) -> int:
+    """Elements of the rank that owns most."""
+    load = [0] * world_size
+    for name, owner in assign_owners(sizes, world_size).items():
+        load[owner] += sizes[name]
+    return max(load)

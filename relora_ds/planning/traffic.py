@@ -1,0 +1,47 @@
+"""Bytes of a step and of a restart, from sizes alone; `zero.traffic` counts the real ones."""
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.planning.network import Shapes
+from relora_ds.zero.traffic import expected_step
+
+# The histograms that find a pruning threshold: 11, 10 and 10 bits of a magnitude, one counter of 4 bytes each.
+HISTOGRAM_BYTES = 4 * (2**11 + 2**10 + 2**10)
+
+
+def step_bytes(shapes: Shapes, zero: dict, *, element_size: int, accumulation: int,
+               world_size: int) -> tuple[float, float]:
+    """`(payload, wire)` of one optimizer step; see `expected_step`.
+
+    zero: a resolved `zero_optimization` section. Where the network is larger than what stage 3 may keep gathered,
+    backward gathers again what forward has let go: everything counts twice then, an upper bound.
+    """
+    trainable, frozen = shapes.num_trainable, shapes.num_frozen
+    payload, wire = expected_step(zero["stage"], trainable=trainable, frozen=frozen, element_size=element_size,
+                                  accumulation=accumulation, world_size=world_size)
+    if zero["stage"] == 3:
+        keeps = min(int(zero["stage3_max_live_parameters"]), int(zero["stage3_max_reuse_distance"]))
+        if trainable + frozen > keeps:
+            again = (trainable + frozen) * element_size * accumulation
+            payload, wire = payload + again, wire + again * (world_size - 1) / world_size
+    return payload, wire
+
+
+def restart_bytes(shapes: Shapes, stage: int, relora: ReLoRAConfig, *, precision: str,
+                  world_size: int) -> tuple[float, float]:
+    """`(payload, wire)` of one restart; checksums and counts of ties, a few hundred bytes a layer, are left out.
+
+    Every frozen weight is broadcast by its owner, as it is stored. Where the masters are split (stages 1 to 3), A and
+    B are reduced to the owners in fp32, and pruning by magnitude finds its thresholds by three reduced histograms for
+    each factor. ZeRO-3 without masters gathers the frozen weights first.
+    """
+    stored, factors = sum(shapes.merged.values()), sum(shapes.factors)
+    one_way = stored * (4 if precision == "fp32" else 2)
+    both_ways = 0
+    if stage > 0:
+        one_way += 4 * factors
+        moments = {"magnitude_joint": 1, "magnitude": 2}.get(relora.optimizer_reset, 0)
+        both_ways = moments * len(shapes.factors) * HISTOGRAM_BYTES
+    if stage == 3 and (precision == "fp32" or relora.frozen_master == "none"):
+        one_way += stored * (4 if precision == "fp32" else 2)
+    share = (world_size - 1) / world_size
+    return one_way + both_ways, (one_way + 2 * both_ways) * share

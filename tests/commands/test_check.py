@@ -1,0 +1,73 @@
+"""`check`: a recipe's calendar and costs, or all of its problems."""
+
+import time
+
+import pytest
+
+from relora_ds.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch, tmp_path):
+    """Nothing may be downloaded or tokenized: the cache stays as empty as it was."""
+    monkeypatch.setenv("RELORA_DS_CACHE", str(tmp_path / "cache"))
+    yield
+    assert not (tmp_path / "cache").exists()
+
+
+def check(capsys, *arguments: str) -> tuple[int, str]:
+    code = main(["check", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_the_quickstart(capsys):
+    started = time.monotonic()
+    code, text = check(capsys, "quickstart", "--world-size", "2")
+    assert code == 0 and time.monotonic() - started < 60  # a few seconds, on an idle machine
+    assert "batch: 16 sequences of 128 tokens = micro-batch 8 x 2 ranks x accumulation 1" in text
+    rows = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
+    assert rows["160"][:4] == ["160", "relora", "restart", "1"]
+    assert rows["trainable (T)"][-2:] == ["5.26M", "2.41M"]
+    for line in ("memory of a rank, device, kept between steps", "bytes per step, payload",
+                 "bytes per restart, payload", "learning rate (peak 0.002)", "|             |             ^",
+                 "seconds at 10 Gbit/s"):
+        assert line in text
+
+
+def test_the_recipe_as_train_takes_it(capsys):
+    assert check(capsys, "--config", "tiny", "relora.r=2")[0] == 0
+
+
+def test_no_restart_is_said_loudly(capsys):
+    _, text = check(capsys, "tiny", "relora.restart_every=null")
+    warnings = [line for line in text.splitlines() if line.startswith("WARNING")]
+    assert "no restart" in warnings[0]
+
+
+def test_every_problem_at_once(capsys):
+    code, text = check(capsys, "tiny", "relora.r=0", "optim.lr=-1", "train.stepz=3", "model.preset=llama_9z")
+    assert code == 2
+    for field in ("relora.r", "optim.lr", "train.stepz", "model.preset"):
+        assert field in text
+
+
+def test_a_world_size_that_does_not_divide_the_batch(capsys):
+    code, text = check(capsys, "tiny", "--world-size", "3")
+    assert code == 2 and "3 ranks" in text and "train.batch_sequences=12" in text
+
+
+def test_a_tokenizer_on_the_hub_is_not_loaded(capsys):
+    code, text = check(capsys, "tiny", "data.tokenizer=some/tokenizer", "data.vocab_size=777")
+    assert code == 0 and "vocabulary: 777" in text and "some/tokenizer is not loaded" in text
+
+
+def test_no_recipe_and_two_recipes(capsys):
+    assert check(capsys)[0] == 1
+    code, text = check(capsys, "tiny", "quickstart")
+    assert code == 1 and "tiny, quickstart" in text
+
+
+def test_many_restarts_are_cut(capsys):
+    code, text = check(capsys, "tiny", "train.steps=2010", "relora.restart_warmup_steps=2")
+    assert code == 0 and "more)" in text and len(text.splitlines()) < 80

@@ -1,0 +1,56 @@
+"""`estimate`: a row for each stage and world size."""
+
+import json
+
+import pytest
+
+from relora_ds.__main__ import main
+from tests.planning.engines import overrides, planned
+
+
+def estimate(capsys, *arguments: str) -> tuple[int, str]:
+    code = main(["estimate", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_json_holds_what_the_account_says(capsys):
+    changes = overrides(1, "bf16", "relora")
+    code, text = estimate(capsys, "tiny", *changes, "--world-size", "2", "--json")
+    assert code == 0
+    found = {(e["stage"], e["method"]): e for e in json.loads(text)["estimates"]}
+    assert len(found) == 8
+    expected = planned(changes)
+    entry = found[1, "relora"]
+    assert entry["items"] == [vars(item) for item in expected.items]
+    assert (entry["step_payload_bytes"], entry["step_wire_bytes"]) == expected.step
+    assert entry["trainable"] == expected.shapes.num_trainable
+    for stage in range(4):
+        low, full = found[stage, "relora"], found[stage, "full"]
+        assert low["step_wire_bytes"] < full["step_wire_bytes"] and low["peak_device_bytes"] < full["peak_device_bytes"]
+
+
+def test_the_table(capsys):
+    code, text = estimate(capsys, "quickstart", "--world-size", "1", "3", "--stages", "1", "3")
+    rows = [line.split() for line in text.splitlines()]
+    assert code == 0
+    assert [row[:2] for row in rows if row and row[0] in ("1", "3")] == [["1", "1"], ["1", "3"], ["3", "1"], ["3", "3"]]
+    assert "cannot be split into micro-batches of 8 over 3 ranks" in text and "full: state" in text
+
+
+def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
+    (tmp_path / "status.json").write_text("{}")
+    assert estimate(capsys, "tiny", f"run_dir={tmp_path}", "--world-size", "1", "--stages", "0")[0] == 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["tiny", "--world-size", "0"], "--world-size"), (["tiny", "relora.r=0"], "relora.r"), ([], "one recipe")])
+def test_bad_input(capsys, arguments, words):
+    code, text = estimate(capsys, *arguments)
+    assert code in (1, 2) and words in text
+
+
+def test_a_stage_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(["estimate", "tiny", "--stages", "4"])
+    assert "invalid choice" in capsys.readouterr().err

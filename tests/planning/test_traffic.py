@@ -1,0 +1,64 @@
+"""Bytes of a step and of a restart, against what real engines send."""
+
+import pytest
+
+from relora_ds.planning.cost import cost
+from relora_ds.planning.memory import at_stage
+from relora_ds.planning.network import network_of
+from relora_ds.training.phases import phases_of
+from relora_ds.training.preflight import resolve
+from relora_ds.zero.teardown import release
+from relora_ds.zero.traffic import count_traffic
+from tests.planning.engines import build, micro_step, overrides, planned
+from tests.ranks import ranks
+
+
+def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
+    """On a rank: `(payload, wire)` of the third step and of a restart after it."""
+    engine = build(changes)
+    for step in range(2):
+        micro_step(engine, step)
+        engine.step()
+    with count_traffic() as a_step:
+        micro_step(engine, 2)
+        engine.step()
+    with count_traffic() as a_restart:
+        engine.restart()
+    release(engine)
+    return {"step": (a_step.payload, a_step.wire), "restart": (a_restart.payload, a_restart.wire)}
+
+
+@pytest.mark.parametrize("stage, precision, more", [
+    (0, "bf16", ()), (1, "fp32", ()), (1, "bf16", ("relora.optimizer_reset=magnitude",)),
+    (2, "bf16", ("relora.optimizer_reset=zero",)), (3, "bf16", ()), (3, "fp32", ())])
+def test_bytes_are_those_that_are_sent(stage, precision, more):
+    changes = overrides(stage, precision, "relora", 1, *more)
+    expected = planned(changes)
+    for result in ranks(2).run(sent, changes):
+        assert result["step"] == pytest.approx(expected.step, rel=0.01)
+        assert result["restart"] == pytest.approx(expected.restart, rel=0.01)
+
+
+def test_a_network_above_what_stage_3_keeps_is_gathered_twice():
+    resolved = resolve("tiny", ["model.preset=llama_7b", "data.vocab_size=32000", "relora.r=128", "precision=bf16",
+                                "deepspeed=zero3", "train.batch_sequences=64"], 8, to_run=False)
+    method = phases_of(resolved.recipe)[-1].method
+    result = cost(resolved, method, network_of(resolved.recipe)[0])
+    trainable, everything = result.shapes.num_trainable, result.shapes.num_trainable + result.shapes.num_frozen
+    assert everything > 6e9 and result.accumulation == 2
+    assert result.step[0] == 2 * 2 * (trainable + 2 * everything)
+
+
+def test_a_world_size_that_does_not_divide_the_batch_has_a_state_and_no_step():
+    resolved = resolve("tiny", [], 1, to_run=False)
+    method = phases_of(resolved.recipe)[-1].method
+    result = cost(resolved, method, network_of(resolved.recipe)[0], world_size=3)
+    assert result.accumulation is None and result.step is None and result.items
+
+
+def test_another_stage_drops_the_offloading_that_it_does_not_have():
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"},
+                                    "offload_param": {"device": "cpu"}}}
+    assert at_stage(config, 2) == {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert at_stage(config, 0) == {"zero_optimization": {"stage": 0}}
+    assert config["zero_optimization"]["stage"] == 3
