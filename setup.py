@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "numpy",
     "omegaconf>=2.4",
     "protobuf",  # transformers reads sentencepiece tokenizers through it; tensorboard needs it too
+    "pyarrow",
     "pyyaml",
     "rich",
     "safetensors",
@@ -25,10 +26,12 @@ INSTALL_REQUIRES = [
     "tqdm",
 ]
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8", "ruff>=0.9", "setuptools>=70.1"],  # tests/test_packaging.py builds a wheel
+    # tests/test_packaging.py builds a wheel
+    "test": ["accelerate>=1.15,<2", "matplotlib", "peft", "pytest>=8", "ruff>=0.9", "setuptools>=70.1"],
     "lint": ["ruff>=0.9"],
     "plot": ["matplotlib"],
     "peft": ["peft"],
+    "trainer": ["accelerate>=1.15,<2"],  # ReLoRACallback, with the Hugging Face Trainer
 }
 
 

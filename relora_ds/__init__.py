@@ -9,6 +9,7 @@ _HOMES = {
     "lr_multiplier": "relora_ds.lowrank.schedule",
     "initialize": "relora_ds.zero.engine",
     "ReLoRAEngine": "relora_ds.zero.engine",
+    "ReLoRACallback": "relora_ds.interop.hf_trainer",
 }
 __version__ = "0.1.0"
 __all__ = [*_HOMES, "__version__"]

@@ -11,6 +11,8 @@ from relora_ds.config import RecipeError
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):  # the DeepSpeed launcher's; LOCAL_RANK says the same
+        argv = argv[1:]
     name = argv[0] if argv else None
     if name == "train":
         from relora_ds.train import main as train

@@ -1,7 +1,7 @@
 """The recipe: everything a run needs to know, in one typed tree.
 
-A recipe is a YAML file (or the name of a shipped one, see `recipe_names`) laid over the defaults of the dataclasses
-below, with dotted `section.key=value` overrides on top:
+A recipe is a YAML file (or the name of a shipped one, see `recipe_names`) laid over the recipe that it `extends`, if
+any, and over the defaults of the dataclasses below, with dotted `section.key=value` overrides on top:
 
     recipe = load_recipe("quickstart", ["relora.r=64", "train.steps=2000"])
 
@@ -13,6 +13,7 @@ This module imports neither torch nor deepspeed, so that tools can read a recipe
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,13 +131,24 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Corpus and tokenizer. `validation`: a path, or the fraction of the documents to hold out.
+    """Corpus and tokenizer.
 
+    source: wikitext2, pydocs and gutenberg need nothing else; c4 is streamed until `max_tokens`, from the hub or from
+        shards in the directory `path`; text reads `path`: a file, directory or glob of text (one document per file),
+        JSON lines or parquet (one per record, in `text_column`); pretokenized trains from the directory `path` that
+        `python -m relora_ds prepare` wrote, with the tokenizer inside. Anything with a slash is what
+        `datasets.load_dataset` takes, with its `config` and `split`: streamed with `max_tokens`, loaded without.
+    validation: a path, or the fraction of the documents to hold out; None = the corpus' own validation split, else
+        0.05. Of a stream it is bounded too, by a twentieth of `max_tokens` and 10 M tokens.
+    max_tokens: training tokens to stop at.
     tokenizer: a hub id or a directory; None = train a sentencepiece BPE of `vocab_size` pieces on the corpus.
+    packing: False = one document per row, cut or padded to `seq_len`, instead of windows of the whole corpus.
     """
 
-    source: str = "wikitext2"  # wikitext2 | pydocs | text
+    source: str = "wikitext2"  # wikitext2 | pydocs | gutenberg | c4 | text | pretokenized | org/name
     path: str | None = None
+    config: str | None = None
+    split: str = "train"
     text_column: str = "text"
     validation: str | float | None = None
     max_tokens: int | None = None
@@ -149,7 +161,15 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    every: int | None = None  # in steps; None = at the end of every cycle and of the run
+    """When the validation loss is computed, and how many texts the network writes each time.
+
+    every: in steps. Whatever it is, there is an evaluation at the end of each phase (so also of the run), and one at
+        the end of each cycle, directly after its restart, that had none; None = only these.
+    samples: continuations of the beginnings of so many validation documents, shown with each evaluation; 0 = none.
+    """
+
+    every: int | None = None
+    samples: int = 1
 
 
 @dataclass(kw_only=True)
@@ -315,31 +335,34 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
     """`(recipe, problems)`: the recipe as far as it can be read, and everything that is wrong with it.
 
     name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value in YAML
-    (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`); later ones win. check_files:
-    False for tools that read the recipe of a run whose data may be elsewhere.
+    (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`); later ones win, and one that
+    sets train.tokens also takes back the train.steps of the recipe (so for all of `recipe_loading.ONE_OF`).
+    check_files: False for tools that read the recipe of a run whose data may be elsewhere.
+
+    A file may start from another recipe, `extends: NAME_OR_PATH` (a path starts at the file's directory): its own
+    values lie over that one's, leaf by leaf. The Recipe that comes out knows nothing of it.
     """
     path, problems = _find(str(name_or_path))
-    values = recipe_loading.read_values(path, Recipe, problems) if path else None
-    readable = values is not None
-    values = values or {}
-    recipe_loading.read_overrides(overrides, Recipe, values, problems)
+    values, readable = recipe_loading.read_values(path, Recipe, _find, problems) if path else ({}, False)
+    values = recipe_loading.lay_over(values, recipe_loading.read_overrides(overrides, Recipe, problems))
     recipe, untrusted = recipe_loading.fill_in(Recipe, values, problems)
     if isinstance(recipe.resume, str) and recipe.resume.lower() == "false":
         recipe.resume = False
     if recipe.run_dir is None:
         recipe.run_dir = f"runs/{Path(name_or_path).stem}"
-    if readable:  # without the file, whatever it would have set is missing, and the rest means nothing
+    if readable:  # without a file, whatever it would have set is missing, and the rest means nothing
         messages = recipe.problems(check_files)
         problems += [m for m in messages if not any(recipe_validation.mentions(m, key) for key in untrusted)]
     return recipe, problems
 
 
-def _find(name_or_path: str) -> tuple[Path | None, list[str]]:
-    """(the recipe's file, []), or (None, [what is wrong])."""
-    if Path(name_or_path).is_file():
-        return Path(name_or_path), []
+def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, list[str]]:
+    """(the recipe's file, []), or (None, [what is wrong]). directory: where relative paths start."""
+    path = directory / os.path.expanduser(name_or_path)
+    if path.is_file():
+        return path, []
     if name_or_path in recipe_names():
         return PACKAGE_DIR / "recipes" / f"{name_or_path}.yaml", []
     hint = recipe_validation.nearest(Path(name_or_path).stem, recipe_names())
-    return None, [f"no file {name_or_path!r}, and no shipped recipe of that name{hint}; "
+    return None, [f"no file {str(path)!r}, and no shipped recipe of that name{hint}; "
                   f"shipped: {', '.join(recipe_names())}"]

@@ -24,7 +24,7 @@ OPTIMIZER_RESETS = ("magnitude_joint", "magnitude", "random", "zero", "none")
 FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16")
 FROZEN_MASTERS = ("cpu", "none")
 FROZEN_PLACEMENTS = ("auto", "sharded")
-DATA_SOURCES = ("wikitext2", "pydocs", "text")
+DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized")  # and org/name of the hub
 
 
 def relora_problems(config: "ReLoRAConfig") -> list[str]:
@@ -189,9 +189,13 @@ def _optim_problems(recipe: "Recipe") -> Iterator[str | None]:
 
 def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
     data = recipe.data
-    yield _available("data.source", data.source, DATA_SOURCES)
-    if data.source == "text" and not data.path:
-        yield "data.path: null, and data.source text reads it; set it to a file"
+    yield source_problem(data.source)
+    if data.source in ("text", "pretokenized") and not data.path:
+        what = "a file, a directory or a glob" if data.source == "text" else "what python -m relora_ds prepare wrote"
+        yield f"data.path: null, and data.source {data.source} reads it; set it to {what}"
+    if data.source == "c4" and data.max_tokens is None:
+        yield ("data.max_tokens: null, and c4 (hundreds of gigabytes) is streamed until so many tokens are there; set "
+               f"it to the tokens of the run or less, e.g. data.max_tokens={recipe.train.tokens or 1_000_000_000}")
     if isinstance(data.validation, float) and not 0 < data.validation < 1:
         yield f"data.validation: {data.validation} is not inside (0, 1); use e.g. 0.05, or a path"
     yield _integer("data.max_tokens", data.max_tokens, 1, example=1_000_000, optional=True)
@@ -202,6 +206,7 @@ def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
 
 def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("eval.every", recipe.eval.every, 1, example=500, optional=True)
+    yield _integer("eval.samples", recipe.eval.samples, 0, example=1)
     yield _integer("checkpoint.every", recipe.checkpoint.every, 1, example=500, optional=True)
     yield _integer("checkpoint.keep_last", recipe.checkpoint.keep_last, 1, example=2)
     yield _integer("checkpoint.keep_every", recipe.checkpoint.keep_every, 1, example=5000, optional=True)
@@ -217,16 +222,15 @@ def _unavailable(recipe: "Recipe") -> Iterator[str]:
     if recipe.activation_checkpointing != "none":
         yield (f"activation_checkpointing: {recipe.activation_checkpointing} is not available in this version; use "
                "activation_checkpointing=none and, for memory, a smaller train.micro_batch_size")
-    if not recipe.data.packing:
-        yield "data.packing: false is not available in this version; use data.packing=true"
 
 
 def _missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str]:
     paths = {"resume": recipe.resume if recipe.resume not in (True, False, "auto") else None,
-             "data.path": recipe.data.path if recipe.data.source == "text" else None,
+             "data.path": recipe.data.path if recipe.data.source in ("text", "c4", "pretokenized") else None,
              "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None}
-    for name, value in (("init_from", recipe.init_from), ("model.name_or_path", recipe.model.name_or_path),
-                        ("data.tokenizer", recipe.data.tokenizer)):
+    init_from = None if recipe.resume else recipe.init_from  # a run that resumes has its weights
+    for name, value in (("init_from", init_from), ("model.name_or_path", recipe.model.name_or_path),
+                        ("data.source", recipe.data.source), ("data.tokenizer", recipe.data.tokenizer)):
         if value and (value.startswith((".", "/", "~")) or value.endswith(".json")):  # else it may be a hub id
             paths[name] = value
     for name, path in paths.items():
@@ -264,8 +268,7 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
         yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"
     if method == "lora" and recipe.lora.base == "none" and recipe.model.init == "pretrained":
         yield "model.init: lora.base none has no W, so the pretrained weights of the wrapped layers are dropped"
-    if recipe.data.path and recipe.data.source != "text":
-        yield f"data.path: {recipe.data.path} has no effect with data.source {recipe.data.source}"
+    yield from _data_warnings(recipe)
     if method != "relora":
         return
     if relora.restart_every is None:
@@ -278,6 +281,29 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
                "exp_avg/eps after a restart; for reproduction only, use magnitude_joint")
     if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora)().reset_ratio:
         yield f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
+
+
+def _data_warnings(recipe: "Recipe") -> Iterator[str]:
+    data, default = recipe.data, type(recipe.data)()
+    ignored = []
+    if data.source not in ("text", "c4", "pretokenized"):
+        ignored.append("path")
+    if data.source != "c4" and "/" not in data.source:
+        ignored += ["config", "split"]
+    if data.source == "pretokenized":
+        ignored += ["text_column", "validation", "tokenizer"]
+    for name in ignored:
+        if getattr(data, name) != getattr(default, name):
+            yield f"data.{name}: {getattr(data, name)} has no effect with data.source {data.source}"
+
+
+def source_problem(source: str) -> str | None:
+    """What is wrong with a `data.source`, as far as its name tells."""
+    if source in DATA_SOURCES or "/" in str(source):
+        return None
+    files = "; JSON lines and parquet are read by data.source=text" if source in ("json", "jsonl", "parquet") else ""
+    return (f"data.source: {source!r} is unknown{nearest(source, DATA_SOURCES)}; use one of {', '.join(DATA_SOURCES)}, "
+            f"or org/name of the Hugging Face hub{files}")
 
 
 def batch_field(recipe: "Recipe") -> tuple[str, int]:

@@ -29,7 +29,8 @@ ALLOWED = {
     "train": BELOW_TRAINING | {"training"},
     "planning": BELOW_TRAINING | {"training"},
     "bench": BELOW_TRAINING | {"training", "planning"},
-    "commands": BELOW_TRAINING | {"training", "planning", "bench"},
+    "figures": {"config", "training"},
+    "commands": BELOW_TRAINING | {"training", "planning", "bench", "figures"},
     "__main__": {"config", "commands", "train"},
 }
 # Other people's packages that a room may not import; "*" is every room that has no entry of its own.

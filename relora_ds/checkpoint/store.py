@@ -115,6 +115,22 @@ def require_same(state: dict, **now) -> None:
                           "version: change it back, or start a new run with init_from")
 
 
+def require_same_step(run_dir: Path, checkpoint: tuple[Path, dict] | None) -> None:
+    """Refuse to go on where the ranks have found checkpoints of different steps, or only some have one. Collective.
+
+    Args:
+        checkpoint: what `find` returned on this rank.
+
+    Raises:
+        ResumeError: on every rank.
+    """
+    steps: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, checkpoint and checkpoint[1]["step"])
+    if len(set(steps)) > 1:
+        raise ResumeError(f"resume: the ranks find different checkpoints in {run_dir}, of the steps {steps} (None: "
+                          "none); the run directory must be on a disk that all machines share")
+
+
 def tag_of(step: int) -> str:
     """The directory name of the checkpoint after `step` applied steps."""
     return f"step_{step:08d}"

@@ -56,6 +56,11 @@ class View:
         else:
             logging.getLogger("relora_ds").setLevel(logging.ERROR)
 
+    @property
+    def width(self) -> int:
+        """Characters that a line should not exceed where it can be cut: the terminal's, 120 in a log file."""
+        return self.console.width if self.console.is_terminal else 120
+
     def line(self, text: str) -> None:
         """One line above the bar."""
         self.console.print(text, markup=False)

@@ -35,7 +35,7 @@ def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-    for batch in evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size):
+    for batch in evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size, data.padding):
         logits = model(input_ids=batch["input_ids"].to(device)).logits
         labels = batch["labels"][:, 1:].to(device)
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none",

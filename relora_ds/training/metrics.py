@@ -5,11 +5,24 @@ import math
 import time
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+# What a number of metrics.jsonl is called in TensorBoard, whose charts are grouped by what stands before the "/".
+# A mapping (`update_norms`) becomes one chart per entry; None: it never changes and needs no chart.
+TENSORBOARD_TAGS = {
+    "train": {"loss": "loss/train", "lr": "optim/lr", "grad_norm": "optim/grad_norm", "tokens": "progress/tokens",
+              "restarts": "progress/restarts", "tokens_per_s": "speed/tokens_per_s", "step_s": "speed/step_s",
+              "bytes_payload": "traffic/step_bytes_payload", "bytes_wire": "traffic/step_bytes_wire",
+              "total_bytes_wire": "traffic/total_bytes_wire",
+              "full_rank_bytes_wire": "traffic/total_bytes_wire_of_full_rank",
+              "peak_memory_bytes": "memory/peak_bytes", "max_update_over_lr": "restart/max_update_over_lr"},
+    "eval": {"val_loss": "loss/validation", "ppl": "perplexity/per_token", "word_ppl": "perplexity/per_word",
+             "bits_per_byte": "perplexity/bits_per_byte", "val_tokens": None},
+    "restart": {"restarts": None, "update_norms": "update_norm", "relative_update_norms": "update_norm_relative"},
+    "phase": {"trainable_parameters": "parameters/trainable", "total_parameters": "parameters/total"},
+}
 
 
 class MetricsLog:
-    """One JSON object a line in RUN/metrics.jsonl, and the same numbers in RUN/tensorboard/.
+    """One JSON object a line in RUN/metrics.jsonl, and the same numbers in RUN/tensorboard/ (its x axis: `step`).
 
     Args:
         enabled: False on every rank but 0: all calls do nothing.
@@ -20,6 +33,7 @@ class MetricsLog:
         self.enabled = enabled
         if not enabled:
             return
+        from torch.utils.tensorboard import SummaryWriter  # here, because reading metrics needs no torch
         path = run_dir / "metrics.jsonl"
         if resume_step is not None and path.is_file():
             _drop_after(path, resume_step)
@@ -32,10 +46,18 @@ class MetricsLog:
         if not self.enabled:
             return
         line = {"kind": kind, "step": step, "t": t, "phase": phase, "time": time.time(), **values}
-        self._file.write(json.dumps({k: _json_number(v) for k, v in line.items()}) + "\n")
+        self._file.write(json.dumps(_json_value(line)) + "\n")
+        tags = TENSORBOARD_TAGS.get(kind, {})
         for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            tag = tags.get(name, f"{kind}/{name}")
+            for key, number in (value if isinstance(value, dict) else {"": value}).items():
+                if tag and isinstance(number, (int, float)) and not isinstance(number, bool):
+                    self._board.add_scalar(f"{tag}/{key}".rstrip("/"), number, step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """A text in TensorBoard only."""
+        if self.enabled:
+            self._board.add_text(tag, markdown, step)
 
     def close(self) -> None:
         if self.enabled:
@@ -61,5 +83,8 @@ def _drop_after(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _json_number(value):
+def _json_value(value):
+    """`value` with every non-finite number in it replaced by None, which JSON can say."""
+    if isinstance(value, dict):
+        return {key: _json_value(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

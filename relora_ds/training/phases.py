@@ -5,15 +5,15 @@ resume: the weights are collected by name from the masters of one engine, the en
 fresh module takes them over. `init_from` enters at the same place.
 """
 
+import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from relora_ds.config import Recipe
+from relora_ds.interop.sources import weights_of
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.methods import Full, Method, method_of
 from relora_ds.models.build import build_model, meta_model
@@ -67,15 +67,19 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     return phases
 
 
-def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None) -> ReLoRAEngine:
-    """A fresh engine for `phase`: random, pretrained or `init_from` weights, or those of the engine before it."""
+def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, resuming: bool = False) -> ReLoRAEngine:
+    """A fresh engine for `phase`: random, pretrained or `init_from` weights, or those of the engine before it.
+
+    resuming: a checkpoint will be loaded into it, and whatever the run began from may be gone: random weights do.
+    """
     recipe = plan.recipe
-    model = build_model(plan.model_config, recipe.model, recipe.seed, recipe.trust_remote_code)
+    source = dataclasses.replace(recipe.model, init="random") if resuming else recipe.model
+    model = build_model(plan.model_config, source, recipe.seed, recipe.trust_remote_code)
     if handover is not None:
         load_plain(model, handover.weights)
         handover.weights.clear()
-    elif recipe.init_from:
-        load_plain(model, _weights_of(recipe.init_from, recipe.trust_remote_code))
+    elif recipe.init_from and not resuming:
+        load_plain(model, weights_of(recipe.init_from, recipe.trust_remote_code))
     model = phase.method.prepare(model)
     engine, *_ = initialize(
         model, plan.deepspeed, phase.method.relora, lr=phase.lr, total_steps=phase.total_steps,
@@ -113,14 +117,3 @@ def _take_over_moments(engine: ReLoRAEngine, handover: HandOver) -> None:
             getattr(shard, what).copy_(shard.slice(value))
     engine.shards.set_adam_steps(handover.adam_steps)
 
-
-def _weights_of(source: str, trust_remote_code: bool) -> dict[str, Tensor]:
-    """fp32 weights of a finished run, a Hugging Face directory or a hub id."""
-    export = Path(source) / "export"
-    path = str(export) if export.is_dir() else source
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"init_from: {source} is neither a finished run (with export/) nor a Hugging Face model: "
-                         f"{error}") from error
-    return dict(model.named_parameters())

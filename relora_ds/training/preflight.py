@@ -13,10 +13,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from relora_ds import data
-from relora_ds.checkpoint.store import has_run
+from relora_ds.checkpoint import store
 from relora_ds.config import DS_CONFIG_DIR, Recipe, RecipeError, accumulation_steps, read_recipe, resolve_precision
 from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.tokenizer import load as load_tokenizer
+from relora_ds.interop.sources import config_of, locate
 from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.methods import method_of
 from relora_ds.models.build import build_config, meta_model
@@ -24,14 +25,13 @@ from relora_ds.zero import ds_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked recipe and what was prepared for it on this host.
+class Resolved:
+    """A recipe in which nothing is found wrong without its data.
 
     Attributes:
         deepspeed: the DeepSpeed config, its "auto" values not yet filled.
         precision: fp32, bf16 or fp16.
         accumulation: micro-steps per optimizer step.
-        model_config: of the full network, fitted to the tokenizer.
     """
 
     recipe: Recipe
@@ -39,26 +39,41 @@ class Plan:
     precision: str
     world_size: int
     accumulation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Resolved):
+    """A checked recipe and what was prepared for it on this host.
+
+    Attributes:
+        model_config: of the full network, fitted to the tokenizer.
+    """
+
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
 
 
-def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
-    """Read a recipe, check all that can be checked, prepare the data.
+def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None,
+            to_run: bool = True) -> Resolved:
+    """Read a recipe and check all that can be checked without its data.
+
+    Args:
+        world_size: default WORLD_SIZE, else 1.
+        to_run: False for a recipe that is only looked at: its run directory may hold a run.
 
     Raises:
-        RecipeError: every problem at once. (What needs the tokenized corpus, such as a corpus too small for
-            one batch, comes in a second batch, because tokenizing may download and take minutes.)
+        RecipeError: every problem at once.
     """
     recipe, problems = read_recipe(name_or_path, overrides)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     precision = resolve_precision(recipe.precision, torch.cuda.is_available() and torch.cuda.is_bf16_supported(
         including_emulation=False))
     accumulation, settings = 0, {}
-    if not problems:
+    if to_run and not problems:
         problems += _run_dir_problems(recipe)
-    for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe)):
+    for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe),
+                  lambda: _init_from_problems(recipe)):
         # A field that the recipe's own checks found fault with is not reported twice.
         named = {p.partition(":")[0] for p in problems}
         problems += [p for p in _errors_of(found) if p.partition(":")[0] not in named]
@@ -78,21 +93,32 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     problems += storage_problems(recipe.relora.frozen_dtype, recipe.relora.frozen_master, precision)
     if problems:
         raise RecipeError(problems, name_or_path)
+    return Resolved(recipe, settings, precision, world_size, accumulation)
 
+
+def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
+    """Read a recipe, check all that can be checked, prepare the data.
+
+    Raises:
+        RecipeError: every problem at once. (What needs the tokenized corpus, such as a corpus too small for
+            one batch, comes in a second batch, because tokenizing may download and take minutes.)
+    """
+    resolved = resolve(name_or_path, overrides)
+    recipe = resolved.recipe
     try:
         prepared = data.prepare(recipe.data, recipe.seed)
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
         config = build_config(recipe.model, prepared.vocab_size, recipe.data.seq_len, tokenizer.bos_token_id,
                               tokenizer.eos_token_id, tokenizer.pad_token_id, recipe.trust_remote_code)
-        if found := method_of(recipe).problems(meta_model(config)):
+        if found := method_of(recipe).problems(meta_model(config)) + _init_from_problems(recipe, config):
             raise RecipeError(found, name_or_path)
         TrainLoader(prepared.train, recipe.data.seq_len, recipe.batch_sequences, recipe.train.micro_batch_size,
-                    0, world_size, recipe.seed)
+                    0, resolved.world_size, recipe.seed, prepared.padding)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(str(error).splitlines(), name_or_path) from error
-    return Plan(recipe, settings, precision, world_size, accumulation, prepared, tokenizer, config)
+    return Plan(**vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config)
 
 
 def _run_dir_problems(recipe: Recipe) -> list[str]:
@@ -101,7 +127,7 @@ def _run_dir_problems(recipe: Recipe) -> list[str]:
         return []
     if recipe.resume == "auto" or (recipe.resume and directory.resolve() in Path(recipe.resume).resolve().parents):
         return []
-    if not has_run(directory):
+    if not store.has_run(directory):
         return [f"run_dir: {recipe.run_dir} exists and holds something that is no run; choose another one"]
     if not recipe.overwrite:
         return [f"run_dir: {recipe.run_dir} holds a run already; set resume=auto to go on with it, overwrite=true to "
@@ -114,6 +140,28 @@ def _model_problems(recipe: Recipe) -> list[str]:
     config = build_config(dataclasses.replace(recipe.model, init="random"), recipe.data.vocab_size,
                           recipe.data.seq_len, trust_remote_code=recipe.trust_remote_code)
     return method_of(recipe).problems(meta_model(config))
+
+
+def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) -> list[str]:
+    """Whether there are weights at `init_from` and, with a `config`, whether they are those of such a model.
+
+    ValueError where they cannot be found. A run that resumes needs them no more.
+    """
+    if not recipe.init_from or store.find(Path(recipe.run_dir), recipe.resume) is not None:
+        return []
+    if config is None:
+        locate(recipe.init_from)
+        return []
+    there = _shapes(config_of(recipe.init_from, recipe.trust_remote_code))
+    here = _shapes(config)
+    name = next((name for name in [*here, *there] if here.get(name) != there.get(name)), None)
+    return [] if name is None else [
+        f"init_from: {recipe.init_from} holds another model than the recipe's: {name} is {there.get(name, 'absent')} "
+        f"there and {here.get(name, 'absent')} here; use the same model section and data.tokenizer={recipe.init_from}"]
+
+
+def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
 
 
 def _errors_of(function) -> list[str]:

@@ -12,6 +12,7 @@ from relora_ds.training.console import View, human_bytes, human_count
 from relora_ds.training.evaluation import Evaluation
 from relora_ds.training.phases import Phase
 from relora_ds.training.preflight import Plan
+from relora_ds.training.samples import Sample
 from relora_ds.zero.restart import RestartReport
 
 
@@ -49,6 +50,26 @@ def evaluation_line(step: int, result: Evaluation, account: Account) -> str:
     sent = "" if not account.bytes_wire else (f"; sent per rank so far {human_bytes(account.bytes_wire)}, full rank "
                                               f"{human_bytes(account.full_rank_wire)}")
     return f"step {step}  validation: loss {result.val_loss:.4f}, perplexity {result.ppl:.2f}{sent}"
+
+
+def sample_line(sample: Sample, width: int) -> str:
+    """The end of the prompt and what the network wrote, in one line of `width`; the whole is in metrics.jsonl."""
+    prompt, text = (" ".join(part.split()) for part in (sample.prompt, sample.text))
+    room = width // 3
+    prompt = prompt if len(prompt) <= room else f"…{prompt[1 - room:]}"
+    line = f"  sample: {prompt} >> {text}"
+    return line if len(line) <= width else f"{line[:width - 1]}…"
+
+
+def samples_text(samples: list[Sample]) -> str:
+    """Samples in Markdown, for TensorBoard: prompts in bold, line ends and layout as they were written."""
+    return "\n\n---\n\n".join(f"**Prompt**\n\n{as_code(s.prompt)}\n\n**Continuation**\n\n{as_code(s.text)}"
+                                for s in samples)
+
+
+def as_code(text: str) -> str:
+    """A Markdown code block: shown as it is, whatever is in it."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def restart_line(step: int, done: RestartReport) -> str:

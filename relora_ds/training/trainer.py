@@ -1,5 +1,6 @@
 """One run, from a checked plan to an exported model. `fit` reads from top to bottom."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from relora_ds.checkpoint import store
 from relora_ds.data import TrainLoader
+from relora_ds.data.agreement import require_same_tokens
 from relora_ds.interop.export import model_card
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model
@@ -22,6 +24,7 @@ from relora_ds.training.guard import NonFiniteGuard
 from relora_ds.training.metrics import MetricsLog
 from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preflight import Plan
+from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.zero.moments import max_update_over_lr
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.teardown import release
@@ -84,12 +87,15 @@ class Trainer:
         if checkpoint is not None:
             store.require_same(checkpoint[1], **self._identity())
         init_distributed()
+        require_same_tokens(self.plan.data.fingerprint)
+        store.require_same_step(self.run_dir, checkpoint)
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
         self.is_first = dist.get_rank() == 0
         if self.is_first:
             if self.recipe.overwrite and self.run_dir.exists():
                 shutil.rmtree(self.run_dir)
             (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.plan.tokenizer.save_pretrained(self.run_dir / "checkpoints" / "tokenizer")  # for their export
             store.write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
             if checkpoint is not None:
                 store.drop_after(self.run_dir, checkpoint[1]["step"])
@@ -99,13 +105,16 @@ class Trainer:
             self.account = Account(**checkpoint[1]["account"])
         data, recipe = self.plan.data, self.recipe
         self.loader = TrainLoader(data.train, recipe.data.seq_len, recipe.batch_sequences,
-                                  recipe.train.micro_batch_size, dist.get_rank(), dist.get_world_size(), recipe.seed)
+                                  recipe.train.micro_batch_size, dist.get_rank(), dist.get_world_size(), recipe.seed,
+                                  data.padding)
         if checkpoint is not None:
             self.loader.load_state_dict(checkpoint[1]["loader"])
         self.metrics = MetricsLog(self.run_dir, enabled=self.is_first,
                                   # -1: an attempt that left no checkpoint is forgotten
                                   resume_step=-1 if checkpoint is None else self.account.step)
         self.view = View(self.is_first, recipe.total_steps)
+        self.metrics.text("recipe", report.as_code(recipe.to_yaml()), self.account.step)
+        self.prompts = first_documents(data.validation, data.eos_id, recipe.eval.samples, recipe.data.seq_len)
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
         for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
             self.view.line(line)
@@ -115,7 +124,7 @@ class Trainer:
     def _enter(self, phase: Phase, checkpoint: tuple[Path, dict] | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
         handover = hand_over(self.engine, self.plan, phase) if self.engine is not None else None
-        self.engine, self.phase = build_engine(self.plan, phase, handover), phase
+        self.engine, self.phase = build_engine(self.plan, phase, handover, checkpoint is not None), phase
         if checkpoint is not None:
             directory, state = checkpoint
             self.engine.load_checkpoint(str(directory.parent), directory.name)
@@ -189,6 +198,7 @@ class Trainer:
                     "grad_norm": float(engine.get_global_grad_norm()), "tokens": account.tokens,
                     "tokens_per_s": recipe.tokens_per_step / typical, "step_s": seconds,
                     "bytes_payload": self.traffic.payload, "bytes_wire": self.traffic.wire,
+                    "total_bytes_wire": account.bytes_wire, "full_rank_bytes_wire": account.full_rank_wire,
                     "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}
             self.metrics.write("train", **self._where(), **line, **extra)
             figures = f"loss {line['loss']:.4f}  lr {lr:.1e}  {line['tokens_per_s']:,.0f} tok/s"
@@ -200,22 +210,31 @@ class Trainer:
         self.metrics.write("restart", **self._where(), **{
             "restarts": self.account.restarts, "prune_fraction_m": done.prune_fraction_m,
             "prune_fraction_v": done.prune_fraction_v, "merge_drift": done.merge_drift, "merge_loss": done.merge_loss,
+            "update_norms": done.update_norms, "relative_update_norms": done.relative_update_norms,
             "restart_s": done.restart_s, "checksum": done.checksum})
         self.view.line(report.restart_line(self.account.step, done))
 
     def _evaluate_if_due(self) -> None:
-        """At `eval.every`, or at the end of every cycle; always at the end of a phase."""
-        step, every = self.account.step, self.recipe.eval.every
-        cycle_ended = bool(self.engine.restarts) and self.engine.restarts[-1] == self.engine.t
-        due = step == self.phase.stop or (step % every == 0 if every else cycle_ended)
+        """At every multiple of `eval.every`, at the end of a cycle without one, and at the end of a phase."""
+        step, every, restarts = self.account.step, self.recipe.eval.every, self.engine.restarts
+        due = step == self.phase.stop or (every is not None and step % every == 0)
+        if restarts and restarts[-1] == self.engine.t:  # a cycle has just ended
+            began = self.phase.start + (restarts[-2] if len(restarts) > 1 else 0)
+            due = due or every is None or step // every == began // every
         if not due or self._last_evaluated == step:
             return
         self._last_evaluated = step
         result = evaluate(self.engine, self.plan.data, seq_len=self.recipe.data.seq_len,
                           micro_batch_size=self.recipe.train.micro_batch_size, device=self.engine.device)
         self.history.append((step, self.phase.name, result))
-        self.metrics.write("eval", **self._where(), **vars(result))
+        samples = draw_samples(self.engine, self.plan.tokenizer, self.prompts, seq_len=self.recipe.data.seq_len,
+                               seed=self.recipe.seed, device=self.engine.device)
+        self.metrics.write("eval", **self._where(), **vars(result), samples=[dataclasses.asdict(s) for s in samples])
         self.view.line(report.evaluation_line(step, result, self.account))
+        for sample in samples:
+            self.view.line(report.sample_line(sample, self.view.width))
+        if samples:
+            self.metrics.text("samples", report.samples_text(samples), step)
 
     def _checkpoint_if_due(self) -> None:
         step, settings = self.account.step, self.recipe.checkpoint
@@ -257,7 +276,8 @@ class Trainer:
         return json.loads(json.dumps({
             "world_size": self.plan.world_size, "deepspeed": self.plan.deepspeed, "precision": self.plan.precision,
             "method": recipe.method, "model": report.model_name(recipe), "data": self.plan.data.fingerprint,
-            "data.seq_len": recipe.data.seq_len, "batch_sequences": recipe.batch_sequences, "seed": recipe.seed,
+            "data.seq_len": recipe.data.seq_len, "data.packing": recipe.data.packing,
+            "batch_sequences": recipe.batch_sequences, "seed": recipe.seed,
             "train.steps": recipe.total_steps, "warm_start_steps": recipe.warm_start_steps,
             "relora": vars(recipe.relora), "lora": vars(recipe.lora), "optim": vars(recipe.optim)}))
 

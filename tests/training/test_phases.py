@@ -6,12 +6,20 @@ import pytest
 import torch
 
 from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.planning.cost import cost
+from relora_ds.planning.memory import DEVICE, HOST, KEPT, total
+from relora_ds.planning.network import network_of
 from relora_ds.training.phases import build_engine, hand_over, phases_of
-from relora_ds.training.preflight import check
+from relora_ds.training.preflight import check, resolve
 from tests.ranks import ranks
 from tests.zero.test_teardown import live_bytes
 
 OVERRIDES = ["model.preset=llama_9m", "data.vocab_size=512", "warm_start_steps=2", "train.steps=40"]
+
+
+def overrides(stage, precision, carry) -> list[str]:
+    return [*OVERRIDES, f"deepspeed=zero{stage}", f"precision={precision}", f"carry_moments={carry}",
+            "train.batch_sequences=4", "train.micro_batch_size=2", "run_dir=unused"]
 
 
 def _train(engine, plan, steps):
@@ -23,8 +31,7 @@ def _train(engine, plan, steps):
 
 
 def switch(stage, precision, carry) -> dict:
-    plan = check("tiny", [*OVERRIDES, f"deepspeed=zero{stage}", f"precision={precision}", f"carry_moments={carry}",
-                          "train.batch_sequences=4", "train.micro_batch_size=2", "run_dir=unused"])
+    plan = check("tiny", overrides(stage, precision, carry))
     before = live_bytes()
     warm, low = phases_of(plan.recipe)
     engine = build_engine(plan, warm)
@@ -50,38 +57,31 @@ def switch(stage, precision, carry) -> dict:
             now = engine.shards.gather([name], what)[name]
             assert torch.equal(now, moments[name][what]) if carry else not now.any(), name
     assert steps == {"lora": 0, "matrices": 2 * carry, "vectors": 2 * carry}
-    trainable = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel
-                    for p in engine.module.parameters() if p.requires_grad)
-    frozen = sum(layer.in_features * layer.out_features for layer in lowrank_layers(engine.module).values())
     del weights, moments, now, value
     measured = live_bytes() - before
     _train(engine, plan, 1)
     from relora_ds.zero.teardown import release
     release(engine)
-    return {"full": full_bytes, "measured": measured, "trainable": trainable, "frozen": frozen}
+    return {"full": full_bytes, "measured": measured}
 
 
 def _size(tensors: dict) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def expected_bytes(stage, precision, trainable, frozen, world_size=2) -> float:
-    """State of the low-rank phase on one rank: stored copies, masters and moments of T, masters of F."""
-    stored = 2 if precision == "bf16" else 4
-    masters = 4 if precision == "bf16" or stage > 0 else 0  # stage 0 in fp32 steps the parameters themselves
-    share = 1 if stage == 0 else 1 / world_size
-    copies = stored * (trainable + frozen) * (1 / world_size if stage == 3 else 1)
-    # ZeRO-3 keeps its reduce bucket (of T elements here) and this rank's gradients between steps.
-    kept = stored * trainable * (1 + share) if stage == 3 else 0
-    return copies + kept + (masters + 8) * trainable * share + (4 * frozen / world_size if precision == "bf16" else 0)
+def expected_bytes(stage, precision) -> int:
+    """State of the low-rank phase on one rank, as `estimate` computes it."""
+    resolved = resolve("tiny", overrides(stage, precision, False), 2, to_run=False)
+    method = phases_of(resolved.recipe)[-1].method
+    items = cost(resolved, method, network_of(resolved.recipe)[0]).items
+    return total(items, DEVICE, KEPT) + total(items, HOST, KEPT)
 
 
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"),
                                               (3, "fp32"), (3, "bf16")])
 def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
     for result in ranks(2).run(switch, stage, precision, False):
-        expected = expected_bytes(stage, precision, result["trainable"], result["frozen"])
-        assert result["measured"] == pytest.approx(expected, rel=0.05)
+        assert result["measured"] == pytest.approx(expected_bytes(stage, precision), rel=0.05)
         assert result["measured"] < 0.85 * result["full"]
 
 

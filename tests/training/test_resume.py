@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from relora_ds.checkpoint.store import ResumeError
@@ -98,3 +99,16 @@ def test_another_number_of_ranks_or_precision_is_refused_by_name(tmp_path):
     [message] = ranks(1).run(resume, [*overrides, "relora.r=8", "train.steps=20"])
     assert "relora.r was 4, is 8" in message and "train.steps was 15, is 20" in message
     assert not (tmp_path / "new").exists()
+
+
+def resume_without_a_shared_disk(overrides: list[str], own: str) -> str:
+    """Rank 1 looks for the run directory on a disk of its own."""
+    return resume([*overrides, f"run_dir={own}/rank_{dist.get_rank()}"])
+
+
+def test_machines_that_do_not_share_the_run_directory_are_told_so(tmp_path):
+    run(tmp_path / "rank_0", "train.steps=12", "warm_start_steps=0", "checkpoint.every=6")
+    overrides = ["resume=auto", "train.steps=12", "warm_start_steps=0"]
+    for message in ranks(2).run(resume_without_a_shared_disk, overrides, str(tmp_path)):
+        assert "of the steps [12, None]" in message and "share" in message
+    assert not (tmp_path / "rank_1").exists()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds import data
 from relora_ds.config import load_recipe
-from relora_ds.interop.export import export_run
+from relora_ds.interop.export import export
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.training.evaluation import evaluate
 from tests.training.runs import lines, losses, run, status
@@ -89,7 +89,7 @@ def test_bytes_shrink_with_what_trains(finished):
 
 def test_the_exported_model_has_the_runs_validation_loss(finished, tmp_path):
     directory, summary = finished
-    export_run(directory, tmp_path / "model")
+    export(directory, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert "lora" not in " ".join(load_file(tmp_path / "model" / "model.safetensors"))
     recipe = load_recipe(str(directory / "recipe.yaml"))
