@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     command = importlib.import_module(f"relora_ds.commands.{name}")  # only this one: torch takes seconds to import
     command.add_arguments(commands[name])
     try:
-        return command.run(parser.parse_args(argv))
+        # Intermixed: overrides may stand before and after the options.
+        return command.run(commands[name].parse_intermixed_args(argv[1:]))
     except RecipeError as error:
         return _fail(error, 2)
     except (ValueError, OSError) as error:

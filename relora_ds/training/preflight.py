@@ -66,6 +66,9 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
         RecipeError: every problem at once.
     """
     recipe, problems = read_recipe(name_or_path, overrides)
+    if recipe.train.batch_sequences is recipe.train.batch_tokens is None and \
+            not any(problem.startswith("train.") for problem in problems):
+        raise RecipeError(problems, name_or_path)  # it could not be read at all, and whatever follows means nothing
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     precision = resolve_precision(recipe.precision, torch.cuda.is_available() and torch.cuda.is_bf16_supported(
         including_emulation=False))

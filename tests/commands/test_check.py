@@ -37,6 +37,8 @@ def test_the_quickstart(capsys):
 
 def test_the_recipe_as_train_takes_it(capsys):
     assert check(capsys, "--config", "tiny", "relora.r=2")[0] == 0
+    code, text = check(capsys, "tiny", "relora.r=2", "--world-size", "2", "precision=bf16")  # before and after
+    assert code == 0 and "bf16" in text
 
 
 def test_no_restart_is_said_loudly(capsys):
@@ -66,6 +68,11 @@ def test_no_recipe_and_two_recipes(capsys):
     assert check(capsys)[0] == 1
     code, text = check(capsys, "tiny", "quickstart")
     assert code == 1 and "tiny, quickstart" in text
+
+
+def test_a_recipe_that_does_not_exist(capsys):
+    code, text = check(capsys, "quikstart")
+    assert code == 2 and text.count("\n") == 2 and "did you mean quickstart?" in text
 
 
 def test_many_restarts_are_cut(capsys):

@@ -18,7 +18,6 @@ def measure(changes: list[str]) -> dict[str, int]:
     """On a rank: bytes of the live tensors at the moments that the account knows."""
     before, seen = live_bytes(), {}
     engine = build(changes)
-    seen["at the start"] = live_bytes() - before
     _step(engine, 0)
 
     def record(moment: str, *_):
@@ -28,7 +27,7 @@ def measure(changes: list[str]) -> dict[str, int]:
     _step(engine, 1, lambda: record("after backward"))
     hook.remove()
     record("after steps")
-    if engine.frozen.layers:
+    if engine.frozen.with_masters:  # below fp32: the frozen masters have been merged into
         engine.restart()
         record("after a restart")
         _step(engine, 2)
@@ -64,7 +63,7 @@ def test_state_is_what_is_alive(stage, precision, method):
     compare(overrides(stage, precision, method))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_state_with_accumulation(stage):
     compare(overrides(stage, "bf16", "relora", 3))
 
