@@ -5,7 +5,7 @@
 
 # usage: print the comment at the head of the script, and exit.
 usage() {
-    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
     exit 0
 }
 

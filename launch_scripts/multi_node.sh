@@ -22,8 +22,9 @@
 #
 # The network: with NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPU) name the interface that joins the machines,
 # if the run hangs at its start or takes a slow cable: NCCL_SOCKET_IFNAME=eth1 bash launch_scripts/multi_node.sh ...
-# Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, TORCH_*, HF_*, RELORA_DS_*, PYTHON*,
-# OMP_NUM_THREADS, and all in the files ~/.deepspeed_env and ./.deepspeed_env of this machine, one NAME=VALUE a line.
+# Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, TORCH_*, HF_* (but not HF_TOKEN: log in there),
+# RELORA_DS_*, PYTHON*, OMP_NUM_THREADS, and all in the files ~/.deepspeed_env and ./.deepspeed_env of this machine, one
+# NAME=VALUE a line.
 # With --no_ssh each machine has its own environment and its own files. The environment comes before the files.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
@@ -61,7 +62,7 @@ if [ -n "$ssh" ]; then
     command -v pdsh >/dev/null || fail "DeepSpeed's launcher starts other machines with pdsh, and there is none in PATH." \
         "Install it (Debian and Ubuntu: apt install pdsh), or start each machine yourself with --no_ssh"
 else
-    [[ $node_rank =~ ^[0-9]+$ && $node_rank -lt ${#hosts[@]} ]] ||
+    [[ $node_rank =~ ^(0|[1-9][0-9]*)$ && $node_rank -lt ${#hosts[@]} ]] ||
         fail "--node_rank: '$node_rank' is none of 0 to $((${#hosts[@]} - 1)), the machines in $hostfile"
 fi
 
@@ -81,6 +82,14 @@ set_threads "${slots[${node_rank:-0}]}"
 
 options=(--hostfile "$hostfile" --master_port "$master_port")
 if [ -n "$ssh" ]; then
+    for word in "$PYTHON" "$ROOT" "$PWD" "$recipe" ${overrides[@]+"${overrides[@]}"}; do
+        case $word in
+            *[!A-Za-z0-9_./:=,@%+~^-]*)
+                fail "'$word': the remote shell would take it apart; put overrides into the recipe file, give folders" \
+                    "plain names, or use --no_ssh"
+                ;;
+        esac
+    done
     for host in "${hosts[@]}"; do
         ssh -o BatchMode=yes "$host" "test -x '$PYTHON' -a -f '$ROOT/train.py' -a -d '$PWD'" </dev/null || fail \
             "$host: not reachable by ssh without a password, or one of these is not there: $PYTHON, $ROOT/train.py, $PWD"
@@ -89,7 +98,8 @@ if [ -n "$ssh" ]; then
     export DS_ENV_FILE  # instead of .deepspeed_env
     trap 'rm -f "$DS_ENV_FILE"' EXIT
     names=$(cut -d= -f1 <<<"$variables")
-    env | grep -E "^(NCCL_|GLOO_|TORCH_|HF_|RELORA_DS_|OMP_NUM_THREADS=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
+    # Everybody on the other machines could read a token in the list of processes.
+    env | grep -v '^HF_TOKEN=' | grep -E "^(NCCL_|GLOO_|TORCH_|HF_|RELORA_DS_|OMP_NUM_THREADS=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
     options+=(--force_multi --no_ssh_check ${master_addr:+--master_addr "$master_addr"})
     say "over ssh: ${hosts[*]}"
 else

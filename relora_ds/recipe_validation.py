@@ -8,6 +8,7 @@ fields whose value it could not read in the first place).
 import difflib
 import glob
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -88,6 +89,11 @@ def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
     if recipe.method == "lora" and recipe.lora.base == "warm_start" and not (recipe.warm_start_steps
                                                                              or recipe.init_from):
         yield "lora.base: warm_start has nothing to start from; set warm_start_steps or init_from"
+    if recipe.method == "lora" and recipe.lora.base == "none" and (recipe.init_from
+                                                                   or recipe.model.init == "pretrained"):
+        field = "init_from" if recipe.init_from else "model.init"
+        yield (f"{field}: {recipe.init_from or 'pretrained'} does not fit lora.base none, which has no W and would "
+               "drop the weights of the wrapped layers; use lora.base=warm_start")
     if recipe.method == "control" and (recipe.init_from or recipe.model.init == "pretrained"):
         field = "init_from" if recipe.init_from else "model.init"
         yield (f"{field}: {recipe.init_from or 'pretrained'} does not fit method control, which trains a smaller "
@@ -234,7 +240,8 @@ def _missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str
         if value and (value.startswith((".", "/", "~")) or value.endswith(".json")):  # else it may be a hub id
             paths[name] = value
     for name, path in paths.items():
-        if path and not Path(path).expanduser().exists() and not glob.glob(path):
+        expanded = os.path.expanduser(path or "")
+        if path and not os.path.exists(expanded) and not any(glob.iglob(expanded, recursive=True)):
             yield f"{name}: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
     if recipe.deepspeed not in ds_config_names and not Path(recipe.deepspeed).is_file():
         yield (f"deepspeed: {recipe.deepspeed} is neither a file nor a shipped configuration"
@@ -266,8 +273,6 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
         yield f"lora.base: {recipe.lora.base} has no effect with method {method}"
     if method == "lora" and relora.restart_every is not None:
         yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"
-    if method == "lora" and recipe.lora.base == "none" and recipe.model.init == "pretrained":
-        yield "model.init: lora.base none has no W, so the pretrained weights of the wrapped layers are dropped"
     yield from _data_warnings(recipe)
     if method != "relora":
         return

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 import traceback
 
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         set_rank()  # before anything reads RANK or WORLD_SIZE
     except ValueError as error:
         return _stop(None, os.environ.get("RANK", "0") == "0", str(error), EXIT_ERROR)
-    is_first = int(os.environ.get("RANK", 0)) == 0
+    # Once on every machine: what is wrong may be wrong on one of them only.
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     from relora_ds.checkpoint.store import ResumeError
@@ -66,7 +68,8 @@ def _stop(trainer, say: bool, reason: str, exit_code: int) -> int:
         if hasattr(trainer, part):
             getattr(trainer, part).close()
     if say:
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
+        print(f"{host}error: {reason}", file=sys.stderr, flush=True)
     if trainer is not None:
         trainer.set_status("failed", reason, exit_code)
     return exit_code

@@ -25,7 +25,7 @@ SMALLER = [
     (r"(train\.py --config llama_\w+)(.*)", rf"\1\2 {TINY} data.seq_len=64"),
     (r"(single_node\.sh llama_\w+)", rf"\1 {TINY} data.seq_len=64"),
     (r"(--link)$", r"\1 --seconds 2 --config quickstart"),
-    (r"train\.py --config quickstart$", r"train.py --config quickstart overwrite=true"),
+    (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {FEW_STEPS}"),
     (r"(test\.sh)\b.*", r"\1 tests/test_config.py -q"),
 ]
 # What cannot run here, and the test that runs the same script.

@@ -62,6 +62,8 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
 
 def drop_after(run_dir: Path, step: int) -> None:
     """Delete the checkpoints past `step`: they are of a future that will not be. Rank 0 calls it."""
+    if (run_dir / "checkpoints" / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
+        write_text(run_dir / "checkpoints" / "latest", tag_of(step))
     for tag in (run_dir / "checkpoints").glob("step_*"):
         if int(tag.name.removeprefix("step_")) > step:
             shutil.rmtree(tag)

@@ -44,7 +44,7 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
     if format == "hf" and checkpoint is None and is_finished(source):
         _copy_finished(source, directory, dtype, trust_remote_code)
         return source
-    tag = find_checkpoint(source, checkpoint)
+    tag = find_checkpoint(source.resolve(), checkpoint)  # its parents hold the tokenizer and the recipe
     saved = read_model(tag)
     if format == "peft":
         peft.save(saved, plain_model(tag, saved.base(), DTYPES[dtype], trust_remote_code), directory)
@@ -78,7 +78,8 @@ def merged_state(checkpoint: Path | str) -> dict[str, Tensor]:
 
 
 def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code: bool) -> None:
-    shutil.copytree(run_dir / "export", directory, dirs_exist_ok=True)
+    weights = () if dtype == "fp32" else ("*.safetensors*",)  # they are written below, in fewer files perhaps
+    shutil.copytree(run_dir / "export", directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
     if dtype != "fp32":
         AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype=DTYPES[dtype],
                                              trust_remote_code=trust_remote_code).save_pretrained(directory)

@@ -36,7 +36,7 @@ from accelerate.utils import (
     DummyOptim,
     DummyScheduler,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from relora_ds.config import ReLoRAConfig
@@ -45,7 +45,7 @@ from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import ds_config
 from relora_ds.zero.engine import ReLoRAEngine, initialize
 from relora_ds.zero.frozen_master import is_partitioned
-from relora_ds.zero.plain_model import load_plain
+from relora_ds.zero.plain_model import plain_like
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
@@ -226,7 +226,7 @@ class _ReLoRATrainer(Trainer):
             raise ValueError("save_model: nothing has been trained yet; call it after train()")
         state = engine.collect_merged(dst=None if self.args.save_on_each_node else 0)
         if self.args.should_save:
-            wrapped, self.model = self.model, _plain_model(self.model, state)
+            wrapped, self.model = self.model, plain_like(self.model, state)
             try:
                 self._save(output_dir)
             finally:
@@ -259,12 +259,3 @@ def _specialise(instance, specialised: type, base: type) -> None:
     """Give `instance` the methods of `specialised`, a subclass of `base`, below those of its own class."""
     own = type(instance)
     instance.__class__ = specialised if own is base else type(f"ReLoRA{own.__name__}", (own, specialised), {})
-
-
-def _plain_model(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """An unwrapped fp32 model of `module`'s class with the weights of `state`."""
-    with torch.random.fork_rng(devices=[]):  # its random weights must not change the data order of what follows
-        plain = type(module)(copy.deepcopy(module.config)).float()
-    if getattr(module, "generation_config", None) is not None:
-        plain.generation_config = copy.deepcopy(module.generation_config)
-    return load_plain(plain, state)

@@ -70,13 +70,13 @@ def verify(directory: Path, base: Path | None = None) -> None:
 
 
 def load(directory: Path | str, base: Path | str | None = None, dtype: torch.dtype = torch.float32,
-         is_trainable: bool = False):
+         is_trainable: bool = False, trust_remote_code: bool = False):
     """The `PeftModel` of an export, after `verify`. Arguments and errors: see there."""
     from peft import PeftModel
     directory = Path(directory)
     base = directory / BASE if base is None else Path(base)
     verify(directory, base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code)
     return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from relora_ds.checkpoint import store
 from relora_ds.interop import peft
 from relora_ds.zero.checkpoint_model import DESCRIPTION, read_model
-from relora_ds.zero.plain_model import export_config, load_plain
+from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
 
 TOKENIZER = "tokenizer"  # beside the checkpoints of a run
 
@@ -99,7 +99,7 @@ def model_of(source: str, trust_remote_code: bool = False, field: str = "init_fr
     if kind == "checkpoint":
         return plain_model(Path(path), read_model(Path(path)).merged(), torch.float32, trust_remote_code)
     if kind == "peft":
-        return peft.load(Path(path)).merge_and_unload()
+        return peft.load(Path(path), trust_remote_code=trust_remote_code).merge_and_unload()
     with _clear_errors(source, field):
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
@@ -109,7 +109,8 @@ def weights_of(source: str, trust_remote_code: bool = False) -> dict[str, Tensor
     kind, path = locate(source)
     if kind == "checkpoint":
         return read_model(Path(path)).merged()
-    return {name: parameter.detach() for name, parameter in model_of(source, trust_remote_code).named_parameters()}
+    model = model_of(source, trust_remote_code)
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items())}
 
 
 def tokenizer_of(source: str, field: str = "init_from") -> str:

@@ -26,8 +26,8 @@ class Account:
 class StepTraffic:
     """Bytes per step from sampled steps: collectives are the same in every step of a phase, but for restarts.
 
-    This engine's first step is sampled (ZeRO-3 still records its trace there), its third, and every step that
-    ends with a restart.
+    This engine's first three steps are sampled (ZeRO-3 still records its trace there), and every step that ends with a
+    restart.
     """
 
     def __init__(self, engine, full_rank_elements: int):
@@ -41,15 +41,15 @@ class StepTraffic:
 
     def wants_sample(self) -> bool:
         """Whether the coming step should be counted."""
-        return self._engine.t - self._first in (0, 2) or self._engine.lr_scheduler.is_scheduled(self._engine.t + 1)
+        return self._engine.t - self._first in (0, 1, 2) or self._engine.lr_scheduler.is_scheduled(self._engine.t + 1)
 
-    def record(self, sample: Traffic | None, restarted: bool) -> None:
-        """Set `payload` and `wire` of the step that has just been taken."""
+    def record(self, sample: Traffic | None, is_regular: bool) -> None:
+        """Set `payload` and `wire` of the step that has just been taken; a regular one stands for those to come."""
         if sample is None:
             self.payload, self.wire = self._regular
             return
         self.payload, self.wire = float(sample.payload), sample.wire
-        if not restarted:
+        if is_regular:
             self._regular = (self.payload, self.wire)
 
 

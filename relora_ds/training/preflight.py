@@ -135,7 +135,22 @@ def _run_dir_problems(recipe: Recipe) -> list[str]:
     if not recipe.overwrite:
         return [f"run_dir: {recipe.run_dir} holds a run already; set resume=auto to go on with it, overwrite=true to "
                 "delete it, or another run_dir"]
-    return []
+    return _inputs_inside(directory.resolve(), recipe)
+
+
+def _inputs_inside(run_dir: Path, recipe: Recipe) -> list[str]:
+    """What the run is to read from the very directory that `overwrite` would delete first."""
+    inputs = {"init_from": recipe.init_from, "model.name_or_path": recipe.model.name_or_path}
+    for field in ("source", "path", "validation", "tokenizer", "cache_dir"):
+        inputs[f"data.{field}"] = getattr(recipe.data, field)
+    found = []
+    for field, value in inputs.items():
+        if isinstance(value, str):
+            path = Path(value.partition("*")[0]).expanduser().resolve()  # of a glob, what comes before it
+            if path == run_dir or run_dir in path.parents:
+                found.append(f"{field}: {value} lies in run_dir {recipe.run_dir}, which overwrite=true deletes; use "
+                             "another run_dir")
+    return found
 
 
 def _model_problems(recipe: Recipe) -> list[str]:

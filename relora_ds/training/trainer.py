@@ -84,11 +84,11 @@ class Trainer:
     def _open_run(self) -> tuple[Path, dict] | None:
         """Start the process group, open the run directory, read the state of the checkpoint to go on from."""
         checkpoint = store.find(self.run_dir, self.recipe.resume)
-        if checkpoint is not None:
-            store.require_same(checkpoint[1], **self._identity())
         init_distributed()
         require_same_tokens(self.plan.data.fingerprint)
         store.require_same_step(self.run_dir, checkpoint)
+        if checkpoint is not None:
+            store.require_same(checkpoint[1], **self._identity())
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
         self.is_first = dist.get_rank() == 0
         if self.is_first:
@@ -136,6 +136,7 @@ class Trainer:
         self.engine.drift_probe = (lambda: self.engine.module(input_ids=probe).logits) if len(probe) else None
         self.traffic = StepTraffic(self.engine, self.full_rank_elements)
         self._step_seconds: list[float] = []
+        self._typical_seconds: float | None = None
         self._last_evaluated = None
         trainable, total = count_parameters(self.engine.module)
         self.trainable = trainable
@@ -160,7 +161,7 @@ class Trainer:
         self.guard.record(engine.was_step_applied())
         seconds = time.perf_counter() - started
         restarted = len(engine.restarts) > restarts_before
-        self.traffic.record(sample, restarted)
+        self.traffic.record(sample, is_regular=engine.was_step_applied() and not restarted)
         if not sampling:
             self._step_seconds.append(seconds)
 
@@ -192,8 +193,9 @@ class Trainer:
                 extra["max_update_over_lr"] = max_update_over_lr(
                     engine.shards, [n for n in engine.shards.names if n.endswith("lora_A")],
                     betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, device=engine.device)
-            typical = sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else seconds
-            self._step_seconds = []
+            if self._step_seconds:  # else the newest step was sampled, or ended with a restart
+                self._typical_seconds, self._step_seconds = sum(self._step_seconds) / len(self._step_seconds), []
+            typical = self._typical_seconds or seconds
             line = {"loss": loss.item() / dist.get_world_size(), "lr": lr,
                     "grad_norm": float(engine.get_global_grad_norm()), "tokens": account.tokens,
                     "tokens_per_s": recipe.tokens_per_step / typical, "step_s": seconds,

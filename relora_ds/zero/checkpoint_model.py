@@ -30,7 +30,7 @@ from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.checkpoint_files import MASTERS_GLOB
 from relora_ds.zero.frozen_master import frozen_shape
-from relora_ds.zero.plain_model import own_generation_config
+from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
 DESCRIPTION = "relora_model.json"
 _SAFE = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
@@ -56,6 +56,7 @@ def save_description(save_dir: str, tag: str, engine) -> None:
         "frozen_masters": engine.frozen.with_masters,
         "parameters": {name: {"shape": list(frozen_shape(p)), "trains": p.requires_grad}
                        for name, p in module.named_parameters()},
+        "buffers": list(persistent_buffers(module)),
         # The order in the flat partitions of ZeRO-3 and of stage 0 in 16 bit; stages 1 and 2 store names themselves.
         "groups": [[names[id(p)] for p in group] for group in getattr(engine.optimizer, "fp16_groups", [])],
     }
@@ -123,6 +124,22 @@ def read_description(directory: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def problems(directory: Path, engine) -> list[str]:
+    """Why an engine cannot load the checkpoint in `directory`: nothing, or what it would trip over half-way."""
+    if not (directory / DESCRIPTION).is_file():
+        return []
+    about, relora = read_description(directory), engine.relora
+
+    def layout(stage: int) -> str:  # stages 1 and 2 keep the same files
+        return "1 or 2" if stage in (1, 2) else str(stage)
+
+    pairs = [("ZeRO stage", layout(about["stage"]), layout(engine.zero_optimization_stage())),
+             ("bf16", about["bf16"], engine.bfloat16_enabled())]
+    for name in ("r", "lora_alpha"):
+        pairs.append((f"relora.{name}", (about["relora"] or {}).get(name), getattr(relora, name, None)))
+    return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+
+
 def read_model(directory: Path) -> SavedModel:
     """Read the checkpoint of one step (a DeepSpeed "tag"), of any ZeRO stage, precision and world size.
 
@@ -139,6 +156,9 @@ def read_model(directory: Path) -> SavedModel:
     trained = {name: value.view(shapes[name]).contiguous() for name, value in _masters(directory, about, stored[0])
                if name in trains}
     frozen = {name: _stored(name, shapes[name], about["stage"], stored) for name in shapes if name not in trains}
+    for name in about["buffers"]:
+        buffer = stored[0]["module"][name].detach()
+        frozen[name] = buffer.float() if buffer.is_floating_point() else buffer
     if about["frozen_masters"]:
         masters = _frozen_masters(directory)
         wanted = [f"{name}.weight" for name, layer in about["layers"].items() if layer["base"]]
@@ -162,7 +182,8 @@ def _load(directory: Path, name: str) -> dict:
             return torch.load(directory / name, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, RuntimeError) else \
-            "it is cut short, or asks for classes that a checkpoint of DeepSpeed 0.19 does not hold"
+            ("it is cut short, or holds objects of classes that are not loaded for safety's sake: client_state may "
+             "hold tensors and plain Python values")
         raise ValueError(f"{directory}: {name} cannot be read ({reason}); use another checkpoint") from error
 
 

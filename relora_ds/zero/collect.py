@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
+from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import ShardView
 
 
@@ -18,6 +19,8 @@ from relora_ds.zero.shards import ShardView
 def collect_merged(module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device,
                    dst: int | None = None) -> dict[str, Tensor]:
     """`{parameter name: fp32 CPU tensor}` of the merged model, from the masters. Collective; nothing is changed.
+
+    Persistent buffers are in it too.
 
     Args:
         dst: the one rank that gets it (the others get {}), or None for every rank.
@@ -35,6 +38,10 @@ def collect_merged(module: nn.Module, shards: ShardView, frozen: FrozenWeights, 
                 value = parameter.detach().to("cpu", torch.float32, copy=True)
         if here:
             state[name] = value.to("cpu", copy=True)
+
+    for name, buffer in persistent_buffers(module).items():
+        if here:
+            state[name] = buffer.to("cpu", torch.float32 if buffer.is_floating_point() else buffer.dtype, copy=True)
 
     for name, layer in lowrank_layers(module).items():
         merged = _merged(name, layer, shards, frozen, device, dst)

@@ -4,7 +4,9 @@ The engine is DeepSpeed's own with its class specialised, so `isinstance(engine,
 `engine.module` and every other attribute keep working. What is added is gathered in `ReLoRAEngine` below.
 """
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -24,6 +26,8 @@ from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.start import align_ranks, init_distributed
+
+logger = logging.getLogger(__name__)
 
 STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,10 +189,18 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def save_merged(self, directory: str, dtype: torch.dtype = torch.float32) -> None:
         """Write a plain transformers model (safetensors, no trace of the low-rank layers). Collective."""
-        state = self.collect_merged(dst=0)
+        if not hasattr(self.module, "save_pretrained"):
+            raise ValueError(f"save_merged: {type(self.module).__name__} is no transformers model (no save_pretrained)"
+                             "; use collect_merged() and save the tensors yourself")
+        state, failure = self.collect_merged(dst=0), [None]
         if dist.get_rank() == 0:
-            save_plain(self.module, state, directory, dtype)
-        dist.barrier()
+            try:
+                save_plain(self.module, state, directory, dtype)
+            except Exception as error:  # the other ranks wait for word
+                failure = [f"save_merged: rank 0 could not write {directory}: {error}"]
+        dist.broadcast_object_list(failure, 0)
+        if failure[0] is not None:
+            raise OSError(failure[0])
 
     def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True,
                         exclude_frozen_parameters=False):
@@ -202,8 +214,20 @@ class ReLoRAEngine(DeepSpeedEngine):
         return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
-        """DeepSpeed's, plus the fp32 masters of the frozen weights. Raises when they are missing."""
-        # First, because it raises when they are missing: nothing is overwritten then.
+        """DeepSpeed's, plus the fp32 masters of the frozen weights.
+
+        Raises:
+            ValueError: on every rank and before anything is overwritten: masters are missing, or the checkpoint is of
+                another ZeRO stage, precision or rank than this engine.
+        """
+        tag = checkpoint_files.newest_tag(load_dir) if tag is None else str(tag)
+        if tag is None:
+            logger.warning("load_checkpoint: there is no file `latest` in %s; nothing is loaded", load_dir)
+            return None, {}
+        found = [checkpoint_model.problems(Path(load_dir) / tag, self) if dist.get_rank() == 0 else []]
+        dist.broadcast_object_list(found, 0)
+        if found[0]:
+            raise ValueError(f"load_checkpoint: {Path(load_dir) / tag} is of another engine: {'; '.join(found[0])}")
         masters = checkpoint_files.read_frozen(load_dir, tag, self.frozen, self.device)
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if path is not None:

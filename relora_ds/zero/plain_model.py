@@ -12,12 +12,12 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: naming the missing or unexpected weights, or those of another shape.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    aliases = {id(p) for name, p in parameters.items() if name in state}
-    missing = [name for name, p in parameters.items() if name not in state and id(p) not in aliases]
-    unexpected = sorted(set(state) - set(parameters))
-    reshaped = [f"{name} {tuple(value.shape)} instead of {tuple(parameters[name].shape)}"
-                for name, value in state.items() if name in parameters and value.shape != parameters[name].shape]
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
+    aliases = {id(tensor) for name, tensor in tensors.items() if name in state}
+    missing = [name for name, tensor in tensors.items() if name not in state and id(tensor) not in aliases]
+    unexpected = sorted(set(state) - set(tensors))
+    reshaped = [f"{name} {tuple(value.shape)} instead of {tuple(tensors[name].shape)}"
+                for name, value in state.items() if name in tensors and value.shape != tensors[name].shape]
     if missing or unexpected or reshaped:
         raise ValueError(f"weights: missing {missing or 'none'}, unexpected {unexpected or 'none'}, of another shape "
                          f"{reshaped or 'none'}; they are of another model")
@@ -25,15 +25,25 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What is saved with a model without being a parameter, by name: the bias of a router of experts, for instance."""
+    return {f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, part in module.named_modules() for name, buffer in part.named_buffers(recurse=False)
+            if name not in part._non_persistent_buffers_set}
+
+
 def save_plain(module: nn.Module, state: dict[str, Tensor], directory: str, dtype: torch.dtype) -> None:
     """Write `state` as a transformers model of the class and config of `module`."""
-    if not hasattr(module, "save_pretrained"):
-        raise ValueError(f"save_merged: {type(module).__name__} is no transformers model (no save_pretrained); "
-                         "use collect_merged() and save the tensors yourself")
-    plain = type(module)(export_config(module.config)).to(dtype)
+    plain_like(module, state).to(dtype).save_pretrained(directory)
+
+
+def plain_like(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """An unwrapped fp32 model of the class and config of `module`, with the weights `state`."""
+    with torch.random.fork_rng(devices=[]):  # its random weights must not change the data order of what follows
+        plain = type(module)(export_config(module.config)).float()
     if own_generation_config(module):
-        plain.generation_config = module.generation_config
-    load_plain(plain, state).save_pretrained(directory)
+        plain.generation_config = copy.deepcopy(module.generation_config)
+    return load_plain(plain, state)
 
 
 def export_config(config):

@@ -111,3 +111,15 @@ def test_resume_from_what_is_no_checkpoint(tmp_path, capfd):
     assert main(["--config", "tiny", f"run_dir={tmp_path / 'r'}", f"resume={tmp_path}"]) == 4
     assert not dist.is_initialized()
     assert "is no checkpoint" in capfd.readouterr().err
+
+
+def test_overwrite_does_not_delete_what_the_run_is_to_read(tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    (run_dir / "texts").mkdir(parents=True)
+    (run_dir / "texts" / "mine.txt").write_text("Nobody else has this text.\n" * 500)
+    (run_dir / "recipe.yaml").touch()
+    assert main(["--config", "tiny", f"run_dir={run_dir}", "overwrite=true", "data.source=text",
+                 f"data.path={run_dir}/texts/*.txt", f"init_from={run_dir}", "warm_start_steps=0"]) == 2
+    printed = capfd.readouterr().err
+    assert "data.path: " in printed and "init_from: " in printed and "overwrite=true deletes" in printed
+    assert (run_dir / "texts" / "mine.txt").is_file()

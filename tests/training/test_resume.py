@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.store import ResumeError, drop_after, find
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
@@ -73,6 +73,13 @@ def test_going_back_to_an_older_checkpoint_drops_the_later_ones(tmp_path):
         "checkpoint.keep_last=2", "train.steps=20")
     kept = sorted(p.name for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000018", "step_00000020"]
+
+
+def test_a_run_that_was_killed_after_going_back_goes_on_from_there(tmp_path):
+    run(tmp_path / "r", "checkpoint.every=5", "checkpoint.keep_last=9", "train.steps=20")
+    drop_after(tmp_path / "r", 10)  # what the resumed run does first
+    directory, state = find(tmp_path / "r", "auto")
+    assert directory.name == "step_00000010" and state["step"] == 10
 
 
 def test_old_checkpoints_are_deleted(tmp_path):

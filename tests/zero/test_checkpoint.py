@@ -120,3 +120,61 @@ def test_leaving_out_the_frozen_parameters_is_an_error(tmp_path):
     for message in ranks(2).run(save_without_frozen_parameters, str(tmp_path)):
         assert "would lose every merge" in message
     assert not any(tmp_path.iterdir()), "something was written nevertheless"
+
+
+def load_what_another_engine_saved(directory: str) -> str:
+    engine = build(1, "fp32")
+    engine.save_checkpoint(directory)
+    cases.release(engine)
+    engine = build(3, "bf16")
+    before = everything(engine)
+    try:
+        engine.load_checkpoint(directory)
+    except ValueError as error:
+        assert everything(engine) == before
+        return str(error)
+    finally:
+        cases.release(engine)
+    return ""
+
+
+def test_a_checkpoint_of_another_stage_and_precision_is_refused_before_anything_is_loaded(tmp_path):
+    for message in ranks(2).run(load_what_another_engine_saved, str(tmp_path)):
+        assert "ZeRO stage was 1 or 2, is 3" in message and "bf16 was False, is True" in message
+
+
+def load_from_disks_of_their_own(directory: str) -> tuple:
+    """`latest` is where rank 0 wrote it; rank 1 sees the other files, and would start from nothing."""
+    engine = build(1, "bf16")
+    engine.save_checkpoint(directory, tag="t")
+    dist.barrier()
+    own = Path(directory)
+    if dist.get_rank() == 1:
+        own = Path(f"{directory}_of_rank_1")
+        own.mkdir()
+        (own / "t").symlink_to(Path(directory, "t"))
+    loaded = engine.load_checkpoint(str(own))
+    nothing = engine.load_checkpoint(str(own / "t"))
+    cases.release(engine)
+    return loaded[0] is not None, nothing[0]
+
+
+def test_the_newest_checkpoint_is_the_one_that_rank_0_sees(tmp_path):
+    assert ranks(2).run(load_from_disks_of_their_own, str(tmp_path / "checkpoints")) == [(True, None)] * 2
+
+
+def save_merged_into_a_file(directory: str) -> str:
+    engine = build(1, "fp32")
+    try:
+        engine.save_merged(f"{directory}/file/model")
+    except OSError as error:
+        return str(error)
+    finally:
+        cases.release(engine)
+    return ""
+
+
+def test_a_model_that_rank_0_cannot_write_is_an_error_on_every_rank(tmp_path):
+    (tmp_path / "file").write_text("")
+    for message in ranks(2).run(save_merged_into_a_file, str(tmp_path)):
+        assert "rank 0 could not write" in message

@@ -1,14 +1,18 @@
 """One process reads what the ranks saved: the same weights, to the bit, as the engine collects from its masters."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import relora_ds
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.checkpoint_model import read_description, read_model
+from relora_ds.zero.plain_model import persistent_buffers
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import FAMILIES
@@ -129,3 +133,31 @@ class Evil:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def router_biases(directory: str, stage: int) -> None:
+    """Save a mixture of experts, whose router has a bias that is a buffer, in every way there is."""
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, n_shared_experts=1)
+    model = DeepseekV3ForCausalLM(config)
+    for name, buffer in persistent_buffers(model).items():
+        assert name.endswith("e_score_correction_bias")
+        buffer.copy_(torch.tensor([2.0, -2.0, 1.0, -1.0]))
+    relora = dataclasses.replace(RELORA, target_modules=["o_proj"])
+    relora_ds.wrap(model, relora)
+    engine, *_ = relora_ds.initialize(model=model, config=cases.ds_settings(stage, "fp32"), relora=relora, lr=1e-3,
+                                      total_steps=20, precision="fp32", micro_batch_size=12)
+    engine.save_merged(f"{directory}/merged")
+    engine.save_checkpoint(f"{directory}/checkpoints", tag="t")
+    cases.release(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_buffers_that_belong_to_the_model_are_kept(tmp_path, stage):
+    ranks(2).run(router_biases, str(tmp_path), stage)
+    [(name, bias)] = [(n, b) for n, b in load_file(tmp_path / "merged" / "model.safetensors").items() if "bias" in n]
+    assert bias.tolist() == [2.0, -2.0, 1.0, -1.0]
+    assert torch.equal(read_model(tmp_path / "checkpoints" / "t").merged()[name], bias)
