@@ -15,8 +15,12 @@ def run(arguments: argparse.Namespace) -> int:
     if "=" in str(arguments.directory):
         raise ValueError(f"{arguments.directory} is an override; the directory comes before the overrides: "
                          "prepare --config RECIPE DIR section.key=value")
-    from relora_ds.config import load_recipe
+    from relora_ds.config import RecipeError, load_recipe
     recipe = load_recipe(arguments.config, arguments.overrides)
+    if recipe.data.source == "pretokenized" and recipe.data.max_tokens is not None:
+        raise RecipeError([f"data.max_tokens: {recipe.data.max_tokens} does not shorten a pretokenized directory, "
+                           "which is copied as it is; use data.max_tokens=null here, and set it where you train from "
+                           "the copy"])
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     from relora_ds.data import prepare

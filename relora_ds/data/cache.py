@@ -27,9 +27,17 @@ def cache_root(data: DataConfig) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process of this host at a time; `path` itself need not exist, its parent is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}.lock", "w") as lock:
+    """One process of this host at a time; `path` itself need not exist, its parent is made.
+
+    Raises ValueError where that cannot be made, or is not writable.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.parent / f".{path.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: {str(path.parent)!r} cannot be written ({error.strerror}); name a directory "
+                         f"that can be, or set RELORA_DS_CACHE to one") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
         yield
 

@@ -63,7 +63,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     """The corpus that the `data.` section describes.
 
     Reads local text files once to hash them (see manifest.py), downloads nothing. Raises ValueError for settings that
-    `problems` would report. `open` of it raises ValueError for what cannot be read, RuntimeError when a download fails.
+    `problems` would report. `open` of it raises ValueError for what cannot be read or downloaded.
     """
     validation = validation_setting(data)
     identity, open_source = _source(data)
@@ -72,7 +72,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     if isinstance(validation, str):
         held_out_files = localfiles.find(validation, "data.validation")
         localfiles.check(held_out_files, data.text_column)
-        identity.append(["files", *manifest.sha256_of(held_out_files, cache_root(data))])
+        identity.append(["files", *_contents(held_out_files, data)])
     else:
         identity.append(["fraction", validation])
         if is_streamed and validation is None:
@@ -147,7 +147,7 @@ def _source(data: DataConfig) -> tuple[list, Callable[[], Splits]]:
     if data.source == "text":
         files = text_files(data)
         localfiles.check(files, data.text_column)
-        return (manifest.sha256_of(files, cache_root(data)),
+        return (_contents(files, data),
                 lambda: Splits(localfiles.documents_of(files, data.text_column), None, ""))
     if data.source == "c4":
         config = data.config or hub.C4_CONFIG
@@ -167,6 +167,12 @@ def _source(data: DataConfig) -> tuple[list, Callable[[], Splits]]:
 def _named(splits) -> Splits:
     train, validation = splits
     return Splits(in_memory(train), in_memory(validation), "")
+
+
+def _contents(files: list[Path], data: DataConfig) -> list[list[str]]:
+    """Kinds and hashes: the same bytes are other documents under another suffix."""
+    hashes = manifest.sha256_of(files, cache_root(data))
+    return [[localfiles.kind(file), sha256] for file, sha256 in zip(files, hashes, strict=True)]
 
 
 def _stats(files: list[Path]) -> list:

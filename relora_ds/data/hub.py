@@ -71,15 +71,17 @@ def is_local(name: str) -> bool:
 def c4_shards(directory: str, config: str, split: str) -> dict[str, list[Path]]:
     """{"train": shards of `split`, "validation": shards} under `directory`, which is laid out like allenai/c4.
 
+    Without "validation" where there are none, or where `split` trains on them: as with any corpus, part of that is held
+    out then.
+
     The shards `c4-<split>.00000-of-01024.json.gz` lie in it or in the subfolder of the configuration. Only their names
     are looked at. Raises ValueError when there are no training shards.
     """
     root = Path(directory).expanduser()
     for folder in (root, root / config):
-        shards = {name: sorted(folder.glob(f"c4-{of}.*.json.gz"))
-                  for name, of in (("train", split), ("validation", "validation"))}
-        if shards["train"]:
-            return {name: files for name, files in shards.items() if files}
+        train, validation = (sorted(folder.glob(f"c4-{of}.*.json.gz")) for of in (split, "validation"))
+        if train:
+            return {"train": train} | ({"validation": validation} if validation and split != "validation" else {})
     raise ValueError(f"data.path: {directory!r} holds no shard c4-{split}.*.json.gz, nor does its folder {config}; "
                      f"copy shards of {C4_NAME} there, or remove data.path to stream them from the hub")
 
@@ -142,14 +144,19 @@ def _documents(split: datasets.Dataset | datasets.IterableDataset, name: str, te
         num_shards = split.num_shards
         assert files is None or len(files) == num_shards, "a shard is a file"
         where = list(map(str, files or (f"{name}, shard {index} of {num_shards}" for index in range(num_shards))))
-        shards = [partial(_stream, split, num_shards, index, where[index], text_column) for index in range(num_shards)]
+        # The size and the mtime of local files are in the key of the cache entry (corpora.py).
+        remedy = ("copy the file again and run again: as its time and size change, tokenizing starts from the beginning"
+                  if files or is_local(name) else
+                  "repair it, or the connection, and run again: the tokenized pieces are kept")
+        shards = [partial(_stream, split, num_shards, index, where[index], text_column, remedy)
+                  for index in range(num_shards)]
     else:
         shards = [partial(_rows, split, start, name, text_column) for start in range(0, len(split), ROWS_PER_SHARD)]
     return Documents(shards)
 
 
 def _stream(split: datasets.IterableDataset, num_shards: int, index: int, where: str,
-            text_column: str) -> Iterator[str]:
+            text_column: str, remedy: str) -> Iterator[str]:
     rows = iter(split.shard(num_shards, index))
     while True:
         try:
@@ -158,7 +165,7 @@ def _stream(split: datasets.IterableDataset, num_shards: int, index: int, where:
             return
         except Exception as error:  # a lost connection, a damaged file: pyarrow's, zlib's, fsspec's, … errors
             raise ValueError(f"data.source: {where} cannot be read ({type(error).__name__}: {first_line(error)}); "
-                             f"repair it, or the connection, and run again: the tokenized pieces are kept") from error
+                             f"{remedy}") from error
         if text_column not in row:
             raise ValueError(no_column(text_column, where, row))
         text = text_of(row[text_column], text_column, where)

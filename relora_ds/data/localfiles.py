@@ -29,7 +29,8 @@ GROUP_BYTES = 1 << 24
 def find(path: str | os.PathLike, field: str) -> list[Path]:
     """Files named by `path`: a file, a directory (the known suffixes below it) or a glob (`**` descends); sorted.
 
-    Empty files are left out: they hold no document. `field` (such as "data.path") opens every error message.
+    Empty files are left out: they hold no document. A file that is found in several ways (a glob that overlaps itself,
+    a link) is there once. `field` (such as "data.path") opens every error message.
     Raises ValueError: nothing there, a glob or directory without text, only empty files, an unreadable kind.
     """
     name = str(path)
@@ -55,7 +56,18 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
     files = [file for file in files if file.stat().st_size > 0]
     if not files:
         raise ValueError(f"{field}: {name!r} holds only empty files; give at least one file with text")
-    return files
+    unique: dict[Path, Path] = {}
+    for file in files:
+        unique.setdefault(file.resolve(), file)
+    return list(unique.values())
+
+
+def kind(file: Path) -> str:
+    """How a file is read: as lines of "json" or "json.gz", as "parquet" or as "text"."""
+    name = file.name.lower()
+    if name.endswith(JSON_SUFFIXES):
+        return "json.gz" if name.endswith(".gz") else "json"
+    return "parquet" if name.endswith(".parquet") else "text"
 
 
 def documents_of(files: Sequence[Path], text_column: str) -> Documents:
@@ -73,8 +85,8 @@ def documents_of(files: Sequence[Path], text_column: str) -> Documents:
 
 def check(files: Sequence[Path], text_column: str) -> None:
     """Look at the first record of one file of each structured kind: a wrong column is found before hashing."""
-    for suffixes in (JSON_SUFFIXES, (".parquet",)):
-        for file in [file for file in files if file.name.lower().endswith(suffixes)][:1]:
+    for kinds in (("json", "json.gz"), ("parquet",)):
+        for file in [file for file in files if kind(file) in kinds][:1]:
             next(read(file, text_column), None)
 
 
@@ -84,13 +96,10 @@ def read(file: Path, text_column: str) -> Iterator[str]:
     Raises ValueError, naming the file and where in it: not UTF-8, not JSON, damaged, no such column (names those that
     exist), a value that is not text.
     """
-    name = file.name.lower()
-    if name.endswith(JSON_SUFFIXES):
-        texts = _read_json(file, text_column)
-    elif name.endswith(".parquet"):
-        texts = _read_parquet(file, text_column)
-    else:
+    if kind(file) == "text":
         texts = _read_text(file)
+    else:
+        texts = (_read_parquet if kind(file) == "parquet" else _read_json)(file, text_column)
     return (text for text in texts if text.strip())
 
 
@@ -120,7 +129,7 @@ def _read_text(file: Path) -> Iterator[str]:
 def _read_json(file: Path, text_column: str) -> Iterator[str]:
     number = 0
     try:
-        with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as lines:
+        with (gzip.open if kind(file) == "json.gz" else open)(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _field(line, text_column, f"{str(file)!r}, line {number}")
@@ -135,6 +144,9 @@ def _field(line: bytes, text_column: str, where: str) -> str:
         raise ValueError(f"data.path: {where} is not UTF-8 (byte {error.start} of the line); convert it") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"data.path: {where} is not JSON ({error.msg}); write one object per line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+        raise ValueError(f"data.path: {where} cannot be read as JSON ({first_line(error)}); correct the line or remove "
+                         f"it") from None
     if not isinstance(row, dict):
         raise ValueError(f"data.path: {where} is no JSON object; write one object per line, with the text in the field "
                          f"data.text_column {text_column!r}")

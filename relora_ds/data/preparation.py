@@ -67,9 +67,9 @@ def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
     purpose: the tokens, the tokenizer and the held-out documents are the same for every seed, so that seeds can be
     compared; the loader's order is what it seeds.
 
-    Raises ValueError with every message of `checks.problems`, for a corpus that cannot be read or reached, without
-    text, without validation text, or with fewer training tokens than one sequence; RuntimeError when a download of
-    wikitext2 or gutenberg fails.
+    Raises ValueError with every message of `checks.problems`, for a corpus that cannot be read, reached or
+    downloaded, without text, without validation text, or with fewer training tokens than one sequence, and for a
+    cache directory that cannot be made or written.
     """
     del seed
     if found := checks.problems(data):

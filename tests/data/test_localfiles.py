@@ -52,6 +52,8 @@ def test_the_groups_of_files_leave_no_trace(tmp_path, monkeypatch):
     ("a.jsonl", b'{"body": "x"}\n{"body": }\n', r"data.path: '.*a.jsonl', line 2 is not JSON"),
     ("a.jsonl", b'{"body": "x"}\n{"body": "caf\xe9"}\n', r"data.path: '.*a.jsonl', line 2 is not UTF-8 \(byte 13"),
     ("a.jsonl", b'{"body": 7}\n', r"data.text_column: 'body' holds int, not text, in '.*a.jsonl', line 1"),
+    ("a.jsonl", b'{"body": "x"}\n' + b"[" * 100_000 + b"\n", r"a.jsonl', line 2 cannot be read as JSON \(maximum rec"),
+    ("a.jsonl", b'{"body": "x", "n": ' + b"7" * 5000 + b"}\n", r"a.jsonl', line 1 cannot be read as JSON \(Exceeds"),
     ("a.json", b'[{"body": "x"}]\n', r"a.json', line 1 is no JSON object; write one object per line"),
     ("a.json", b'{\n  "body": "x"\n}\n', r"a.json', line 1 is not JSON"),
     ("a.json.gz", b"no gzip", r"a.json.gz' is damaged after line 0"),
@@ -62,8 +64,18 @@ def test_the_groups_of_files_leave_no_trace(tmp_path, monkeypatch):
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     data = settings(tmp_path / "cache", source="text", path=str(tmp_path / name), text_column="body", vocab_size=300)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         prepare(data)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_found_in_several_ways_is_read_once(tmp_path):
+    texts = [write_text(tmp_path / "texts" / name, 3, name).read_text() for name in ("a.txt", "sub/b.txt")]
+    (tmp_path / "texts" / "link.txt").symlink_to("a.txt")
+    (tmp_path / "texts" / "linked").symlink_to("sub")
+    for path in ("texts", "texts/**/*.txt", "texts/**/**/*.txt", "*/**/*.txt"):
+        found = localfiles.documents_of(localfiles.find(tmp_path / path, "data.path"), "text")
+        assert list(found) == texts, path
 
 
 def test_a_wrong_column_is_found_before_the_corpus_is_hashed(tmp_path, monkeypatch):

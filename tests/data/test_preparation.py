@@ -1,5 +1,6 @@
 """The token cache: what is in it, when it is rebuilt, and what survives a crash or a race."""
 
+import json
 import multiprocessing
 from pydoc_data.topics import topics
 
@@ -69,6 +70,22 @@ def test_cache_is_hit_for_other_lengths_and_seeds_and_missed_for_other_ids(tmp_p
     assert len({first.fingerprint, *others}) == 5 and len(builds) == 6
 
 
+def test_the_same_bytes_under_another_suffix_are_another_corpus(tmp_path):
+    rows = "".join(json.dumps({"text": f"row {n} over the hill"}) + "\n" for n in range(60))
+    lines = prepare(_given(tmp_path, "a.txt", rows))
+    documents = prepare(_given(tmp_path, "a.jsonl", rows))
+    assert documents.directory != lines.directory
+    assert np.count_nonzero(documents.train == documents.eos_id) == 57 > np.count_nonzero(lines.train == lines.eos_id)
+    held_out = [prepare(_given(tmp_path, "a.txt", rows, validation=str(tmp_path / name))).validation
+                for name in ("v.txt", "v.jsonl") if (tmp_path / name).write_text(rows)]
+    assert [np.count_nonzero(tokens == lines.eos_id) for tokens in held_out] == [1, 60]
+
+
+def _given(tmp_path, name, text, **changes):
+    (tmp_path / name).write_text(text)
+    return settings(tmp_path / "cache", source="text", path=str(tmp_path / name), vocab_size=300, **changes)
+
+
 def test_given_tokenizer_is_used_and_named(tmp_path):
     first = prepare(text_settings(tmp_path))
     second = prepare(text_settings(tmp_path, tokenizer=str(first.tokenizer_dir)))
@@ -132,6 +149,10 @@ def test_too_small_and_wrong_are_clear_errors(tmp_path):
         prepare(settings(tmp_path, seq_len=9_000_000))
     with pytest.raises(ValueError, match="data.source: 'x' is unknown.*\n.*data.seq_len: 1 "):
         prepare(settings(tmp_path, source="x", seq_len=1))
+    (tmp_path / "file").touch()
+    for place in ("file/cache", "/proc/cache"):  # below a file; where not even root can make a directory
+        with pytest.raises(ValueError, match="data.cache_dir: '.*cache/tokens' cannot be written .*; name a directory"):
+            prepare(settings(tmp_path / place))
     (tmp_path / "blank.txt").write_text(" \n \n")
     with pytest.raises(ValueError, match="holds no text"):
         prepare(settings(tmp_path, source="text", path=str(tmp_path / "blank.txt")))

