@@ -2,7 +2,14 @@
 
 import argparse
 
-from relora_ds.commands.recipes import add_recipe, recipe_of, rows_as_text
+from relora_ds.commands.recipes import (
+    add_recipe,
+    planned_bf16,
+    precision_as_text,
+    recipe_of,
+    require_ranks,
+    rows_as_text,
+)
 
 LINKS = (1, 10, 100)  # Gbit/s
 MANY_EVENTS = 16
@@ -16,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe_name, overrides = recipe_of(arguments)
+    require_ranks(arguments.world_size)
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     import os
@@ -26,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.planning.network import network_of
     from relora_ds.training.preflight import resolve
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    resolved = resolve(recipe_name, overrides, world_size)
+    resolved = resolve(recipe_name, overrides, world_size, to_run=False, cuda_bf16=planned_bf16())
     try:
         config, vocabulary = network_of(resolved.recipe)
     except ValueError as error:
@@ -39,17 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _head(resolved, vocabulary: str) -> list[str]:
     from relora_ds.planning.cost import stage_of
     from relora_ds.training.console import human_count
+    from relora_ds.training.preflight import run_dir_problems
     from relora_ds.training.report import model_name
     recipe = resolved.recipe
     ranks = "1 rank" if resolved.world_size == 1 else f"{resolved.world_size} ranks"
-    precision = resolved.precision
-    if recipe.precision == "auto":
-        precision += " (auto, on this machine)"
-    warnings = recipe.warnings()
+    # `check` is also asked beside a run; `train` would refuse the directory.
+    warnings = recipe.warnings() + run_dir_problems(recipe)
     # That nothing is merged is what people overlook; it comes first.
     warnings.sort(key=lambda text: "no restart" not in text)
     return [
-        f"{model_name(recipe)} on {recipe.data.source}, method {recipe.method}, {precision}, "
+        f"{model_name(recipe)} on {recipe.data.source}, method {recipe.method}, {precision_as_text(resolved)}, "
         f"ZeRO stage {stage_of(resolved.deepspeed)}, {ranks}",
         f"batch: {recipe.batch_sequences:,} sequences of {recipe.data.seq_len:,} tokens = micro-batch "
         f"{recipe.train.micro_batch_size} x {ranks} x accumulation {resolved.accumulation}",

@@ -3,7 +3,14 @@
 import argparse
 import json
 
-from relora_ds.commands.recipes import add_recipe, recipe_of, rows_as_text
+from relora_ds.commands.recipes import (
+    add_recipe,
+    planned_bf16,
+    precision_as_text,
+    recipe_of,
+    require_ranks,
+    rows_as_text,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe_name, overrides = recipe_of(arguments)
-    if min(arguments.world_size) < 1:
-        raise ValueError(f"--world-size: {min(arguments.world_size)} is no number of ranks; use 1 or more")
+    require_ranks(*arguments.world_size)
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     from relora_ds.planning.network import network_of
     from relora_ds.training.preflight import resolve
-    resolved = resolve(recipe_name, overrides, arguments.world_size[0], to_run=False)
+    # One rank: a size that does not divide the batch is shown as such, and is no mistake of the recipe.
+    resolved = resolve(recipe_name, overrides, 1, to_run=False, cuda_bf16=planned_bf16())
     config, vocabulary = network_of(resolved.recipe)
     methods = _methods(resolved.recipe)
     activations = {name: _activations(resolved, method, config) for name, method in methods.items()}
@@ -72,7 +79,7 @@ def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, ent
     from relora_ds.training.report import model_name
     recipe = resolved.recipe
     counts = {entry["method"]: (entry["trainable"], entry["frozen"]) for entry in entries}
-    lines = [f"{model_name(recipe)}, {resolved.precision}, micro-batch {recipe.train.micro_batch_size} x "
+    lines = [f"{model_name(recipe)}, {precision_as_text(resolved)}, micro-batch {recipe.train.micro_batch_size} x "
              f"{recipe.data.seq_len} tokens, batch {recipe.batch_sequences}", vocabulary]
     for name, (trainable, frozen) in counts.items():
         size = activations[name]

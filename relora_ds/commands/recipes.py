@@ -1,4 +1,4 @@
-"""What `check` and `estimate` have in common: naming a recipe on the command line, and tables."""
+"""What `check` and `estimate` have in common: naming a recipe on the command line, its precision, and tables."""
 
 import argparse
 
@@ -20,6 +20,33 @@ def recipe_of(arguments: argparse.Namespace) -> tuple[str, list[str]]:
         raise ValueError(f"one recipe is wanted, and {', '.join(names) or 'none'} was given; e.g. quickstart, followed "
                          "by overrides such as train.steps=1000")
     return names[0], [word for word in arguments.words if "=" in word]
+
+
+def require_ranks(*world_sizes: int | None) -> None:
+    """ValueError where one of `--world-size` is below 1; None is one that was not given."""
+    for size in world_sizes:
+        if size is not None and size < 1:
+            raise ValueError(f"--world-size: {size} is no number of ranks; use 1 or more")
+
+
+def planned_bf16() -> bool | None:
+    """`cuda_bf16` of `resolve`: what this machine's GPUs can do, or bf16 without any: the run will have some."""
+    import torch
+    return None if torch.cuda.is_available() else True
+
+
+def precision_as_text(resolved) -> str:
+    """The planned precision, and where it comes from if the recipe leaves it to the machine."""
+    if resolved.recipe.precision != "auto":
+        return resolved.precision
+    import torch
+
+    from relora_ds.zero.ds_config import precision_of
+    if precision_of(resolved.deepspeed) is not None:
+        return f"{resolved.precision} (auto, as the DeepSpeed configuration says)"
+    if torch.cuda.is_available():
+        return f"{resolved.precision} (auto, on this machine)"
+    return f"{resolved.precision} (auto, as on GPUs; this machine would run fp32)"
 
 
 def rows_as_text(rows: list[list[str]], num_left: int = 1, indent: str = "  ") -> list[str]:

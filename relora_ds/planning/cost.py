@@ -62,5 +62,5 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
         step = step_bytes(shapes, zero, element_size=memory.ELEMENT_SIZE[precision], accumulation=accumulation,
                           world_size=world_size)
     if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
-        restart = restart_bytes(shapes, stage, method.relora, precision=precision, world_size=world_size)
+        restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart)

@@ -26,22 +26,33 @@ def step_bytes(shapes: Shapes, zero: dict, *, element_size: int, accumulation: i
     return payload, wire
 
 
-def restart_bytes(shapes: Shapes, stage: int, relora: ReLoRAConfig, *, precision: str,
+def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision: str,
                   world_size: int) -> tuple[float, float]:
     """`(payload, wire)` of one restart; checksums and counts of ties, a few hundred bytes a layer, are left out.
 
     Every frozen weight is broadcast by its owner, as it is stored. Where the masters are split (stages 1 to 3), A and
     B are reduced to the owners in fp32, and pruning by magnitude finds its thresholds by three reduced histograms for
     each factor. ZeRO-3 without masters gathers the frozen weights first.
+
+    It is a restart of the trainer, which measures the drift by a forward before and one after it: at stage 3 they
+    gather the network twice. The small parameters that stage 3 keeps whole are spared the first time; the restart
+    lets go of them.
+
+    zero: a resolved `zero_optimization` section.
     """
-    stored, factors = sum(shapes.merged.values()), sum(shapes.factors)
-    one_way = stored * (4 if precision == "fp32" else 2)
+    stage = zero["stage"]
+    stored, factors, element_size = sum(shapes.merged.values()), sum(shapes.factors), 4 if precision == "fp32" else 2
+    one_way = stored * element_size
     both_ways = 0
     if stage > 0:
         one_way += 4 * factors
         moments = {"magnitude_joint": 1, "magnitude": 2}.get(relora.optimizer_reset, 0)
         both_ways = moments * len(shapes.factors) * HISTOGRAM_BYTES
-    if stage == 3 and (precision == "fp32" or relora.frozen_master == "none"):
-        one_way += stored * (4 if precision == "fp32" else 2)
+    if stage == 3:
+        sizes = [size for group in shapes.groups for size in group] + list(shapes.frozen)
+        small = sum(size for size in sizes if size <= zero["stage3_param_persistence_threshold"])
+        one_way += (2 * sum(sizes) - small) * element_size
+        if precision == "fp32" or relora.frozen_master == "none":
+            one_way += stored * element_size
     share = (world_size - 1) / world_size
     return one_way + both_ways, (one_way + 2 * both_ways) * share

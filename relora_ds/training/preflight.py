@@ -55,12 +55,13 @@ class Plan(Resolved):
 
 
 def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None,
-            to_run: bool = True) -> Resolved:
+            to_run: bool = True, cuda_bf16: bool | None = None) -> Resolved:
     """Read a recipe and check all that can be checked without its data.
 
     Args:
         world_size: default WORLD_SIZE, else 1.
         to_run: False for a recipe that is only looked at: its run directory may hold a run.
+        cuda_bf16: whether the run's devices are CUDA devices that compute in bf16; None asks this machine.
 
     Raises:
         RecipeError: every problem at once.
@@ -70,11 +71,12 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
             not any(problem.startswith("train.") for problem in problems):
         raise RecipeError(problems, name_or_path)  # it could not be read at all, and whatever follows means nothing
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
-    precision = resolve_precision(recipe.precision, torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-        including_emulation=False))
+    if cuda_bf16 is None:
+        cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = resolve_precision(recipe.precision, cuda_bf16)
     accumulation, settings = 0, {}
     if to_run and not problems:
-        problems += _run_dir_problems(recipe)
+        problems += run_dir_problems(recipe)
     for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe),
                   lambda: _init_from_problems(recipe)):
         # A field that the recipe's own checks found fault with is not reported twice.
@@ -124,7 +126,8 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     return Plan(**vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config)
 
 
-def _run_dir_problems(recipe: Recipe) -> list[str]:
+def run_dir_problems(recipe: Recipe) -> list[str]:
+    """Why the run directory cannot take this run: it holds another one, or something that is no run."""
     directory = Path(recipe.run_dir)
     if not directory.exists() or not any(directory.iterdir()):
         return []

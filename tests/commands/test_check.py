@@ -41,6 +41,33 @@ def test_the_recipe_as_train_takes_it(capsys):
     assert code == 0 and "bf16" in text
 
 
+def test_auto_is_planned_as_on_gpus(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    _, text = check(capsys, "quickstart")
+    assert "bf16 (auto, as on GPUs; this machine would run fp32)" in text.splitlines()[0]
+    _, text = check(capsys, "quickstart", "precision=fp32")
+    assert ", fp32, ZeRO" in text.splitlines()[0]
+    config = tmp_path / "fp16.json"
+    config.write_text('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 1}}')
+    _, text = check(capsys, "quickstart", f"deepspeed={config}")
+    assert "fp16 (auto, as the DeepSpeed configuration says)" in text.splitlines()[0]
+
+
+def test_beside_a_run(capsys, tmp_path):
+    (tmp_path / "status.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("")
+    code, text = check(capsys, "tiny", f"run_dir={tmp_path}")
+    assert code == 0 and "learning rate" in text
+    assert [line for line in text.splitlines() if line.startswith(f"WARNING: run_dir: {tmp_path} ")]
+    assert "run_dir" not in check(capsys, "tiny", f"run_dir={tmp_path}", "resume=auto")[1]
+
+
+@pytest.mark.parametrize("world_size", ["0", "-2"])
+def test_a_world_size_that_is_no_number_of_ranks(capsys, world_size):
+    code, text = check(capsys, "tiny", "--world-size", world_size)
+    assert code == 1 and "--world-size" in text and world_size in text and text.count("\n") == 1
+
+
 def test_no_restart_is_said_loudly(capsys):
     _, text = check(capsys, "tiny", "relora.restart_every=null")
     warnings = [line for line in text.splitlines() if line.startswith("WARNING")]

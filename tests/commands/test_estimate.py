@@ -38,6 +38,18 @@ def test_the_table(capsys):
     assert "cannot be split into micro-batches of 8 over 3 ranks" in text and "full: state" in text
 
 
+def test_auto_is_planned_as_on_gpus(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ("--world-size", "1", "--stages", "0", "--config", "quickstart")
+    assert "bf16 (auto, as on GPUs; this machine would run fp32)" in estimate(capsys, *arguments)[1].splitlines()[0]
+    assert ", fp32, micro-batch" in estimate(capsys, "precision=fp32", *arguments)[1].splitlines()[0]
+
+
+def test_sizes_of_which_none_divides_the_batch(capsys):
+    code, text = estimate(capsys, "tiny", "--world-size", "8", "3", "--stages", "1")
+    assert code == 0 and "over 3, 8 ranks" in text
+
+
 def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
     (tmp_path / "status.json").write_text("{}")
     assert estimate(capsys, "tiny", f"run_dir={tmp_path}", "--world-size", "1", "--stages", "0")[0] == 0

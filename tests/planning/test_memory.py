@@ -64,16 +64,19 @@ def test_state_is_what_is_alive(stage, precision, method):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.slow
 def test_state_with_accumulation(stage):
     compare(overrides(stage, "bf16", "relora", 3))
 
 
 @pytest.mark.parametrize("name, precision, accumulation", [
     ("1_offload", "bf16", 1), ("1_offload", "fp32", 2), ("3_offload", "bf16", 2)])
+@pytest.mark.slow
 def test_state_of_an_offloaded_optimizer(name, precision, accumulation):
     compare(overrides(name, precision, "relora", accumulation))
 
 
+@pytest.mark.slow
 def test_state_of_stage_2_offloaded(tmp_path):
     config = tmp_path / "zero2_offload.json"
     config.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')

@@ -1,6 +1,7 @@
 """Bytes of a step and of a restart, against what real engines send."""
 
 import pytest
+import torch
 
 from relora_ds.planning.cost import cost
 from relora_ds.planning.memory import at_stage
@@ -11,11 +12,14 @@ from relora_ds.zero.teardown import release
 from relora_ds.zero.traffic import count_traffic
 from tests.planning.engines import build, micro_step, overrides, planned
 from tests.ranks import ranks
+from tests.training.runs import lines, run
 
 
 def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
-    """On a rank: `(payload, wire)` of the third step and of a restart after it."""
+    """On a rank: `(payload, wire)` of the third step and of a restart after it, with a drift probe as training has."""
     engine = build(changes)
+    tokens = torch.arange(8).view(2, 4)
+    engine.drift_probe = lambda: engine.module(input_ids=tokens).logits
     for step in range(2):
         micro_step(engine, step)
         engine.step()
@@ -37,6 +41,20 @@ def test_bytes_are_those_that_are_sent(stage, precision, more):
     for result in ranks(2).run(sent, changes):
         assert result["step"] == pytest.approx(expected.step, rel=0.01)
         assert result["restart"] == pytest.approx(expected.restart, rel=0.01)
+
+
+def test_a_restart_in_training_at_stage_3(tmp_path):
+    changes = ["model.preset=llama_20m", "warm_start_steps=0", "deepspeed=zero3", "precision=fp32", "train.steps=5",
+               "relora.restart_every=4", "relora.restart_warmup_steps=1", "train.batch_sequences=2",
+               "train.micro_batch_size=1", "eval.samples=0"]
+    run(tmp_path, *changes)
+    resolved = resolve("tiny", changes, 2, to_run=False)
+    (phase,) = phases_of(resolved.recipe)
+    expected = cost(resolved, phase.method, network_of(resolved.recipe)[0])
+    taken = {line["step"]: line for line in lines(tmp_path, "train")}
+    for figure, step, restart in zip(("bytes_payload", "bytes_wire"), expected.step, expected.restart, strict=True):
+        assert taken[3][figure] == pytest.approx(step, rel=0.01)
+        assert taken[4][figure] - taken[3][figure] == pytest.approx(restart, rel=0.01)
 
 
 def test_a_network_above_what_stage_3_keeps_is_gathered_twice():
