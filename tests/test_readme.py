@@ -25,7 +25,7 @@ SMALLER = [
     (r"(train\.py --config llama_\w+)(.*)", rf"\1\2 {TINY} data.seq_len=64"),
     (r"(single_node\.sh llama_\w+)", rf"\1 {TINY} data.seq_len=64"),
     (r"(--link)$", r"\1 --seconds 2 --config quickstart"),
-    (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {FEW_STEPS}"),
+    (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {TINY} data.seq_len=64"),
     (r"(test\.sh)\b.*", r"\1 tests/test_config.py -q"),
 ]
 # What cannot run here, and the test that runs the same script.
@@ -94,20 +94,31 @@ def test_the_table_of_contents_and_the_links_lead_somewhere():
 @pytest.mark.slow
 def test_every_command_runs(checkout):
     run("python -c \"from transformers import AutoTokenizer; from tests.small_models import llama; "
-        "llama(vocab_size=600).save_pretrained('my_model')\"", checkout)
-    (checkout / "example.py").write_text(next(b for b in fenced("python") if "Trainer(" in b))
-    (checkout / "my.yaml").write_text(next(b for b in fenced("yaml")))
+        "llama(vocab_size=600, hidden_size=64, intermediate_size=128, max_position_embeddings=2048).save_pretrained("
+        "'my_model')\"", checkout)
     for command in commands():
+        if "example.py" in command:
+            (checkout / "example.py").write_text(next(b for b in fenced("python") if "Trainer(" in b))
         if elsewhere(command) is None:
             print(command)
             run(smaller(command), checkout)
 
 
 @pytest.mark.slow
+def test_the_recipe_of_your_own_is_one(checkout):
+    """The README's my.yaml, with the corpus and the tokenizer that it speaks of."""
+    (checkout / "my.yaml").write_text(next(b for b in fenced("yaml")))
+    (checkout / "corpus").mkdir()
+    (checkout / "corpus" / "mine.txt").write_text(README)
+    run("python -m relora_ds prepare --config tiny prepared && cp -r prepared/tokenizer my_tokenizer", checkout)
+    run("python -m relora_ds check my.yaml", checkout)
+
+
+@pytest.mark.slow
 def test_the_loop_of_your_own_runs(checkout):
     """The README's loop, after the model and the data that it leaves to the reader."""
     before = ("import torch\nfrom tests.small_models import llama\nmodel = llama()\n"
-              "dataset = [{'input_ids': row, 'labels': row} for row in torch.randint(0, 96, (40, 16))]\n")
+              "dataset = [{'input_ids': row, 'labels': row} for row in torch.randint(0, 67, (40, 16))]\n")
     loop = next(b for b in fenced("python") if "relora_ds.initialize(" in b)
     (checkout / "loop.py").write_text(before + loop.replace("r=128", "r=4"))
     run("deepspeed --num_gpus 2 loop.py", checkout)
