@@ -1,6 +1,7 @@
 """Every mistake in a recipe is named before a process group, a model or a run directory exists."""
 
 import json
+from socket import gethostname
 
 import pytest
 import torch.distributed as dist
@@ -101,10 +102,12 @@ def test_overwrite_does_not_delete_what_is_no_run(tmp_path, capfd):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_other_ranks_are_silent(monkeypatch, capfd, tmp_path):
-    monkeypatch.setenv("RANK", "1")
-    assert main(["--config", "tiny", f"run_dir={tmp_path / 'r'}", "relora.r=65"]) == 2
-    assert capfd.readouterr().err == ""
+@pytest.mark.parametrize("rank, local_rank, printed", [("1", "1", ""), ("8", "0", f"{gethostname()}: error: 1 prob")])
+def test_it_is_said_once_on_every_machine(monkeypatch, capfd, tmp_path, rank, local_rank, printed):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert main(["--config", "tiny", f"run_dir={tmp_path / 'r'}", "relora.target_modules=[q_porj]"]) == 2
+    assert capfd.readouterr().err[:len(printed) or None] == printed
 
 
 def test_resume_from_what_is_no_checkpoint(tmp_path, capfd):
