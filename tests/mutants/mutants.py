@@ -36,7 +36,7 @@ MUTANTS = [
     # Merging.
     Mutant("unscaled_merge", (f"{RESTART}[0-fp32]",), "assert (masters[name] - intended)"),
     Mutant("repeated_rounding", (f"{RESTART}[1-bf16]",), "assert (masters[name] - intended)"),
-    Mutant("masters_not_kept", (f"{RESTART}[1-bf16]",), "the ranks do not agree on"),
+    Mutant("masters_not_kept", (f"{RESTART}[1-bf16]",), "(masters[name] - intended).abs().max()"),
     Mutant("resume_forgets_merges",
            ("tests/zero/test_checkpoint.py::test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained[1]",),
            "saved differs"),
