@@ -27,9 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     from relora_ds.data import tokenizer
-    from relora_ds.interop.export import DTYPES
     from relora_ds.interop.sources import model_of, tokenizer_of
     from relora_ds.training.evaluation import evaluate
+    from relora_ds.zero.engine import DTYPES
     from relora_ds.zero.start import device_of_rank
 
     if arguments.batch_size < 1:

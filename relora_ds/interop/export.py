@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -12,8 +11,8 @@ from relora_ds.checkpoint import store
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
 from relora_ds.zero.checkpoint_model import read_model
+from relora_ds.zero.engine import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = ("hf", "peft")
 
 

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from relora_ds.methods import Method
 from relora_ds.models.build import meta_model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from relora_ds.zero.engine import DTYPES
 
 
 def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str, micro_batch_size: int,

@@ -29,7 +29,7 @@ from relora_ds.zero.start import align_ranks, init_distributed
 
 logger = logging.getLogger(__name__)
 
-STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None = None, *,
@@ -83,7 +83,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         num_trainable=count_parameters(model)[0], cpu=not torch.cuda.is_available())
 
     align_ranks(model)
-    below_fp32 = STORED_DTYPES[precision] != torch.float32
+    below_fp32 = DTYPES[precision] != torch.float32
     with_masters = below_fp32 and relora is not None and relora.frozen_master == "cpu"
     frozen = FrozenWeights(lowrank_layers(model), with_masters=with_masters)
     # DeepSpeed casts by giving each parameter new storage; these references keep the fp32 values.

@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
-
-from relora_ds.figures.panels import draw  # noqa: E402
-from relora_ds.figures.plot import plot_runs  # noqa: E402
-from relora_ds.figures.record import read_runs  # noqa: E402
-from relora_ds.figures.style import DARK, LIGHT, limits, smoothed  # noqa: E402
-from tests.figures.runs import RESTARTS, write_run  # noqa: E402
+from relora_ds.figures.panels import draw
+from relora_ds.figures.plot import plot_runs
+from relora_ds.figures.record import read_runs
+from relora_ds.figures.style import DARK, LIGHT, limits, smoothed
+from tests.figures.runs import RESTARTS, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
