@@ -46,6 +46,7 @@ class ModelConfig:
     name_or_path: str | None = None
     init: str = "random"  # random | pretrained
     attn_implementation: str = "sdpa"
+    use_liger_kernel: bool = False  # fused cross-entropy, norms and SwiGLU of liger-kernel; CUDA only
 
 
 @dataclass(kw_only=True)
@@ -59,8 +60,10 @@ class ReLoRAConfig:
     restart_warmup_steps: length of the linear re-warm-up after a restart, in steps.
     optimizer_reset, reset_ratio: what happens to Adam's moments of A and B at a restart. `magnitude_joint` keeps the
         largest `1 - reset_ratio` of |exp_avg| and applies that one mask to both moments.
-    frozen_dtype: how W is stored; auto = the precision of the run. frozen_master: where the fp32 masters of W live
-        when W is stored below fp32. frozen_placement: how ZeRO-3 places W.
+    frozen_dtype: how W is stored; auto = the precision of the run. frozen_double_quant: nf4's scales in 8 bit too.
+    frozen_master: where the fp32 masters of W live when W is stored below fp32, spread over the ranks; none = what a
+        merge rounds away is lost.
+    frozen_placement: whether ZeRO-3 shards W; auto = replicated at stages 0 to 2, sharded at 3.
 
     Constructing one checks nothing; `problems()` lists what is wrong with the values.
     """
@@ -74,9 +77,10 @@ class ReLoRAConfig:
     restart_warmup_steps: int = 100
     optimizer_reset: str = "magnitude_joint"  # magnitude_joint | magnitude | random | zero | none
     reset_ratio: float = 0.99
-    frozen_dtype: str = "auto"  # auto | fp32 | bf16 | fp16
-    frozen_master: str = "cpu"  # cpu | none
-    frozen_placement: str = "auto"  # auto | sharded
+    frozen_dtype: str = "auto"  # auto | fp32 | bf16 | fp16 | int8 | nf4 | fp8
+    frozen_double_quant: bool = False
+    frozen_master: str = "cpu"  # cpu | device | none
+    frozen_placement: str = "auto"  # auto | replicated | sharded
 
     @property
     def scaling(self) -> float:
@@ -202,7 +206,7 @@ class Recipe:
     precision: str = "auto"  # fp32 | bf16 | fp16 | auto, see resolve_precision
     deepspeed: str = "zero1"  # a shipped configuration's name or a path
     compile: bool = False
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = "none"  # none | full | selective | cheap, see models.recompute
     warm_start_steps: int = 0
     carry_moments: bool = False
     init_from: str | None = None

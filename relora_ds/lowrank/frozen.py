@@ -1,24 +1,36 @@
-"""The frozen weight: how a merged update reaches the copy that forward reads.
+"""The frozen weight at a merge: how an update reaches the copy that forward reads.
 
 A bf16 weight of standard deviation 0.02 has a spacing of about 1e-4 between neighbouring values: an
-update of that size, added in place, is mostly rounded away. So the sum is made in fp32 and only the
-stored copy is rounded, once, from the whole sum.
+update of that size, added in place, is mostly rounded away; of 8 and 4 bits even more is. So the sum is made in
+fp32 and only the stored copy is rounded, once, from the whole sum.
 """
 
 import torch
 from torch import Tensor
 
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import DTYPES, Format, format_of
+from relora_ds.lowrank.linear import ReLoRALinear
 
-def storage_problems(frozen_dtype: str, frozen_master: str, precision: str) -> list[str]:
+_LEDGER_SAMPLE = 1 << 16  # weights of a layer
+
+
+def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
     """Why frozen weights cannot be stored as asked for in a run of `precision`, one message each."""
     found = []
-    if frozen_dtype not in ("auto", precision):
-        found.append(f"relora.frozen_dtype: {frozen_dtype} is not available in a run of precision {precision}: "
-                     "DeepSpeed casts all weights alike; use frozen_dtype=auto")
-    if frozen_master == "none" and precision == "fp16":
+    format = format_of(config.frozen_dtype, precision, double_quant=config.frozen_double_quant)
+    if reason := format.unavailable():
+        found.append(f"relora.frozen_dtype: {config.frozen_dtype} {reason}")
+    if config.frozen_master == "none" and format.floating_dtype(DTYPES[precision]) == torch.float16:
         found.append("relora.frozen_master: none needs weights stored in bf16 or fp32, where they can be rounded "
-                     "without bias; use frozen_master=cpu")
+                     "without bias, or in 8 or 4 bits; use frozen_master=cpu")
     return found
+
+
+def shape_problems(layers: dict[str, ReLoRALinear], format: Format) -> list[str]:
+    """Which of the layers a format cannot store, one message each."""
+    return [f"relora.frozen_dtype: {name}: {reason}" for name, layer in layers.items()
+            if layer.weight is not None and (reason := format.problem(layer.weight_shape))]
 
 
 def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -27,13 +39,8 @@ def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     return base.addmm_(lora_B, lora_A, alpha=scaling)
 
 
-def to_stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stored copy of an fp32 weight that has an fp32 master: rounded to nearest."""
-    return value.to(dtype)
-
-
-def to_stored_unbiased(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """The stored copy of an fp32 weight that has *no* master: rounded stochastically.
+def round_unbiased(value: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 values rounded stochastically to what bf16 represents; for weights that have *no* master.
 
     The expectation equals `value`, so that many small updates add up. Rounding to nearest would drop
     each of them. bf16 is fp32 without its low 16 bits: adding 16 uniform random bits and truncating
@@ -41,12 +48,27 @@ def to_stored_unbiased(value: Tensor, dtype: torch.dtype, generator: torch.Gener
 
     Args:
         value: fp32, any shape, finite.
-        dtype: `torch.bfloat16` or `torch.float32` (returned as it is).
         generator: on the device of `value`.
     """
-    if dtype == torch.float32:
-        return value
-    assert dtype == torch.bfloat16, dtype
     noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     bits = value.contiguous().view(torch.int32) + noise
-    return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+    return (bits & ~0xFFFF).view(torch.float32)
+
+
+class MergeLedger:
+    """What merges meant to add to one weight and what its stored copy lost of it, summed over all restarts.
+
+    Both sums are kept for an evenly spaced sample of the weights (all of them in small layers), on the CPU: a second
+    and third copy of every frozen weight would be too much for a metric.
+    """
+
+    def __init__(self, numel: int):
+        # An odd stride: a power of two would see the same place of every block of a quantized weight.
+        self._stride = max(1, numel // _LEDGER_SAMPLE) | 1
+        num_sampled = len(range(0, numel, self._stride))
+        self.intended, self.lost = torch.zeros(num_sampled), torch.zeros(num_sampled)
+
+    def add(self, intended: Tensor, lost: Tensor) -> None:
+        """Of one merge, full size: the update, and what the stored copy has more or less than it."""
+        self.intended += intended.flatten()[::self._stride].cpu()
+        self.lost += lost.flatten()[::self._stride].cpu()

@@ -3,11 +3,59 @@
 Written as three separate matmuls, autograd would keep the low-rank product at the width of `y`,
 add it in a pass of its own, and (for a weight that needs no gradient) still save `x` twice.
 Here the low-rank part is accumulated into the dense product by `addmm`, forward and backward,
-and only `x` and `h = x Aᵀ` are kept. Nothing of the size of `W` is ever made.
+and only `x` and `h = x Aᵀ` are kept. Nothing of the size of `W` is ever made where W is dense; of a packed
+W (`lowrank.formats`) one dense copy lives for the length of one product, in forward and again in backward.
+
+The two steps of forward and the input's gradient are operators of their own (`torch.ops.relora_ds`). So activation
+checkpointing can tell the large product, which it keeps, from the small one, which it repeats, and `torch.compile`
+cannot move a dequantized weight from forward to backward.
 """
 
 import torch
 from torch import Tensor
+
+from relora_ds.lowrank.formats import DENSE, Format, format_named
+
+_library = torch.library.Library("relora_ds", "DEF")
+_library.define("project(Tensor rows, Tensor lora_A) -> Tensor")
+_library.define("linear(Tensor rows, Tensor? weight, Tensor? h, Tensor lora_B, Tensor? bias, float scaling, "
+                "str format) -> Tensor")
+_library.define("linear_input_grad(Tensor g, Tensor? weight, Tensor? gB, Tensor lora_A, str format) -> Tensor")
+
+
+def _project(rows: Tensor, lora_A: Tensor) -> Tensor:
+    return rows @ lora_A.t()
+
+
+def _linear(rows: Tensor, weight: Tensor | None, h: Tensor | None, lora_B: Tensor, bias: Tensor | None,
+            scaling: float, format: str) -> Tensor:
+    """`rows Wᵀ + s h Bᵀ + b`; without W or without h, that term is left out."""
+    if weight is None:
+        y = (h * scaling) @ lora_B.t()
+    else:
+        y = format_named(format).multiply(rows, weight, torch.Size([lora_B.shape[0], rows.shape[1]]))
+        if h is not None:
+            y.addmm_(h, lora_B.t(), alpha=scaling)
+    if bias is not None:
+        y += bias
+    return y
+
+
+def _linear_input_grad(g: Tensor, weight: Tensor | None, gB: Tensor | None, lora_A: Tensor, format: str) -> Tensor:
+    """`g W + gB A`, with `gB = s g B`."""
+    if weight is None:
+        return gB @ lora_A
+    grad = format_named(format).multiply_transposed(g, weight, torch.Size([g.shape[1], lora_A.shape[1]]))
+    return grad if gB is None else grad.addmm_(gB, lora_A)
+
+
+for _name, _kernel in (("project", _project), ("linear", _linear), ("linear_input_grad", _linear_input_grad)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("relora_ds::project", lambda rows, lora_A: rows.new_empty(rows.shape[0], lora_A.shape[0]))
+torch.library.register_fake("relora_ds::linear", lambda rows, weight, h, lora_B, bias, scaling, format:
+                            rows.new_empty(rows.shape[0], lora_B.shape[0]))
+torch.library.register_fake("relora_ds::linear_input_grad", lambda g, weight, gB, lora_A, format:
+                            g.new_empty(g.shape[0], lora_A.shape[1]))
 
 
 class LowRankLinearFunction(torch.autograd.Function):
@@ -15,25 +63,19 @@ class LowRankLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-                scaling: float) -> Tensor:
+                scaling: float, format: str) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        h = rows @ lora_A.t()
-        if weight is None:
-            y = (h * scaling) @ lora_B.t()
-        else:
-            y = rows @ weight.t()
-            y.addmm_(h, lora_B.t(), alpha=scaling)
-        if bias is not None:
-            y += bias
+        h = torch.ops.relora_ds.project(rows, lora_A)
+        y = torch.ops.relora_ds.linear(rows, weight, h, lora_B, bias, scaling, format)
         ctx.save_for_backward(rows, h, weight, lora_A, lora_B)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.format = scaling, format
         ctx.x_shape = x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         rows, h, weight, lora_A, lora_B = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, needs_A, needs_B, needs_bias, _, _ = ctx.needs_input_grad
         g = grad_y.reshape(-1, grad_y.shape[-1])
 
         grad_x = grad_A = grad_B = grad_bias = None
@@ -43,32 +85,45 @@ class LowRankLinearFunction(torch.autograd.Function):
             if needs_A:
                 grad_A = gB.t() @ rows
             if needs_x:
-                if weight is None:
-                    grad_x = gB @ lora_A
-                else:
-                    grad_x = g @ weight
-                    grad_x.addmm_(gB, lora_A)
-                grad_x = grad_x.view(ctx.x_shape)
+                grad_x = torch.ops.relora_ds.linear_input_grad(g, weight, gB, lora_A, ctx.format).view(ctx.x_shape)
         if needs_B:
             grad_B = (g.t() @ h).mul_(ctx.scaling)
         if needs_bias:
             grad_bias = g.sum(0)
-        return grad_x, None, grad_A, grad_B, grad_bias, None
+        return grad_x, None, grad_A, grad_B, grad_bias, None, None
+
+
+class FrozenLinearFunction(torch.autograd.Function):
+    """Autograd node of `x Wᵀ` for a frozen W of any format; `lora_A` and `lora_B` only tell its shape."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, format: str) -> Tensor:
+        y = torch.ops.relora_ds.linear(x.reshape(-1, x.shape[-1]), weight, None, lora_B, None, 1.0, format)
+        ctx.save_for_backward(weight, lora_A)
+        ctx.format, ctx.x_shape = format, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        weight, lora_A = ctx.saved_tensors
+        g = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_x = torch.ops.relora_ds.linear_input_grad(g, weight, None, lora_A, ctx.format)
+        return grad_x.view(ctx.x_shape), None, None, None, None
 
 
 def lowrank_linear(x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-                   scaling: float) -> Tensor:
+                   scaling: float, format: Format = DENSE) -> Tensor:
     """`x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias` (paper Eq. 2), fused.
 
     Args:
         x: `[..., in_features]`.
-        weight: frozen `[out_features, in_features]`, or None for the paper's LoRA baseline (no base).
+        weight: frozen, as `format` stores it; or None for the paper's LoRA baseline (no base).
         lora_A: `[r, in_features]`.
         lora_B: `[out_features, r]`.
         bias: `[out_features]` or None.
         scaling: `s = lora_alpha / r`.
 
     Returns:
-        `[..., out_features]`, of the dtype of `x`. All tensors share one dtype.
+        `[..., out_features]`, of the dtype of `x`. All tensors but a packed weight share one dtype.
     """
-    return LowRankLinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling)
+    return LowRankLinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, format.name)

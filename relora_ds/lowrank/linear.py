@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_ds.lowrank.kernels import lowrank_linear
+from relora_ds.lowrank.formats import DENSE, Format
+from relora_ds.lowrank.kernels import FrozenLinearFunction, lowrank_linear
 from relora_ds.lowrank.seeding import keyed_generator
 
 
@@ -40,7 +41,8 @@ class ReLoRALinear(nn.Module):
     """A linear layer that trains `lora_A [r, in]` and `lora_B [out, r]` beside a frozen `weight [out, in]`.
 
     The factors are created empty: `lowrank.wrap` gives them their values, because those depend on the
-    module's name. `weight` may be None (the paper's LoRA baseline: `y = s·B·A·x`).
+    module's name. `weight` may be None (the paper's LoRA baseline: `y = s·B·A·x`). It is dense at first; `store_weight`
+    puts it into another format.
 
     Args:
         weight: the weight to freeze, taken over (not copied), or None.
@@ -57,6 +59,7 @@ class ReLoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         if weight is not None:
             weight.requires_grad_(False)
+        self.format: Format = DENSE
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
@@ -66,7 +69,7 @@ class ReLoRALinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         if self.training and self.lora_dropout > 0:
             return self._forward_with_dropout(x)
-        return lowrank_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
+        return lowrank_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.format)
 
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         # Dropout stands on the low-rank branch only (as in PEFT), so its input differs from the dense
@@ -75,14 +78,35 @@ class ReLoRALinear(nn.Module):
         update = F.linear(h, self.lora_B) * self.scaling
         if self.weight is None:
             return update if self.bias is None else update + self.bias
-        return F.linear(x, self.weight, self.bias) + update
+        y = FrozenLinearFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.format.name) + update
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """`[out_features, in_features]`, however the weight is stored."""
+        return torch.Size([self.out_features, self.in_features])
+
+    def store_weight(self, stored: Tensor, format: Format, *, as_buffer: bool) -> None:
+        """Replace the frozen weight by one that `format` has quantized.
+
+        as_buffer: as a buffer outside of the state dict instead of a parameter; ZeRO leaves those alone.
+        """
+        del self._parameters["weight"]
+        self.format = format
+        if as_buffer:
+            self.register_buffer("weight", stored, persistent=False)
+        else:
+            self.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """`W + s·B·A` in fp32, `[out_features, in_features]`; a new tensor."""
         update = self.lora_B.float() @ self.lora_A.float() * self.scaling
-        return update if self.weight is None else update.add_(self.weight.float())
+        if self.weight is None:
+            return update
+        return update.add_(self.format.dequantize(self.weight, self.weight_shape, torch.float32))
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-                f"scaling={self.scaling:g}, base={self.weight is not None}, bias={self.bias is not None}")
+                f"scaling={self.scaling:g}, base={self.weight is not None}, bias={self.bias is not None}, "
+                f"format={self.format.name}")

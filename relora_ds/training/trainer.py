@@ -212,6 +212,7 @@ class Trainer:
         self.metrics.write("restart", **self._where(), **{
             "restarts": self.account.restarts, "prune_fraction_m": done.prune_fraction_m,
             "prune_fraction_v": done.prune_fraction_v, "merge_drift": done.merge_drift, "merge_loss": done.merge_loss,
+            "merge_loss_total": done.merge_loss_total,
             "update_norms": done.update_norms, "relative_update_norms": done.relative_update_norms,
             "restart_s": done.restart_s, "checksum": done.checksum})
         self.view.line(report.restart_line(self.account.step, done))

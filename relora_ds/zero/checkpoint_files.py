@@ -1,8 +1,14 @@
-"""The fp32 masters of the frozen weights beside DeepSpeed's own checkpoint files.
+"""The frozen weights beside DeepSpeed's own checkpoint files.
 
-Without them a resumed run is exact only until its next restart, which would merge into a truncated
-weight. One safetensors file per rank, in the checkpoint's tag directory; whole tensors under their names,
-so that any number of ranks can read them.
+Without their fp32 masters a resumed run is exact only until its next restart, which would merge into a truncated
+weight. One safetensors file per rank, in the checkpoint's tag directory; whole tensors under the layers' names,
+so that any number of ranks can read them:
+
+    NAME                    the fp32 master, where there are masters
+    stored/NAME             the stored copy, where it is a buffer (DeepSpeed's files hold parameters) without a master
+    intended/, lost/NAME    the sums of the merge ledger
+
+An engine that stores its frozen weights otherwise than the checkpoint's takes them from the masters.
 """
 
 import logging
@@ -21,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 _PATTERN = "relora_frozen_masters_{rank:05d}.safetensors"
 MASTERS_GLOB = "relora_frozen_masters_*.safetensors"
+STORED, INTENDED, LOST = "stored/", "intended/", "lost/"
 
 
 def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
-    """Write this rank's masters into `save_dir/tag` (nothing to write where weights are stored in fp32)."""
-    if not frozen.with_masters:
+    """Write what this rank owns into `save_dir/tag`. Collective."""
+    if not frozen.layers:
         return
     directory = Path(save_dir) / tag
     directory.mkdir(parents=True, exist_ok=True)
@@ -33,9 +40,14 @@ def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
         for old in directory.glob(MASTERS_GLOB):
             old.unlink()  # of a larger world: a stale master must never be found
     dist.barrier()
+    tensors = dict(frozen.masters)
+    if frozen.storage.replicated and not frozen.with_masters:
+        tensors |= {STORED + name: frozen.layers[name].weight for name in frozen.owned()}
+    for name, ledger in frozen.ledgers.items():
+        tensors |= {INTENDED + name: ledger.intended, LOST + name: ledger.lost}
     path = directory / _PATTERN.format(rank=dist.get_rank())
     temporary = path.with_suffix(".tmp")
-    save_file(frozen.masters, temporary)
+    save_file(tensors, temporary)
     os.replace(temporary, path)
 
 
@@ -47,26 +59,35 @@ def newest_tag(load_dir: str) -> str | None:
     return tag[0]
 
 
-def read_frozen(load_dir: str, tag: str, frozen: FrozenWeights, device: torch.device) -> dict[str, Tensor]:
-    """The masters that this rank owns, from whichever file holds them. Collective.
-
-    Raises:
-        ValueError: on every rank, when a master is missing: the checkpoint was written without them, or a file of
-            them cannot be read.
-    """
-    if not frozen.with_masters:
-        return {}
-    wanted, found = set(frozen.owned()), {}
-    for path in sorted((Path(load_dir) / tag).glob(MASTERS_GLOB)):
+def read_owned(directory: Path, frozen: FrozenWeights, prefix: str = "") -> dict[str, Tensor]:
+    """`{layer: tensor}` of what this rank owns, from whichever file of a checkpoint holds `prefix + layer`."""
+    wanted, found = {prefix + name: name for name in frozen.owned()}, {}
+    for path in sorted(directory.glob(MASTERS_GLOB)):
         try:
             with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+                found |= {wanted[key]: file.get_tensor(key) for key in wanted.keys() & set(file.keys())}
         except (OSError, SafetensorError) as error:  # not raised: the other ranks would wait
             logger.error("load_checkpoint: %s cannot be read: %s", path, error)
-    missing = torch.tensor(len(wanted - set(found)), device=device)
+    return found
+
+
+def require_all(found: dict[str, Tensor], directory: Path, frozen: FrozenWeights, device: torch.device) -> None:
+    """Raise on every rank where one of them lacks a frozen weight that it owns. Collective.
+
+    Raises:
+        ValueError: the checkpoint was written without masters, or a file of them cannot be read.
+    """
+    missing = torch.tensor(len(set(frozen.owned()) - set(found)), device=device)
     dist.all_reduce(missing)
     if missing:
-        raise ValueError(f"load_checkpoint: {Path(load_dir) / tag} lacks the fp32 masters of {missing.item()} "
+        raise ValueError(f"load_checkpoint: {directory} lacks the fp32 masters of {missing.item()} "
                          "frozen weights; the next restart would merge into truncated ones. Use a checkpoint that this "
                          "engine's save_checkpoint wrote")
-    return found
+
+
+def restore_ledgers(directory: Path, frozen: FrozenWeights) -> None:
+    """Take over the ledgers of a checkpoint, as far as it has them."""
+    intended, lost = (read_owned(directory, frozen, prefix) for prefix in (INTENDED, LOST))
+    for name in intended.keys() & lost.keys():
+        frozen.ledgers[name].intended.copy_(intended[name])
+        frozen.ledgers[name].lost.copy_(lost[name])

@@ -28,12 +28,22 @@ from torch import Tensor
 
 from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.zero.checkpoint_files import MASTERS_GLOB
-from relora_ds.zero.frozen_master import frozen_shape
+from relora_ds.zero.checkpoint_files import MASTERS_GLOB, STORED
+from relora_ds.zero.frozen_master import Storage, frozen_shape
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
 DESCRIPTION = "relora_model.json"
-_SAFE = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+
+
+def _stage_named(kind: type, name: str) -> ZeroStageEnum:
+    """In place of `getattr`, which must not be called on behalf of a file."""
+    if kind is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"getattr of {kind}")
+    return ZeroStageEnum[name]
+
+
+# Early releases of Python 3.11 pickle the member of an enumeration as a call of getattr.
+_SAFE = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum, (_stage_named, "builtins.getattr")]
 
 
 def save_description(save_dir: str, tag: str, engine) -> None:
@@ -51,9 +61,9 @@ def save_description(save_dir: str, tag: str, engine) -> None:
         "t": engine.t,
         "restarts": list(engine.restarts),
         "relora": None if engine.relora is None else dataclasses.asdict(engine.relora),
-        "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None}
+        "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
                    for name, layer in lowrank_layers(module).items()},
-        "frozen_masters": engine.frozen.with_masters,
+        "frozen": dataclasses.asdict(engine.frozen.storage),
         "parameters": {name: {"shape": list(frozen_shape(p)), "trains": p.requires_grad}
                        for name, p in module.named_parameters()},
         "buffers": list(persistent_buffers(module)),
@@ -76,7 +86,8 @@ class SavedModel:
     Attributes:
         t, restarts: applied steps of the engine, and the steps after which it restarted.
         relora: the fields of its `ReLoRAConfig`, or None for a plain model.
-        layers: `{module name: {"scaling": s, "base": whether it has a frozen weight}}` of the low-rank layers.
+        layers: `{module name: {"scaling": s, "base": whether it has a frozen weight, "shape": [out, in]}}` of the
+            low-rank layers.
         trained: the masters of everything that trains, `lora_A` and `lora_B` included.
         frozen: everything else: the base weights of the current cycle, and what nothing trains.
     """
@@ -129,6 +140,7 @@ def problems(directory: Path, engine) -> list[str]:
     if not (directory / DESCRIPTION).is_file():
         return []
     about, relora = read_description(directory), engine.relora
+    saved, now = Storage(**about["frozen"]), engine.frozen.storage
 
     def layout(stage: int) -> str:  # stages 1 and 2 keep the same files
         return "1 or 2" if stage in (1, 2) else str(stage)
@@ -137,7 +149,16 @@ def problems(directory: Path, engine) -> list[str]:
              ("bf16", about["bf16"], engine.bfloat16_enabled())]
     for name in ("r", "lora_alpha"):
         pairs.append((f"relora.{name}", (about["relora"] or {}).get(name), getattr(relora, name, None)))
-    return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+    found = [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+    if engine.frozen.layers and not (saved.with_masters or saved.exact) and not saved.same_bytes(now):
+        found.append(f"relora.frozen_dtype was {saved}, is {now}, and without fp32 masters (frozen_master: none) what "
+                     "was rounded once would be rounded again; go on as it was begun")
+    return found
+
+
+def storage_in(directory: Path) -> Storage | None:
+    """How a checkpoint stores the frozen weights; None where nothing describes it."""
+    return Storage(**read_description(directory)["frozen"]) if (directory / DESCRIPTION).is_file() else None
 
 
 def read_model(directory: Path) -> SavedModel:
@@ -155,17 +176,12 @@ def read_model(directory: Path) -> SavedModel:
 
     trained = {name: value.view(shapes[name]).contiguous() for name, value in _masters(directory, about, stored[0])
                if name in trains}
-    frozen = {name: _stored(name, shapes[name], about["stage"], stored) for name in shapes if name not in trains}
+    frozen = {name: _stored(name, shape, about["stage"], stored)
+              for name, shape in shapes.items() if name not in trains}
     for name in about["buffers"]:
-        buffer = stored[0]["module"][name].detach()
-        frozen[name] = buffer.float() if buffer.is_floating_point() else buffer
-    if about["frozen_masters"]:
-        masters = _frozen_masters(directory)
-        wanted = [f"{name}.weight" for name, layer in about["layers"].items() if layer["base"]]
-        if missing := [name for name in wanted if name not in masters]:
-            raise ValueError(f"{directory}: the fp32 masters of {len(missing)} frozen weights are missing (first: "
-                             f"{missing[0]}); a {MASTERS_GLOB} file was lost, use another checkpoint")
-        frozen |= masters
+        frozen[name] = stored[0]["module"][name].detach()
+    frozen |= _base_weights(directory, about, frozen)
+    frozen = {name: value.float() if value.is_floating_point() else value for name, value in frozen.items()}
     if missing := sorted(trains - set(trained)):
         raise ValueError(f"{directory}: the masters of {len(missing)} parameters are missing (first: {missing[0]}); "
                          "use another checkpoint")
@@ -241,17 +257,28 @@ def _numel(about: dict, name: str) -> int:
 
 
 def _stored(name: str, shape: torch.Size, stage: int, states: list[dict]) -> Tensor:
-    """The stored copy of what does not train, in fp32."""
+    """The stored copy of what does not train."""
     if stage == 3:
-        value = torch.cat([state["frozen_param_fragments"][name] for state in states])[:shape.numel()].view(shape)
-    else:
-        value = states[0]["module"][name]
-    return value.detach().float()
+        return torch.cat([state["frozen_param_fragments"][name] for state in states])[:shape.numel()].view(shape)
+    return states[0]["module"][name].detach()
 
 
-def _frozen_masters(directory: Path) -> dict[str, Tensor]:
+def _base_weights(directory: Path, about: dict, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The frozen weights of the low-rank layers: their masters, else what their stored copies stand for."""
+    storage = Storage(**about["frozen"])
+    shapes = {name: torch.Size(layer["shape"]) for name, layer in about["layers"].items() if layer["base"]}
+    if not (storage.with_masters or storage.replicated):
+        return {key: storage.dequantize(parameters[key], shape)
+                for name, shape in shapes.items() if (key := f"{name}.weight")}
     found = {}
     for path in sorted(directory.glob(MASTERS_GLOB)):
         with safe_open(path, framework="pt") as file:
-            found |= {f"{name}.weight": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            for name in shapes:
+                key = name if storage.with_masters else STORED + name
+                if key in file.keys():  # noqa: SIM118 (not a dict)
+                    found[f"{name}.weight"] = file.get_tensor(key) if storage.with_masters else \
+                        storage.dequantize(file.get_tensor(key), shapes[name])
+    if missing := [name for name in shapes if f"{name}.weight" not in found]:
+        raise ValueError(f"{directory}: the fp32 masters of {len(missing)} frozen weights are missing (first: "
+                         f"{missing[0]}); a {MASTERS_GLOB} file was lost, use another checkpoint")
     return found

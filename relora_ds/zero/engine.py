@@ -15,6 +15,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.lowrank.seeding import keyed_seed
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
@@ -25,11 +26,9 @@ from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
-from relora_ds.zero.start import align_ranks, init_distributed
+from relora_ds.zero.start import align_ranks, device_of_rank, init_distributed
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None = None, *,
@@ -75,7 +74,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         raise ValueError("\n".join(found))
     init_distributed()
     precision = precision or ds_config.precision_of(settings) or ("bf16" if torch.cuda.is_available() else "fp32")
-    if relora is not None and (found := storage_problems(relora.frozen_dtype, relora.frozen_master, precision)):
+    if relora is not None and (found := storage_problems(relora, precision)):
         raise ValueError("\n".join(found))
     settings = ds_config.resolve(
         settings, precision=precision, micro_batch_size=micro_batch_size, accumulation=gradient_accumulation_steps,
@@ -83,9 +82,9 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         num_trainable=count_parameters(model)[0], cpu=not torch.cuda.is_available())
 
     align_ranks(model)
+    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision,
+                           stage=settings["zero_optimization"]["stage"], device=device_of_rank())
     below_fp32 = DTYPES[precision] != torch.float32
-    with_masters = below_fp32 and relora is not None and relora.frozen_master == "cpu"
-    frozen = FrozenWeights(lowrank_layers(model), with_masters=with_masters)
     # DeepSpeed casts by giving each parameter new storage; these references keep the fp32 values.
     uncast = {name: p.data for name, p in model.named_parameters() if p.requires_grad} if below_fp32 else {}
 
@@ -109,6 +108,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     engine.drift_probe = None
     engine.last_restart = None
     engine.num_accumulated = 0
+    engine._keeps_own_frozen = False
     return engine, optimizer, loader, scheduler
 
 
@@ -217,25 +217,59 @@ class ReLoRAEngine(DeepSpeedEngine):
         """DeepSpeed's, plus the fp32 masters of the frozen weights.
 
         Raises:
-            ValueError: on every rank and before anything is overwritten: masters are missing, or the checkpoint is of
-                another ZeRO stage, precision or rank than this engine.
+            ValueError: on every rank and before anything is overwritten: masters are missing, the checkpoint is of
+                another ZeRO stage, precision or rank than this engine, or it has no masters and stores the frozen
+                weights in another format.
         """
         tag = checkpoint_files.newest_tag(load_dir) if tag is None else str(tag)
         if tag is None:
             logger.warning("load_checkpoint: there is no file `latest` in %s; nothing is loaded", load_dir)
             return None, {}
-        found = [checkpoint_model.problems(Path(load_dir) / tag, self) if dist.get_rank() == 0 else []]
+        directory = Path(load_dir) / tag
+        found = [checkpoint_model.problems(directory, self) if dist.get_rank() == 0 else []]
         dist.broadcast_object_list(found, 0)
         if found[0]:
-            raise ValueError(f"load_checkpoint: {Path(load_dir) / tag} is of another engine: {'; '.join(found[0])}")
-        masters = checkpoint_files.read_frozen(load_dir, tag, self.frozen, self.device)
+            raise ValueError(f"load_checkpoint: {directory} is of another engine: {'; '.join(found[0])}")
+        frozen = self._frozen_weights_in(directory)
+        self._keeps_own_frozen = frozen is not None
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if path is not None:
-            for name, value in masters.items():
-                self.frozen.masters[name].copy_(value)
+            self.shards.drop_gathered_copies()
+            if frozen is not None:
+                self.frozen.publish_masters(frozen)
+            elif self.frozen.storage.replicated:
+                self.frozen.publish_stored(checkpoint_files.read_owned(directory, self.frozen, checkpoint_files.STORED))
+            checkpoint_files.restore_ledgers(directory, self.frozen)
             self.num_accumulated = 0
             self._relink()
         return path, client_state
+
+    def _frozen_weights_in(self, directory: Path) -> dict[str, Tensor] | None:
+        """The fp32 values of what this rank owns in a checkpoint; None where DeepSpeed's files have all there is."""
+        about = [checkpoint_model.storage_in(directory) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(about, 0)
+        saved, now = about[0], self.frozen.storage
+        if not self.frozen.layers or (saved and not saved.with_masters and not now.with_masters
+                                      and saved.same_bytes(now)):
+            return None
+        if saved and saved.exact:
+            weights = checkpoint_model.read_model(directory).frozen
+            return {name: weights[f"{name}.weight"] for name in self.frozen.owned()}
+        found = checkpoint_files.read_owned(directory, self.frozen)
+        checkpoint_files.require_all(found, directory, self.frozen, self.device)
+        return found
+
+    def load_module_state_dict(self, checkpoint, *args, **kwargs):
+        # The frozen weights come from their masters, after this: they may be stored otherwise in the checkpoint.
+        if self._keeps_own_frozen:
+            own = {f"{name}.weight": layer.weight for name, layer in self.frozen.layers.items()}
+            parameters = {} if self.frozen.storage.replicated else own
+            checkpoint["module"] = {name: value for name, value in checkpoint["module"].items() if name not in own} | {
+                name: parameter.detach() for name, parameter in parameters.items()}
+            if checkpoint.get("frozen_param_fragments") is not None:
+                checkpoint["frozen_param_fragments"] |= {
+                    name: p.ds_tensor.detach() if is_partitioned(p) else p.detach() for name, p in parameters.items()}
+        super().load_module_state_dict(checkpoint, *args, **kwargs)
 
     def _relink(self) -> None:
         # DeepSpeed never renews these links once an engine has stepped, and safe_get_full_* would go on

@@ -1,16 +1,21 @@
-"""The fp32 masters of the frozen weights, each held by one rank, on CPU, touched only at a restart.
+"""The frozen weights of an engine: how they are stored, who owns them, and their fp32 masters.
 
 What trains has fp32 masters in ZeRO's optimizer. The frozen weights need them as much: a merge into a
-bf16 weight in place loses most of a small update (see `lowrank.frozen`). Each frozen weight has one owner
-rank. It holds the master, merges into it, rounds the whole tensor once and broadcasts the stored copy, so
+bf16 or quantized weight in place loses most of a small update (see `lowrank.frozen`). Each frozen weight has one owner
+rank. It holds the master, merges into it, quantizes the whole tensor once and broadcasts the stored copy, so
 that all ranks hold the same bytes by construction.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import DTYPES, format_named, format_of, multiplies_fp8
+from relora_ds.lowrank.frozen import MergeLedger, round_unbiased, shape_problems
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.zero.shards import write_partition
 
@@ -25,26 +30,93 @@ def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
     return {name: owners[name] for name in sizes}
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How the frozen weights of an engine are kept.
+
+    Attributes:
+        format: name of the format of the stored copies.
+        dtype: of what is stored in floating point, as text.
+        replicated: the weights are buffers, which ZeRO-3 leaves alone.
+        with_masters: there are fp32 masters.
+    """
+
+    format: str
+    dtype: str
+    replicated: bool
+    with_masters: bool
+
+    @property
+    def exact(self) -> bool:
+        """The stored copies are in fp32 themselves."""
+        return self.dtype == "fp32"
+
+    def same_bytes(self, other: "Storage") -> bool:
+        """Whether both hold a weight in the same bytes, at the same place."""
+        return (self.format, self.dtype, self.replicated) == (other.format, other.dtype, other.replicated)
+
+    def dequantize(self, stored: Tensor, shape: torch.Size) -> Tensor:
+        """The fp32 weight `[out, in]` that a stored copy stands for."""
+        return format_named(self.format).dequantize(stored, shape, torch.float32)
+
+    def __str__(self) -> str:
+        return f"{self.dtype or self.format}{' (replicated)' if self.replicated else ''}"
+
+
 class FrozenWeights:
     """The frozen weights of a model's ReLoRA layers: owners, masters, and the copies that forward reads.
 
-    Build it from the fp32 module before DeepSpeed casts it, with the same values on every rank.
+    Build it from the fp32 module before DeepSpeed sees it, with the same values on every rank. It takes the masters
+    and replaces the layers' weights by stored ones.
 
     Args:
-        layers: the wrapped layers with a base weight, by name.
-        with_masters: keep fp32 masters. Without them the stored copy is all there is: exact where it is
-            fp32, rounded stochastically at a merge where it is bf16.
+        layers: the wrapped layers, by name; those without a base weight are left out.
+        relora: says how weights are stored and where masters live; None for a model without layers.
+        precision: of the run.
+        stage: of ZeRO.
+        device: that this rank computes on.
+
+    Attributes:
+        storage: how they are kept.
+        format: of the stored copies.
+        dtype: that computes.
+        with_masters: there are fp32 masters. Without them the stored copy is all there is: exact where it is
+            fp32; at a merge rounded stochastically where it is bf16, and quantized to nearest otherwise.
+        masters: of the weights that this rank owns, fp32.
+        ledgers: of the weights that this rank owns.
+
+    Raises:
+        ValueError: a weight has a shape that the format cannot store; names it.
     """
 
-    def __init__(self, layers: dict[str, ReLoRALinear], *, with_masters: bool):
+    def __init__(self, layers: dict[str, ReLoRALinear], relora: ReLoRAConfig | None, *, precision: str, stage: int,
+                 device: torch.device):
+        relora = relora or ReLoRAConfig()
         self.layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
         self.owners = assign_owners({name: layer.weight.numel() for name, layer in self.layers.items()},
                                     dist.get_world_size())
-        self.with_masters = with_masters
+        self.dtype, self.device = DTYPES[precision], device
+        replicated = stage == 3 and relora.frozen_placement == "replicated"
+        # Sharded, the codes of Wᵀ would be gathered at every step too.
+        in_fp8 = (stage < 3 or replicated) and _all_ranks_multiply_fp8(device)
+        self.format = format_of(relora.frozen_dtype, precision, double_quant=relora.frozen_double_quant, in_fp8=in_fp8)
+        if found := shape_problems(self.layers, self.format):
+            raise ValueError("\n".join(found))
+        stored_dtype = self.format.floating_dtype(self.dtype)
+        self.with_masters = relora.frozen_master != "none" and stored_dtype != torch.float32
+        self.storage = Storage(self.format.name, next((n for n, dtype in DTYPES.items() if dtype == stored_dtype), ""),
+                               replicated, self.with_masters)
+        self.ledgers = {name: MergeLedger(self.layers[name].weight.numel()) for name in self.owned()}
         self.masters: dict[str, Tensor] = {}
-        if with_masters:
-            for name in self.owned():
-                self.masters[name] = _on_host(self.layers[name].weight)
+        for name, layer in self.layers.items():
+            weight = layer.weight.detach()
+            if self.with_masters and self.owners[name] == dist.get_rank():
+                self.masters[name] = _on_host(weight) if relora.frozen_master == "cpu" else \
+                    weight.to(device, torch.float32, copy=True)
+            stored = self.format.quantize(weight.to(device), self.dtype).to(device if replicated else weight.device)
+            layer.store_weight(stored, self.format, as_buffer=replicated)
+            if replicated:  # ZeRO broadcasts parameters only
+                dist.broadcast(layer.weight, self.owners[name])
 
     def owned(self) -> list[str]:
         """The layers whose weights this rank owns, in model order."""
@@ -57,23 +129,45 @@ class FrozenWeights:
             return self.masters[name].to(device, copy=True) if mine else None
         weight = self.layers[name].weight
         with GatheredParameters([weight], enabled=is_partitioned(weight)):
-            return weight.detach().to(device, torch.float32, copy=True) if mine else None
+            return self.dequantize(name, weight.detach().to(device, copy=True)) if mine else None
 
     def keep(self, name: str, value: Tensor) -> None:
         """On the owner: make `value`, fp32, the new master."""
         if self.with_masters:
             self.masters[name].copy_(value)
 
+    def quantize(self, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The stored copy of an fp32 weight `[out, in]`. generator: round without bias where the format can (bf16)."""
+        if generator is not None and self.format.floating_dtype(self.dtype) == torch.bfloat16:
+            value = round_unbiased(value, generator)
+        return self.format.quantize(value, self.dtype)
+
+    def dequantize(self, name: str, stored: Tensor) -> Tensor:
+        """The fp32 weight `[out, in]` that a stored copy stands for."""
+        return self.format.dequantize(stored, self.layers[name].weight_shape, torch.float32)
+
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:
         """Broadcast the owner's stored copy and put it (at ZeRO-3: this rank's piece of it) where forward reads it."""
         weight = self.layers[name].weight
         if stored is None:
-            stored = torch.empty(frozen_shape(weight), dtype=weight.dtype, device=device)
+            stored = self.format.stored_like(self.layers[name].weight_shape, self.dtype, device)
         dist.broadcast(stored, self.owners[name])
         if is_partitioned(weight):
             write_partition(weight, stored)
         else:
             weight.data.copy_(stored)
+
+    def publish_masters(self, values: dict[str, Tensor]) -> None:
+        """Make fp32 `values`, of what this rank owns, masters and stored copies. Collective."""
+        for name, value in values.items():
+            self.keep(name, value)
+        self.publish_stored({name: self.quantize(value.to(self.device)) for name, value in values.items()})
+
+    def publish_stored(self, stored: dict[str, Tensor]) -> None:
+        """Make what the owners hold the stored copies on every rank. Collective."""
+        for name in self.layers:
+            value = stored.get(name)
+            self.publish(name, None if value is None else value.to(self.device), self.device)
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -84,6 +178,12 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 def frozen_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's full shape, also while ZeRO-3 has it partitioned."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+def _all_ranks_multiply_fp8(device: torch.device) -> bool:
+    able = torch.tensor(int(multiplies_fp8(device)), device=device)
+    dist.all_reduce(able, op=dist.ReduceOp.MIN)
+    return bool(able)
 
 
 def _on_host(weight: Tensor) -> Tensor:

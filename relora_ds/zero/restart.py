@@ -1,6 +1,6 @@
 """The restart, as one exact transaction over all shards (paper section 3, Algorithm 1).
 
-    merge         W <- W + s·B·A, in fp32, on the rank that owns W
+    merge         W <- W + s·B·A, in fp32, on the rank that owns W; only the copy that it sends is rounded
     reinitialise  A <- Kaiming from (seed, restart number, name), B <- 0: masters and forward's copies
     prune         Adam moments of A and B, per tensor over all ranks
     agree         the owners broadcast W; checksums over W, A and B prove that all ranks hold the same
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.frozen import add_update_, to_stored, to_stored_unbiased
+from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.linear import initial_A
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
@@ -38,6 +38,8 @@ class RestartReport:
         prune_fraction_m, prune_fraction_v: realised fraction of pruned entries of the LoRA parameters'
             `exp_avg` and `exp_avg_sq`, over all ranks.
         merge_loss: ‖ΔW stored − ΔW intended‖ / ‖ΔW intended‖ over all layers.
+        merge_loss_total: the same of the sums over all restarts so far (of a sample of large layers' weights). With
+            masters it falls, because the rounding of earlier merges is made good by later ones.
         merge_drift: ‖logits after − before‖ / ‖logits before‖ on the engine's probe; None without one.
         update_norms: ‖s·B·A‖, what was merged into W, by layer name (Frobenius).
         relative_update_norms: ‖s·B·A‖ / ‖W before the merge‖, by layer name.
@@ -50,6 +52,7 @@ class RestartReport:
     prune_fraction_m: float
     prune_fraction_v: float
     merge_loss: float
+    merge_loss_total: float
     merge_drift: float | None
     update_norms: dict[str, float]
     relative_update_norms: dict[str, float]
@@ -80,19 +83,19 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     common = verify(shards, frozen, sent, device=device)
     seconds = time.perf_counter() - started
     drift = _relative_change(before, probe(), device) if probe else None
-    updates = {name: math.sqrt(update) for name, (_, update, _) in squares.items()}
-    relative = {name: _ratio(update, weight) for name, (_, update, weight) in squares.items()}
-    lost, intended, _ = (sum(column) for column in zip(*squares.values(), strict=True))
-    return RestartReport(t, number, fraction_m, fraction_v, _ratio(lost, intended), drift, updates, relative, seconds,
-                         common)
+    updates = {name: math.sqrt(update) for name, (_, update, *_) in squares.items()}
+    relative = {name: _ratio(update, weight) for name, (_, update, weight, *_) in squares.items()}
+    lost, intended, _, lost_so_far, intended_so_far = (sum(column) for column in zip(*squares.values(), strict=True))
+    return RestartReport(t, number, fraction_m, fraction_v, _ratio(lost, intended),
+                         _ratio(lost_so_far, intended_so_far), drift, updates, relative, seconds, common)
 
 
 def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
            device: torch.device) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Merge on the owners, all at the same time, then broadcast one weight after the other.
 
-    Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, the same on every rank, and the checksums of
-    the stored copies that this rank sends.
+    Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the first two over all
+    restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
     factors: dict[str, Tensor] = {}
     for owner in range(dist.get_world_size()):
@@ -101,23 +104,22 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
         factors.update(shards.gather(names, dst=owner))
 
     stored: dict[str, Tensor] = {}
-    squares = torch.zeros(len(frozen.layers), 3, dtype=torch.float64, device=device)  # a row is filled by its owner
+    squares = torch.zeros(len(frozen.layers), 5, dtype=torch.float64, device=device)  # a row is filled by its owner
     for row, (name, layer) in zip(squares, frozen.layers.items(), strict=True):
         base = frozen.read(name, device)
         if base is None:
             continue
-        dtype = layer.weight.dtype
-        stored_before = to_stored(base, dtype).float()
+        stored_before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
         intended = add_update_(torch.zeros_like(base), factors.pop(f"{name}.lora_A"), factors.pop(f"{name}.lora_B"),
                                layer.scaling)
         merged = base + intended
-        if frozen.with_masters:
-            stored[name] = to_stored(merged, dtype)
-        else:
-            generator = keyed_generator(f"{seed}/{number}/{name}.weight", device)
-            stored[name] = to_stored_unbiased(merged, dtype, generator)
+        generator = None if frozen.with_masters else keyed_generator(f"{seed}/{number}/{name}.weight", device)
+        stored[name] = frozen.quantize(merged, generator)
         frozen.keep(name, merged)
-        for i, value in enumerate((stored[name].float() - stored_before - intended, intended, base)):
+        lost = frozen.dequantize(name, stored[name]) - stored_before - intended
+        ledger = frozen.ledgers[name]
+        ledger.add(intended, lost)
+        for i, value in enumerate((lost, intended, base, ledger.lost, ledger.intended)):
             row[i] = value.square().sum(dtype=torch.float64)
     sent = {name: checksum(value.reshape(-1)) for name, value in stored.items()}
     for name in frozen.layers:

@@ -94,17 +94,21 @@ class count_traffic(TorchDispatchMode):  # noqa: N801 (a context manager, used l
         self.traffic.wire += size * wire_factor(dist.get_world_size())
 
 
-def expected_step(stage: int, *, trainable: int, frozen: int, element_size: int, accumulation: int,
-                  world_size: int) -> tuple[float, float]:
+def expected_step(stage: int, *, trainable: int, frozen_bytes: int, element_size: int, accumulation: int,
+                  world_size: int, small_bytes: int = 0) -> tuple[float, float]:
     """`(payload, wire)` bytes of one optimizer step, padding and control messages left out.
 
-    With T trainable and F frozen elements of `e` bytes: stage 0 reduces T once; stage 1 reduces and gathers
-    T once; stage 2 reduces at every micro-step and gathers once; stage 3 reduces T and gathers T + F at
-    every micro-step (within `stage3_max_live_parameters`; twice past it).
+    With T trainable elements of `e` bytes: stage 0 reduces eT once; stage 1 reduces and gathers eT once; stage 2
+    reduces at every micro-step and gathers once; stage 3 reduces eT and gathers eT and the frozen weights, as they
+    are stored, at every micro-step (within `stage3_max_live_parameters`; twice past it).
+
+    Args:
+        frozen_bytes: of the frozen parameters that ZeRO-3 shards; replicated ones are none.
+        small_bytes: of the parameters, of both kinds, that ZeRO-3 keeps whole: gathered once, after the update.
     """
-    t, f = trainable * element_size, frozen * element_size
+    t = trainable * element_size
     reduced = t * (accumulation if stage >= 2 else 1)
-    gathered = {0: 0, 1: t, 2: t, 3: (t + f) * accumulation}[stage]
+    gathered = {0: 0, 1: t, 2: t, 3: (t + frozen_bytes - small_bytes) * accumulation + small_bytes}[stage]
     both_ways, one_way = _both_ways(world_size), _one_way(world_size)
     # Stage 3 reduces by reduce_scatter, the others by all_reduce.
     return reduced + gathered, reduced * (one_way if stage == 3 else both_ways) + gathered * one_way

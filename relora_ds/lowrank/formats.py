@@ -1,0 +1,290 @@
+"""How a frozen weight is stored, and how it multiplies.
+
+A format turns an fp32 weight `[out, in]` into one stored tensor, and the stored tensor into products:
+
+    dense                        the weight itself, in the precision that computes
+    fp32, bf16, fp16             the same, in another precision than the one that computes
+    int8                         8-bit integers, one scale for each row (output feature)
+    fp8                          e4m3, one scale for each row
+    nf4                          the 4-bit codes of QLoRA (arXiv 2305.14314), one scale for 64 weights; by bitsandbytes
+
+All but `dense` are *packed*: codes and scales follow each other in one flat tensor of bytes. So a weight stays
+one tensor whatever its format: ZeRO partitions it, owners broadcast it and checksums cover it as they do a dense one,
+and DeepSpeed's cast to 16 bit, which would round the scales, leaves bytes alone.
+
+A dense copy of a packed weight lives for one product. Nothing here keeps it.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes; what fp8 kernels want of their operands
+BLOCK = 64  # weights that share one scale in nf4, as in QLoRA
+SUPERBLOCK = 256  # of those scales that share one, where they are quantized themselves
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Format:
+    """Dense storage, and what every format defines."""
+
+    name = "dense"
+
+    def unavailable(self) -> str | None:
+        """Why this machine lacks the format, and what to install; None where it has it."""
+        return None
+
+    def problem(self, shape: torch.Size) -> str | None:
+        """Why a weight of this shape cannot be stored so, and what to do; None where it can."""
+        return None
+
+    def floating_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """The floating-point dtype that values are rounded to one by one; None where they are quantized."""
+        return dtype
+
+    def stored_like(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """An uninitialised stored tensor. dtype: of the run's computations."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def quantize(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The stored tensor of an fp32 weight `[out, in]`, rounded to nearest; a new one. dtype: as above."""
+        return value.to(dtype, copy=True)
+
+    def dequantize(self, stored: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The weight `[out, in]` in `dtype`; may share the storage of `stored`."""
+        return stored.view(shape).to(dtype)
+
+    def multiply(self, rows: Tensor, stored: Tensor, shape: torch.Size) -> Tensor:
+        """`rows · Wᵀ`: `[n, in]` to `[n, out]`, of the dtype of `rows`."""
+        return rows @ self.dequantize(stored, shape, rows.dtype).t()
+
+    def multiply_transposed(self, grad: Tensor, stored: Tensor, shape: torch.Size) -> Tensor:
+        """`grad · W`: `[n, out]` to `[n, in]`, the gradient of the input."""
+        return grad @ self.dequantize(stored, shape, grad.dtype)
+
+
+class Packed(Format):
+    """Parts of several dtypes in one flat uint8 tensor, each aligned."""
+
+    def floating_dtype(self, dtype):
+        return None
+
+    def parts(self, shape: torch.Size) -> list[tuple[torch.dtype, torch.Size]]:
+        """Dtype and shape of what is packed, in order."""
+        raise NotImplementedError
+
+    def num_bytes(self, shape: torch.Size) -> int:
+        """Bytes of a stored weight."""
+        return sum(_aligned(dtype.itemsize * size.numel()) for dtype, size in self.parts(shape))
+
+    def stored_like(self, shape, dtype, device):
+        return torch.empty(self.num_bytes(shape), dtype=torch.uint8, device=device)
+
+    def pack(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
+        """One tensor of `parts`."""
+        stored = torch.zeros(self.num_bytes(shape), dtype=torch.uint8, device=parts[0].device)
+        for view, part in zip(self.unpack(stored, shape), parts, strict=True):
+            view.copy_(part)
+        return stored
+
+    def unpack(self, stored: Tensor, shape: torch.Size) -> list[Tensor]:
+        """Views of the parts."""
+        views, offset = [], 0
+        for dtype, size in self.parts(shape):
+            length = dtype.itemsize * size.numel()
+            views.append(stored[offset:offset + length].view(dtype).view(size))
+            offset += _aligned(length)
+        return views
+
+
+class Cast(Packed):
+    """Another floating-point precision than the one that computes."""
+
+    def __init__(self, name: str):
+        self.name, self.dtype = name, DTYPES[name]
+
+    def floating_dtype(self, dtype):
+        return self.dtype
+
+    def parts(self, shape):
+        return [(self.dtype, shape)]
+
+    def quantize(self, value, dtype):
+        return self.pack([value.to(self.dtype)], shape=value.shape)
+
+    def dequantize(self, stored, shape, dtype):
+        return self.unpack(stored, shape)[0].to(dtype)
+
+
+class Int8(Packed):
+    """Symmetric 8-bit integers; a row's scale is its largest magnitude / 127."""
+
+    name = "int8"
+
+    def parts(self, shape):
+        return [(torch.int8, shape), (torch.float32, torch.Size([shape[0], 1]))]
+
+    def quantize(self, value, dtype):
+        scale = _row_scale(value, 127)
+        return self.pack([(value / scale).round_(), scale], value.shape)
+
+    def dequantize(self, stored, shape, dtype):
+        codes, scale = self.unpack(stored, shape)
+        return (codes * scale).to(dtype)
+
+
+class FP8(Packed):
+    """e4m3; a row's scale is its largest magnitude / 448, the largest number of e4m3.
+
+    Args:
+        both_layouts: keep the codes of Wᵀ beside those of W, and multiply in fp8 (`torch._scaled_mm` wants its second
+            operand by columns: W for the output, Wᵀ for the input's gradient). Twice the bytes. The rows of
+            activations and gradients are scaled as they come.
+    """
+
+    LARGEST = 448.0
+
+    def __init__(self, both_layouts: bool = False):
+        self.both_layouts = both_layouts
+        self.name = "fp8_both_layouts" if both_layouts else "fp8"
+
+    def parts(self, shape):
+        found = [(torch.float8_e4m3fn, shape), (torch.float32, torch.Size([shape[0], 1]))]
+        return found + [(torch.float8_e4m3fn, shape[::-1])] * self.both_layouts
+
+    def quantize(self, value, dtype):
+        scale = _row_scale(value, self.LARGEST)
+        codes = (value / scale).to(torch.float8_e4m3fn)
+        return self.pack([codes, scale, codes.t()][:2 + self.both_layouts], value.shape)
+
+    def dequantize(self, stored, shape, dtype):
+        codes, scale = self.unpack(stored, shape)[:2]
+        return (codes.to(torch.float32) * scale).to(dtype)
+
+    def multiply(self, rows, stored, shape):
+        if not self._in_fp8(rows, shape):
+            return super().multiply(rows, stored, shape)
+        codes, scale, _ = self.unpack(stored, shape)
+        return _scaled_product(rows, codes.t(), scale.t())
+
+    def multiply_transposed(self, grad, stored, shape):
+        if not self._in_fp8(grad, shape):
+            return super().multiply_transposed(grad, stored, shape)
+        _, scale, transposed = self.unpack(stored, shape)
+        # W's scales belong to the dimension that is summed over: they go to the gradient's columns.
+        return _scaled_product(grad * scale.t(), transposed.t(), torch.ones(1, shape[1], device=grad.device), grad.dtype)
+
+    def _in_fp8(self, rows: Tensor, shape: torch.Size) -> bool:
+        return self.both_layouts and rows.dtype == torch.bfloat16 and all(size % ALIGNMENT == 0 for size in shape)
+
+
+class NF4(Packed):
+    """QLoRA's 4-bit codes: quantiles of the normal distribution, scaled by the largest magnitude of 64 weights.
+
+    Args:
+        double: quantize the scales as well, to 8 bit in groups of 256 (QLoRA's double quantization): 4.13 bits a
+            weight instead of 4.5.
+    """
+
+    def __init__(self, double: bool = False):
+        self.double = double
+        self.name = "nf4_double" if double else "nf4"
+
+    def problem(self, shape):
+        if shape.numel() % BLOCK:
+            return (f"nf4 stores blocks of {BLOCK} weights, which do not divide its {shape[0]}x{shape[1]}; leave it "
+                    "out of relora.target_modules, or use frozen_dtype=int8")
+        return None
+
+    def parts(self, shape):
+        blocks = shape.numel() // BLOCK
+        codes = (torch.uint8, torch.Size([shape.numel() // 2, 1]))
+        if not self.double:
+            return [codes, (torch.float32, torch.Size([blocks]))]
+        return [codes, (torch.uint8, torch.Size([blocks])), (torch.float32, torch.Size([-(-blocks // SUPERBLOCK)])),
+                (torch.float32, torch.Size([1]))]
+
+    def quantize(self, value, dtype):
+        codes, scale = _bitsandbytes().quantize_4bit(value.contiguous(), BLOCK, "nf4", torch.uint8)
+        if not self.double:
+            return self.pack([codes, scale], value.shape)
+        offset = scale.mean()
+        inner, outer = _bitsandbytes().quantize_blockwise(scale - offset, _dynamic_map(value.device), SUPERBLOCK)
+        return self.pack([codes, inner, outer, offset.view(1)], value.shape)
+
+    def dequantize(self, stored, shape, dtype):
+        codes, *scales = self.unpack(stored, shape)
+        if self.double:
+            inner, outer, offset = scales
+            scale = _bitsandbytes().dequantize_blockwise(inner, outer, _dynamic_map(stored.device), SUPERBLOCK,
+                                                         torch.float32) + offset
+        else:
+            scale, = scales
+        return _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", shape, dtype)
+
+
+DENSE = Format()
+
+
+@functools.cache
+def format_named(name: str) -> Format:
+    """The format of this name; `Format.name` of any of them."""
+    known = (DENSE, *map(Cast, DTYPES), Int8(), FP8(), FP8(both_layouts=True), NF4(), NF4(double=True))
+    return {format.name: format for format in known}[name]
+
+
+def format_of(frozen_dtype: str, precision: str, *, double_quant: bool = False, in_fp8: bool = False) -> Format:
+    """The format that a recipe asks for.
+
+    Args:
+        frozen_dtype: auto, fp32, bf16, fp16, int8, nf4 or fp8.
+        precision: of the run: fp32, bf16 or fp16.
+        double_quant: quantize nf4's scales too.
+        in_fp8: multiply fp8 weights in fp8 (see `multiplies_fp8`).
+    """
+    if frozen_dtype in ("auto", precision):
+        return DENSE
+    if frozen_dtype == "nf4" and double_quant:
+        return format_named("nf4_double")
+    if frozen_dtype == "fp8" and in_fp8 and precision == "bf16":
+        return format_named("fp8_both_layouts")
+    return format_named(frozen_dtype)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies in fp8 with a scale for each row: Hopper and newer."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _aligned(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _row_scale(value: Tensor, largest: float) -> Tensor:
+    """fp32 `[rows, 1]`; a row of zeros has a scale too, that nothing is divided by zero."""
+    return (value.abs().amax(dim=1, keepdim=True).float() / largest).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def _scaled_product(rows: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`rows · (codes · scale)` in fp8: rows `[n, k]` quantized here, codes `[k, m]` by columns, scale fp32 `[1, m]`."""
+    row_scale = _row_scale(rows, FP8.LARGEST)
+    return torch._scaled_mm((rows / row_scale).to(torch.float8_e4m3fn), codes, scale_a=row_scale, scale_b=scale,
+                            out_dtype=dtype or rows.dtype, use_fast_accum=True)
+
+
+@functools.cache
+def _bitsandbytes():
+    """Its operators: plain functions of tensors, on the CPU as on GPUs. Imported when first used: it takes seconds."""
+    import bitsandbytes  # noqa: F401, PLC0415
+
+    return torch.ops.bitsandbytes
+
+
+@functools.cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """bitsandbytes' 256 values of 8 bit, fp32."""
+    from bitsandbytes.functional import create_dynamic_map  # noqa: PLC0415
+
+    return create_dynamic_map().to(device)
