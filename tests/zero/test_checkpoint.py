@@ -17,8 +17,9 @@ EVERY, SAVED_AT, END = 4, 6, 11  # restarts at 4 and 8; three steps after the se
 STAGES = [0, 1, 2, 3]
 
 
-def build(stage, precision, lora_dropout=0.0, **how):
-    relora = cases.relora_config(restart_every=EVERY, restart_warmup_steps=2, lora_dropout=lora_dropout)
+def build(stage, precision, lora_dropout=0.0, frozen=None, **how):
+    relora = cases.relora_config(restart_every=EVERY, restart_warmup_steps=2, lora_dropout=lora_dropout,
+                                 **(frozen or {}))
     return cases.build(stage, precision=precision, relora=relora, **how)
 
 
