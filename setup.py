@@ -27,10 +27,11 @@ INSTALL_REQUIRES = [
 ]
 EXTRAS_REQUIRE = {
     # tests/test_packaging.py builds a wheel
-    "test": ["accelerate>=1.15,<2", "matplotlib", "peft", "pytest>=8", "ruff>=0.9", "setuptools>=70.1"],
+    "test": ["accelerate>=1.15,<2", "bitsandbytes>=0.49", "matplotlib", "peft", "pytest>=8", "ruff>=0.9", "setuptools>=70.1"],
     "lint": ["ruff>=0.9"],
     "plot": ["matplotlib"],
     "peft": ["peft"],
+    "quantization": ["bitsandbytes>=0.49"],  # relora.frozen_dtype=nf4
     "trainer": ["accelerate>=1.15,<2"],  # ReLoRACallback, with the Hugging Face Trainer
 }
 

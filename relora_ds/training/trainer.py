@@ -127,7 +127,10 @@ class Trainer:
         self.engine, self.phase = build_engine(self.plan, phase, handover, checkpoint is not None), phase
         if checkpoint is not None:
             directory, state = checkpoint
-            self.engine.load_checkpoint(str(directory.parent), directory.name)
+            try:
+                self.engine.load_checkpoint(str(directory.parent), directory.name)
+            except ValueError as error:  # on every rank: other formats without masters, for instance
+                raise store.ResumeError(f"resume: {error}") from error
             assert self.engine.t == state["t"], "the checkpoint's trainer and engine states are of different steps"
         length = self.recipe.data.seq_len
         rows = min(DRIFT_PROBE_SEQUENCES, self.recipe.train.micro_batch_size, len(self.plan.data.validation) // length)
@@ -274,15 +277,19 @@ class Trainer:
         return json.loads(json.dumps(summary))
 
     def _identity(self) -> dict:
-        """What must be the same for a checkpoint to be of this run."""
+        """What must be the same for a checkpoint to be of this run.
+
+        How the frozen weights are stored need not be: they are converted from their masters.
+        """
         recipe = self.recipe
+        relora = {name: value for name, value in vars(recipe.relora).items() if not name.startswith("frozen_")}
         return json.loads(json.dumps({
             "world_size": self.plan.world_size, "deepspeed": self.plan.deepspeed, "precision": self.plan.precision,
             "method": recipe.method, "model": report.model_name(recipe), "data": self.plan.data.fingerprint,
             "data.seq_len": recipe.data.seq_len, "data.packing": recipe.data.packing,
             "batch_sequences": recipe.batch_sequences, "seed": recipe.seed,
             "train.steps": recipe.total_steps, "warm_start_steps": recipe.warm_start_steps,
-            "relora": vars(recipe.relora), "lora": vars(recipe.lora), "optim": vars(recipe.optim)}))
+            "relora": relora, "lora": vars(recipe.lora), "optim": vars(recipe.optim)}))
 
     def _where(self) -> dict:
         return {"step": self.account.step, "t": self.engine.t, "phase": self.phase.name}

@@ -7,6 +7,7 @@ When a patch no longer applies, make it again: `git diff -U2 > tests/mutants/pat
 
 from dataclasses import dataclass
 
+FORMATS = "tests/zero/test_formats.py"
 RESTART = "tests/zero/test_restart.py::test_invariants"
 MOMENTS = "tests/zero/test_moments.py::test_split_moments_are_pruned_as_whole_ones"
 NONFINITE = "tests/zero/test_nonfinite.py::test_one_bad_rank"
@@ -37,9 +38,15 @@ MUTANTS = [
     Mutant("unscaled_merge", (f"{RESTART}[0-fp32]",), "assert (masters[name] - intended)"),
     Mutant("repeated_rounding", (f"{RESTART}[1-bf16]",), "assert (masters[name] - intended)"),
     Mutant("masters_not_kept", (f"{RESTART}[1-bf16]",), "(masters[name] - intended).abs().max()"),
+    Mutant("update_quantized_twice", (f"{FORMATS}::test_twenty_restarts_with_and_without_masters[int8]",),
+           'assert max(kept["master"]) <= 1e-6'),
     Mutant("resume_forgets_merges",
            ("tests/zero/test_checkpoint.py::test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained[1]",),
            "saved differs"),
+    Mutant("ledger_forgotten", (f"{FORMATS}::test_resume_is_exact_through_the_next_restart[1-auto-int8]",),
+           "merge_loss_total differs"),
+    Mutant("buffers_not_restored", (f"{FORMATS}::test_resume_without_masters_is_exact[3-replicated]",),
+           "the same to begin with"),
     # Reinitialising.
     Mutant("zero_A_at_wrapping", ("tests/lowrank/test_wrap.py::test_gradient_reaches_B_at_once",), "lora_B.grad"),
     # Pruning.

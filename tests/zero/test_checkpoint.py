@@ -35,7 +35,7 @@ def saved_run(stage, precision, directory: str, **how) -> dict:
     engine.save_checkpoint(directory)
     assert everything(engine) == saved, "saving changed the engine"
     result = {"saved": saved, "losses": train(engine, SAVED_AT, END), "restarts": list(engine.restarts),
-              "end": everything(engine)}
+              "end": everything(engine), "merge_loss_total": engine.last_restart.merge_loss_total}
     cases.release(engine)
     return result
 
@@ -50,7 +50,7 @@ def resumed_run(stage, precision, directory: str, steps_before: int, **how) -> d
     assert not {"master", "forward", "stored"} & {what for what in saved if saved[what] == other[what]}, \
         "the other engine was the same to begin with: the test would show nothing"
     result = {"saved": saved, "losses": train(engine, SAVED_AT, END), "restarts": list(engine.restarts),
-              "end": everything(engine)}
+              "end": everything(engine), "merge_loss_total": engine.last_restart.merge_loss_total}
     cases.release(engine)
     return result
 
