@@ -22,9 +22,12 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INITS = ("random", "pretrained")
 LORA_BASES = ("none", "random", "warm_start")
 OPTIMIZER_RESETS = ("magnitude_joint", "magnitude", "random", "zero", "none")
-FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16")
-FROZEN_MASTERS = ("cpu", "none")
-FROZEN_PLACEMENTS = ("auto", "sharded")
+FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8")
+FROZEN_MASTERS = ("cpu", "device", "none")
+FROZEN_PLACEMENTS = ("auto", "replicated", "sharded")
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "cheap")
+# What 20 merges without masters lose of the sum of their updates, in per cent, by frozen_dtype.
+LOST_WITHOUT_MASTER: dict[str, float] = {}
 DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized")  # and org/name of the hub
 
 
@@ -38,9 +41,9 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
         _integer("relora.restart_warmup_steps", config.restart_warmup_steps, 0, example=100),
         _number("relora.reset_ratio", config.reset_ratio, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.99),
         _choice("relora.optimizer_reset", config.optimizer_reset, OPTIMIZER_RESETS),
-        _available("relora.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES),
+        _choice("relora.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES),
         _choice("relora.frozen_master", config.frozen_master, FROZEN_MASTERS),
-        _available("relora.frozen_placement", config.frozen_placement, FROZEN_PLACEMENTS),
+        _choice("relora.frozen_placement", config.frozen_placement, FROZEN_PLACEMENTS),
     ]
     every, ramp = config.restart_every, config.restart_warmup_steps
     if _is_int(every) and _is_int(ramp) and 1 <= every <= ramp:
@@ -67,7 +70,6 @@ def recipe_problems(recipe: "Recipe", preset_names: list[str], ds_config_names: 
         *_optim_problems(recipe),
         *_data_problems(recipe),
         *_interval_problems(recipe),
-        *_unavailable(recipe),
         *(_missing_files(recipe, ds_config_names) if check_files else ()),
     ]
     return [message for message in found if message]
@@ -77,6 +79,7 @@ def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _choice("method", recipe.method, METHODS)
     yield _choice("precision", recipe.precision, PRECISIONS)
     yield _choice("lora.base", recipe.lora.base, LORA_BASES)
+    yield _choice("activation_checkpointing", recipe.activation_checkpointing, ACTIVATION_CHECKPOINTING)
     yield _integer("seed", recipe.seed, 0, example=0)
     yield _integer("warm_start_steps", recipe.warm_start_steps, 0, example=0)
     if recipe.resume is True:
@@ -221,15 +224,6 @@ def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
 
 
-def _unavailable(recipe: "Recipe") -> Iterator[str]:
-    """Keys of the contract that this version does not serve."""
-    if recipe.compile:
-        yield "compile: true is not available in this version; use compile=false"
-    if recipe.activation_checkpointing != "none":
-        yield (f"activation_checkpointing: {recipe.activation_checkpointing} is not available in this version; use "
-               "activation_checkpointing=none and, for memory, a smaller train.micro_batch_size")
-
-
 def _missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str]:
     paths = {"resume": recipe.resume if recipe.resume not in (True, False, "auto") else None,
              "data.path": recipe.data.path if recipe.data.source in ("text", "c4", "pretokenized") else None,
@@ -271,6 +265,10 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
                "learning rate never reaches the peak")
     if recipe.lora.base != "none" and method != "lora":
         yield f"lora.base: {recipe.lora.base} has no effect with method {method}"
+    if method == "lora" and recipe.lora.base == "none":
+        for name in ("frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement"):
+            if (value := getattr(relora, name)) != getattr(type(relora)(), name):
+                yield f"relora.{name}: {value} has no effect with lora.base none, which has no W"
     if method == "lora" and relora.restart_every is not None:
         yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"
     yield from _data_warnings(recipe)
@@ -286,6 +284,31 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
                "exp_avg/eps after a restart; for reproduction only, use magnitude_joint")
     if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora)().reset_ratio:
         yield f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
+
+
+def storage_warnings(config: "ReLoRAConfig", precision: str, stage: int) -> list[str]:
+    """What the options of the frozen weights do not do, or lose, in a run of `precision` (not auto) at a ZeRO stage."""
+    return list(_storage_warnings(config, precision, stage))
+
+
+def _storage_warnings(config: "ReLoRAConfig", precision: str, stage: int) -> Iterator[str]:
+    stored = precision if config.frozen_dtype == "auto" else config.frozen_dtype
+    if config.frozen_double_quant and stored != "nf4":
+        yield f"relora.frozen_double_quant: true has no effect with frozen_dtype {config.frozen_dtype}; it is for nf4"
+    if config.frozen_placement == "sharded" and stage < 3:
+        yield (f"relora.frozen_placement: sharded has no effect at ZeRO stage {stage}, where every rank has whole "
+               "weights; use a configuration of stage 3")
+    if config.frozen_master != "cpu" and stored == "fp32":
+        yield f"relora.frozen_master: {config.frozen_master} has no effect: W is stored in fp32, which needs no master"
+    elif config.frozen_master == "none" and config.restart_every is not None:
+        if stored == "bf16":
+            lost = "rounded at random to one of its neighbours in bf16, which adds noise to it"
+        else:
+            lost = f"rounded to {stored}, and what is rounded away is lost"
+            if stored in LOST_WITHOUT_MASTER:
+                lost += f", {LOST_WITHOUT_MASTER[stored]:g} % of the update after 20 restarts"
+        yield (f"relora.frozen_master: none means that each merged W is {lost}; the metric merge_loss tells how much, "
+               "and frozen_master=cpu loses nothing")
 
 
 def _data_warnings(recipe: "Recipe") -> Iterator[str]:
@@ -339,13 +362,6 @@ def _choice(name: str, value: object, known: tuple[str, ...]) -> str | None:
     if value in known:
         return None
     return f"{name}: {value!r} is unknown{nearest(value, known)}; known: {', '.join(known)}"
-
-
-def _available(name: str, value: object, known: tuple[str, ...]) -> str | None:
-    """Like _choice, for fields whose list of choices is going to grow."""
-    if value in known:
-        return None
-    return f"{name}: {value!r} is not available in this version{nearest(value, known)}; use one of {', '.join(known)}"
 
 
 def _is_int(value: object) -> bool:

@@ -28,7 +28,7 @@ ALLOWED = {
     "training": BELOW_TRAINING,
     "train": BELOW_TRAINING | {"training"},
     "planning": BELOW_TRAINING | {"training"},
-    "bench": BELOW_TRAINING | {"training", "planning"},
+    "bench": BELOW_TRAINING | {"training", "planning", "figures"},
     "figures": {"config", "training"},
     "commands": BELOW_TRAINING | {"training", "planning", "bench", "figures"},
     "__main__": {"config", "commands", "train"},

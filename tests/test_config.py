@@ -17,6 +17,7 @@ from relora_ds.config import (
     recipe_names,
     resolve_precision,
 )
+from relora_ds.recipe_validation import storage_warnings
 
 BASE = """
 warm_start_steps: 100
@@ -119,8 +120,9 @@ def test_all_errors_at_once():
     (["relora.lora_dropout=1"], "relora.lora_dropout: 1.0 is outside [0, 1)"),
     (["relora.lora_alpha=0"], "relora.lora_alpha: 0.0 is not a number above 0"),
     (["relora.optimizer_reset=magnitude_jnt"], "did you mean magnitude_joint?"),
-    (["relora.frozen_dtype=nf4"], "relora.frozen_dtype: 'nf4' is not available in this version"),
-    (["relora.frozen_placement=replicated"], "relora.frozen_placement: 'replicated' is not available in this version"),
+    (["relora.frozen_dtype=nf8"], "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?); known: auto, fp32"),
+    (["relora.frozen_master=gpu"], "relora.frozen_master: 'gpu' is unknown (did you mean cpu?)"),
+    (["relora.frozen_placement=shared"], "relora.frozen_placement: 'shared' is unknown (did you mean sharded?)"),
     (["relora.target_modules=q_proj"], "relora.target_modules: 'q_proj' is neither all-linear nor a list"),
     (["model.preset=llama_60"], "model.preset: 'llama_60' is unknown (did you mean llama_60m?)"),
     (["model.name_or_path=gpt2", "model.preset=tiny"], "model.preset: tiny and model.name_or_path: gpt2 are both set"),
@@ -213,10 +215,30 @@ def test_precision():
     (["relora.optimizer_reset=zero", "relora.reset_ratio=0.5"], "relora.reset_ratio: 0.5 has no effect"),
     (["optim.warm_start_warmup_steps=100"], "never reaches the peak"),
     (["data.path=x"], "data.path: x has no effect with data.source wikitext2"),
+    (["method=lora", "warm_start_steps=0", "relora.restart_every=null", "optim.warm_start_lr=null",
+      "relora.frozen_dtype=nf4"], "relora.frozen_dtype: nf4 has no effect with lora.base none"),
 ])
 def test_warnings(overrides, expected):
     found = load_recipe("base.yaml", overrides).warnings()
     assert len(found) == 1 and expected in found[0], found
+
+
+@pytest.mark.parametrize(("options", "precision", "stage", "expected"), [
+    (dict(frozen_dtype="nf4", frozen_double_quant=True), "bf16", 0, []),
+    (dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device"), "fp32", 1, []),
+    (dict(frozen_placement="sharded"), "bf16", 3, []),
+    (dict(frozen_placement="sharded"), "bf16", 2, ["frozen_placement: sharded has no effect at ZeRO stage 2"]),
+    (dict(frozen_double_quant=True), "bf16", 0, ["frozen_double_quant: true has no effect with frozen_dtype auto"]),
+    (dict(frozen_master="device"), "fp32", 0, ["frozen_master: device has no effect: W is stored in fp32"]),
+    (dict(frozen_master="none", frozen_dtype="fp32"), "bf16", 0, ["frozen_master: none has no effect"]),
+    (dict(frozen_master="none"), "bf16", 0, ["adds noise"]),
+    (dict(frozen_master="none", frozen_dtype="nf4"), "bf16", 0, ["rounded to nf4, and what is rounded away is lost"]),
+    (dict(frozen_master="none", frozen_dtype="nf4", restart_every=None), "bf16", 0, []),  # nothing is merged
+])
+def test_warnings_about_frozen_weights(options, precision, stage, expected):
+    found = storage_warnings(ReLoRAConfig(**{"restart_every": 100, **options}), precision, stage)
+    assert len(found) == len(expected), found
+    assert all(words in text and text.startswith("relora.") for words, text in zip(expected, found, strict=True))
 
 
 def test_presets_are_known_without_torch():

@@ -45,24 +45,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _head(resolved, vocabulary: str) -> list[str]:
-    from relora_ds.planning.cost import stage_of
     from relora_ds.training.console import human_count
-    from relora_ds.training.preflight import run_dir_problems
+    from relora_ds.training.preflight import machine_problems, run_dir_problems
     from relora_ds.training.report import model_name
     recipe = resolved.recipe
     ranks = "1 rank" if resolved.world_size == 1 else f"{resolved.world_size} ranks"
-    # `check` is also asked beside a run; `train` would refuse the directory.
-    warnings = recipe.warnings() + run_dir_problems(recipe)
+    # `check` is also asked beside a run and on another machine; `train` would refuse.
+    warnings = resolved.warnings() + run_dir_problems(recipe) + machine_problems(recipe)
     # That nothing is merged is what people overlook; it comes first.
     warnings.sort(key=lambda text: "no restart" not in text)
     return [
         f"{model_name(recipe)} on {recipe.data.source}, method {recipe.method}, {precision_as_text(resolved)}, "
-        f"ZeRO stage {stage_of(resolved.deepspeed)}, {ranks}",
+        f"ZeRO stage {resolved.stage}, {ranks}",
         f"batch: {recipe.batch_sequences:,} sequences of {recipe.data.seq_len:,} tokens = micro-batch "
         f"{recipe.train.micro_batch_size} x {ranks} x accumulation {resolved.accumulation}",
         f"run: {recipe.total_steps:,} steps x {recipe.tokens_per_step:,} tokens = "
         f"{human_count(recipe.total_steps * recipe.tokens_per_step)} tokens",
-        vocabulary, *(f"WARNING: {warning}" for warning in warnings), ""]
+        vocabulary, *_fp8(resolved), *(f"WARNING: {warning}" for warning in warnings), ""]
+
+
+def _fp8(resolved) -> list[str]:
+    """Whether the products of fp8 weights are in fp8, as far as this machine can tell."""
+    from relora_ds.lowrank.formats import FP8
+    from relora_ds.methods import method_of
+    from relora_ds.planning.storage import format_at
+    format = format_at(method_of(resolved.recipe).relora, resolved.precision, resolved.stage)
+    if not isinstance(format, FP8):
+        return []
+    if format.both_layouts:
+        return ["fp8: products are in fp8; W and its transpose are stored, 2 bytes a weight"]
+    if resolved.precision != "bf16":
+        reason = f"the run's precision is {resolved.precision}, and fp8 products come with bf16"
+    elif resolved.stage == 3 and resolved.recipe.relora.frozen_placement != "replicated":
+        reason = "ZeRO-3 shards W; with frozen_placement=replicated GPUs from Hopper on multiply in fp8"
+    else:
+        reason = "no GPU here multiplies in fp8 (from Hopper on they do, and store 2 bytes a weight)"
+    return [f"fp8: stored in 1 byte a weight and dequantized for every product: {reason}"]
 
 
 def _calendar(recipe) -> list[str]:
@@ -85,19 +103,15 @@ def _calendar(recipe) -> list[str]:
 def _phases(resolved, config) -> list[str]:
     """T, memory and bytes: a column for each phase, and full rank beside them."""
     from relora_ds.methods import Full
-    from relora_ds.planning.activations import activation_bytes
     from relora_ds.planning.calendar import restarts_of
-    from relora_ds.planning.cost import cost
+    from relora_ds.planning.cost import activations_of, cost
     from relora_ds.training.phases import phases_of
     recipe, phases = resolved.recipe, phases_of(resolved.recipe)
     methods = {phase.name: phase.method for phase in phases}
     if not any(isinstance(method, Full) for method in methods.values()):
         methods["full rank"] = Full(recipe)
     costs = {name: cost(resolved, method, config) for name, method in methods.items()}
-    activations = {name: activation_bytes(
-        method, config, precision=resolved.precision, micro_batch_size=recipe.train.micro_batch_size,
-        seq_len=recipe.data.seq_len, attn_implementation=recipe.model.attn_implementation)
-        for name, method in methods.items()}
+    activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
     run = {phase.name: (phase.stop - phase.start, len(restarts_of(phase))) for phase in phases}
     names = list(methods)
     rows = [["", *names], *_sizes(names, costs, run, recipe.tokens_per_step), *_memory(names, costs, activations),

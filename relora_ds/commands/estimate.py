@@ -1,6 +1,7 @@
 """`python -m relora_ds estimate`."""
 
 import argparse
+import dataclasses
 import json
 
 from relora_ds.commands.recipes import (
@@ -11,6 +12,8 @@ from relora_ds.commands.recipes import (
     require_ranks,
     rows_as_text,
 )
+
+DOUBLE = "nf4 double_quant"  # relora.frozen_double_quant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,21 +30,27 @@ def run(arguments: argparse.Namespace) -> int:
     require_ranks(*arguments.world_size)
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
+    from relora_ds.planning.cost import activations_of
     from relora_ds.planning.network import network_of
     from relora_ds.training.preflight import resolve
     # One rank: a size that does not divide the batch is shown as such, and is no mistake of the recipe.
     resolved = resolve(recipe_name, overrides, 1, to_run=False, cuda_bf16=planned_bf16())
     config, vocabulary = network_of(resolved.recipe)
     methods = _methods(resolved.recipe)
-    activations = {name: _activations(resolved, method, config) for name, method in methods.items()}
+    activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
     entries = [_entry(resolved, name, method, config, stage, world_size, activations[name])
                for stage in arguments.stages for world_size in arguments.world_size
                for name, method in methods.items()]
+    own = resolved.recipe.method
+    frozen = _by_format(resolved, methods[own], config)
+    kept = _by_checkpointing(resolved, methods[own], config, activations[own])
     if arguments.json:
         print(json.dumps({"recipe": recipe_name, "precision": resolved.precision, "vocabulary": vocabulary,
-                          "activation_bytes": activations, "estimates": entries}, indent=2))
+                          "activation_bytes": activations, "frozen_bytes_by_format": frozen,
+                          "activation_bytes_by_checkpointing": kept, "estimates": entries}, indent=2))
     else:
-        print("\n".join(_as_text(resolved, list(methods), vocabulary, activations, entries)))
+        print("\n".join(_as_text(resolved, list(methods), vocabulary, activations, entries)
+                        + _choices_as_text(resolved, frozen, kept)))
     return 0
 
 
@@ -51,12 +60,36 @@ def _methods(recipe) -> dict:
     return {recipe.method: method_of(recipe), "full": Full(recipe)}
 
 
-def _activations(resolved, method, config) -> int | None:
-    from relora_ds.planning.activations import activation_bytes
-    recipe = resolved.recipe
-    return activation_bytes(method, config, precision=resolved.precision,
-                            micro_batch_size=recipe.train.micro_batch_size, seq_len=recipe.data.seq_len,
-                            attn_implementation=recipe.model.attn_implementation)
+def _by_format(resolved, method, config) -> dict[str, int]:
+    """Bytes of the frozen weights, all of them whole, in every format that can store them; {} without any."""
+    from relora_ds.lowrank.formats import DTYPES
+    from relora_ds.planning.network import shapes_of
+    from relora_ds.planning.storage import format_at
+    from relora_ds.recipe_validation import FROZEN_DTYPES
+    choices = {name: (name, False) for name in FROZEN_DTYPES if name != "auto"} | {DOUBLE: ("nf4", True)}
+    shapes, found = shapes_of(method, config).merged.values(), {}
+    for name, (frozen_dtype, double) in choices.items():
+        relora = dataclasses.replace(resolved.recipe.relora, frozen_dtype=frozen_dtype, frozen_double_quant=double)
+        format = format_at(relora, resolved.precision, resolved.stage)
+        if shapes and not any(map(format.problem, shapes)):
+            found[name] = sum(format.stored_like(shape, DTYPES[resolved.precision], "meta").nbytes for shape in shapes)
+    return found
+
+
+def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, int | None]:
+    """Bytes of the activations in every mode that the network supports. known: those of the recipe's own."""
+    from relora_ds.models import recompute
+    from relora_ds.models.build import meta_model
+    from relora_ds.planning.cost import activations_of
+    from relora_ds.recipe_validation import ACTIVATION_CHECKPOINTING
+    found = {}
+    for mode in ACTIVATION_CHECKPOINTING:
+        recipe = dataclasses.replace(resolved.recipe, activation_checkpointing=mode)
+        if mode == resolved.recipe.activation_checkpointing:
+            found[mode] = known
+        elif not recompute.problems(meta_model(config), mode):
+            found[mode] = activations_of(dataclasses.replace(resolved, recipe=recipe), method, config)
+    return found
 
 
 def _entry(resolved, name: str, method, config, stage: int, world_size: int, activations: int | None) -> dict:
@@ -104,6 +137,21 @@ def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, ent
         lines.append(f"  -: the batch of {recipe.batch_sequences} cannot be split into micro-batches of "
                      f"{recipe.train.micro_batch_size} over {', '.join(map(str, impossible))} ranks")
     return lines
+
+
+def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | None]) -> list[str]:
+    """What the recipe chose and what else it could have."""
+    relora = resolved.recipe.relora
+    stored = resolved.precision if relora.frozen_dtype == "auto" else relora.frozen_dtype
+    chosen = DOUBLE if stored == "nf4" and relora.frozen_double_quant else stored
+    lines = []
+    for head, sizes, own in (("frozen weights by relora.frozen_dtype, whole", frozen, chosen),
+                             ("activations by activation_checkpointing, estimated", kept,
+                              resolved.recipe.activation_checkpointing)):
+        if sizes:
+            lines += ["", head, *rows_as_text([[f"{name} <" if name == own else name for name in sizes],
+                                              [_bytes(size) for size in sizes.values()]], num_left=0)]
+    return lines + ["", "  <: the recipe's"]
 
 
 def _bytes(size: float | None) -> str:

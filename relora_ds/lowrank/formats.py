@@ -16,6 +16,7 @@ A dense copy of a packed weight lives for one product. Nothing here keeps it.
 """
 
 import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Cast(Packed):
         return [(self.dtype, shape)]
 
     def quantize(self, value, dtype):
-        return self.pack([value.to(self.dtype)], shape=value.shape)
+        return self.pack([value], value.shape)
 
     def dequantize(self, stored, shape, dtype):
         return self.unpack(stored, shape)[0].to(dtype)
@@ -132,7 +133,7 @@ class Int8(Packed):
 
     def dequantize(self, stored, shape, dtype):
         codes, scale = self.unpack(stored, shape)
-        return (codes * scale).to(dtype)
+        return codes.to(dtype).mul_(scale)  # exact codes, one rounding, one copy
 
 
 class FP8(Packed):
@@ -141,7 +142,8 @@ class FP8(Packed):
     Args:
         both_layouts: keep the codes of Wᵀ beside those of W, and multiply in fp8 (`torch._scaled_mm` wants its second
             operand by columns: W for the output, Wᵀ for the input's gradient). Twice the bytes. The rows of
-            activations and gradients are scaled as they come.
+            activations and gradients are scaled as they come. Weights whose sides are no multiples of 16 are stored
+            and multiplied as without it.
     """
 
     LARGEST = 448.0
@@ -152,16 +154,21 @@ class FP8(Packed):
 
     def parts(self, shape):
         found = [(torch.float8_e4m3fn, shape), (torch.float32, torch.Size([shape[0], 1]))]
-        return found + [(torch.float8_e4m3fn, shape[::-1])] * self.both_layouts
+        return found + [(torch.float8_e4m3fn, shape[::-1])] * self._keeps_both(shape)
 
     def quantize(self, value, dtype):
         scale = _row_scale(value, self.LARGEST)
         codes = (value / scale).to(torch.float8_e4m3fn)
-        return self.pack([codes, scale, codes.t()][:2 + self.both_layouts], value.shape)
+        return self.pack([codes, scale, codes.t()][:2 + self._keeps_both(value.shape)], value.shape)
 
     def dequantize(self, stored, shape, dtype):
         codes, scale = self.unpack(stored, shape)[:2]
-        return (codes.to(torch.float32) * scale).to(dtype)
+        if codes.device.type != "cpu":
+            return codes.to(dtype).mul_(scale)
+        # torch converts e4m3 one by one on a CPU, 10 times slower than this: its bits at their places in fp16, whose
+        # exponents are offset by 8 more.
+        bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+        return bits.view(torch.float16).to(dtype).mul_(scale * 2**8)
 
     def multiply(self, rows, stored, shape):
         if not self._in_fp8(rows, shape):
@@ -174,10 +181,14 @@ class FP8(Packed):
             return super().multiply_transposed(grad, stored, shape)
         _, scale, transposed = self.unpack(stored, shape)
         # W's scales belong to the dimension that is summed over: they go to the gradient's columns.
-        return _scaled_product(grad * scale.t(), transposed.t(), torch.ones(1, shape[1], device=grad.device), grad.dtype)
+        ones = torch.ones(1, shape[1], device=grad.device)
+        return _scaled_product(grad * scale.t(), transposed.t(), ones, grad.dtype)
+
+    def _keeps_both(self, shape: torch.Size) -> bool:
+        return self.both_layouts and all(size % ALIGNMENT == 0 for size in shape)
 
     def _in_fp8(self, rows: Tensor, shape: torch.Size) -> bool:
-        return self.both_layouts and rows.dtype == torch.bfloat16 and all(size % ALIGNMENT == 0 for size in shape)
+        return rows.dtype == torch.bfloat16 and len(rows) > 0 and self._keeps_both(shape)
 
 
 class NF4(Packed):
@@ -191,6 +202,11 @@ class NF4(Packed):
     def __init__(self, double: bool = False):
         self.double = double
         self.name = "nf4_double" if double else "nf4"
+
+    def unavailable(self):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            return 'needs bitsandbytes; pip install "relora_ds[quantization]", or use frozen_dtype=int8'
+        return None
 
     def problem(self, shape):
         if shape.numel() % BLOCK:
@@ -222,7 +238,9 @@ class NF4(Packed):
                                                          torch.float32) + offset
         else:
             scale, = scales
-        return _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", shape, dtype)
+        # One block a row: its AVX-512 kernel takes other scales where rows end within a block (bitsandbytes 0.50).
+        blocks = torch.Size([scale.numel(), BLOCK])
+        return _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", blocks, dtype).view(shape)
 
 
 DENSE = Format()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES, Format, format_of
-from relora_ds.lowrank.linear import ReLoRALinear
 
 _LEDGER_SAMPLE = 1 << 16  # weights of a layer
 
@@ -27,10 +26,14 @@ def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
     return found
 
 
-def shape_problems(layers: dict[str, ReLoRALinear], format: Format) -> list[str]:
-    """Which of the layers a format cannot store, one message each."""
-    return [f"relora.frozen_dtype: {name}: {reason}" for name, layer in layers.items()
-            if layer.weight is not None and (reason := format.problem(layer.weight_shape))]
+def shape_problems(shapes: dict[str, torch.Size], format: Format) -> list[str]:
+    """Which weights, `[out, in]` by layer, a format cannot store; one message for those of the same shape."""
+    names: dict[torch.Size, list[str]] = {}
+    for name, shape in shapes.items():
+        if format.problem(shape):
+            names.setdefault(shape, []).append(name)
+    return [f"relora.frozen_dtype: {first}{f' and {len(others)} more' if others else ''}: {format.problem(shape)}"
+            for shape, (first, *others) in names.items()]
 
 
 def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

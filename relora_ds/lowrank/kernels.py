@@ -6,25 +6,51 @@ Here the low-rank part is accumulated into the dense product by `addmm`, forward
 and only `x` and `h = x Aᵀ` are kept. Nothing of the size of `W` is ever made where W is dense; of a packed
 W (`lowrank.formats`) one dense copy lives for the length of one product, in forward and again in backward.
 
-The two steps of forward and the input's gradient are operators of their own (`torch.ops.relora_ds`). So activation
-checkpointing can tell the large product, which it keeps, from the small one, which it repeats, and `torch.compile`
-cannot move a dequantized weight from forward to backward.
+The products are operators of their own (`torch.ops.relora_ds`). So activation checkpointing can tell the large one of
+forward, which it keeps, from the small one, which it repeats; `torch.compile` cannot move a dequantized weight from
+forward to backward; and what they need inside (fp32 copies, where a CPU multiplies 16 bit slowly) is in no trace.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.formats import DENSE, Format, format_named
 
 _library = torch.library.Library("relora_ds", "DEF")
-_library.define("project(Tensor rows, Tensor lora_A) -> Tensor")
+_library.define("product(Tensor a, Tensor b) -> Tensor")
 _library.define("linear(Tensor rows, Tensor? weight, Tensor? h, Tensor lora_B, Tensor? bias, float scaling, "
                 "str format) -> Tensor")
 _library.define("linear_input_grad(Tensor g, Tensor? weight, Tensor? gB, Tensor lora_A, str format) -> Tensor")
 
 
-def _project(rows: Tensor, lora_A: Tensor) -> Tensor:
-    return rows @ lora_A.t()
+# 16-bit dtypes that this machine's CPU has no units for.
+SLOW_ON_CPU = {dtype for dtype, supported in ((torch.bfloat16, "_is_mkldnn_bf16_supported"),
+                                               (torch.float16, "_is_mkldnn_fp16_supported"))
+                if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)())}
+
+
+def _in_fp32_where_16_bit_is_slow(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Without such units torch's products are slow: 8 (x Wᵀ) to 100 times (g W) fp32's time (bf16, AVX2, torch 2.13).
+
+    So operands are widened for the length of the kernel, and the result is rounded once.
+    """
+    @functools.wraps(kernel)
+    def widened(first: Tensor, *others) -> Tensor:
+        dtype = first.dtype
+        if first.device.type != "cpu" or dtype not in SLOW_ON_CPU:
+            return kernel(first, *others)
+        others = [t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in others]
+        return kernel(first.float(), *others).to(dtype)
+
+    return widened
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
 
 
 def _linear(rows: Tensor, weight: Tensor | None, h: Tensor | None, lora_B: Tensor, bias: Tensor | None,
@@ -49,9 +75,9 @@ def _linear_input_grad(g: Tensor, weight: Tensor | None, gB: Tensor | None, lora
     return grad if gB is None else grad.addmm_(gB, lora_A)
 
 
-for _name, _kernel in (("project", _project), ("linear", _linear), ("linear_input_grad", _linear_input_grad)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("relora_ds::project", lambda rows, lora_A: rows.new_empty(rows.shape[0], lora_A.shape[0]))
+for _name, _kernel in (("product", _product), ("linear", _linear), ("linear_input_grad", _linear_input_grad)):
+    _library.impl(_name, _in_fp32_where_16_bit_is_slow(_kernel), "CompositeExplicitAutograd")
+torch.library.register_fake("relora_ds::product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
 torch.library.register_fake("relora_ds::linear", lambda rows, weight, h, lora_B, bias, scaling, format:
                             rows.new_empty(rows.shape[0], lora_B.shape[0]))
 torch.library.register_fake("relora_ds::linear_input_grad", lambda g, weight, gB, lora_A, format:
@@ -65,7 +91,7 @@ class LowRankLinearFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
                 scaling: float, format: str) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        h = torch.ops.relora_ds.project(rows, lora_A)
+        h = torch.ops.relora_ds.product(rows, lora_A.t())
         y = torch.ops.relora_ds.linear(rows, weight, h, lora_B, bias, scaling, format)
         ctx.save_for_backward(rows, h, weight, lora_A, lora_B)
         ctx.scaling, ctx.format = scaling, format
@@ -73,6 +99,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y: Tensor):
         rows, h, weight, lora_A, lora_B = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, needs_bias, _, _ = ctx.needs_input_grad
@@ -81,13 +108,13 @@ class LowRankLinearFunction(torch.autograd.Function):
         grad_x = grad_A = grad_B = grad_bias = None
         if needs_x or needs_A:
             # s·g·B once, at width r: both the input's and A's gradient start from it.
-            gB = (g @ lora_B).mul_(ctx.scaling)
+            gB = torch.ops.relora_ds.product(g, lora_B).mul_(ctx.scaling)
             if needs_A:
-                grad_A = gB.t() @ rows
+                grad_A = torch.ops.relora_ds.product(gB.t(), rows)
             if needs_x:
                 grad_x = torch.ops.relora_ds.linear_input_grad(g, weight, gB, lora_A, ctx.format).view(ctx.x_shape)
         if needs_B:
-            grad_B = (g.t() @ h).mul_(ctx.scaling)
+            grad_B = torch.ops.relora_ds.product(g.t(), h).mul_(ctx.scaling)
         if needs_bias:
             grad_bias = g.sum(0)
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
@@ -104,6 +131,7 @@ class FrozenLinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y: Tensor):
         weight, lora_A = ctx.saved_tensors
         g = grad_y.reshape(-1, grad_y.shape[-1])

@@ -91,7 +91,7 @@ class ReLoRALinear(nn.Module):
 
         as_buffer: as a buffer outside of the state dict instead of a parameter; ZeRO leaves those alone.
         """
-        del self._parameters["weight"]
+        del self.weight
         self.format = format
         if as_buffer:
             self.register_buffer("weight", stored, persistent=False)

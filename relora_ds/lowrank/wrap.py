@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import DENSE, format_of
+from relora_ds.lowrank.frozen import shape_problems
 from relora_ds.lowrank.linear import ReLoRALinear, initial_A, initial_B
 
 logger = logging.getLogger(__name__)
@@ -25,9 +27,15 @@ def lowrank_layers(model: nn.Module) -> dict[str, ReLoRALinear]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, all)` elements; shared parameters count once. Right for ZeRO-3's partitioned parameters too."""
-    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
-    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
+    """`(trainable, all)` weights; shared parameters count once.
+
+    However they are kept: partitioned by ZeRO-3, packed into bytes, or as a buffer, a weight is one weight.
+    """
+    layers = [layer for layer in lowrank_layers(model).values() if layer.weight is not None]
+    stored = {id(layer.weight) for layer in layers}
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters() if id(p) not in stored]
+    frozen = sum(layer.weight_shape.numel() for layer in layers)
+    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes) + frozen
 
 
 def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = True) -> nn.Module:
@@ -44,9 +52,10 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
 
     Raises:
         ValueError: every problem at once: targets that match nothing or are no `nn.Linear`, a rank above
-            a target's smaller side, a weight shared with another module, a model wrapped before.
+            a target's smaller side, a weight that `frozen_dtype` cannot store or that is shared with another module,
+            a model wrapped before.
     """
-    found = problems(model, config)
+    found = problems(model, config, base=base)
     if found:
         raise ValueError("\n".join(found))
     targets = target_linears(model, config)
@@ -95,9 +104,13 @@ def target_linears(model: nn.Module, config: ReLoRAConfig) -> dict[str, nn.Linea
     return {name: module for name, module in linears.items() if _matches(name, _as_list(config.target_modules))}
 
 
-def problems(model: nn.Module, config: ReLoRAConfig) -> list[str]:
-    """Everything that keeps `config` from being applied to `model` (which may be on meta), one message each."""
+def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> list[str]:
+    """Everything that keeps `config` from being applied to `model` (which may be on meta), one message each.
+
+    base: whether there will be frozen weights.
+    """
     found = list(config.problems())
+    format = format_of(config.frozen_dtype, "fp32") if base and not found else DENSE
     if lowrank_layers(model):
         found.append("model: it is wrapped already; wrap a fresh model, or merge_and_unwrap it first")
     targets = target_linears(model, config)
@@ -123,6 +136,7 @@ def problems(model: nn.Module, config: ReLoRAConfig) -> list[str]:
         if config.r > smaller:
             found.append(f"relora.r: {config.r} exceeds the smaller side of {name} "
                          f"({linear.out_features}x{linear.in_features}); use r <= {smaller}")
+    found += shape_problems({name: linear.weight.shape for name, linear in targets.items()}, format)
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, linear in targets.items():
         if uses[id(linear.weight)] > 1:

@@ -20,7 +20,11 @@ class LoRA(Method):
         self.relora = dataclasses.replace(recipe.relora, restart_every=None)
 
     def problems(self, model: nn.Module) -> list[str]:
-        return problems(model, self.relora)
+        return problems(model, self.relora, base=self._has_base)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        return wrap(model, self.relora, seed=self.recipe.seed, base=self.recipe.lora.base != "none")
+        return wrap(model, self.relora, seed=self.recipe.seed, base=self._has_base)
+
+    @property
+    def _has_base(self) -> bool:
+        return self.recipe.lora.base != "none"

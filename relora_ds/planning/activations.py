@@ -1,40 +1,56 @@
 """Memory of one forward and backward, traced on a network without storage: an estimate, not an account.
 
 The real module runs on fake tensors, which have shapes and no data; every operator's results are counted while they
-are alive. So the figure knows the method (a low-rank layer keeps x and x·Aᵀ), the attention kernel (fused, on the CPU
-as on GPUs) and the fp32 logits of the loss. It does not know the allocator's rounding, the workspaces of
-matrix-multiplication libraries, or what other devices' kernels keep. Against the peak that torch's profiler records on
-a CPU it was off by 1 % (LLaMA of 4 layers, full rank and ReLoRA, fp32 and bf16); tests/planning/test_activations.py
-allows 5 %.
+are alive. So the figure knows the method (a low-rank layer keeps x and x·Aᵀ), what is computed twice, the attention
+kernel (fused, on the CPU as on GPUs), the fp32 logits of the loss, and the dense copy that a product with a packed
+weight makes. It does not know the allocator's rounding, the workspaces of matrix-multiplication libraries, or what
+other devices' kernels keep. Against the peak that torch's profiler records on a CPU it was off by 1 % (LLaMA of 4
+layers, full rank and ReLoRA, fp32 and bf16); tests/planning/test_activations.py allows 5 %.
 """
 
 import contextlib
 import copy
+import functools
 import weakref
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
+from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
+from relora_ds.models import recompute
 from relora_ds.models.build import meta_model
-from relora_ds.zero.engine import DTYPES
 
 
-def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str, micro_batch_size: int,
-                     seq_len: int, attn_implementation: str = "sdpa") -> int | None:
+def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str, micro_batch_size: int, seq_len: int,
+                     attn_implementation: str = "sdpa", checkpointing: str = "none",
+                     format: Format = DENSE) -> int | None:
     """Peak bytes of a micro-step beside weights, gradients and optimizer; None for a network that cannot be traced.
 
     Two layers and three are traced, and the rest extrapolated: all layers of a network are alike.
+
+    Args:
+        checkpointing: none, full, selective or cheap.
+        format: of the frozen weights of the method's low-rank layers.
     """
     config = copy.deepcopy(method.prepare(meta_model(config)).config)  # the control's network is another one
     num_layers = getattr(config, "num_hidden_layers", 0)
 
     def peak(layers: int) -> int:
         config.num_hidden_layers = layers
-        return _traced_peak(method, config, DTYPES[precision], micro_batch_size, seq_len, attn_implementation)
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision],
+                                                     attn_implementation=attn_implementation)
+            if method.relora is not None:
+                model = store(method.prepare(model), format)
+            live = _traced(recompute.apply(model, checkpointing), micro_batch_size, seq_len)
+        return max([live.peak, *(alive + _bytes_of(product) for product, alive in live.products.items())])
 
     try:
         if num_layers <= 3:
@@ -45,18 +61,57 @@ def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str
     return two + (num_layers - 2) * (three - two)
 
 
-def _traced_peak(method: Method, config: PretrainedConfig, dtype: torch.dtype, micro_batch_size: int, seq_len: int,
-                 attn_implementation: str) -> int:
-    with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-        if method.relora is not None:
-            model = method.prepare(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # gradients are in the account of the state
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.long)
-        with _LiveBytes() as live:
-            model(input_ids=tokens, labels=tokens).loss.backward()
+def store(model: nn.Module, format: Format) -> nn.Module:
+    """Put the frozen weights of a model's low-rank layers into `format`, with any values; in place."""
+    for layer in lowrank_layers(model).values():
+        if layer.weight is not None:
+            stored = format.stored_like(layer.weight_shape, layer.weight.dtype, layer.weight.device)
+            layer.store_weight(stored, format, as_buffer=False)
+    return model
+
+
+def _traced(model: nn.Module, micro_batch_size: int, seq_len: int) -> "_LiveBytes":
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # gradients are in the account of the state
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.long)
+    with _LiveBytes() as live:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    return live
+
+
+class _Product(NamedTuple):
+    """`rows · Wᵀ` or `rows · W` with a frozen weight, which is one operator in a trace and several when it runs."""
+
+    num_rows: int
+    shape: torch.Size
+    dtype: torch.dtype
+    transposed: bool
+    format: str
+
+
+def _product(func, args: tuple) -> _Product | None:
+    if func.namespace != "relora_ds":
+        return None
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    if named.get("weight") is None:
+        return None
+    if transposed := "g" in named:
+        rows, shape = named["g"], (named["g"].shape[1], named["lora_A"].shape[1])
+    else:
+        rows, shape = named["rows"], (named["lora_B"].shape[0], named["rows"].shape[1])
+    return _Product(rows.shape[0], torch.Size(shape), rows.dtype, transposed, named["format"])
+
+
+@functools.cache
+def _bytes_of(product: _Product) -> int:
+    """Peak bytes of what it makes, its result included."""
+    num_rows, shape, dtype, transposed, name = product
+    format = format_named(name)
+    stored = format.stored_like(shape, dtype, "meta")
+    rows = torch.empty(num_rows, shape[not transposed], dtype=dtype, device="meta")
+    with _LiveBytes() as live:
+        (format.multiply_transposed if transposed else format.multiply)(rows, stored, shape)
     return live.peak
 
 
@@ -65,14 +120,20 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators inside the block have made and that are still alive; and their peak."""
+    """Bytes of the storages that operators inside the block have made and that are still alive; and their peak.
+
+    products: what was alive, at the most, when each product with a frozen weight began.
+    """
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
+        self.products: dict[_Product, int] = {}
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (product := _product(func, args)) is not None:
+            self.products[product] = max(self.now, self.products.get(product, 0))
         results = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(results):

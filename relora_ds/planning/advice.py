@@ -8,10 +8,12 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from relora_ds.config import Recipe, RecipeError
+from relora_ds.lowrank.formats import DTYPES
+from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Full, Method, method_of
+from relora_ds.models import recompute
 from relora_ds.models.build import meta_model
-from relora_ds.planning.activations import DTYPES, activation_bytes
-from relora_ds.planning.cost import cost
+from relora_ds.planning.cost import activations_of, cost
 from relora_ds.planning.link import (
     Candidate,
     Link,
@@ -24,6 +26,7 @@ from relora_ds.planning.link import (
 )
 from relora_ds.planning.memory import HOST, KEPT, peak, total
 from relora_ds.planning.network import Shapes, network_of, shapes_of
+from relora_ds.planning.storage import format_at
 from relora_ds.training.preflight import Resolved
 
 USABLE = 0.9  # of a device's memory: the rest is the allocator's and the libraries'
@@ -56,7 +59,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
 
     def candidates(variant: Recipe, method: Method, r: int | None) -> list[Candidate]:
         shapes = shapes_of(method, config)
-        first, second = (_activations(method, config, resolved, size) for size in (1, 2))
+        first, second = (activations_of(resolved, method, config, size) or 0 for size in (1, 2))
         found = []
         for stage in range(4):
             for size in micro_batches:
@@ -83,11 +86,16 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
 def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolved, device: torch.device) -> float:
     recipe = resolved.recipe
     config = method.prepare(meta_model(config)).config  # the control's network is another one
+    format, dtype = format_at(method.relora, resolved.precision, resolved.stage), DTYPES[resolved.precision]
 
     def build(shallow: PretrainedConfig) -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_config(shallow, dtype=DTYPES[resolved.precision],
+        model = AutoModelForCausalLM.from_config(shallow, dtype=dtype,
                                                  attn_implementation=recipe.model.attn_implementation)
-        return (model if method.relora is None else method.prepare(model)).to(device)
+        model = (model if method.relora is None else method.prepare(model)).to(device)
+        for layer in lowrank_layers(model).values():
+            if layer.weight is not None:
+                layer.store_weight(format.quantize(layer.weight.detach().float(), dtype), format, as_buffer=False)
+        return recompute.apply(model, recipe.activation_checkpointing)
 
     return seconds_per_token(build, config, device, seq_len=recipe.data.seq_len,
                              micro_batch_size=min(MEASURED_MICRO_BATCH, recipe.train.micro_batch_size))
@@ -95,12 +103,6 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
 
 def _flops(shapes: Shapes, config: PretrainedConfig, recipe: Recipe) -> float:
     return flops_per_token(shapes, config.vocab_size * config.hidden_size, config, recipe.data.seq_len)
-
-
-def _activations(method: Method, config: PretrainedConfig, resolved: Resolved, micro_batch_size: int) -> int:
-    recipe = resolved.recipe
-    return activation_bytes(method, config, precision=resolved.precision, micro_batch_size=micro_batch_size,
-                            seq_len=recipe.data.seq_len, attn_implementation=recipe.model.attn_implementation) or 0
 
 
 def _available_memory(device: torch.device) -> float:

@@ -7,7 +7,9 @@ from transformers import PretrainedConfig
 from relora_ds.config import RecipeError, accumulation_steps
 from relora_ds.methods import Method
 from relora_ds.planning import memory
+from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
+from relora_ds.planning.storage import format_at
 from relora_ds.planning.traffic import restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
 
@@ -33,11 +35,6 @@ class Cost:
     restart: tuple[float, float] | None
 
 
-def stage_of(deepspeed: dict) -> int:
-    """The ZeRO stage of a DeepSpeed configuration."""
-    return deepspeed.get("zero_optimization", {}).get("stage", 0)
-
-
 def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage: int | None = None,
          world_size: int | None = None, shapes: Shapes | None = None) -> Cost:
     """The cost of training the network `config` by `method`. Default: the recipe's stage and world size.
@@ -46,7 +43,7 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
     """
     recipe, precision = resolved.recipe, resolved.precision
     world_size = world_size or resolved.world_size
-    stage = stage_of(resolved.deepspeed) if stage is None else stage
+    stage = resolved.stage if stage is None else stage
     deepspeed = memory.at_stage(resolved.deepspeed, stage)
     shapes = shapes or shapes_of(method, config)
     try:
@@ -59,8 +56,19 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
                          accumulation=accumulation or 1)
     step = restart = None
     if accumulation is not None:
-        step = step_bytes(shapes, zero, element_size=memory.ELEMENT_SIZE[precision], accumulation=accumulation,
+        step = step_bytes(shapes, zero, method.relora, precision=precision, accumulation=accumulation,
                           world_size=world_size)
     if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
         restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart)
+
+
+def activations_of(resolved: Resolved, method: Method, config: PretrainedConfig,
+                micro_batch_size: int | None = None) -> int | None:
+    """`activation_bytes` of the recipe. micro_batch_size: default its own."""
+    recipe = resolved.recipe
+    return activation_bytes(
+        method, config, precision=resolved.precision, seq_len=recipe.data.seq_len,
+        micro_batch_size=micro_batch_size or recipe.train.micro_batch_size,
+        attn_implementation=recipe.model.attn_implementation, checkpointing=recipe.activation_checkpointing,
+        format=format_at(method.relora, resolved.precision, resolved.stage))

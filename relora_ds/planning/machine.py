@@ -18,7 +18,7 @@ from pathlib import Path
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "huggingface_hub", "safetensors", "sentencepiece",
              "tensorboard", "omegaconf")
-EXTRAS = ("peft", "bitsandbytes", "torchao", "flash-attn", "matplotlib")
+EXTRAS = ("peft", "bitsandbytes", "liger-kernel", "flash-attn", "matplotlib")
 VARIABLES = ("NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT",
              "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "SLURM_JOB_ID",
              "SLURM_NNODES", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "RELORA_DS_VERBOSE")
@@ -99,6 +99,8 @@ def _version_problem(name: str, version: str | None, wanted: str) -> str | None:
 
 def _devices(found: Findings) -> None:
     import torch
+
+    from relora_ds.lowrank.formats import multiplies_fp8
     found.facts.append(("devices", "CUDA of torch", str(torch.version.cuda)))
     if not torch.cuda.is_available():
         found.facts.append(("devices", "GPUs", "none: training runs on the CPU"))
@@ -108,7 +110,7 @@ def _devices(found: Findings) -> None:
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        fp8 = "yes" if (about.major, about.minor) >= (8, 9) else "no"
+        fp8 = "yes" if multiplies_fp8(torch.device("cuda", index)) else "no"
         bf16 = "yes" if about.major >= 8 else "no"
         found.facts.append(("devices", f"GPU {index}", f"{about.name}, {about.total_memory / 1e9:.1f} GB, capability "
                                                        f"{about.major}.{about.minor}, bf16 {bf16}, fp8 {fp8}"))

@@ -1,24 +1,29 @@
 """Bytes that one rank holds, by ZeRO stage: an itemised account of what is alive in a DeepSpeed 0.19 engine.
 
 The items that are kept between steps, the gradients after backward and the copies at the optimizer step are checked
-against the live tensors of real engines (tests/planning/test_memory.py). Sizes with T trainable and F frozen elements,
-`e` bytes per stored element, n ranks:
+against the live tensors of real engines (tests/planning/test_memory.py). Sizes with T trainable and F frozen weights,
+`e` bytes for one that trains, `f` bytes for one that is frozen (see `lowrank.formats`), n ranks:
 
-    stage 0     e(T+F) weights, 8T moments; in 16 bit 4T masters
-    stage 1, 2  e(T+F) weights, 12T/n masters and moments
-    stage 3     e(T+F)/n weights, 12T/n masters and moments, eT/n gradients, one reduce bucket, small parameters whole
+    stage 0     eT + fF weights, 8T moments; in 16 bit 4T masters
+    stage 1, 2  eT + fF weights, 12T/n masters and moments
+    stage 3     (eT + fF)/n weights, 12T/n masters and moments, eT/n gradients, one reduce bucket, small parameters
+                whole; fF where frozen weights are replicated
 
-Below fp32, ReLoRA's frozen weights have 4F/n of masters on the host.
+Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from relora_ds.config import Recipe, ReLoRAConfig
+from relora_ds.lowrank.frozen import MergeLedger
 from relora_ds.planning.network import Shapes
+from relora_ds.planning.storage import ELEMENT_SIZE, Storage, gathered_by_stage_3, storage_of
 from relora_ds.zero import ds_config
 from relora_ds.zero.frozen_master import assign_owners
 
-ELEMENT_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER, MOMENTS = 4, 8  # bytes per element: fp32, and exp_avg with exp_avg_sq
 
 DEVICE, HOST = "device", "host"
@@ -78,22 +83,25 @@ def state(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision:
         relora: of the method, or None: nothing is merged, and frozen weights have no masters.
     """
     stage, e = zero["stage"], ELEMENT_SIZE[precision]
+    storage = storage_of(shapes, relora, precision=precision, stage=stage)
     if stage == 0:
-        items = _stage_0(shapes, e)
+        items = _stage_0(shapes, storage, e)
     elif stage < 3:
-        items = _stage_1_and_2(shapes, zero, e, world_size, accumulation)
+        items = _stage_1_and_2(shapes, storage, zero, e, world_size, accumulation)
     else:
-        items = _stage_3(shapes, zero, e, world_size)
-    if relora is not None and relora.frozen_master == "cpu" and precision != "fp32":
-        items.append(Item("fp32 masters of the frozen weights", MASTER * _most_owned(shapes.merged, world_size), HOST))
+        items = _stage_3(shapes, storage, zero, e, world_size)
+    if storage.with_masters:
+        items.append(Item("fp32 masters of the frozen weights", _most_owned(shapes, world_size, lambda n: MASTER * n),
+                          HOST if relora.frozen_master == "cpu" else DEVICE))
+    items.append(Item("ledgers of the merges", _most_owned(shapes, world_size, _ledger_bytes), HOST))
     return [item for item in items if item.size]
 
 
-def _stage_0(shapes: Shapes, e: int) -> list[Item]:
+def _stage_0(shapes: Shapes, storage: Storage, e: int) -> list[Item]:
     trainable = shapes.num_trainable
     below_fp32 = e < MASTER  # in fp32 the optimizer steps the parameters themselves
     return [
-        *_weights(shapes.num_trainable, shapes.num_frozen, e, DEVICE),
+        *_weights(e * trainable, storage.num_bytes, DEVICE),
         Item("fp32 masters of what trains", MASTER * trainable * below_fp32),
         Item("Adam's moments", MOMENTS * trainable),
         Item("gradients", e * trainable, when=BACKWARD),
@@ -102,14 +110,15 @@ def _stage_0(shapes: Shapes, e: int) -> list[Item]:
     ]
 
 
-def _stage_1_and_2(shapes: Shapes, zero: dict, e: int, world_size: int, accumulation: int) -> list[Item]:
+def _stage_1_and_2(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int,
+                   accumulation: int) -> list[Item]:
     groups = [_share(sum(group), world_size) for group in shapes.groups]
     mine, trainable = sum(groups), shapes.num_trainable
     offloaded = _device_of(zero, "offload_optimizer") == HOST
     # Stage 1 accumulates whole gradients and reduces them once; stage 2 keeps only its own from the first on.
     whole = e * trainable if zero["stage"] == 1 and accumulation > 1 else 0
     items = [
-        *_weights(trainable, shapes.num_frozen, e, DEVICE),
+        *_weights(e * trainable, storage.num_bytes, DEVICE),
         *_optimizer_state(mine, HOST if offloaded else DEVICE),
         Item("gradients", whole or (0 if offloaded else e * mine), when=BACKWARD),
         Item("reduce buckets", e * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1), when=BACKWARD),
@@ -126,30 +135,32 @@ def _stage_1_and_2(shapes: Shapes, zero: dict, e: int, world_size: int, accumula
                     Item("buffers of the offloaded optimizer", e * largest)]
 
 
-def _stage_3(shapes: Shapes, zero: dict, e: int, world_size: int) -> list[Item]:
+def _stage_3(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int) -> list[Item]:
     trainable = [size for group in shapes.groups for size in group]
     mine = sum(_share(size, world_size) for size in trainable)
-    frozen = sum(_share(size, world_size) for size in shapes.frozen)
-    small = sum(size for size in (*trainable, *shapes.frozen) if size <= zero["stage3_param_persistence_threshold"])
+    frozen = sum(s.element_size * _share(s.numel, world_size) for s in storage.all if s.sharded)
+    gathered = gathered_by_stage_3(shapes, storage, zero, e)
+    # What may be alive at once is counted in elements, of one byte or of several.
+    live = min(1.0, int(zero["stage3_max_live_parameters"]) / max(1, gathered.elements))
     optimizer, weights = _device_of(zero, "offload_optimizer"), _device_of(zero, "offload_param")
-    gathered = min(shapes.num_trainable + shapes.num_frozen - small, int(zero["stage3_max_live_parameters"]))
     largest_group = min(max(_share(sum(group), world_size) for group in shapes.groups),
                         int(zero.get("sub_group_size", 1_000_000_000)))
     items = [
-        *_weights(mine, frozen, e, weights),
-        Item("small parameters, whole", e * small),
+        *_weights(e * mine, frozen, weights),
+        Item("frozen weights", storage.num_bytes - storage.sharded_bytes),
+        Item("small parameters, whole", gathered.small_bytes),
         *_optimizer_state(mine, optimizer),
         Item("gradients", e * mine, optimizer),
         Item("reduce bucket", e * zero["reduce_bucket_size"]),
-        Item("gathered weights", e * gathered, when=BACKWARD),
+        Item("gathered weights", int(live * gathered.num_bytes), when=BACKWARD),
     ]
     if optimizer == HOST:
         return items + [Item("fp32 gradients of the offloaded optimizer", MASTER * mine, HOST)]
     return items + [Item("fp32 copies of the gradients", MASTER * largest_group, when=OPTIMIZER)]
 
 
-def _weights(trainable: int, frozen: int, e: int, where: str) -> list[Item]:
-    return [Item("weights that train", e * trainable, where), Item("frozen weights", e * frozen, where)]
+def _weights(trainable: int, frozen: int, where: str) -> list[Item]:
+    return [Item("weights that train", trainable, where), Item("frozen weights", frozen, where)]
 
 
 def _optimizer_state(mine: int, where: str) -> list[Item]:
@@ -165,9 +176,15 @@ def _share(size: int, world_size: int) -> int:
     return -(-size // world_size)
 
 
-def _most_owned(sizes: dict[str, int], world_size: int) -> int:
-    """Elements of the rank that owns most."""
-    load = [0] * world_size
+def _most_owned(shapes: Shapes, world_size: int, num_bytes: Callable[[int], int]) -> int:
+    """Bytes of the rank that has most, where the owner of a frozen weight of n elements has `num_bytes(n)`."""
+    load, sizes = [0] * world_size, {name: shape.numel() for name, shape in shapes.merged.items()}
     for name, owner in assign_owners(sizes, world_size).items():
-        load[owner] += sizes[name]
+        load[owner] += num_bytes(sizes[name])
     return max(load)
+
+
+def _ledger_bytes(numel: int) -> int:
+    with torch.device("meta"):
+        ledger = MergeLedger(numel)
+    return ledger.intended.nbytes + ledger.lost.nbytes

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from relora_ds.config import Recipe
@@ -15,18 +16,18 @@ from relora_ds.models.build import build_config, meta_model
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Sizes of parameters, in elements.
+    """Sizes of parameters, in weights: what a frozen one is stored in is decided in `storage`.
 
     Attributes:
         groups: the optimizer groups in order, each with the sizes of its parameters.
-        frozen: every frozen parameter.
-        merged: the frozen weights that low-rank updates are merged into, by layer; part of `frozen`.
-        factors: `lora_A` and `lora_B` of those layers; part of `groups`.
+        merged: the shapes of the frozen weights that low-rank updates are merged into, by layer.
+        frozen: the other frozen parameters, which never change.
+        factors: `lora_A` and `lora_B` of the layers; part of `groups`.
     """
 
     groups: tuple[tuple[int, ...], ...]
+    merged: dict[str, torch.Size]
     frozen: tuple[int, ...]
-    merged: dict[str, int]
     factors: tuple[int, ...]
 
     @property
@@ -37,7 +38,7 @@ class Shapes:
     @property
     def num_frozen(self) -> int:
         """F."""
-        return sum(self.frozen)
+        return sum(self.frozen) + sum(shape.numel() for shape in self.merged.values())
 
 
 def network_of(recipe: Recipe) -> tuple[PretrainedConfig, str]:
@@ -71,9 +72,10 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     """The sizes of what `method` trains and freezes, counted on a network without storage."""
     model = method.prepare(meta_model(config))
     layers = {name: layer for name, layer in lowrank_layers(model).items() if layer.weight is not None}
+    weights = {id(layer.weight) for layer in layers.values()}
     return Shapes(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in method.param_groups(model)),
-        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad),
-        merged={name: layer.weight.numel() for name, layer in layers.items()},
+        merged={name: layer.weight_shape for name, layer in layers.items()},
+        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in weights),
         factors=tuple(p.numel() for layer in layers.values()
                       for name, p in layer.named_parameters() if is_lora_parameter(name)))

@@ -2,27 +2,32 @@
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.planning.network import Shapes
+from relora_ds.planning.storage import ELEMENT_SIZE, gathered_by_stage_3, storage_of
 from relora_ds.zero.traffic import expected_step
 
 # The histograms that find a pruning threshold: 11, 10 and 10 bits of a magnitude, one counter of 4 bytes each.
 HISTOGRAM_BYTES = 4 * (2**11 + 2**10 + 2**10)
 
 
-def step_bytes(shapes: Shapes, zero: dict, *, element_size: int, accumulation: int,
+def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, accumulation: int,
                world_size: int) -> tuple[float, float]:
     """`(payload, wire)` of one optimizer step; see `expected_step`.
 
     zero: a resolved `zero_optimization` section. Where the network is larger than what stage 3 may keep gathered,
     backward gathers again what forward has let go: everything counts twice then, an upper bound.
     """
-    trainable, frozen = shapes.num_trainable, shapes.num_frozen
-    payload, wire = expected_step(zero["stage"], trainable=trainable, frozen=frozen, element_size=element_size,
-                                  accumulation=accumulation, world_size=world_size)
-    if zero["stage"] == 3:
-        keeps = min(int(zero["stage3_max_live_parameters"]), int(zero["stage3_max_reuse_distance"]))
-        if trainable + frozen > keeps:
-            again = (trainable + frozen) * element_size * accumulation
-            payload, wire = payload + again, wire + again * (world_size - 1) / world_size
+    stage, element_size = zero["stage"], ELEMENT_SIZE[precision]
+    if stage < 3:
+        return expected_step(stage, trainable=shapes.num_trainable, frozen_bytes=0, element_size=element_size,
+                             accumulation=accumulation, world_size=world_size)
+    storage = storage_of(shapes, relora, precision=precision, stage=stage)
+    gathered = gathered_by_stage_3(shapes, storage, zero, element_size)
+    payload, wire = expected_step(
+        stage, trainable=shapes.num_trainable, frozen_bytes=storage.sharded_bytes, element_size=element_size,
+        accumulation=accumulation, world_size=world_size, small_bytes=gathered.small_bytes)
+    if gathered.elements > min(int(zero["stage3_max_live_parameters"]), int(zero["stage3_max_reuse_distance"])):
+        again = gathered.num_bytes * accumulation
+        payload, wire = payload + again, wire + again * (world_size - 1) / world_size
     return payload, wire
 
 
@@ -32,7 +37,7 @@ def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision
 
     Every frozen weight is broadcast by its owner, as it is stored. Where the masters are split (stages 1 to 3), A and
     B are reduced to the owners in fp32, and pruning by magnitude finds its thresholds by three reduced histograms for
-    each factor. ZeRO-3 without masters gathers the frozen weights first.
+    each factor. ZeRO-3 without masters gathers the frozen weights first, unless they are replicated.
 
     It is a restart of the trainer, which measures the drift by a forward before and one after it: at stage 3 they
     gather the network twice. The small parameters that stage 3 keeps whole are spared the first time; the restart
@@ -41,18 +46,16 @@ def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision
     zero: a resolved `zero_optimization` section.
     """
     stage = zero["stage"]
-    stored, factors, element_size = sum(shapes.merged.values()), sum(shapes.factors), 4 if precision == "fp32" else 2
-    one_way = stored * element_size
-    both_ways = 0
+    storage = storage_of(shapes, relora, precision=precision, stage=stage)
+    one_way, both_ways = sum(stored.num_bytes for stored in storage.merged.values()), 0
+    if stage == 3:
+        gathered = gathered_by_stage_3(shapes, storage, zero, ELEMENT_SIZE[precision])
+        if not storage.with_masters:
+            one_way += sum(stored.num_bytes for stored in storage.merged.values() if stored.sharded)
+        one_way += 2 * gathered.num_bytes + gathered.small_bytes
     if stage > 0:
-        one_way += 4 * factors
+        one_way += 4 * sum(shapes.factors)
         moments = {"magnitude_joint": 1, "magnitude": 2}.get(relora.optimizer_reset, 0)
         both_ways = moments * len(shapes.factors) * HISTOGRAM_BYTES
-    if stage == 3:
-        sizes = [size for group in shapes.groups for size in group] + list(shapes.frozen)
-        small = sum(size for size in sizes if size <= zero["stage3_param_persistence_threshold"])
-        one_way += (2 * sum(sizes) - small) * element_size
-        if precision == "fp32" or relora.frozen_master == "none":
-            one_way += stored * element_size
     share = (world_size - 1) / world_size
     return one_way + both_ways, (one_way + 2 * both_ways) * share

@@ -16,6 +16,7 @@ from relora_ds.config import Recipe
 from relora_ds.interop.sources import weights_of
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.methods import Full, Method, method_of
+from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import build_model, meta_model
 from relora_ds.training.preflight import Plan
 from relora_ds.zero.engine import ReLoRAEngine, initialize
@@ -81,6 +82,9 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
     elif recipe.init_from and not resuming:
         load_plain(model, weights_of(recipe.init_from, recipe.trust_remote_code))
     model = phase.method.prepare(model)
+    if recipe.model.use_liger_kernel:
+        liger.apply(model)
+    recompute.apply(model, recipe.activation_checkpointing)
     engine, *_ = initialize(
         model, plan.deepspeed, phase.method.relora, lr=phase.lr, total_steps=phase.total_steps,
         warmup_steps=phase.warmup_steps, min_lr_ratio=recipe.optim.min_lr_ratio, betas=tuple(recipe.optim.betas),
@@ -88,6 +92,8 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         gradient_accumulation_steps=plan.accumulation, max_grad_norm=recipe.optim.max_grad_norm,
         weight_decay=recipe.optim.weight_decay, param_groups=phase.method.param_groups(model), seed=recipe.seed,
         after_step=phase.method.after_step)
+    if recipe.compile and plan.stage < 3:  # at stage 3 it would compile DeepSpeed's hooks around every layer
+        compilation.apply(engine.module)
     if handover is not None and handover.moments:
         _take_over_moments(engine, handover)
     return engine

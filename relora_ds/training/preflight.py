@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_ds import data
 from relora_ds.checkpoint import store
@@ -20,7 +20,9 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.interop.sources import config_of, locate
 from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.methods import method_of
+from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
+from relora_ds.recipe_validation import storage_warnings
 from relora_ds.zero import ds_config
 
 
@@ -39,6 +41,22 @@ class Resolved:
     precision: str
     world_size: int
     accumulation: int
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    def warnings(self) -> list[str]:
+        """Options without effect, and runs that are not what they look like."""
+        recipe, relora = self.recipe, method_of(self.recipe).relora
+        found = recipe.warnings()
+        if recipe.compile and self.stage == 3:
+            found.append("compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
+                         "configuration of stages 0 to 2")
+        if relora is not None and (recipe.method != "lora" or recipe.lora.base != "none"):
+            found += storage_warnings(relora, self.precision, self.stage)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +96,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
     if to_run and not problems:
         problems += run_dir_problems(recipe)
     for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe),
-                  lambda: _init_from_problems(recipe)):
+                  lambda: _init_from_problems(recipe), *([lambda: machine_problems(recipe)] if to_run else [])):
         # A field that the recipe's own checks found fault with is not reported twice.
         named = {p.partition(":")[0] for p in problems}
         problems += [p for p in _errors_of(found) if p.partition(":")[0] not in named]
@@ -95,7 +113,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
             eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay)
         if recipe.precision == "auto":
             precision = ds_config.precision_of(settings) or precision
-    problems += storage_problems(recipe.relora.frozen_dtype, recipe.relora.frozen_master, precision)
+    problems += _errors_of(lambda: storage_problems(recipe.relora, precision))
     if problems:
         raise RecipeError(problems, name_or_path)
     return Resolved(recipe, settings, precision, world_size, accumulation)
@@ -158,9 +176,20 @@ def _inputs_inside(run_dir: Path, recipe: Recipe) -> list[str]:
 
 def _model_problems(recipe: Recipe) -> list[str]:
     """What is wrong between network and method, found on a network without storage (its vocabulary is a guess)."""
+    model = _guessed_model(recipe)
+    return method_of(recipe).problems(model) + recompute.problems(model, recipe.activation_checkpointing)
+
+
+def machine_problems(recipe: Recipe) -> list[str]:
+    """What this machine lacks that the recipe asks for."""
+    found = compilation.problems() if recipe.compile else []
+    return found + (liger.problems(_guessed_model(recipe)) if recipe.model.use_liger_kernel else [])
+
+
+def _guessed_model(recipe: Recipe) -> PreTrainedModel:
     config = build_config(dataclasses.replace(recipe.model, init="random"), recipe.data.vocab_size,
                           recipe.data.seq_len, trust_remote_code=recipe.trust_remote_code)
-    return method_of(recipe).problems(meta_model(config))
+    return meta_model(config)
 
 
 def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) -> list[str]:

@@ -33,7 +33,7 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
                         scheduled_restarts(phase.total_steps, phase.method.relora.restart_every)]
             steps += f", restarts after {_some(restarts)}" if restarts else ", no restart"
         lines.append(steps)
-    lines += [f"warning: {warning}" for warning in recipe.warnings()]
+    lines += [f"warning: {warning}" for warning in plan.warnings()]
     if resumed_at is not None:
         lines.append(f"resuming after step {resumed_at}")
     return lines

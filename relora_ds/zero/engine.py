@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
@@ -143,6 +144,9 @@ class ReLoRAEngine(DeepSpeedEngine):
         # A DataLoader's batches are on the host; DeepSpeed does not move them.
         inputs = [_to(value, self.device) for value in inputs]
         kwargs = {name: _to(value, self.device) for name, value in kwargs.items()}
+        # ZeRO-3's list of the modules that it is inside of. Those that activation checkpointing repeats are left by an
+        # exception, as soon as backward has what it needs, and would stay in it for good.
+        FWD_MODULE_STACK.clear()
         if self.training and self.relora is not None and self.relora.lora_dropout > 0:
             # A mask of its own for every rank, step and micro-step, and the same one after a resume.
             torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.num_accumulated}/{dist.get_rank()}"))

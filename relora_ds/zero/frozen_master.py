@@ -100,7 +100,7 @@ class FrozenWeights:
         # Sharded, the codes of Wᵀ would be gathered at every step too.
         in_fp8 = (stage < 3 or replicated) and _all_ranks_multiply_fp8(device)
         self.format = format_of(relora.frozen_dtype, precision, double_quant=relora.frozen_double_quant, in_fp8=in_fp8)
-        if found := shape_problems(self.layers, self.format):
+        if found := shape_problems({name: layer.weight_shape for name, layer in self.layers.items()}, self.format):
             raise ValueError("\n".join(found))
         stored_dtype = self.format.floating_dtype(self.dtype)
         self.with_masters = relora.frozen_master != "none" and stored_dtype != torch.float32

@@ -5,6 +5,8 @@ import time
 import pytest
 
 from relora_ds.__main__ import main
+from relora_ds.commands.check import _fp8
+from relora_ds.training.preflight import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,26 @@ def test_no_restart_is_said_loudly(capsys):
     _, text = check(capsys, "tiny", "relora.restart_every=null")
     warnings = [line for line in text.splitlines() if line.startswith("WARNING")]
     assert "no restart" in warnings[0]
+
+
+def test_what_frozen_weights_do_not_do_is_said(capsys):
+    _, text = check(capsys, "tiny", "relora.frozen_dtype=int8", "relora.frozen_placement=sharded", "deepspeed=zero2")
+    assert "WARNING: relora.frozen_placement: sharded has no effect at ZeRO stage 2" in text
+    _, text = check(capsys, "tiny", "relora.frozen_dtype=nf4", "relora.frozen_master=none", "deepspeed=zero3")
+    assert "WARNING: relora.frozen_master: none" in text and "merge_loss" in text and text.count("WARNING") == 1
+
+
+@pytest.mark.parametrize("overrides, able, words", [
+    (["precision=fp32"], True, "dequantized for every product: the run's precision is fp32"),
+    (["precision=bf16"], False, "dequantized for every product: no GPU here multiplies in fp8"),
+    (["precision=bf16", "deepspeed=zero3"], True, "dequantized for every product: ZeRO-3 shards W"),
+    (["precision=bf16"], True, "products are in fp8")])
+def test_whether_fp8_weights_multiply_in_fp8(monkeypatch, overrides, able, words):
+    monkeypatch.setattr("relora_ds.planning.storage._this_machine_multiplies_fp8", lambda: able)
+    resolved = resolve("tiny", ["relora.frozen_dtype=fp8", *overrides], 1, to_run=False)
+    (line,) = _fp8(resolved)
+    assert line.startswith("fp8: ") and words in line
+    assert _fp8(resolve("tiny", overrides, 1, to_run=False)) == []
 
 
 def test_every_problem_at_once(capsys):

@@ -38,6 +38,22 @@ def test_the_table(capsys):
     assert "cannot be split into micro-batches of 8 over 3 ranks" in text and "full: state" in text
 
 
+def test_the_choices_beside_the_recipes_own(capsys):
+    changes = overrides(1, "bf16", "relora", 1, "relora.frozen_dtype=nf4", "activation_checkpointing=cheap")
+    _, text = estimate(capsys, "tiny", *changes, "--world-size", "2", "--stages", "1", "--json")
+    found = json.loads(text)
+    frozen, kept = found["frozen_bytes_by_format"], found["activation_bytes_by_checkpointing"]
+    weights = sum(shape.numel() for shape in planned(changes).shapes.merged.values())
+    for name, bits in (("fp32", 32), ("bf16", 16), ("int8", 8), ("fp8", 8), ("nf4", 4.5), ("nf4 double_quant", 4.13)):
+        assert frozen[name] == pytest.approx(weights * bits / 8, rel=0.02), name
+    (own,) = (item["size"] for item in found["estimates"][0]["items"] if item["what"] == "frozen weights")
+    assert own == frozen["nf4"]
+    assert kept["full"] < kept["selective"] < kept["cheap"] < kept["none"]
+    assert kept["cheap"] == found["activation_bytes"]["relora"]
+    _, text = estimate(capsys, "tiny", *changes, "--world-size", "2", "--stages", "1")
+    assert "nf4 <" in text and "cheap <" in text
+
+
 def test_auto_is_planned_as_on_gpus(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ("--world-size", "1", "--stages", "0", "--config", "quickstart")

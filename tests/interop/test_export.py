@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import relora_ds
 from relora_ds import data
 from relora_ds.config import load_recipe
+from relora_ds.interop import peft
 from relora_ds.interop.export import export, merged_state
 from relora_ds.training.evaluation import evaluate
 from tests.parity import cases
@@ -65,6 +66,23 @@ def test_the_last_checkpoint_is_the_finished_run(checkpoints, tmp_path):
     for name in ours:
         if name.endswith("json"):
             assert (tmp_path / "tag" / name).read_text() == (tmp_path / "end" / name).read_text(), name
+
+
+@pytest.mark.parametrize("stage, options", [
+    (1, ["frozen_dtype=int8"]), (3, ["frozen_dtype=nf4", "frozen_double_quant=true"]),
+    (3, ["frozen_dtype=int8", "frozen_placement=replicated", "frozen_master=none"])])
+def test_packed_weights_are_exported_as_the_weights_they_stand_for(tmp_path, stage, options):
+    summary = run(tmp_path / "run", f"deepspeed=zero{stage}", "train.steps=25",
+                  *(f"relora.{option}" for option in options))
+    assert (summary["trainable_parameters"], summary["total_parameters"]) == (75_712, 176_064)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000025"
+    export(newest, tmp_path / "hf")
+    export(newest, tmp_path / "peft", format="peft")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", tmp_path / "run" / "export"))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    merged = peft.load(tmp_path / "peft").merge_and_unload().state_dict()
+    for name, value in ours.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("step, phase", [(5, "warm_start"), (10, "warm_start"), (15, "relora"), (20, "relora")])

@@ -90,11 +90,3 @@ def test_initial_A_depends_on_seed_restart_and_name_and_on_nothing_else():
         assert not torch.equal(first, initial_A(4, 9, **other))
     bound = 1 / 9**0.5  # kaiming_uniform with a=√5: U(-1/√in, 1/√in)
     assert first.abs().max() <= bound and first.abs().max() > 0.7 * bound
-
-
-@pytest.mark.slow
-def test_layer_compiles_without_graph_break():
-    layer = _layer()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 5)
-    torch.testing.assert_close(compiled(x), layer(x))

@@ -1,11 +1,14 @@
 """Wrapping real model families: the function stays, what should train trains, mistakes are named."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import format_named
 from relora_ds.lowrank.wrap import (
     count_parameters,
     lowrank_layers,
@@ -57,6 +60,16 @@ def test_embeddings_head_norms_and_biases_train_and_the_wrapped_weights_do_not(f
     assert total - trainable == sum(layer.weight.numel() for layer in lowrank_layers(model).values())
 
 
+@pytest.mark.parametrize("format", ["bf16", "int8", "nf4_double"])
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_a_packed_weight_counts_as_the_weights_it_stands_for(format, as_buffer):
+    model = wrap(llama(hidden_size=32, intermediate_size=48), CONFIG)
+    plain, format = count_parameters(model), format_named(format)
+    for layer in lowrank_layers(model).values():
+        layer.store_weight(format.quantize(layer.weight.detach(), torch.float32), format, as_buffer=as_buffer)
+    assert count_parameters(model) == plain
+
+
 def test_gradient_reaches_B_at_once():  # a peer zeroes A as well, and nothing ever trains
     model = wrap(llama(), CONFIG)
     model(input_ids=batch(0, 2), labels=batch(0, 2)).loss.backward()
@@ -89,7 +102,7 @@ def test_tied_embeddings_stay_tied():
 
 
 def test_lora_without_base_has_no_weight_and_both_factors_random():
-    model = wrap(llama(), CONFIG, base=False)
+    model = wrap(llama(), dataclasses.replace(CONFIG, frozen_dtype="nf4"), base=False)  # which could not store W
     for name, layer in lowrank_layers(model).items():
         assert layer.weight is None and layer.lora_A.std() > 0 and layer.lora_B.std() > 0, name
     plain = merge_and_unwrap(model)
@@ -109,6 +122,7 @@ def test_groups_have_no_decay_on_vectors_and_lora_of_its_own():
     (dict(target_modules=["q_porj"]), "relora.target_modules: 'q_porj' matches no module"),
     (dict(target_modules=["mlp"]), "relora.target_modules: 'mlp' matches no nn.Linear"),
     (dict(trainable_modules=["emb"]), "relora.trainable_modules: 'emb' matches no module"),
+    (dict(frozen_dtype="nf4"), "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 11 more: nf4 stores blocks"),
 ])
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):

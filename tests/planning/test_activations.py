@@ -5,17 +5,31 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from relora_ds.config import load_recipe
+from relora_ds.lowrank import kernels
+from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
+from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.models import recompute
 from relora_ds.models.build import build_model
-from relora_ds.planning.activations import DTYPES, activation_bytes
+from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import phases_of
 
 SIZES = {"micro_batch_size": 2, "seq_len": 48}
 
 
-def measured(method, config, precision: str) -> int:
+@pytest.fixture(autouse=True)
+def units_for_16_bit(monkeypatch):
+    """Where a CPU has none, kernels compute in fp32 and hold copies that no GPU makes."""
+    monkeypatch.setattr(kernels, "SLOW_ON_CPU", set())
+
+
+def measured(method, config, precision: str, checkpointing: str = "none", format: Format = DENSE) -> int:
     """Peak bytes that forward and backward allocate beyond what was there, gradients of the weights not kept."""
-    model = method.prepare(build_model(config, method.recipe.model, 0)).to(DTYPES[precision])
+    model = method.prepare(build_model(config, method.recipe.model, 0)).to(DTYPES[precision]).train()
+    for layer in lowrank_layers(model).values():
+        stored = format.quantize(layer.weight.detach().float(), DTYPES[precision])
+        layer.store_weight(stored, format, as_buffer=False)
+    recompute.apply(model, checkpointing)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -35,7 +49,8 @@ def measured(method, config, precision: str) -> int:
     ("fp32", 512, ["warm_start", "relora"]),  # the peak is in the layers
     ("fp32", 4096, ["relora"]),  # in the loss
     ("bf16", 512, ["relora"])])
-def test_the_trace_finds_the_peak_of_real_allocations(precision, vocab_size, names):
+def test_the_trace_finds_the_peak_of_real_allocations(precision, vocab_size, names, monkeypatch):
+    monkeypatch.setattr("relora_ds.lowrank.kernels.SLOW_ON_CPU", set())  # what products in fp32 need is not traced
     recipe = load_recipe("tiny", ["model.preset=llama_20m", f"data.vocab_size={vocab_size}", "relora.r=64"])
     config, _ = network_of(recipe)
     assert config.num_hidden_layers > 3  # extrapolated
@@ -43,6 +58,31 @@ def test_the_trace_finds_the_peak_of_real_allocations(precision, vocab_size, nam
         if phase.name in names:
             traced = activation_bytes(phase.method, config, precision=precision, **SIZES)
             assert traced == pytest.approx(measured(phase.method, config, precision), rel=0.05), phase.name
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "cheap"])
+def test_what_is_computed_twice_is_not_kept(checkpointing):
+    recipe = load_recipe("tiny", ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"])
+    config, _ = network_of(recipe)
+    method = phases_of(recipe)[-1].method
+    plain, traced = (activation_bytes(method, config, precision="fp32", checkpointing=mode, **SIZES)
+                     for mode in ("none", checkpointing))
+    assert traced == pytest.approx(measured(method, config, "fp32", checkpointing), rel=0.02)
+    assert traced < 0.75 * plain
+
+
+@pytest.mark.parametrize("precision, name", [("fp32", "int8"), ("fp32", "nf4_double"), ("fp32", "bf16"),
+                                             ("bf16", "nf4")])
+def test_one_dense_copy_of_a_packed_weight_at_a_time(precision, name):
+    """With checkpointing, so that the peak is where the copy is."""
+    recipe = load_recipe("tiny", ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"])
+    config, _ = network_of(recipe)
+    method, format = phases_of(recipe)[-1].method, format_named(name)
+    dense, traced = (activation_bytes(method, config, precision=precision, checkpointing="full", format=stored, **SIZES)
+                     for stored in (DENSE, format))
+    assert traced == pytest.approx(measured(method, config, precision, "full", format), rel=0.02)
+    largest = config.hidden_size * config.intermediate_size * DTYPES[precision].itemsize
+    assert dense < traced <= dense + largest
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_the_control():

@@ -1,6 +1,7 @@
 """Every mistake in a recipe is named before a process group, a model or a run directory exists."""
 
 import json
+import sys
 from socket import gethostname
 
 import pytest
@@ -31,12 +32,23 @@ def fails(tmp_path, capfd):
     ("data.vocab_size=100000", "data.vocab_size"),
     ("train.batch_sequences=100000", "train.batch_sequences: 100000 is more than the"),
     ("deepspeed=zero9", "deepspeed: zero9 is neither a file nor a shipped configuration"),
-    ("relora.frozen_dtype=bf16", "relora.frozen_dtype: bf16 is not available in a run of precision fp32"),
-    ("compile=true", "compile: true is not available"),
+    ("relora.frozen_dtype=nf8", "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?)"),
+    ("activation_checkpointing=cheep", "activation_checkpointing: 'cheep' is unknown (did you mean cheap?)"),
     ("method=rellora", "method: 'rellora' is unknown"),
 ])
 def test_one_mistake(fails, override, message):
     assert message in fails(override)
+
+
+def test_a_format_without_its_library_or_with_blocks_that_do_not_divide(fails, tmp_path, monkeypatch):
+    sizes = {"model_type": "llama", "hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    printed = fails("relora.frozen_dtype=nf4", "relora.r=4", "model.preset=null",
+                    f"model.name_or_path={tmp_path / 'config.json'}")
+    assert 'relora.frozen_dtype: nf4 needs bitsandbytes; pip install "relora_ds[quantization]"' in printed
+    assert "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 7 more: nf4 stores blocks of 64" in printed
 
 
 def test_restart_interval_against_the_warmup(fails):

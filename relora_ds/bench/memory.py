@@ -1,0 +1,250 @@
+"""Peak memory of a training step: full rank, LoRA by PEFT on DeepSpeed, and ReLoRA in every storage format.
+
+Each variant runs in a process of its own, on one rank at ZeRO stage 1: it builds the engine that training would build,
+takes one step so that every state exists, and is measured during the second. Tokens are random; no data is needed.
+
+    CUDA    the most that PyTorch's allocator had allocated, and reserved
+    CPU     the most that was resident, less what was resident before the network was built. Resident is a page of
+            the heap too that was freed and not given back: glibc is told to give back at once. Libraries are loaded
+            and warm before, by steps of a tiny network.
+
+The fp32 masters of the frozen weights (and the ledgers of what merges lost) belong to the host. Where the device is the
+CPU they are in what is resident; the table takes them out of the peak and shows them apart.
+"""
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from relora_ds.bench.record import rows_as_markdown
+
+NAME = "memory"
+HELP = "peak memory of a training step, by storage format and activation checkpointing"
+
+FULL = "full rank"
+# name -> overrides of the recipe; those of PEFT only choose its rank
+VARIANTS = {
+    FULL: ("method=full",),
+    "PEFT, its default": (),
+    "PEFT, same modules train": (),
+    "ours, dense": (),
+    "ours, bf16": ("relora.frozen_dtype=bf16",),
+    "ours, int8": ("relora.frozen_dtype=int8",),
+    "ours, fp8": ("relora.frozen_dtype=fp8",),
+    "ours, nf4": ("relora.frozen_dtype=nf4",),
+    "ours, nf4 double": ("relora.frozen_dtype=nf4", "relora.frozen_double_quant=true"),
+}
+MODES = ("none", "full", "selective", "cheap")
+
+# What PEFT has to be told for the modules to train that train here: embeddings, head and norms of LLaMA.
+MODULES_TO_SAVE = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
+
+# glibc: every allocation of 64 kB or more is mapped, and unmapped when it is freed.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One measurement: a variant, and the recipe that all of them share."""
+
+    variant: str
+    checkpointing: str
+    preset: str
+    r: int
+    vocab_size: int
+    micro_batch_size: int
+    seq_len: int
+    precision: str
+    threads: int | None
+
+    def overrides(self) -> list[str]:
+        return [f"model.preset={self.preset}", f"data.vocab_size={self.vocab_size}", f"data.seq_len={self.seq_len}",
+                f"train.micro_batch_size={self.micro_batch_size}", f"train.batch_sequences={self.micro_batch_size}",
+                f"relora.r={self.r}", f"relora.lora_alpha={self.r}", "relora.restart_every=1000", "warm_start_steps=0",
+                f"precision={self.precision}", f"activation_checkpointing={self.checkpointing}", "deepspeed=zero1",
+                *VARIANTS[self.variant]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="llama_130m", help="the network's shape (default: %(default)s)")
+    parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--micro-batch-size", type=int, default=2, metavar="N",
+                        help="sequences in a step (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of each (default: %(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"],
+                        help="of the run (default: bf16 on cuda, fp32 on cpu, which multiplies bf16 slowly)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="(default here: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                        help=f"of {', '.join(map(repr, VARIANTS))} (default: all)")
+    parser.add_argument("--checkpointing", nargs="+", choices=MODES, default=["none", "full"], metavar="MODE",
+                        help="of none, full, selective, cheap (default: none full)")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measure one variant after the other.
+
+    Raises:
+        ValueError: a process failed (out of memory, for instance), or this machine cannot tell what is resident.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: PyTorch sees no CUDA device here; use --device cpu")
+    if arguments.device == "cpu" and not Path("/proc/self/clear_refs").is_file():
+        raise ValueError("--device: on the CPU this needs Linux's /proc to tell what is resident")
+    if any(variant.startswith("PEFT") for variant in arguments.variants) and importlib.util.find_spec("peft") is None:
+        raise ValueError("--variants: PEFT is not installed; pip install 'relora_ds[peft]', or leave it out")
+    shared = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Spec)
+              if field.name not in ("variant", "checkpointing")}
+    shared["precision"] = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
+    rows = []
+    for checkpointing in arguments.checkpointing:
+        for variant in arguments.variants:
+            spec = Spec(variant=variant, checkpointing=checkpointing, **shared)
+            rows.append({"variant": variant, "checkpointing": checkpointing, **_in_a_process(spec, arguments.device)})
+            print(f"{variant}, checkpointing {checkpointing}: {rows[-1]['peak_bytes'] / 1e9:.2f} GB", file=sys.stderr,
+                  flush=True)
+    return {**shared, "device": arguments.device, "stage": 1, "rows": rows}
+
+
+def markdown(result: dict) -> str:
+    """The table; ratios are to full rank with the same checkpointing."""
+    full = {row["checkpointing"]: row["peak_bytes"] for row in result["rows"] if row["variant"] == FULL}
+    on_gpu = result["device"] == "cuda"
+    rows = [["variant", "checkpointing", "trainable", "between steps", "peak of a step", *["reserved"] * on_gpu,
+             "of full rank", "on the host"]]
+    for row in result["rows"]:
+        base = full.get(row["checkpointing"])
+        rows.append([row["variant"], row["checkpointing"], f"{row['trainable'] / 1e6:.1f}M",
+                     _gigabytes(row["kept_bytes"]), _gigabytes(row["peak_bytes"]),
+                     *([_gigabytes(row["reserved_bytes"])] if on_gpu else []),
+                     f"{100 * row['peak_bytes'] / base:.0f} %" if base else "", _gigabytes(row["host_bytes"])])
+    threads = "" if result["threads"] is None else f", {result['threads']} CPU threads"
+    return (f"{result['preset']}, vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x "
+            f"{result['seq_len']} tokens, {result['precision']}, one rank, ZeRO-1, {result['device']}{threads}\n\n"
+            f"{rows_as_markdown(rows)}")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size else "–"
+
+
+def _in_a_process(spec: Spec, device: str) -> dict:
+    environment = {**os.environ, **MALLOC}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if spec.threads:
+        environment["OMP_NUM_THREADS"] = str(spec.threads)
+    done = subprocess.run([sys.executable, "-m", "relora_ds.bench.memory", json.dumps(vars(spec))], env=environment,
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        # A process that the kernel killed for its memory leaves no message.
+        raise ValueError(f"{spec.variant}, checkpointing {spec.checkpointing}: exit code {done.returncode}; "
+                         f"{(done.stderr.strip().splitlines() or ['no message; it may have run out of memory'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(spec: Spec) -> dict:
+    """In this process, which measures nothing else."""
+    from relora_ds.lowrank.wrap import count_parameters
+    from relora_ds.training.console import quieten_libraries
+    from relora_ds.zero.teardown import release
+    quieten_libraries()
+    warm = dataclasses.replace(spec, preset="tiny", r=4, vocab_size=512, micro_batch_size=1, seq_len=64)
+    engine = _build(warm)
+    _step(engine, warm, 0)
+    release(engine)
+    del engine
+    meter = _Meter(torch.device("cuda") if torch.cuda.is_available() else None)
+    engine = _build(spec)
+    _step(engine, spec, 0)
+    meter.reset()
+    kept = meter.now()
+    _step(engine, spec, 1)
+    peak, reserved = meter.peak()
+    host = _host_bytes(engine.frozen)
+    resident = 0 if meter.device else host
+    return {"trainable": count_parameters(engine.module)[0], "kept_bytes": kept - resident,
+            "peak_bytes": peak - resident, "reserved_bytes": reserved, "host_bytes": host}
+
+
+def _host_bytes(frozen) -> int:
+    ledgers = frozen.ledgers.values()
+    return sum(tensor.nbytes for tensors in (frozen.masters.values(), (ledger.intended for ledger in ledgers),
+                                             (ledger.lost for ledger in ledgers)) for tensor in tensors)
+
+
+class _Meter:
+    """Bytes above what there is when it is made, on a CUDA device or (None) resident in the host's memory."""
+
+    def __init__(self, device: torch.device | None):
+        self.device = device
+        self.base = 0
+        self.base = self.now()
+
+    def now(self) -> int:
+        gc.collect()
+        return (torch.cuda.memory_allocated(self.device) if self.device else _status("VmRSS")) - self.base
+
+    def reset(self) -> None:
+        gc.collect()
+        if self.device:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS: proc_pid_clear_refs(5)
+
+    def peak(self) -> tuple[int, int | None]:
+        """Since `reset`: allocated or resident, and reserved."""
+        if self.device:
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.base, torch.cuda.max_memory_reserved(self.device)
+        return _status("VmHWM") - self.base, None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _build(spec: Spec):
+    """The engine that the trainer would build; for PEFT the same call with PEFT's model."""
+    from relora_ds.models import recompute
+    from relora_ds.models.build import build_model
+    from relora_ds.planning.network import network_of
+    from relora_ds.training.phases import build_engine, phases_of
+    from relora_ds.training.preflight import Plan, resolve
+    from relora_ds.zero.engine import initialize
+    resolved = resolve("tiny", spec.overrides(), 1, to_run=False)
+    config, _ = network_of(resolved.recipe)
+    (phase,) = phases_of(resolved.recipe)
+    if not spec.variant.startswith("PEFT"):
+        plan = Plan(**vars(resolved), data=None, tokenizer=None, model_config=config)
+        return build_engine(plan, phase)
+    from peft import LoraConfig, get_peft_model
+    model = recompute.apply(build_model(config, resolved.recipe.model, resolved.recipe.seed), spec.checkpointing)
+    trained = MODULES_TO_SAVE if "same" in spec.variant else None
+    model = get_peft_model(model, LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules="all-linear",
+                                             modules_to_save=trained))
+    return initialize(model, resolved.deepspeed, lr=1e-3, total_steps=phase.total_steps, precision=spec.precision,
+                      micro_batch_size=spec.micro_batch_size, gradient_accumulation_steps=1)[0]
+
+
+def _step(engine, spec: Spec, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator)
+    engine.backward(engine(input_ids=tokens.to(engine.device), labels=tokens.to(engine.device)).loss)
+    engine.step()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Spec(**json.loads(sys.argv[1])))))

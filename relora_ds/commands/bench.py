@@ -1,0 +1,32 @@
+"""`python -m relora_ds bench NAME`."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from relora_ds.bench import BENCHMARKS
+    subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name")
+    for name in BENCHMARKS:
+        module = importlib.import_module(f"relora_ds.bench.{name}")
+        subparser = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP)
+        module.add_arguments(subparser)
+        subparser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result, with its conditions")
+        subparser.set_defaults(module=module)
+    parser.parse_intermixed_args = parser.parse_args  # argparse cannot intermix where there are subcommands
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from relora_ds.bench.record import conditions
+    if arguments.out and not arguments.out.parent.is_dir():  # known before hours of measuring
+        raise ValueError(f"--out: there is no directory {arguments.out.parent}; make it first")
+    from relora_ds.training.console import quieten_libraries
+    quieten_libraries()
+    result = arguments.module.run(arguments)
+    record = {"bench": arguments.module.NAME, "conditions": conditions(), "result": result}
+    print(arguments.module.markdown(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,100 @@
+"""Activation checkpointing: what forward keeps for backward, and what backward computes a second time.
+
+    full         every decoder layer keeps its input alone and is computed twice
+    selective    of a layer, the outputs of attention and of every second large product are kept (torchtitan's policy)
+    cheap        the outputs of attention and of all large products are kept; what is repeated costs little: the
+                 low-rank intermediate x Aᵀ, norms, activation functions, rotary embeddings, residual sums
+
+transformers decides what a decoder layer is; torch.utils.checkpoint repeats it, operator by operator. A low-rank
+layer is two operators (`lowrank.kernels`): the small product x Aᵀ, and the large one with all that is added to it.
+"""
+
+import functools
+import itertools
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+# The operators, by name: not every version of torch, and not every process, has all of them.
+PRODUCTS = {"relora_ds::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm",
+             "aten::_grouped_mm"}
+ATTENTION = {"aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+              "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+              "aten::_scaled_dot_product_fused_attention_overrideable", "flash_attn::_flash_attn_forward"}
+
+
+def problems(model: PreTrainedModel, mode: str) -> list[str]:
+    """Why `model` (which may be on meta) cannot be checkpointed so."""
+    if mode == "none" or model.supports_gradient_checkpointing:
+        return []
+    return [f"activation_checkpointing: {mode} is not supported by transformers' {model.config.model_type} models; use "
+            "activation_checkpointing=none and, for memory, a smaller train.micro_batch_size"]
+
+
+def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
+    """Make the decoder layers of `model` checkpoint while it trains, in place.
+
+    Args:
+        model: wrapped or not, on any device (meta and fake tensors too).
+        mode: none, full, selective or cheap.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: transformers does not support it for this model.
+    """
+    if mode == "none":
+        return model
+    if found := problems(model, mode):
+        raise ValueError("\n".join(found))
+    options = {"use_reentrant": False}
+    if mode != "full":
+        options["context_fn"] = functools.partial(_contexts, mode)
+    # The newer name of transformers 5, the older one warns where both are there.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+    # It would compute the gradient of frozen embeddings' output, which only reentrant checkpointing needs.
+    model.disable_input_require_grads()
+    return model
+
+
+def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of one layer's forward and of its repetition."""
+    products = itertools.count()
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = _is_large(op, args)
+        if keep and mode == "selective" and op.name() not in ATTENTION:
+            keep = next(products) % 2 == 0
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = create_selective_checkpoint_contexts(policy)
+    if torch.compiler.is_compiling():  # torch.compile asks for the decision about every operator
+        return contexts
+    return _LargeOperators(contexts[0]), _LargeOperators(contexts[1])
+
+
+class _LargeOperators(TorchDispatchMode):
+    """Shows `mode` the products and attention, and hides all else from it.
+
+    torch's modes expect the same operators in forward and in its repetition. ZeRO-3's hooks gather weights between
+    those of the layer, not always at the same places.
+    """
+
+    def __init__(self, mode: TorchDispatchMode):
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if _is_large(func, args):
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_large(op, args) -> bool:
+    if op.name() == "relora_ds::linear":
+        return args[1] is not None  # without W there is s·B·h alone
+    return op.name() in PRODUCTS or op.name() in ATTENTION

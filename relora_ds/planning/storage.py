@@ -1,0 +1,106 @@
+"""How an engine will store the frozen weights of a network: what its memory and its traffic follow from."""
+
+from dataclasses import dataclass
+
+import torch
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_of, multiplies_fp8
+from relora_ds.planning.network import Shapes
+
+ELEMENT_SIZE = {precision: dtype.itemsize for precision, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A frozen tensor.
+
+    Attributes:
+        numel: its elements as ZeRO counts them: bytes, where it is packed.
+        element_size: bytes of one.
+        sharded: whether ZeRO-3 shards and gathers it.
+    """
+
+    numel: int
+    element_size: int
+    sharded: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.element_size
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Attributes: merged: by layer; frozen: the others; with_masters: whether `merged` has fp32 masters."""
+
+    merged: dict[str, Stored]
+    frozen: tuple[Stored, ...]
+    with_masters: bool
+
+    @property
+    def all(self) -> tuple[Stored, ...]:
+        return *self.merged.values(), *self.frozen
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them, whole."""
+        return sum(stored.num_bytes for stored in self.all)
+
+    @property
+    def sharded_bytes(self) -> int:
+        """Of those that ZeRO-3 shards, whole."""
+        return sum(stored.num_bytes for stored in self.all if stored.sharded)
+
+
+def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, stage: int) -> Storage:
+    """How the frozen weights of `shapes` are stored. relora: of the method; None for one without low-rank layers."""
+    sharded, e = stage == 3, ELEMENT_SIZE[precision]
+    frozen = tuple(Stored(size, e, sharded) for size in shapes.frozen)
+    if relora is None:
+        return Storage({}, frozen, with_masters=False)
+    format, replicated = format_at(relora, precision, stage), relora.frozen_placement == "replicated"
+
+    def stored(shape: torch.Size) -> Stored:
+        like = format.stored_like(shape, DTYPES[precision], "meta")
+        return Stored(like.numel(), like.element_size(), sharded and not replicated)
+
+    exact = format.floating_dtype(DTYPES[precision]) == torch.float32
+    return Storage({name: stored(shape) for name, shape in shapes.merged.items()}, frozen,
+                   with_masters=relora.frozen_master != "none" and not exact)
+
+
+def format_at(relora: ReLoRAConfig | None, precision: str, stage: int) -> Format:
+    """The format of the frozen weights at a ZeRO stage, on devices such as this machine's."""
+    if relora is None:
+        return DENSE
+    # Where ZeRO-3 gathers the weights, the codes of the transposed ones would be gathered too.
+    in_fp8 = (stage < 3 or relora.frozen_placement == "replicated") and _this_machine_multiplies_fp8()
+    return format_of(relora.frozen_dtype, precision, double_quant=relora.frozen_double_quant, in_fp8=in_fp8)
+
+
+def _this_machine_multiplies_fp8() -> bool:
+    return torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What ZeRO-3 shards, by size.
+
+    Attributes:
+        elements, num_bytes: of what is gathered to be used.
+        small_bytes: of what is kept whole, and is gathered after an update only.
+    """
+
+    elements: int
+    num_bytes: int
+    small_bytes: int
+
+
+def gathered_by_stage_3(shapes: Shapes, storage: Storage, zero: dict, element_size: int) -> Gathered:
+    """zero: a resolved `zero_optimization` section. element_size: bytes of an element that trains."""
+    sizes = [(size, element_size) for group in shapes.groups for size in group]
+    sizes += [(stored.numel, stored.element_size) for stored in storage.all if stored.sharded]
+    large = [(numel, e) for numel, e in sizes if numel > zero["stage3_param_persistence_threshold"]]
+    num_bytes = sum(numel * e for numel, e in large)
+    return Gathered(sum(numel for numel, _ in large), num_bytes, sum(numel * e for numel, e in sizes) - num_bytes)

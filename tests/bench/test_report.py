@@ -1,0 +1,35 @@
+"""docs/quantization.md says what was measured, and what was measured is what it promises."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from relora_ds.lowrank.formats import format_named
+from tests.bench import report
+
+TEXT = report.DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_every_table_is_that_of_its_measurement():
+    assert report.filled(TEXT) == TEXT, "docs/quantization.md is stale: python -m tests.bench.report"
+    shown = {found[1] for found in report.TABLE.finditer(TEXT)}
+    assert shown == {path.stem for path in report.MEASUREMENTS.glob("*.json")}
+
+
+def test_bits_of_a_weight():
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+) \|", TEXT, re.MULTILINE))
+    shape = torch.Size([1024, 1024])
+    for name, bits in rows.items():
+        assert 8 * format_named(name).num_bytes(shape) / shape.numel() == pytest.approx(float(bits), abs=0.006), name
+    assert set(rows) == {"bf16", "int8", "fp8", "nf4", "nf4_double"}
+
+
+def test_a_quantized_base_learns_as_well():
+    result = json.loads((report.MEASUREMENTS / "quality.json").read_text())["result"]
+    variants = result["variants"]
+    assert result["seeds"] >= 3 and result["restarts"] >= 5
+    for name, most in (("int8", 0.5), ("nf4", 2.0)):
+        assert all(abs(difference) < most for difference in variants[name]["difference_percent_by_seed"]), name
+        assert variants[name]["merge_loss_total"] < variants[f"{name}, no master"]["merge_loss_total"]

@@ -1,0 +1,221 @@
+"""How frozen weights are stored: what rounding costs, the bytes, odd weights, and products in fp8."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from relora_ds.lowrank.formats import DENSE, FP8, Packed, format_named, format_of, multiplies_fp8
+from relora_ds.lowrank.linear import ReLoRALinear
+
+PACKED = ["fp32", "bf16", "fp16", "int8", "fp8", "fp8_both_layouts", "nf4", "nf4_double"]
+# Half the largest gap between neighbouring codes, relative to the largest magnitude that shares the scale; nf4's scales
+# cost nf4_double a little more.
+LARGEST_ERROR = {"int8": 0.5 / 127, "fp8": 16 / 448, "fp8_both_layouts": 16 / 448, "nf4": 0.152, "nf4_double": 0.16}
+
+
+def _weight(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def _round_trip(name, value, dtype=torch.float32):
+    format = format_named(name)
+    return format.dequantize(format.quantize(value, torch.float32), value.shape, dtype)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (7, 64), (32, 10), (128, 33), (1, 64)])
+@pytest.mark.parametrize("name", LARGEST_ERROR)
+def test_no_value_is_off_by_more_than_half_a_gap_of_the_codes(name, shape):
+    value = _weight(*shape)
+    if name != "nf4_double":  # whose 8-bit scales are of about one magnitude
+        value[0] *= 100
+    groups = (64, -1) if name.startswith("nf4") else (shape[1], -1)
+    error = (_round_trip(name, value) - value).reshape(-1, groups[0]).abs()
+    largest = value.reshape(-1, groups[0]).abs().amax(dim=1, keepdim=True)
+    assert (error <= 1.0001 * LARGEST_ERROR[name] * largest).all()
+    assert error.max() > 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16),
+                                             ("fp16", torch.float16)])
+def test_a_cast_rounds_to_nearest(name, dtype):
+    value = _weight(5, 7)
+    assert torch.equal(_round_trip(name, value), value.to(dtype).float())
+    assert format_named(name).floating_dtype(torch.float32) == dtype
+    assert torch.equal(DENSE.quantize(value, dtype), value.to(dtype))
+    assert DENSE.quantize(value, torch.float32).data_ptr() != value.data_ptr()  # the master and the copy are two
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [
+    ("fp32", 4 * 128 * 96), ("bf16", 2 * 128 * 96), ("int8", 128 * 96 + 4 * 128), ("fp8", 128 * 96 + 4 * 128),
+    ("fp8_both_layouts", 2 * 128 * 96 + 4 * 128), ("nf4", 128 * 96 // 2 + 4 * 128 * 96 // 64),
+    ("nf4_double", 128 * 96 // 2 + 128 * 96 // 64 + 16 + 16),  # one scale of 192 scales, and their mean, each aligned
+])
+def test_a_packed_weight_is_one_flat_tensor_of_so_many_bytes(name, num_bytes):
+    format, value = format_named(name), _weight(128, 96)
+    stored = format.quantize(value, torch.float32)
+    like = format.stored_like(value.shape, torch.float32, "meta")
+    assert (stored.dtype, stored.shape) == (torch.uint8, (num_bytes,)) == (like.dtype, like.shape)
+    assert format.num_bytes(value.shape) == num_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_dequantized_weight_is_rounded_once(name, dtype):
+    value = _weight(64, 48)
+    assert torch.equal(_round_trip(name, value, dtype), _round_trip(name, value).to(dtype))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_equal_weights_have_equal_bytes_however_they_lie_in_memory(name):
+    format, value = format_named(name), _weight(64, 32)
+    stored = format.quantize(value, torch.float32)
+    assert torch.equal(stored, format.quantize(value.t().contiguous().t(), torch.float32))
+    assert torch.equal(stored, format.quantize(torch.cat([value, value], 1)[:, :32], torch.float32))
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("constant", [0.0, 0.02, -1e-30, 1e-42])
+def test_constant_and_tiny_weights(name, constant):
+    value = torch.full((8, 64), constant)
+    found = _round_trip(name, value)
+    if name.startswith("fp16"):
+        assert torch.equal(found, value.half().float())
+    else:
+        torch.testing.assert_close(found, value, rtol=4e-3, atol=1e-38)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_rows_of_zeros_stay_zeros_beside_others(name):
+    value = _weight(8, 64)
+    value[3] = 0
+    found = _round_trip(name, value)
+    assert (found[3] == 0).all() and (found[2] != 0).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_weight_that_is_not_finite_is_not_hidden(name, bad):
+    value = _weight(8, 64)
+    value[3, 5] = bad
+    found = _round_trip(name, value)
+    assert not found[3, 5].isfinite()
+    if name != "nf4_double":  # there the mean of all scales is no number
+        assert found[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+
+
+def test_fp8_is_read_on_a_cpu_as_torch_reads_it():
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    codes = codes[:, :127].contiguous().view(torch.float8_e4m3fn)  # the last of each sign is NaN
+    format = FP8()
+    stored = format.pack([codes, torch.tensor([[1.0], [0.3]])], codes.shape)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        want = (codes.float() * torch.tensor([[1.0], [0.3]])).to(dtype)
+        got = format.dequantize(stored, codes.shape, dtype)
+        assert torch.equal(got.float(), want.float()) and got.dtype == dtype
+        assert torch.equal(got.signbit(), want.signbit())
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.found = name, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == self.name:
+            self.found.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4_double"])
+def test_nf4_does_not_depend_on_where_rows_end(name):
+    """bitsandbytes' AVX-512 kernel indexes scales by row: it is given rows of one block, whatever the weight's."""
+    value = _weight(32, 86)  # rows of a block and a third
+    with _Calls("bitsandbytes::dequantize_4bit") as calls:
+        found = _round_trip(name, value)
+    assert [args[4] for args in calls.found] == [[32 * 86 // 64, 64]]
+    assert torch.equal(found, _round_trip(name, value.view(-1, 64)).view(32, 86))
+
+
+def test_what_cannot_be_stored_is_said(monkeypatch):
+    nf4 = format_named("nf4")
+    assert nf4.problem(torch.Size([33, 3])) == (
+        "nf4 stores blocks of 64 weights, which do not divide its 33x3; leave it out of relora.target_modules, or use "
+        "frozen_dtype=int8")
+    assert nf4.problem(torch.Size([32, 10])) is None
+    assert all(format_named(name).problem(torch.Size([33, 3])) is None for name in PACKED if "nf4" not in name)
+    assert nf4.unavailable() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert nf4.unavailable() == 'needs bitsandbytes; pip install "relora_ds[quantization]", or use frozen_dtype=int8'
+    assert all(format_named(name).unavailable() is None for name in PACKED if "nf4" not in name)
+
+
+def test_the_format_that_a_recipe_asks_for():
+    assert format_of("auto", "bf16") is DENSE is format_of("bf16", "bf16")
+    assert format_of("bf16", "fp32") is format_named("bf16")
+    assert format_of("nf4", "bf16", double_quant=True).name == "nf4_double"
+    assert format_of("int8", "bf16", double_quant=True).name == "int8"
+    assert format_of("fp8", "bf16", in_fp8=True).name == "fp8_both_layouts"
+    assert format_of("fp8", "fp16", in_fp8=True).name == "fp8" == format_of("fp8", "bf16").name
+    assert not multiplies_fp8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_cast_of_the_module_leaves_the_bytes_alone(name):
+    layer = ReLoRALinear(32, 64, torch.nn.Parameter(_weight(64, 32)), None, r=4, lora_alpha=4)
+    stored = format_named(name).quantize(layer.weight, torch.float32)
+    for as_buffer in (False, True, False):
+        layer.store_weight(stored.clone(), format_named(name), as_buffer=as_buffer)
+        assert ("weight" in dict(layer.named_parameters())) is not as_buffer
+        assert ("weight" in layer.state_dict()) is not as_buffer
+        layer.to(torch.bfloat16)
+        assert layer.lora_A.dtype == torch.bfloat16 and torch.equal(layer.weight, stored)
+        assert isinstance(layer.format, Packed) and not layer.weight.requires_grad
+
+
+def _multiplies_on_cpu() -> bool:
+    try:
+        format = format_named("fp8_both_layouts")
+        stored = format.quantize(torch.ones(16, 16), torch.bfloat16)
+        format.multiply(torch.ones(1, 16, dtype=torch.bfloat16), stored, torch.Size([16, 16]))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _multiplies_on_cpu(), reason="this torch does not multiply fp8 by row on a CPU")
+@pytest.mark.parametrize("rows", [0, 1, 24])
+def test_products_in_fp8(rows):
+    """Rounding to e4m3 costs at most 1/16 of a number, 2.6 % of many; of a sum of many independent ones, as much."""
+    format, value = format_named("fp8_both_layouts"), _weight(128, 256)
+    value[:64] *= 30  # the scales of the rows differ
+    value[5] = 0
+    stored = format.quantize(value, torch.bfloat16)
+    weight = format.dequantize(stored, value.shape, torch.float64)
+    torch.manual_seed(0)
+    x, g = (torch.randn(rows, size).bfloat16() for size in (256, 128))
+    x[1:2], g[1:2] = 0, 0  # of 24
+    with _Calls("aten::_scaled_mm") as calls:
+        y = format.multiply(x, stored, value.shape)
+        grad = format.multiply_transposed(g, stored, value.shape)
+    assert len(calls.found) == (2 if rows else 0)  # it refuses products without rows
+    for got, want in ((y, x.double() @ weight.t()), (grad, g.double() @ weight)):
+        assert got.dtype == torch.bfloat16 and got.shape == want.shape
+        assert (got - want).norm() <= 0.04 * want.norm()
+    small = x.double() @ weight[64:].t()  # each row of W has a scale of its own
+    assert (y[:, 64:] - small).norm() <= 0.04 * small.norm()
+
+
+def test_fp8_multiplies_dequantized_where_its_kernels_cannot():
+    format, value = format_named("fp8_both_layouts"), _weight(24, 33)
+    assert format.num_bytes(value.shape) == FP8().num_bytes(value.shape)  # the second layout would serve nothing
+    stored = format.quantize(value, torch.bfloat16)
+    weight = format.dequantize(stored, value.shape, torch.bfloat16)
+    x = torch.randn(5, 33).bfloat16()
+    assert torch.equal(format.multiply(x, stored, value.shape), x @ weight.t())
+    square = _weight(16, 16)
+    stored = format.quantize(square, torch.float32)
+    with _Calls("aten::_scaled_mm") as calls:
+        format.multiply(torch.ones(1, 16), stored, square.shape)  # fp32 rows stay fp32
+    assert calls.found == []

@@ -1,0 +1,318 @@
+"""The fused function over a weight of every format: values, gradients, and how long a dequantized weight lives."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relora_ds.lowrank import kernels
+from relora_ds.lowrank.formats import DENSE, format_named
+from relora_ds.lowrank.kernels import lowrank_linear
+from relora_ds.lowrank.linear import ReLoRALinear
+
+PACKED = ["fp32", "bf16", "fp16", "int8", "fp8", "fp8_both_layouts", "nf4", "nf4_double"]
+FORMATS = ["dense", *PACKED]
+IN, OUT, R = 40, 48, 4  # sides that are no multiples of nf4's blocks
+
+
+def _stored(name, dtype, seed=0):
+    """A stored weight, and what it stands for in fp64."""
+    value = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed))
+    format = format_named(name)
+    stored = format.quantize(value, dtype)
+    if name == "dense":
+        return stored, stored.double()
+    return stored, format.dequantize(stored, value.shape, torch.float32).double()
+
+
+def _leaves(dtype, rows=(2, 3), bias=True):
+    torch.manual_seed(1)
+    shapes = [(*rows, IN), (R, IN), (OUT, R), *([(OUT,)] if bias else [])]
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _three_matmuls(weight, x, lora_A, lora_B, bias=None):
+    y = x @ weight.t() + 0.7 * (x @ lora_A.t()) @ lora_B.t()
+    return y if bias is None else y + bias
+
+
+def _fused(name, stored, x, lora_A, lora_B, bias=None):
+    return lowrank_linear(x, stored, lora_A, lora_B, bias, 0.7, format_named(name))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    (name, dtype) for name in FORMATS for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if (name, dtype) != ("fp8_both_layouts", torch.bfloat16)])  # may multiply in fp8, see test_formats.py
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_three_matmuls_with_the_dequantized_weight(name, bias, dtype):
+    stored, weight = _stored(name, dtype)
+    leaves = _leaves(dtype, bias=bias)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y, want = _fused(name, stored, *leaves), _three_matmuls(weight, *exact)
+    upstream = torch.randn(y.shape).to(dtype)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    wanted = torch.autograd.grad(want, exact, upstream.double())
+    for got, true in zip((y, *gradients), (want, *wanted), strict=True):
+        assert got.dtype == dtype and got.shape == true.shape
+        # W, h and s·g·B are rounded to dtype, and so is each result.
+        assert (got - true).norm() <= 3 * torch.finfo(dtype).eps * true.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("nf4")])  # bitsandbytes has no fp64
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(name, bias):
+    stored, _ = _stored(name, torch.float64)
+    assert torch.autograd.gradcheck(lambda *leaves: _fused(name, stored, *leaves), _leaves(torch.float64, bias=bias))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_second_derivative_is_refused_not_wrong(dropout):
+    layer, x = _layer("int8", dropout=dropout)[0], torch.randn(5, IN, requires_grad=True)
+    gradient, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (), (1,), (2, 3, 4)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_number_of_rows(name, shape):
+    stored, weight = _stored(name, torch.float32)
+    leaves = _leaves(torch.float32, rows=shape)
+    y = _fused(name, stored, *leaves)
+    want = _three_matmuls(weight.float(), *leaves)
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+    for got, true in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(got, true, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_inputs_and_gradients_that_are_not_contiguous(name):
+    stored, weight = _stored(name, torch.float32)
+    _, lora_A, lora_B, bias = _leaves(torch.float32)
+    wide = torch.randn(IN, 3, 2, requires_grad=True)
+    factors = (torch.randn(IN, R).t().requires_grad_(), torch.randn(R, OUT).t().requires_grad_())
+    for x in (wide.permute(2, 1, 0), wide[:, :1].permute(2, 1, 0).expand(2, 5, IN)):
+        y, want = _fused(name, stored, x, *factors, bias), _three_matmuls(weight.float(), x, *factors, bias)
+        torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+        for upstream in (torch.randn(OUT, *y.shape[1::-1]).permute(2, 1, 0), torch.ones(()).expand(y.shape)):
+            got = torch.autograd.grad(y, (wide, *factors, bias), upstream, retain_graph=True)
+            true = torch.autograd.grad(want, (wide, *factors, bias), upstream, retain_graph=True)
+            for a, b in zip(got, true, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_finite_stays_visible(name, bad):
+    stored, _ = _stored(name, torch.float32)
+    leaves = _leaves(torch.float32, rows=(3,))
+    with torch.no_grad():
+        leaves[0][1, 2] = bad
+    y = _fused(name, stored, *leaves)
+    assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+    upstream = torch.ones_like(y)
+    upstream[2, 3] = bad
+    grad, = torch.autograd.grad(y, leaves[:1], upstream)
+    assert not grad[2].isfinite().any() and grad[:2].isfinite().all()
+
+
+def _layer(name, *, dropout=0.0, bias=True, base=True, dtype=torch.float32):
+    stored, weight = _stored(name, dtype)
+    linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+    layer = ReLoRALinear(IN, OUT, nn.Parameter(weight.to(dtype)) if base else None, linear.bias, r=R, lora_alpha=2 * R,
+                         lora_dropout=dropout, dtype=dtype)
+    if base and name != "dense":
+        layer.store_weight(stored, format_named(name), as_buffer=False)
+    nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
+    return layer, weight.to(dtype)
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_dropout_stands_on_the_low_rank_branch_of_every_format(name, bias, base):
+    layer, weight = _layer(name, dropout=0.5, bias=bias, base=base)
+    leaves = [torch.randn(5, IN, requires_grad=True), *layer.parameters()]
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def formula(x):
+        y = layer.scaling * F.dropout(x, 0.5) @ layer.lora_A.t() @ layer.lora_B.t()
+        y = y + x @ weight.t() if base else y
+        return y + layer.bias if bias else y
+
+    results = []
+    for function in (layer, formula):
+        torch.manual_seed(3)
+        y = function(leaves[0])
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_merged_weight_of_every_format(name):
+    layer, weight = _layer(name)
+    merged = layer.merged_weight()
+    torch.testing.assert_close(merged, weight + 2.0 * layer.lora_B @ layer.lora_A)
+    assert merged.data_ptr() != layer.weight.data_ptr()
+
+
+class _LiveWeights(TorchDispatchMode):
+    """How many storages as large as a dense weight live, of those made inside the block; and the most at a time.
+
+    Our operators are run as the Python that they are, so that what they make inside is seen.
+    """
+
+    KERNELS = {torch.ops.relora_ds.product.default: kernels._product,
+               torch.ops.relora_ds.linear.default: kernels._linear,
+               torch.ops.relora_ds.linear_input_grad.default: kernels._linear_input_grad}
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.most, self.num_made, self.alive = size, 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.KERNELS:
+            with self:
+                return self.KERNELS[func](*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if storage.nbytes() >= self.size and key not in inputs | self.alive:
+                    self.alive.add(key)
+                    self.num_made += 1
+                    self.most = max(self.most, len(self.alive))
+                    weakref.finalize(storage, self.alive.discard, key)
+        return results
+
+
+def _layers(name, dropout=0.0, num_layers=3):
+    layers = [ReLoRALinear(64, 64, nn.Parameter(torch.randn(64, 64) / 8), None, r=2, lora_alpha=2,
+                           lora_dropout=dropout) for _ in range(num_layers)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
+        if name != "dense":
+            layer.store_weight(format_named(name).quantize(layer.weight, torch.float32), format_named(name),
+                               as_buffer=False)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_layers_dense_weight_lives_at_a_time_and_none_between_forward_and_backward(name, dropout):
+    model, x = _layers(name, dropout), torch.randn(4, 64, requires_grad=True)
+    with _LiveWeights(64 * 64 * 4) as live:
+        y = model(x)
+        assert live.alive == set()
+        y.sum().backward()
+        assert live.alive == set()
+    # Once for each product; where the stored weight already is fp32, nothing is made.
+    assert (live.most, live.num_made) == ((0, 0) if name in ("dense", "fp32") else (1, 6))
+    assert x.grad is not None and all(layer.lora_A.grad is not None for layer in model)
+
+
+def test_the_count_of_live_weights_sees_a_kept_copy():
+    with _LiveWeights(64 * 64 * 4) as live:
+        kept = [torch.ones(64, 64) * 2 for _ in range(2)]
+        assert len(live.alive) == 2 == live.num_made // 2
+    del kept
+
+
+def _compiled(model):
+    """`model` compiled without a graph break, and what its graphs compute: `[(name of the target, value), ...]`."""
+    from torch._dynamo.backends.common import aot_autograd
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append([(str(node.target), node.op, node.meta.get("val")) for node in graph.graph.nodes])
+        return graph
+
+    return torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)), graphs
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiled_layers_keep_no_dense_weight_and_a_restart_does_not_recompile(name, dropout):
+    torch._dynamo.reset()
+    model = _layers(name, dropout, num_layers=2)
+    compiled, graphs = _compiled(model)
+    x = torch.randn(4, 64, requires_grad=True)
+
+    def step(function):
+        model.zero_grad()
+        torch.manual_seed(0)
+        function(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    for _ in range(3):
+        if not dropout:  # compiled code may draw other masks
+            for got, want in zip(step(compiled), step(model), strict=True):
+                torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+        else:
+            step(compiled)
+        with torch.no_grad():  # a restart: new values in the same tensors
+            for layer in model:
+                value = torch.randn(64, 64)
+                layer.weight.copy_(layer.format.quantize(value, torch.float32))
+                layer.lora_A.normal_()
+    assert len(graphs) == 2  # forward and backward, compiled once
+    for graph in graphs:
+        made = [(target, value.shape) for target, op, value in graph
+                if op == "call_function" and isinstance(value, torch.Tensor) and value.numel() >= 64 * 64]
+        assert made == []  # a dense weight exists inside of our operators only
+        assert sum("relora_ds.linear" in target for target, _, _ in graph) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "int8", "fp8", "nf4"])
+def test_the_default_compiler(name):
+    torch._dynamo.reset()
+    model = _layers(name)
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 64)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-3, rtol=1e-4)
+    compiled(x).sum().backward()
+
+
+def test_fake_operators_agree_with_the_real_ones():
+    from torch.library import opcheck
+    stored, _ = _stored("int8", torch.float32)
+    x, lora_A, lora_B, bias = (leaf.detach() for leaf in _leaves(torch.float32, rows=(6,)))
+    g, h = torch.randn(6, OUT), torch.randn(6, R)
+    utils = ("test_schema", "test_faketensor")
+    opcheck(torch.ops.relora_ds.product, (x, lora_A.t()), test_utils=utils)
+    opcheck(torch.ops.relora_ds.product, (g.t(), h), test_utils=utils)
+    for weight, low in ((stored, h), (stored, None), (None, h)):
+        for b in (bias, None):
+            opcheck(torch.ops.relora_ds.linear, (x, weight, low, lora_B, b, 0.7, "int8"), test_utils=utils)
+        opcheck(torch.ops.relora_ds.linear_input_grad, (g, weight, low, lora_A, "int8"), test_utils=utils)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_16_bit_products_are_made_in_fp32_and_rounded_once(monkeypatch, dtype):
+    monkeypatch.setattr(kernels, "SLOW_ON_CPU", {dtype})
+    weight = torch.randn(OUT, IN).to(dtype)
+    x, lora_A, lora_B, bias = (leaf.detach() for leaf in _leaves(dtype, rows=(6,)))
+    h = torch.ops.relora_ds.product(x, lora_A.t())
+    assert torch.equal(h, (x.float() @ lora_A.float().t()).to(dtype))
+    y = torch.ops.relora_ds.linear(x, weight, h, lora_B, bias, 0.5, DENSE.name)
+    want = x.float() @ weight.float().t() + 0.5 * h.float() @ lora_B.float().t() + bias.float()
+    assert y.dtype == dtype and (y - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+
+    def dtypes(*tensors):
+        seen.extend(t.dtype for t in tensors if isinstance(t, torch.Tensor))
+        return tensors[0].float()
+
+    seen, codes = [], torch.zeros(3, dtype=torch.uint8)
+    widened = kernels._in_fp32_where_16_bit_is_slow(dtypes)
+    assert widened(x, None, codes, lora_A, 0.5, "int8").dtype == dtype
+    assert seen == [torch.float32, torch.uint8, torch.float32]
+    monkeypatch.setattr(kernels, "SLOW_ON_CPU", set())
+    widened(x, codes, lora_A)
+    assert seen[3:] == [dtype, torch.uint8, dtype]

@@ -1,0 +1,120 @@
+"""Activation checkpointing under ZeRO, on 2 ranks: the run is the same, and ZeRO-3 gathers again what is repeated."""
+
+import json
+
+import pytest
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+import relora_ds
+from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.models import recompute
+from relora_ds.zero.traffic import count_traffic
+from tests.parity import cases
+from tests.ranks import ranks
+from tests.small_models import FAMILIES
+from tests.training.runs import lines, losses, run
+
+MODES = ["full", "selective", "cheap"]
+RESTART = 3
+STEPS = 5
+# Nothing is kept for its next use, nothing is fetched before it is needed ...
+TIGHT = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size": 0,
+         "stage3_param_persistence_threshold": 0}
+# ... or fetched in portions that end between layers.
+PREFETCH = {"stage3_max_live_parameters": 4000, "stage3_max_reuse_distance": 1000, "stage3_prefetch_bucket_size": 3000,
+            "stage3_param_persistence_threshold": 0}
+
+
+def train(mode: str, stage: int, *, method: str = "relora", accumulation: int = 1, family: str = "llama",
+          zero: dict | None = None, dropout: float = 0.0, frozen_dtype: str = "auto",
+          placement: str = "auto") -> dict:
+    """Five steps with a restart after the third."""
+    relora = cases.relora_config(restart_every=RESTART, restart_warmup_steps=1, lora_dropout=dropout,
+                                 frozen_dtype=frozen_dtype, frozen_placement=placement) if method == "relora" else None
+    model = FAMILIES[family](hidden_size=32, intermediate_size=48)
+    model.set_attn_implementation("sdpa")
+    if relora is not None:
+        relora_ds.wrap(model, relora)
+    recompute.apply(model, mode)
+    engine, *_ = relora_ds.initialize(
+        model, cases.ds_settings(stage, "fp32", **(zero or {})), relora, lr=1e-2, total_steps=cases.STEPS,
+        micro_batch_size=cases.GLOBAL_BATCH // (2 * accumulation), gradient_accumulation_steps=accumulation)
+    found = {"losses": [], "gathered": set(), "stack": []}
+    for step in range(STEPS):
+        with count_traffic() as traffic:
+            found["losses"].append(cases.train_step(engine, step))
+        found["gathered"].update(gathered(engine))
+        found["stack"].append(len(FWD_MODULE_STACK))
+    found["restarts"], found["payload"] = list(engine.restarts), traffic.payload
+    last = ("down_proj", "dense_4h_to_h")
+    found["repeated"] = sum(layer.weight.ds_tensor.element_size() * layer.weight.ds_numel
+                            for name, layer in lowrank_layers(engine.module).items()
+                            if hasattr(layer.weight, "ds_tensor") and not name.endswith(last))
+    cases.release(engine)
+    return found
+
+
+def gathered(engine) -> list[str]:
+    """Weights that ZeRO-3 has not let go of, beside those that it means to keep, or believes to be in use."""
+    return [name for name, p in engine.module.named_parameters() if hasattr(p, "ds_status") and (
+        (p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist) or p.ds_active_sub_modules)]
+
+
+def compare(stage: int, modes: list[str], **how) -> tuple[dict, dict]:
+    """Without and with checkpointing: the same losses to the bit. Returns both findings, of the last mode."""
+    plain = ranks(2).run(train, "none", stage, **how)[0]
+    assert plain["restarts"] == ([RESTART] if how.get("method", "relora") == "relora" else [])
+    for mode in modes:
+        found = ranks(2).run(train, mode, stage, **how)[0]
+        assert found["losses"] == plain["losses"], mode
+        assert found["restarts"] == plain["restarts"]
+        assert not found["gathered"]
+        assert found["stack"] == [found["stack"][0]] * STEPS, "what ZeRO-3 keeps of the repetitions grows"
+    return plain, found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("method", ["relora", "full"])
+def test_the_run_is_the_same(method, stage):
+    compare(stage, MODES, method=method, accumulation=2)
+
+
+@pytest.mark.parametrize("stage, placement", [(1, "auto"), (3, "sharded"), (3, "replicated")])
+@pytest.mark.parametrize("frozen_dtype", ["int8", "nf4"])
+def test_with_quantized_weights(frozen_dtype, stage, placement):
+    compare(stage, ["full", "cheap"], frozen_dtype=frozen_dtype, placement=placement, accumulation=2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_with_dropout(stage):
+    """The repetition draws the same mask; every rank, step and micro-step has its own."""
+    compare(stage, MODES, dropout=0.3, accumulation=2)
+
+
+@pytest.mark.parametrize("zero", [TIGHT, PREFETCH], ids=["tight", "prefetch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_however_zero_3_fetches(family, zero):
+    compare(3, MODES, family=family, zero=zero)
+
+
+@pytest.mark.parametrize("frozen_dtype, placement", [("auto", "sharded"), ("int8", "sharded"), ("int8", "replicated")])
+def test_what_zero_3_gathers_again(frozen_dtype, placement):
+    """Every sharded frozen weight of the layers once more a micro-step, but each layer's last: it is still there."""
+    plain, found = compare(3, ["cheap"], frozen_dtype=frozen_dtype, placement=placement, accumulation=2)
+    assert found["payload"] == plain["payload"] + 2 * plain["repeated"]
+    assert (plain["repeated"] > 0) == (placement == "sharded")
+
+
+RECIPE = ["train.steps=12", "warm_start_steps=4", "relora.restart_every=4", "relora.restart_warmup_steps=1",
+          "optim.warmup_steps=1", "log.every=1", "eval.every=6", "checkpoint.every=null"]
+
+
+def test_a_recipe_with_a_warm_start(tmp_path):
+    """Warm start, switch, restart, evaluation, samples and export; with the warm start's layers checkpointed too."""
+    plain = run(tmp_path / "none", *RECIPE)
+    cheap = run(tmp_path / "cheap", *RECIPE, "activation_checkpointing=cheap", "deepspeed=zero3")
+    assert len(lines(tmp_path / "cheap", "restart")) == 1
+    assert losses(tmp_path / "cheap") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+    assert cheap["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
+    assert json.loads((tmp_path / "cheap" / "export" / "config.json").read_text())["model_type"] == "llama"
