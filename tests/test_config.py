@@ -76,7 +76,8 @@ def test_reading_a_recipe_imports_neither_torch_nor_deepspeed():
 def test_all_errors_at_once():
     found = problems_of(
         "method=relra", "train.step=5", "optim.lr=-1", "eval.every=often", "relora.reset_ratio=1.5", "relora=5", "foo",
-        "optim.betas=[0.9,x]", "seed=null", "compile=true", "relora.r=0", "deepspeed=zero7", "data.source=c5", "lr=3")
+        "optim.betas=[0.9,x]", "seed=null", "activation_checkpointing=some", "relora.r=0", "deepspeed=zero7",
+        "data.source=c5", "lr=3")
     expected = [
         "relora: 5 where a section",
         "override 'foo' is not section.key=value",
@@ -90,7 +91,7 @@ def test_all_errors_at_once():
         "relora.reset_ratio: 1.5 is outside [0, 1); use e.g. 0.99",
         "relora.r: 0 is not an integer of at least 1",
         "data.source: 'c5' is unknown; use one of wikitext2",
-        "compile: true is not available in this version",
+        "activation_checkpointing: 'some' is unknown",
         "deepspeed: zero7 is neither a file nor a shipped configuration (did you mean zero",
     ]
     for start in expected:
@@ -127,7 +128,7 @@ def test_all_errors_at_once():
     (["model.preset=llama_60"], "model.preset: 'llama_60' is unknown (did you mean llama_60m?)"),
     (["model.name_or_path=gpt2", "model.preset=tiny"], "model.preset: tiny and model.name_or_path: gpt2 are both set"),
     (["model.init=pretrained"], "model.init: pretrained needs model.name_or_path"),
-    (["activation_checkpointing=full"], "activation_checkpointing: full is not available in this version"),
+    (["activation_checkpointing=ful"], "activation_checkpointing: 'ful' is unknown (did you mean full?)"),
     (["data.source=c4"], "data.max_tokens: null, and c4"),
     (["data.source=pretokenized"], "data.path: null, and data.source pretokenized reads it"),
     (["data.source=jsonl"], "JSON lines and parquet are read by data.source=text"),

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from relora_ds.figures.plot import DPI
 from relora_ds.figures.style import LIGHT, Theme, colour, dash, rc
+from relora_ds.training.console import human_count
 
 
 def save_quality(result: dict, path: Path) -> None:
@@ -37,7 +38,7 @@ def draw_quality(result: dict, theme: Theme) -> Figure:
     differences.axhline(0, color=theme.ink, linewidth=0.9)
     for axes in (losses, differences):
         axes.set_xlabel("tokens")
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axes.xaxis.set_major_formatter(lambda value, _: human_count(value).replace(".00", ""))
     figure.legend(*losses.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     return figure
 

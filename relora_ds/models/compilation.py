@@ -1,7 +1,9 @@
 """`torch.compile` for the training step.
 
 What computes gradients is compiled. Evaluation, samples and the drift probe run as they are: their batches have
-other shapes, each of which would be compiled for itself, which takes a minute or more.
+other shapes, each of which would be compiled for itself, which takes a minute or more. So do the few steps that are
+watched operator by operator, to count the bytes that ranks exchange: torch.compile gives up for good what it meets in
+one of those.
 """
 
 import functools
@@ -13,20 +15,29 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def problems() -> list[str]:
-    """Why this machine cannot compile."""
-    if torch.cuda.is_available():
-        from torch.utils._triton import has_triton
-        missing = None if has_triton() else "triton, which fits torch's version, and a GPU of compute capability 7.0"
-    elif shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
-        missing = f"a C++ compiler ({compiler} is not found; CXX names another one)"
-    elif not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
+    """Why this machine cannot compile: inductor writes C++ for CPUs, and triton has its kernels started from C."""
+    cuda = torch.cuda.is_available()
+    variable, compilers = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
+    compilers = [os.environ[variable]] if variable in os.environ else compilers
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if cuda and not _has_triton():
+        missing = "triton, which torch's CUDA builds bring, and a GPU of compute capability 7.0 or newer"
+    elif not any(shutil.which(compiler) for compiler in compilers):
+        missing = f"a compiler ({' or '.join(compilers)} is not found; {variable} names another one)"
+    elif not header.exists():
         missing = f"Python's headers ({header} is not there; Linux distributions have them in python3-dev)"
     else:
-        missing = None
-    return [f"compile: true needs {missing}; install it, or use compile=false"] if missing else []
+        return []
+    return [f"compile: true needs {missing}; install what is missing, or use compile=false"]
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+    return has_triton()
 
 
 def apply(model: nn.Module) -> nn.Module:
@@ -40,7 +51,8 @@ def apply(model: nn.Module) -> nn.Module:
 
     @functools.wraps(plain)
     def forward(self, *args, **kwargs):
-        return (compiled if torch.is_grad_enabled() else plain)(self, *args, **kwargs)
+        as_it_is = not torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+        return (plain if as_it_is else compiled)(self, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     return model

@@ -57,7 +57,7 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
     step = restart = None
     if accumulation is not None:
         step = step_bytes(shapes, zero, method.relora, precision=precision, accumulation=accumulation,
-                          world_size=world_size)
+                          world_size=world_size, checkpointing=recipe.activation_checkpointing)
     if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
         restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart)

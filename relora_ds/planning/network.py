@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora_ds.config import Recipe
 from relora_ds.data.pretokenized import read_metadata
@@ -23,12 +24,16 @@ class Shapes:
         merged: the shapes of the frozen weights that low-rank updates are merged into, by layer.
         frozen: the other frozen parameters, which never change.
         factors: `lora_A` and `lora_B` of the layers; part of `groups`.
+        repeated, repeated_merged: what trains, and the layers of `merged`, in all decoder layers but the last. Where
+            activations are checkpointed, ZeRO-3 gathers these for the repetition too; the last layer is still there.
     """
 
     groups: tuple[tuple[int, ...], ...]
     merged: dict[str, torch.Size]
     frozen: tuple[int, ...]
     factors: tuple[int, ...]
+    repeated: tuple[int, ...] = ()
+    repeated_merged: frozenset[str] = frozenset()
 
     @property
     def num_trainable(self) -> int:
@@ -73,9 +78,14 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     model = method.prepare(meta_model(config))
     layers = {name: layer for name, layer in lowrank_layers(model).items() if layer.weight is not None}
     weights = {id(layer.weight) for layer in layers.values()}
+    repeated = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    repeated = tuple(repeated[:-1])
     return Shapes(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in method.param_groups(model)),
         merged={name: layer.weight_shape for name, layer in layers.items()},
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in weights),
         factors=tuple(p.numel() for layer in layers.values()
-                      for name, p in layer.named_parameters() if is_lora_parameter(name)))
+                      for name, p in layer.named_parameters() if is_lora_parameter(name)),
+        repeated=tuple(p.numel() for name, p in model.named_parameters()
+                       if p.requires_grad and name.startswith(repeated)),
+        repeated_merged=frozenset(name for name in layers if name.startswith(repeated)))

@@ -1,5 +1,6 @@
 """How an engine will store the frozen weights of a network: what its memory and its traffic follow from."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -90,17 +91,29 @@ class Gathered:
     Attributes:
         elements, num_bytes: of what is gathered to be used.
         small_bytes: of what is kept whole, and is gathered after an update only.
+        repeated_bytes: of what is gathered a second time where activations are checkpointed.
     """
 
     elements: int
     num_bytes: int
     small_bytes: int
+    repeated_bytes: int
 
 
 def gathered_by_stage_3(shapes: Shapes, storage: Storage, zero: dict, element_size: int) -> Gathered:
     """zero: a resolved `zero_optimization` section. element_size: bytes of an element that trains."""
-    sizes = [(size, element_size) for group in shapes.groups for size in group]
-    sizes += [(stored.numel, stored.element_size) for stored in storage.all if stored.sharded]
-    large = [(numel, e) for numel, e in sizes if numel > zero["stage3_param_persistence_threshold"]]
-    num_bytes = sum(numel * e for numel, e in large)
-    return Gathered(sum(numel for numel, _ in large), num_bytes, sum(numel * e for numel, e in sizes) - num_bytes)
+    def sizes(trainable: Iterable[int], frozen: Iterable[Stored]) -> list[tuple[int, int]]:
+        return [(size, element_size) for size in trainable] + [(s.numel, s.element_size) for s in frozen if s.sharded]
+
+    def is_large(size: tuple[int, int]) -> bool:
+        return size[0] > zero["stage3_param_persistence_threshold"]
+
+    everything = sizes((size for group in shapes.groups for size in group), storage.all)
+    large = list(filter(is_large, everything))
+    repeated = filter(is_large, sizes(shapes.repeated, (storage.merged[name] for name in shapes.repeated_merged)))
+    num_bytes = _bytes(large)
+    return Gathered(sum(numel for numel, _ in large), num_bytes, _bytes(everything) - num_bytes, _bytes(repeated))
+
+
+def _bytes(sizes: Iterable[tuple[int, int]]) -> int:
+    return sum(numel * element_size for numel, element_size in sizes)

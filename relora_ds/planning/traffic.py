@@ -10,11 +10,12 @@ HISTOGRAM_BYTES = 4 * (2**11 + 2**10 + 2**10)
 
 
 def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, accumulation: int,
-               world_size: int) -> tuple[float, float]:
+               world_size: int, checkpointing: str = "none") -> tuple[float, float]:
     """`(payload, wire)` of one optimizer step; see `expected_step`.
 
     zero: a resolved `zero_optimization` section. Where the network is larger than what stage 3 may keep gathered,
-    backward gathers again what forward has let go: everything counts twice then, an upper bound.
+    backward gathers again what forward has let go: everything counts twice then, an upper bound. Where activations are
+    checkpointed (in any mode), the decoder layers but the last are gathered again to be computed again.
     """
     stage, element_size = zero["stage"], ELEMENT_SIZE[precision]
     if stage < 3:
@@ -25,10 +26,11 @@ def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, preci
     payload, wire = expected_step(
         stage, trainable=shapes.num_trainable, frozen_bytes=storage.sharded_bytes, element_size=element_size,
         accumulation=accumulation, world_size=world_size, small_bytes=gathered.small_bytes)
+    again = gathered.repeated_bytes if checkpointing != "none" else 0
     if gathered.elements > min(int(zero["stage3_max_live_parameters"]), int(zero["stage3_max_reuse_distance"])):
-        again = gathered.num_bytes * accumulation
-        payload, wire = payload + again, wire + again * (world_size - 1) / world_size
-    return payload, wire
+        again = gathered.num_bytes
+    again *= accumulation
+    return payload + again, wire + again * (world_size - 1) / world_size
 
 
 def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision: str,

@@ -126,8 +126,8 @@ def our_run(stage: int, precision: str, accumulation: int, lora_dropout: float, 
     config = relora_config(lora_dropout=lora_dropout, **(frozen or {}))
     engine, *_ = relora_ds.initialize(
         model=relora_ds.wrap(network(0, frozen), config), config=f"zero{stage}", relora=config, lr=LR,
-        total_steps=STEPS, warmup_steps=WARMUP, min_lr_ratio=MIN_RATIO, weight_decay=cases.DECAY, max_grad_norm=cases.CLIP,
-        precision=precision, micro_batch_size=MICRO, gradient_accumulation_steps=accumulation)
+        total_steps=STEPS, warmup_steps=WARMUP, min_lr_ratio=MIN_RATIO, weight_decay=cases.DECAY,
+        max_grad_norm=cases.CLIP, precision=precision, micro_batch_size=MICRO, gradient_accumulation_steps=accumulation)
     world_size, losses, lr = dist.get_world_size(), [], []
     for numbers in micro_steps(accumulation):
         lr.append(engine.get_lr()[0])

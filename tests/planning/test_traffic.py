@@ -34,7 +34,10 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("stage, precision, more", [
     (0, "bf16", ()), (1, "fp32", ()), (1, "bf16", ("relora.optimizer_reset=magnitude",)),
-    (2, "bf16", ("relora.optimizer_reset=zero",)), (3, "bf16", ()), (3, "fp32", ())])
+    (2, "bf16", ("relora.optimizer_reset=zero",)), (3, "bf16", ()), (3, "fp32", ()),
+    (1, "fp32", ("relora.frozen_dtype=nf4",)),
+    (3, "fp32", ("relora.frozen_dtype=nf4", "relora.frozen_master=none", "activation_checkpointing=full")),
+    (3, "fp32", ("relora.frozen_dtype=int8", "relora.frozen_placement=replicated", "relora.frozen_master=none"))])
 def test_bytes_are_those_that_are_sent(stage, precision, more):
     changes = overrides(stage, precision, "relora", 1, *more)
     expected = planned(changes)

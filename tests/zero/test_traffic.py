@@ -189,6 +189,7 @@ def test_a_restart_moves_each_factor_once_and_each_frozen_weight_once(stage, pre
 
 # Sizes that nf4 can store: 64 divides every weight.
 EVEN_HIDDEN, EVEN_INTERMEDIATE = 48, 80
+EVEN = {"hidden_size": EVEN_HIDDEN, "intermediate_size": EVEN_INTERMEDIATE}
 EVEN_LINEARS = [(EVEN_HIDDEN, EVEN_HIDDEN)] * 4 + [(EVEN_INTERMEDIATE, EVEN_HIDDEN)] * 2 + [
     (EVEN_HIDDEN, EVEN_INTERMEDIATE)]
 EVEN_FACTORS = [size for out, fan_in in EVEN_LINEARS * LAYERS for size in (R * fan_in, out * R)]
@@ -213,7 +214,7 @@ def of_frozen(variants: list[tuple[int, str, dict, int]]) -> list[tuple[list, li
     found = []
     for stage, format, options, threshold in variants:
         zero = {"stage3_param_persistence_threshold": threshold} if stage == 3 else None
-        engine = cases.build(stage, zero=zero, accumulation=2, hidden_size=EVEN_HIDDEN, intermediate_size=EVEN_INTERMEDIATE,
+        engine = cases.build(stage, zero=zero, accumulation=2, **EVEN,
                              relora=cases.relora_config(r=R, lora_alpha=6, **storage(format), **options))
         for step in range(2):
             cases.train_step(engine, step)
