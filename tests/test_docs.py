@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relora_ds.config import load_recipe, recipe_names
-from relora_ds.lowrank.frozen import to_stored
+from relora_ds.lowrank.formats import DENSE
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
@@ -64,16 +64,16 @@ def test_rounding_errors_of_a_merge_are_those_of_the_table():
         return 100 * float((stored - before - update).double().norm() / update.double().norm())
 
     weight = normal(0.02)
-    before = to_stored(weight, torch.bfloat16).float()
+    before = DENSE.quantize(weight, torch.bfloat16).float()
     for rms, expected, unchanged in rows:
         update = normal(float(rms))
-        merged = to_stored(before + update, torch.bfloat16).float()
+        merged = DENSE.quantize(before + update, torch.bfloat16).float()
         assert error(merged, update) == pytest.approx(int(expected), abs=0.6)
         assert 100 * float((merged == before).float().mean()) == pytest.approx(int(unchanged), abs=0.6)
 
     in_place, master, update = before.clone(), weight.clone(), normal(1e-5)
     for _ in range(20):
-        in_place = to_stored(in_place + update, torch.bfloat16).float()
+        in_place = DENSE.quantize(in_place + update, torch.bfloat16).float()
         master += update
-    errors = [error(stored, 20 * update) for stored in (in_place, to_stored(master, torch.bfloat16).float())]
+    errors = [error(stored, 20 * update) for stored in (in_place, DENSE.quantize(master, torch.bfloat16).float())]
     assert f"still {errors[0]:.0f} % off in place, and {errors[1]:.0f} % with an fp32" in text, errors
