@@ -23,7 +23,8 @@ def test_links_files_tests_and_recipes_exist(path):
             linked = path.parent / file
             assert linked.is_file(), target
             headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                        for line in linked.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+                        for line in linked.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+                        ] if anchor else []
             assert not anchor or anchor in headings, target
     for file in re.findall(r"`((?:relora_ds|tests|launch_scripts)/[\w/.]+)`", text):
         assert (ROOT / file).exists(), file
