@@ -11,18 +11,19 @@ from transformers import PreTrainedModel
 
 def problems(model: PreTrainedModel) -> list[str]:
     """Why this machine has no kernels for `model` (which may be on meta)."""
+    remedy = "use model.use_liger_kernel=false"
     if not torch.cuda.is_available():
         reason = "needs a CUDA device, and there is none here"
     else:
         try:
             families = _families()
         except ImportError as error:
-            reason = f"needs liger-kernel ({error}): pip install liger-kernel"
+            reason, remedy = f"needs liger-kernel ({error})", f"pip install liger-kernel, or {remedy}"
         else:
             if model.config.model_type in families:
                 return []
             reason = f"is not supported: liger-kernel has nothing for {model.config.model_type} models"
-    return [f"model.use_liger_kernel: true {reason}; or use model.use_liger_kernel=false"]
+    return [f"model.use_liger_kernel: true {reason}; {remedy}"]
 
 
 def apply(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,7 @@ def block(name: str) -> str:
 
 def filled(text: str) -> str:
     """The document with every table as it is measured."""
-    return TABLE.sub(lambda found: found[0].replace(found[2], block(found[1])), text)
+    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{block(found[1])}<!-- end of {found[1]} -->", text)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,19 @@ def test_bits_of_a_weight():
     assert set(rows) == {"bf16", "int8", "fp8", "nf4", "nf4_double"}
 
 
+def measured(name: str) -> dict:
+    return json.loads((report.MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))["result"]
+
+
 def test_a_quantized_base_learns_as_well():
-    result = json.loads((report.MEASUREMENTS / "quality.json").read_text())["result"]
-    variants = result["variants"]
+    result = measured("quality")
     assert result["seeds"] >= 3 and result["restarts"] >= 5
     for name, most in (("int8", 0.5), ("nf4", 2.0)):
-        assert all(abs(difference) < most for difference in variants[name]["difference_percent_by_seed"]), name
-        assert variants[name]["merge_loss_total"] < variants[f"{name}, no master"]["merge_loss_total"]
+        assert all(abs(difference) < most for difference in
+                   result["variants"][name]["difference_percent_by_seed"]), name
+
+
+def test_masters_keep_what_would_be_lost():
+    variants = measured("quality_every_format")["variants"]
+    for name in ("int8", "nf4"):
+        assert variants[name]["merge_loss_total"] < 0.7 * variants[f"{name}, no master"]["merge_loss_total"], name

@@ -124,6 +124,15 @@ def test_offloading_moves_what_it_says_to_the_host():
     assert memory.total(offloaded, DEVICE, KEPT) < 0.5 * memory.total(on_device, DEVICE, KEPT)
 
 
+@pytest.mark.parametrize("options, where", [
+    (["relora.frozen_dtype=int8"], [HOST]), (["relora.frozen_dtype=int8", "relora.frozen_master=device"], [DEVICE]),
+    (["relora.frozen_dtype=int8", "relora.frozen_master=none"], []), (["relora.frozen_dtype=auto"], []),
+    (["relora.frozen_dtype=bf16"], [HOST])])
+def test_masters_are_where_they_are_asked_to_be(options, where):
+    items = planned(overrides(1, "fp32", "relora", 1, *options)).items
+    assert [item.where for item in items if item.what == "fp32 masters of the frozen weights"] == where
+
+
 def test_known_numbers_of_one_billion():
     """LLaMA-1.3B, r = 128, 8 ranks, bf16, stage 1: written out from the shapes by hand."""
     changes = ["model.preset=llama_1b", "data.vocab_size=32000", "relora.r=128", "train.micro_batch_size=1",
