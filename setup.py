@@ -33,6 +33,7 @@ EXTRAS_REQUIRE = {
     "plot": ["matplotlib"],
     "peft": ["peft"],
     "quantization": ["bitsandbytes>=0.49"],  # relora.frozen_dtype=nf4
+    "liger": ["liger-kernel"],  # model.use_liger_kernel=true
     "trainer": ["accelerate>=1.15,<2"],  # ReLoRACallback, with the Hugging Face Trainer
 }
 

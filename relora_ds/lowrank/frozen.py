@@ -11,7 +11,7 @@ from torch import Tensor
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES, Format, format_of
 
-_LEDGER_SAMPLE = 1 << 16  # weights of a layer
+_LEDGER_SAMPLE = 1 << 12  # weights of a layer
 
 
 def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
