@@ -26,8 +26,6 @@ FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8")
 FROZEN_MASTERS = ("cpu", "device", "none")
 FROZEN_PLACEMENTS = ("auto", "replicated", "sharded")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "cheap")
-# What 20 merges without masters lose of updates that make up 10 % of W, in per cent: docs/quantization.md.
-LOST_WITHOUT_MASTER = {"int8": 0.1, "fp8": 32, "nf4": 98}
 DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized")  # and org/name of the hub
 
 
@@ -284,31 +282,6 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
                "exp_avg/eps after a restart; for reproduction only, use magnitude_joint")
     if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora)().reset_ratio:
         yield f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
-
-
-def storage_warnings(config: "ReLoRAConfig", precision: str, stage: int) -> list[str]:
-    """What the options of the frozen weights do not do, or lose, in a run of `precision` (not auto) at a ZeRO stage."""
-    return list(_storage_warnings(config, precision, stage))
-
-
-def _storage_warnings(config: "ReLoRAConfig", precision: str, stage: int) -> Iterator[str]:
-    stored = precision if config.frozen_dtype == "auto" else config.frozen_dtype
-    if config.frozen_double_quant and stored != "nf4":
-        yield f"relora.frozen_double_quant: true has no effect with frozen_dtype {config.frozen_dtype}; it is for nf4"
-    if config.frozen_placement == "sharded" and stage < 3:
-        yield (f"relora.frozen_placement: sharded has no effect at ZeRO stage {stage}, where every rank has whole "
-               "weights; use a configuration of stage 3")
-    if config.frozen_master != "cpu" and stored == "fp32":
-        yield f"relora.frozen_master: {config.frozen_master} has no effect: W is stored in fp32, which needs no master"
-    elif config.frozen_master == "none" and config.restart_every is not None:
-        if stored == "bf16":
-            lost = "rounded at random to one of its neighbours in bf16, which adds noise to it"
-        else:
-            lost = f"rounded to {stored}, and what is rounded away is lost"
-            if stored in LOST_WITHOUT_MASTER:
-                lost += f" ({LOST_WITHOUT_MASTER[stored]:g} % of 20 updates that make up 10 % of W)"
-        yield (f"relora.frozen_master: none means that each merged W is {lost}; the metric merge_loss tells how much, "
-               "and frozen_master=cpu loses nothing")
 
 
 def _data_warnings(recipe: "Recipe") -> Iterator[str]:

@@ -17,7 +17,7 @@ from relora_ds.config import (
     recipe_names,
     resolve_precision,
 )
-from relora_ds.recipe_validation import storage_warnings
+from relora_ds.lowrank.storage import storage_warnings
 
 BASE = """
 warm_start_steps: 100

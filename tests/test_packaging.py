@@ -14,7 +14,8 @@ import pytest
 import relora_ds
 
 REPOSITORY = Path(__file__).parent.parent
-DISTRIBUTIONS = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}  # where the name of the module is not the name to install
+# Where the name of the module is not the name to install.
+DISTRIBUTIONS = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}
 
 
 @pytest.fixture(scope="module")

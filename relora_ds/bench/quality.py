@@ -174,7 +174,8 @@ def markdown(result: dict) -> str:
                                                                found["difference_percent_by_seed"]),
                      "" if is_reference else f"{found['difference_percent']:+.2f} %",
                      "" if found["merge_loss_total"] is None else f"{100 * found['merge_loss_total']:.3g} %"])
-    return (f"{result['seeds']} seeds, {result['tokens']:,} tokens and {result['restarts']} restarts a run, "
+    seeds = "1 seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    return (f"{seeds}, {result['tokens']:,} tokens and {result['restarts']} restarts a run, "
             f"{result['val_tokens']:,} validation tokens\n\n{rows_as_markdown(rows)}")
 
 

@@ -68,8 +68,8 @@ def _fp8(resolved) -> list[str]:
     """Whether the products of fp8 weights are in fp8, as far as this machine can tell."""
     from relora_ds.lowrank.formats import FP8
     from relora_ds.methods import method_of
-    from relora_ds.planning.storage import format_at
-    format = format_at(method_of(resolved.recipe).relora, resolved.precision, resolved.stage)
+    from relora_ds.planning.storage import format_here
+    format = format_here(method_of(resolved.recipe).relora, resolved.precision, resolved.stage)
     if not isinstance(format, FP8):
         return []
     if format.both_layouts:

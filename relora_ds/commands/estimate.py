@@ -64,13 +64,13 @@ def _by_format(resolved, method, config) -> dict[str, int]:
     """Bytes of the frozen weights, all of them whole, in every format that can store them; {} without any."""
     from relora_ds.lowrank.formats import DTYPES
     from relora_ds.planning.network import shapes_of
-    from relora_ds.planning.storage import format_at
+    from relora_ds.planning.storage import format_here
     from relora_ds.recipe_validation import FROZEN_DTYPES
     choices = {name: (name, False) for name in FROZEN_DTYPES if name != "auto"} | {DOUBLE: ("nf4", True)}
     shapes, found = shapes_of(method, config).merged.values(), {}
     for name, (frozen_dtype, double) in choices.items():
         relora = dataclasses.replace(resolved.recipe.relora, frozen_dtype=frozen_dtype, frozen_double_quant=double)
-        format = format_at(relora, resolved.precision, resolved.stage)
+        format = format_here(relora, resolved.precision, resolved.stage)
         if shapes and not any(map(format.problem, shapes)):
             found[name] = sum(format.stored_like(shape, DTYPES[resolved.precision], "meta").nbytes for shape in shapes)
     return found

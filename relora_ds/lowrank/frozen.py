@@ -8,32 +8,7 @@ fp32 and only the stored copy is rounded, once, from the whole sum.
 import torch
 from torch import Tensor
 
-from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DTYPES, Format, format_of
-
 _LEDGER_SAMPLE = 1 << 12  # weights of a layer
-
-
-def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
-    """Why frozen weights cannot be stored as asked for in a run of `precision`, one message each."""
-    found = []
-    format = format_of(config.frozen_dtype, precision, double_quant=config.frozen_double_quant)
-    if reason := format.unavailable():
-        found.append(f"relora.frozen_dtype: {config.frozen_dtype} {reason}")
-    if config.frozen_master == "none" and format.floating_dtype(DTYPES[precision]) == torch.float16:
-        found.append("relora.frozen_master: none needs weights stored in bf16 or fp32, where they can be rounded "
-                     "without bias, or in 8 or 4 bits; use frozen_master=cpu")
-    return found
-
-
-def shape_problems(shapes: dict[str, torch.Size], format: Format) -> list[str]:
-    """Which weights, `[out, in]` by layer, a format cannot store; one message for those of the same shape."""
-    names: dict[torch.Size, list[str]] = {}
-    for name, shape in shapes.items():
-        if format.problem(shape):
-            names.setdefault(shape, []).append(name)
-    return [f"relora.frozen_dtype: {first}{f' and {len(others)} more' if others else ''}: {format.problem(shape)}"
-            for shape, (first, *others) in names.items()]
 
 
 def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DENSE, format_of
-from relora_ds.lowrank.frozen import shape_problems
 from relora_ds.lowrank.linear import ReLoRALinear, initial_A, initial_B
+from relora_ds.lowrank.storage import shape_problems
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from relora_ds.planning.link import (
 )
 from relora_ds.planning.memory import HOST, KEPT, peak, total
 from relora_ds.planning.network import Shapes, network_of, shapes_of
-from relora_ds.planning.storage import format_at
+from relora_ds.planning.storage import format_here
 from relora_ds.training.preflight import Resolved
 
 USABLE = 0.9  # of a device's memory: the rest is the allocator's and the libraries'
@@ -86,7 +86,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
 def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolved, device: torch.device) -> float:
     recipe = resolved.recipe
     config = method.prepare(meta_model(config)).config  # the control's network is another one
-    format, dtype = format_at(method.relora, resolved.precision, resolved.stage), DTYPES[resolved.precision]
+    format, dtype = format_here(method.relora, resolved.precision, resolved.stage), DTYPES[resolved.precision]
 
     def build(shallow: PretrainedConfig) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(shallow, dtype=dtype,

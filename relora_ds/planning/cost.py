@@ -9,7 +9,7 @@ from relora_ds.methods import Method
 from relora_ds.planning import memory
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
-from relora_ds.planning.storage import format_at
+from relora_ds.planning.storage import format_here
 from relora_ds.planning.traffic import restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
 
@@ -71,4 +71,4 @@ def activations_of(resolved: Resolved, method: Method, config: PretrainedConfig,
         method, config, precision=resolved.precision, seq_len=recipe.data.seq_len,
         micro_batch_size=micro_batch_size or recipe.train.micro_batch_size,
         attn_implementation=recipe.model.attn_implementation, checkpointing=recipe.activation_checkpointing,
-        format=format_at(method.relora, resolved.precision, resolved.stage))
+        format=format_here(method.relora, resolved.precision, resolved.stage))

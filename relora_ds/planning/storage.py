@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_of, multiplies_fp8
+from relora_ds.lowrank.formats import DENSE, DTYPES, Format, multiplies_fp8
+from relora_ds.lowrank.storage import format_at, has_masters, is_sharded
 from relora_ds.planning.network import Shapes
 
 ELEMENT_SIZE = {precision: dtype.itemsize for precision, dtype in DTYPES.items()}
@@ -56,32 +57,25 @@ class Storage:
 
 def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, stage: int) -> Storage:
     """How the frozen weights of `shapes` are stored. relora: of the method; None for one without low-rank layers."""
-    sharded, e = stage == 3, ELEMENT_SIZE[precision]
-    frozen = tuple(Stored(size, e, sharded) for size in shapes.frozen)
+    frozen = tuple(Stored(size, ELEMENT_SIZE[precision], stage == 3) for size in shapes.frozen)
     if relora is None:
         return Storage({}, frozen, with_masters=False)
-    format, replicated = format_at(relora, precision, stage), relora.frozen_placement == "replicated"
+    format, sharded = format_here(relora, precision, stage), is_sharded(relora, stage)
 
     def stored(shape: torch.Size) -> Stored:
         like = format.stored_like(shape, DTYPES[precision], "meta")
-        return Stored(like.numel(), like.element_size(), sharded and not replicated)
+        return Stored(like.numel(), like.element_size(), sharded)
 
-    exact = format.floating_dtype(DTYPES[precision]) == torch.float32
     return Storage({name: stored(shape) for name, shape in shapes.merged.items()}, frozen,
-                   with_masters=relora.frozen_master != "none" and not exact)
+                   with_masters=has_masters(relora, precision))
 
 
-def format_at(relora: ReLoRAConfig | None, precision: str, stage: int) -> Format:
+def format_here(relora: ReLoRAConfig | None, precision: str, stage: int) -> Format:
     """The format of the frozen weights at a ZeRO stage, on devices such as this machine's."""
     if relora is None:
         return DENSE
-    # Where ZeRO-3 gathers the weights, the codes of the transposed ones would be gathered too.
-    in_fp8 = (stage < 3 or relora.frozen_placement == "replicated") and _this_machine_multiplies_fp8()
-    return format_of(relora.frozen_dtype, precision, double_quant=relora.frozen_double_quant, in_fp8=in_fp8)
-
-
-def _this_machine_multiplies_fp8() -> bool:
-    return torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
+    in_fp8 = torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
+    return format_at(relora, precision, stage, in_fp8=in_fp8)
 
 
 @dataclass(frozen=True)

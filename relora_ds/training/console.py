@@ -43,6 +43,7 @@ class View:
         self.enabled = enabled
         self.console = Console(highlight=False, soft_wrap=True, quiet=not enabled)
         self._bar = None
+        self._warned: set[str] = set()
         if enabled:
             logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True, handlers=[_LogLines(self)])
             logging.getLogger("relora_ds").setLevel(logging.INFO)
@@ -64,6 +65,12 @@ class View:
     def line(self, text: str) -> None:
         """One line above the bar."""
         self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line that says that it is a warning. Said once: the libraries' loggers come here too."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.line(f"warning: {text}")
 
     def step(self, step: int, total: int, phase: str, figures: str, logged: bool) -> None:
         """A step is done; `figures` is shown where it was logged."""
@@ -95,8 +102,11 @@ class _LogLines(logging.Handler):
         self._view = view
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        self._view.line(prefix + record.getMessage())
+        text = record.getMessage()
+        if record.levelno == logging.WARNING:
+            self._view.warn(text)
+        else:
+            self._view.line(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}")
 
 
 def human_bytes(size: float) -> str:

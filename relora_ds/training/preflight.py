@@ -14,15 +14,22 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from relora_ds import data
 from relora_ds.checkpoint import store
-from relora_ds.config import DS_CONFIG_DIR, Recipe, RecipeError, accumulation_steps, read_recipe, resolve_precision
+from relora_ds.config import (
+    DS_CONFIG_DIR,
+    Recipe,
+    RecipeError,
+    ReLoRAConfig,
+    accumulation_steps,
+    read_recipe,
+    resolve_precision,
+)
 from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.interop.sources import config_of, locate
-from relora_ds.lowrank.frozen import storage_problems
+from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import method_of
 from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
-from relora_ds.recipe_validation import storage_warnings
 from relora_ds.zero import ds_config
 
 
@@ -47,14 +54,20 @@ class Resolved:
         """Of ZeRO."""
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def relora(self) -> ReLoRAConfig | None:
+        """Of the low-rank layers over frozen weights; None where there are no such weights."""
+        recipe = self.recipe
+        return None if recipe.method == "lora" and recipe.lora.base == "none" else method_of(recipe).relora
+
     def warnings(self) -> list[str]:
         """Options without effect, and runs that are not what they look like."""
-        recipe, relora = self.recipe, method_of(self.recipe).relora
+        recipe, relora = self.recipe, self.relora
         found = recipe.warnings()
         if recipe.compile and self.stage == 3:
             found.append("compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
                          "configuration of stages 0 to 2")
-        if relora is not None and (recipe.method != "lora" or recipe.lora.base != "none"):
+        if relora is not None:
             found += storage_warnings(relora, self.precision, self.stage)
         return found
 

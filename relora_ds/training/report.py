@@ -7,6 +7,7 @@ import torch
 
 from relora_ds.config import Recipe
 from relora_ds.lowrank.schedule import scheduled_restarts
+from relora_ds.lowrank.storage import has_masters
 from relora_ds.training.accounting import Account
 from relora_ds.training.console import View, human_bytes, human_count
 from relora_ds.training.evaluation import Evaluation
@@ -25,7 +26,8 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
     lines = [f"relora_ds: {model_name(recipe)} on {recipe.data.source}, method {recipe.method}; "
              f"{ranks} ({device}), {plan.precision}, ZeRO stage {stage}",
              f"data: {len(plan.data.train):,} training and {len(plan.data.validation):,} validation tokens, "
-             f"vocabulary {plan.data.vocab_size:,}; {recipe.batch_sequences} x {recipe.data.seq_len} tokens a step"]
+             f"vocabulary {plan.data.vocab_size:,}; {recipe.batch_sequences} x {recipe.data.seq_len} tokens a step",
+             *_frozen_weights(plan)]
     for phase in phases:
         steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
         if phase.method.relora is not None:
@@ -33,10 +35,20 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
                         scheduled_restarts(phase.total_steps, phase.method.relora.restart_every)]
             steps += f", restarts after {_some(restarts)}" if restarts else ", no restart"
         lines.append(steps)
-    lines += [f"warning: {warning}" for warning in plan.warnings()]
     if resumed_at is not None:
         lines.append(f"resuming after step {resumed_at}")
     return lines
+
+
+def _frozen_weights(plan: Plan) -> list[str]:
+    relora = plan.relora
+    if relora is None:
+        return []
+    stored = plan.precision if relora.frozen_dtype == "auto" else relora.frozen_dtype
+    masters = "" if stored == "fp32" else ", no masters"
+    if has_masters(relora, plan.precision):
+        masters = f", fp32 masters on the {'host' if relora.frozen_master == 'cpu' else 'device'}"
+    return [f"frozen weights: {stored}{masters}"]
 
 
 def phase_line(phase: Phase, step: int, trainable: int, total: int) -> str:

@@ -118,6 +118,8 @@ class Trainer:
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
         for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
             self.view.line(line)
+        for warning in self.plan.warnings():
+            self.view.warn(warning)
         self.set_status("running")
         return checkpoint
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
-from relora_ds.lowrank.frozen import storage_problems
 from relora_ds.lowrank.seeding import keyed_seed
+from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config
 from relora_ds.zero.collect import collect_merged
@@ -81,10 +81,13 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         settings, precision=precision, micro_batch_size=micro_batch_size, accumulation=gradient_accumulation_steps,
         world_size=dist.get_world_size(), max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
         num_trainable=count_parameters(model)[0], cpu=not torch.cuda.is_available())
+    stage = settings["zero_optimization"]["stage"]
 
     align_ranks(model)
-    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision,
-                           stage=settings["zero_optimization"]["stage"], device=device_of_rank())
+    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device_of_rank())
+    if frozen.layers and dist.get_rank() == 0:
+        for warning in storage_warnings(relora, precision, stage):
+            logger.warning(warning)
     below_fp32 = DTYPES[precision] != torch.float32
     # DeepSpeed casts by giving each parameter new storage; these references keep the fp32 values.
     uncast = {name: p.data for name, p in model.named_parameters() if p.requires_grad} if below_fp32 else {}

