@@ -111,18 +111,21 @@ def run(arguments: argparse.Namespace) -> dict:
         for variant in arguments.variants:
             spec = Spec(variant=variant, checkpointing=checkpointing, **shared)
             rows.append({"variant": variant, "checkpointing": checkpointing, **_in_a_process(spec, arguments.device)})
-            print(f"{variant}, checkpointing {checkpointing}: {rows[-1]['peak_bytes'] / 1e9:.2f} GB", file=sys.stderr,
-                  flush=True)
+            said = rows[-1].get("error") or f"{rows[-1]['peak_bytes'] / 1e9:.2f} GB"
+            print(f"{variant}, checkpointing {checkpointing}: {said}", file=sys.stderr, flush=True)
     return {**shared, "device": arguments.device, "stage": 1, "rows": rows}
 
 
 def markdown(result: dict) -> str:
     """The table; ratios are to full rank with the same checkpointing."""
-    full = {row["checkpointing"]: row["peak_bytes"] for row in result["rows"] if row["variant"] == FULL}
+    full = {row["checkpointing"]: row.get("peak_bytes") for row in result["rows"] if row["variant"] == FULL}
     on_gpu = result["device"] == "cuda"
     rows = [["variant", "checkpointing", "trainable", "between steps", "peak of a step", *["reserved"] * on_gpu,
              "of full rank", "on the host"]]
     for row in result["rows"]:
+        if "error" in row:
+            rows.append([row["variant"], row["checkpointing"], "failed", *[""] * (len(rows[0]) - 3)])
+            continue
         base = full.get(row["checkpointing"])
         rows.append([row["variant"], row["checkpointing"], f"{row['trainable'] / 1e6:.1f}M",
                      _gigabytes(row["kept_bytes"]), _gigabytes(row["peak_bytes"]),
@@ -147,9 +150,9 @@ def _in_a_process(spec: Spec, device: str) -> dict:
     done = subprocess.run([sys.executable, "-m", "relora_ds.bench.memory", json.dumps(vars(spec))], env=environment,
                           capture_output=True, text=True, check=False)
     if done.returncode:
-        # A process that the kernel killed for its memory leaves no message.
-        raise ValueError(f"{spec.variant}, checkpointing {spec.checkpointing}: exit code {done.returncode}; "
-                         f"{(done.stderr.strip().splitlines() or ['no message; it may have run out of memory'])[-1]}")
+        # Other variants may need less. A process that the kernel killed for its memory leaves no message.
+        reason = (done.stderr.strip().splitlines() or ["no message; it may have run out of memory"])[-1]
+        return {"error": f"exit code {done.returncode}; {reason}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

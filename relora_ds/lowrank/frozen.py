@@ -46,6 +46,11 @@ class MergeLedger:
         num_sampled = len(range(0, numel, self._stride))
         self.intended, self.lost = torch.zeros(num_sampled), torch.zeros(num_sampled)
 
+    def clear(self) -> None:
+        """Begin again."""
+        self.intended.zero_()
+        self.lost.zero_()
+
     def add(self, intended: Tensor, lost: Tensor) -> None:
         """Of one merge, full size: the update, and what the stored copy has more or less than it."""
         self.intended += intended.flatten()[::self._stride].cpu()

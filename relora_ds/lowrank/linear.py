@@ -74,12 +74,11 @@ class ReLoRALinear(nn.Module):
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         # Dropout stands on the low-rank branch only (as in PEFT), so its input differs from the dense
         # product's and nothing can be fused.
-        h = F.linear(F.dropout(x, self.lora_dropout), self.lora_A)
-        update = F.linear(h, self.lora_B) * self.scaling
+        dropped = F.dropout(x, self.lora_dropout)
+        update = lowrank_linear(dropped, None, self.lora_A, self.lora_B, self.bias, self.scaling)
         if self.weight is None:
-            return update if self.bias is None else update + self.bias
-        y = FrozenLinearFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.format.name) + update
-        return y if self.bias is None else y + self.bias
+            return update
+        return FrozenLinearFunction.apply(x, self.weight, self.lora_A, self.lora_B, self.format.name) + update
 
     @property
     def weight_shape(self) -> torch.Size:

@@ -63,12 +63,13 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
 
 def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """The contexts of one layer's forward and of its repetition."""
-    products = itertools.count()
+    # Some versions of torch ask again in the repetition, whose first product is the first again.
+    products = {False: itertools.count(), True: itertools.count()}
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         keep = _is_large(op, args)
         if keep and mode == "selective" and op.name() not in ATTENTION:
-            keep = next(products) % 2 == 0
+            keep = next(products[context.is_recompute]) % 2 == 0
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = create_selective_checkpoint_contexts(policy)

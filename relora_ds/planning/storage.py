@@ -74,8 +74,11 @@ def format_here(relora: ReLoRAConfig | None, precision: str, stage: int) -> Form
     """The format of the frozen weights at a ZeRO stage, on devices such as this machine's."""
     if relora is None:
         return DENSE
-    in_fp8 = torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
-    return format_at(relora, precision, stage, in_fp8=in_fp8)
+    return format_at(relora, precision, stage, in_fp8=_this_machine_multiplies_fp8())
+
+
+def _this_machine_multiplies_fp8() -> bool:
+    return torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
 
 
 @dataclass(frozen=True)

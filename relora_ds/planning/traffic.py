@@ -15,7 +15,7 @@ def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, preci
 
     zero: a resolved `zero_optimization` section. Where the network is larger than what stage 3 may keep gathered,
     backward gathers again what forward has let go: everything counts twice then, an upper bound. Where activations are
-    checkpointed (in any mode), the decoder layers but the last are gathered again to be computed again.
+    checkpointed (in any mode), the decoder layers but the last are gathered once more to be computed again.
     """
     stage, element_size = zero["stage"], ELEMENT_SIZE[precision]
     if stage < 3:
@@ -28,7 +28,7 @@ def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, preci
         accumulation=accumulation, world_size=world_size, small_bytes=gathered.small_bytes)
     again = gathered.repeated_bytes if checkpointing != "none" else 0
     if gathered.elements > min(int(zero["stage3_max_live_parameters"]), int(zero["stage3_max_reuse_distance"])):
-        again = gathered.num_bytes
+        again += gathered.num_bytes
     again *= accumulation
     return payload + again, wire + again * (world_size - 1) / world_size
 

@@ -54,11 +54,16 @@ class Trainer:
 
     def fit(self) -> dict:
         """Train to the end; returns what is in summary.json. Collective."""
-        checkpoint = self._open_run()
+        checkpoint = self._find_checkpoint()
         phases = phases_of(self.recipe)
         first = next(i for i, p in enumerate(phases) if checkpoint is None or p.name == checkpoint[1]["phase"])
+        if checkpoint is None:
+            self._open_run(None)
         for phase in phases[first:]:
-            self._enter(phase, checkpoint)
+            self._build(phase, checkpoint)
+            if not self.is_open:  # a checkpoint that is refused leaves everything as it was
+                self._open_run(checkpoint)
+            self._enter(phase)
             checkpoint = None
             while self.account.step < phase.stop:
                 self._train_step()
@@ -81,16 +86,21 @@ class Trainer:
 
     # -- the run and its phases --------------------------------------------------------------------------------
 
-    def _open_run(self) -> tuple[Path, dict] | None:
-        """Start the process group, open the run directory, read the state of the checkpoint to go on from."""
+    def _find_checkpoint(self) -> tuple[Path, dict] | None:
+        """Start the process group, read the state of the checkpoint to go on from. Nothing is written."""
         checkpoint = store.find(self.run_dir, self.recipe.resume)
         init_distributed()
+        self.is_first = dist.get_rank() == 0
+        self.view = View(self.is_first, self.recipe.total_steps)
         require_same_tokens(self.plan.data.fingerprint)
         store.require_same_step(self.run_dir, checkpoint)
         if checkpoint is not None:
             store.require_same(checkpoint[1], **self._identity())
+        return checkpoint
+
+    def _open_run(self, checkpoint: tuple[Path, dict] | None) -> None:
+        """Make the run directory ours, and go on in it from a checkpoint."""
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
-        self.is_first = dist.get_rank() == 0
         if self.is_first:
             if self.recipe.overwrite and self.run_dir.exists():
                 shutil.rmtree(self.run_dir)
@@ -112,7 +122,6 @@ class Trainer:
         self.metrics = MetricsLog(self.run_dir, enabled=self.is_first,
                                   # -1: an attempt that left no checkpoint is forgotten
                                   resume_step=-1 if checkpoint is None else self.account.step)
-        self.view = View(self.is_first, recipe.total_steps)
         self.metrics.text("recipe", report.as_code(recipe.to_yaml()), self.account.step)
         self.prompts = first_documents(data.validation, data.eos_id, recipe.eval.samples, recipe.data.seq_len)
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
@@ -121,9 +130,8 @@ class Trainer:
         for warning in self.plan.warnings():
             self.view.warn(warning)
         self.set_status("running")
-        return checkpoint
 
-    def _enter(self, phase: Phase, checkpoint: tuple[Path, dict] | None) -> None:
+    def _build(self, phase: Phase, checkpoint: tuple[Path, dict] | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
         handover = hand_over(self.engine, self.plan, phase) if self.engine is not None else None
         self.engine, self.phase = build_engine(self.plan, phase, handover, checkpoint is not None), phase
@@ -134,6 +142,9 @@ class Trainer:
             except ValueError as error:  # on every rank: other formats without masters, for instance
                 raise store.ResumeError(f"resume: {error}") from error
             assert self.engine.t == state["t"], "the checkpoint's trainer and engine states are of different steps"
+
+    def _enter(self, phase: Phase) -> None:
+        """Begin to train and to measure with a new engine."""
         length = self.recipe.data.seq_len
         rows = min(DRIFT_PROBE_SEQUENCES, self.recipe.train.micro_batch_size, len(self.plan.data.validation) // length)
         probe = torch.from_numpy(self.plan.data.validation[:rows * length].astype("int64")).view(rows, length).to(

@@ -75,14 +75,14 @@ def require_all(found: dict[str, Tensor], directory: Path, frozen: FrozenWeights
     """Raise on every rank where one of them lacks a frozen weight that it owns. Collective.
 
     Raises:
-        ValueError: the checkpoint was written without masters, or a file of them cannot be read.
+        ValueError: the checkpoint was written without them, or a file of them is missing or cannot be read.
     """
     missing = torch.tensor(len(set(frozen.owned()) - set(found)), device=device)
     dist.all_reduce(missing)
     if missing:
-        raise ValueError(f"load_checkpoint: {directory} lacks the fp32 masters of {missing.item()} "
-                         "frozen weights; the next restart would merge into truncated ones. Use a checkpoint that this "
-                         "engine's save_checkpoint wrote")
+        raise ValueError(f"load_checkpoint: {directory} lacks {missing.item()} frozen weights (fp32 masters, or "
+                         "replicated copies without masters), so merges would be lost. Use a checkpoint that this "
+                         "engine's save_checkpoint wrote, with its files of all ranks")
 
 
 def restore_ledgers(directory: Path, frozen: FrozenWeights) -> None:

@@ -22,7 +22,7 @@ from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config
 from relora_ds.zero.collect import collect_merged
-from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
+from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
@@ -237,25 +237,32 @@ class ReLoRAEngine(DeepSpeedEngine):
         dist.broadcast_object_list(found, 0)
         if found[0]:
             raise ValueError(f"load_checkpoint: {directory} is of another engine: {'; '.join(found[0])}")
-        frozen = self._frozen_weights_in(directory)
-        self._keeps_own_frozen = frozen is not None
+        about = [checkpoint_model.storage_in(directory) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(about, 0)
+        saved, stored = about[0], None
+        masters = self._masters_in(directory, saved)
+        if masters is None and self.frozen.storage.replicated:  # DeepSpeed's files hold parameters only
+            stored = checkpoint_files.read_owned(directory, self.frozen, checkpoint_files.STORED)
+            checkpoint_files.require_all(stored, directory, self.frozen, self.device)
+        self._keeps_own_frozen = masters is not None
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if path is not None:
             self.shards.drop_gathered_copies()
-            if frozen is not None:
-                self.frozen.publish_masters(frozen)
-            elif self.frozen.storage.replicated:
-                self.frozen.publish_stored(checkpoint_files.read_owned(directory, self.frozen, checkpoint_files.STORED))
-            checkpoint_files.restore_ledgers(directory, self.frozen)
+            if masters is not None:
+                self.frozen.publish_masters(masters)
+            elif stored is not None:
+                self.frozen.publish_stored(stored)
+            for ledger in self.frozen.ledgers.values():
+                ledger.clear()
+            if saved is None or saved.rounds_like(self.frozen.storage):  # else what was lost then is not what is now
+                checkpoint_files.restore_ledgers(directory, self.frozen)
             self.num_accumulated = 0
             self._relink()
         return path, client_state
 
-    def _frozen_weights_in(self, directory: Path) -> dict[str, Tensor] | None:
+    def _masters_in(self, directory: Path, saved: Storage | None) -> dict[str, Tensor] | None:
         """The fp32 values of what this rank owns in a checkpoint; None where DeepSpeed's files have all there is."""
-        about = [checkpoint_model.storage_in(directory) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(about, 0)
-        saved, now = about[0], self.frozen.storage
+        now = self.frozen.storage
         if not self.frozen.layers or (saved and not saved.with_masters and not now.with_masters
                                       and saved.same_bytes(now)):
             return None

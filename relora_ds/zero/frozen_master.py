@@ -56,6 +56,10 @@ class Storage:
         """Whether both hold a weight in the same bytes, at the same place."""
         return (self.format, self.dtype, self.replicated) == (other.format, other.dtype, other.replicated)
 
+    def rounds_like(self, other: "Storage") -> bool:
+        """Whether the stored copies of both are rounded alike, wherever they are."""
+        return (self.format, self.dtype) == (other.format, other.dtype)
+
     def dequantize(self, stored: Tensor, shape: torch.Size) -> Tensor:
         """The fp32 weight `[out, in]` that a stored copy stands for."""
         return format_named(self.format).dequantize(stored, shape, torch.float32)
@@ -148,6 +152,7 @@ class FrozenWeights:
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:
         """Broadcast the owner's stored copy and put it (at ZeRO-3: this rank's piece of it) where forward reads it."""
         weight = self.layers[name].weight
+        assert (stored is None) == (self.owners[name] != dist.get_rank()), "the owner sends, and nobody else"
         if stored is None:
             stored = self.format.stored_like(self.layers[name].weight_shape, self.dtype, device)
         dist.broadcast(stored, self.owners[name])

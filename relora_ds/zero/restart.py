@@ -38,8 +38,9 @@ class RestartReport:
         prune_fraction_m, prune_fraction_v: realised fraction of pruned entries of the LoRA parameters'
             `exp_avg` and `exp_avg_sq`, over all ranks.
         merge_loss: ‖ΔW stored − ΔW intended‖ / ‖ΔW intended‖ over all layers.
-        merge_loss_total: the same of the sums over all restarts so far (of a sample of large layers' weights). With
-            masters it falls, because the rounding of earlier merges is made good by later ones.
+        merge_loss_total: the same of the sums over all restarts since the weights are stored as they are now (of a
+            sample of large layers' weights). With masters it falls, because the rounding of earlier merges is made
+            good by later ones.
         merge_drift: ‖logits after − before‖ / ‖logits before‖ on the engine's probe; None without one.
         update_norms: ‖s·B·A‖, what was merged into W, by layer name (Frobenius).
         relative_update_norms: ‖s·B·A‖ / ‖W before the merge‖, by layer name.

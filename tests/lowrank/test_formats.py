@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora_ds.lowrank import formats
 from relora_ds.lowrank.formats import DENSE, FP8, Packed, format_named, format_of, multiplies_fp8
 from relora_ds.lowrank.linear import ReLoRALinear
 
@@ -73,6 +74,21 @@ def test_equal_weights_have_equal_bytes_however_they_lie_in_memory(name):
     stored = format.quantize(value, torch.float32)
     assert torch.equal(stored, format.quantize(value.t().contiguous().t(), torch.float32))
     assert torch.equal(stored, format.quantize(torch.cat([value, value], 1)[:, :32], torch.float32))
+
+
+def test_a_dense_copy_is_contiguous():
+    """It is broadcast, and its bytes are counted."""
+    assert format_named("dense").quantize(_weight(64, 32).t(), torch.bfloat16).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_read_e4m3_agree(dtype):
+    """One is for CPUs, the other for what converts e4m3 itself."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    scale = torch.rand(16, 1) + 0.01
+    ours, torchs = (way(codes, scale, dtype) for way in (formats._scaled_e4m3_bits, formats._scaled))
+    finite = torch.isfinite(codes.float())  # a stored weight has no NaN
+    assert torch.equal(ours[finite], torchs[finite]) and finite.sum() == 254
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -149,6 +165,20 @@ def test_what_cannot_be_stored_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert nf4.unavailable() == 'needs bitsandbytes; pip install "relora_ds[quantization]", or use frozen_dtype=int8'
     assert all(format_named(name).unavailable() is None for name in PACKED if "nf4" not in name)
+
+
+def test_a_broken_library_is_said(monkeypatch):
+    def broken():
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(formats, "_bitsandbytes", broken)
+    assert "cannot be imported (libcudart.so.12" in format_named("nf4").unavailable()
+
+
+@pytest.mark.parametrize("capability, able", [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_which_devices_multiply_in_fp8(monkeypatch, capability, able):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_fp8(torch.device("cuda")) is able
 
 
 def test_the_format_that_a_recipe_asks_for():

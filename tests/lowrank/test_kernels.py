@@ -267,7 +267,7 @@ def test_compiled_layers_keep_no_dense_weight_and_a_restart_does_not_recompile(n
         made = [(target, value.shape) for target, op, value in graph
                 if op == "call_function" and isinstance(value, torch.Tensor) and value.numel() >= 64 * 64]
         assert made == []  # a dense weight exists inside of our operators only
-        assert sum("relora_ds.linear" in target for target, _, _ in graph) == 2
+        assert sum("relora_ds.linear" in target for target, _, _ in graph) == (4 if dropout else 2)  # W x and B A x
 
 
 @pytest.mark.slow

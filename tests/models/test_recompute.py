@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import SelectiveCheckpointContext
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from relora_ds import ReLoRAConfig, wrap
@@ -190,3 +191,16 @@ def test_a_model_that_does_not_support_it_is_refused():
 def test_torch_has_the_operators(name):
     library, _, operator = name.partition("::")
     assert getattr(getattr(torch.ops, library), operator).default.name() == name
+
+
+def test_the_repetition_is_asked_the_same_where_torch_asks_again():
+    """Some versions of torch do; a decoder layer has an odd number of large products."""
+    forward, _ = recompute._contexts("selective")
+    policy, product = forward.mode.policy_fn, torch.ops.aten.mm.default
+    operand = torch.empty(2, 2)
+
+    def decisions(is_recompute):
+        context = SelectiveCheckpointContext(is_recompute=is_recompute)
+        return [policy(context, product, operand, operand) for _ in range(7)]
+
+    assert decisions(False) == decisions(True) and len(set(decisions(False))) == 2

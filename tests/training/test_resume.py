@@ -119,3 +119,16 @@ def test_machines_that_do_not_share_the_run_directory_are_told_so(tmp_path):
     for message in ranks(2).run(resume_without_a_shared_disk, overrides, str(tmp_path)):
         assert "of the steps [12, None]" in message and "share" in message
     assert not (tmp_path / "rank_1").exists()
+
+
+def test_a_refused_checkpoint_leaves_the_run_as_it_was(tmp_path):
+    """It is refused by the engine, late: its weights cannot be converted."""
+    settings = ("checkpoint.every=5", "checkpoint.keep_last=9", "train.steps=15", "warm_start_steps=0",
+                "eval.samples=0")
+    run(tmp_path / "r", *settings, "relora.frozen_dtype=int8", "relora.frozen_master=none")
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    overrides = [f"run_dir={tmp_path}/r", *settings, "relora.frozen_dtype=bf16",
+                 f"resume={tmp_path}/r/checkpoints/step_00000005"]
+    for message in ranks(2).run(resume, overrides):
+        assert "relora.frozen_dtype was int8, is bf16" in message
+    assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}

@@ -132,7 +132,7 @@ def printed(overrides: list[str]) -> str:
 
 
 def test_it_says_how_weights_are_stored_and_warns_once(tmp_path):
-    first, second = ranks(2).run(printed, [f"run_dir={tmp_path / 'r'}", "train.steps=14", "relora.restart_every=2",
+    first, second = ranks(2).run(printed, [f"run_dir={tmp_path / 'r'}", "train.steps=18", "relora.restart_every=4",
                                            "relora.frozen_dtype=int8", "relora.frozen_master=none"])
     assert first.count("frozen weights: int8, no masters") == 1
     assert first.count("warning: relora.frozen_master: none means") == 1  # the engine of each phase warns as well

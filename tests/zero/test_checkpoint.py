@@ -83,8 +83,8 @@ def test_dropout_masks_are_the_same_after_a_resume(tmp_path):
     check(1, "fp32", str(tmp_path), lora_dropout=0.5)
 
 
-def load_with_a_file_missing(stage, directory: str) -> str:
-    engine = build(stage, "bf16")
+def load_with_a_file_missing(stage, directory: str, frozen: dict | None = None) -> str:
+    engine = build(stage, "bf16", frozen=frozen)
     engine.save_checkpoint(directory, tag="t")
     dist.barrier()
     if dist.get_rank() == 0:
@@ -103,7 +103,13 @@ def load_with_a_file_missing(stage, directory: str) -> str:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_missing_masters_are_an_error(stage, tmp_path):
     for message in ranks(2).run(load_with_a_file_missing, stage, str(tmp_path)):
-        assert "lacks the fp32 masters of" in message and "save_checkpoint" in message
+        assert "lacks" in message and "frozen weights (fp32 masters" in message and "save_checkpoint" in message
+
+
+def test_missing_replicated_copies_are_an_error_where_there_are_no_masters(tmp_path):
+    only_copies = dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="none")
+    for message in ranks(2).run(load_with_a_file_missing, 3, str(tmp_path), only_copies):
+        assert "lacks" in message and "replicated copies without masters" in message
 
 
 def save_without_frozen_parameters(directory: str) -> str:
