@@ -1,24 +1,38 @@
-"""The checkpoints of a run: RUN/checkpoints/{step_00005000/, latest}.
+"""The checkpoints of a run, RUN/checkpoints/{step_00005000/, latest}: which there are, are intact, are kept.
 
-Each is a tag of DeepSpeed's own format plus two things of ours: the fp32 masters of the frozen weights
-(written by the engine) and `run.json`, what the trainer needs to build the right engine before anything
-is loaded. `latest` names the newest one and is replaced last, so that it never points at half a
-checkpoint.
+`latest` names the newest one for people and other programs; what counts is the directories themselves, each of which
+was put there by one rename.
 """
 
-import json
 import os
 import shutil
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-RUN_STATE = "run.json"
+from relora_ds.checkpoint import manifest
+from relora_ds.checkpoint.files import write_text
+from relora_ds.checkpoint.manifest import DamagedError, Manifest
+from relora_ds.checkpoint.writer import LATEST, tag_of
 
 
 class ResumeError(RuntimeError):
     """A run cannot go on from what was asked for."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from.
+
+    Attributes:
+        directory, manifest: of it.
+        passed_over: one line for each newer one that is damaged, and what else was not as it should be.
+    """
+
+    directory: Path
+    manifest: Manifest
+    passed_over: tuple[str, ...] = ()
 
 
 def has_run(directory: Path) -> bool:
@@ -26,125 +40,113 @@ def has_run(directory: Path) -> bool:
     return (directory / "recipe.yaml").is_file() or (directory / "status.json").is_file()
 
 
-def save(engine, run_dir: Path, state: dict) -> dict:
-    """Write a checkpoint. Collective.
+def directories(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, intact or not."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+
+
+def may_resume(run_dir: Path, resume: str | bool) -> bool:
+    """Whether there is something to go on from, as far as one look tells."""
+    return bool(resume) and (resume != "auto" or bool(directories(run_dir)))
+
+
+def find(run_dir: Path, resume: str | bool) -> Found | None:
+    """The checkpoint to go on from; None to start from the beginning. Collective.
 
     Args:
-        state: JSON values; `step` names the checkpoint.
-
-    Returns:
-        `{bytes, stall_s, write_s}`; bytes over all ranks.
-    """
-    started = time.perf_counter()
-    directory = run_dir / "checkpoints"
-    tag = tag_of(state["step"])
-    if dist.get_rank() == 0:
-        (directory / tag).mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    engine.save_checkpoint(str(directory), tag, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_json(directory / tag / RUN_STATE, state)
-        write_text(directory / "latest", tag)
-    dist.barrier()
-    size = sum(f.stat().st_size for f in (directory / tag).rglob("*") if f.is_file())
-    seconds = time.perf_counter() - started
-    return {"bytes": size, "stall_s": seconds, "write_s": seconds}
-
-
-def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`. Rank 0 calls it."""
-    tags = sorted((run_dir / "checkpoints").glob("step_*"))
-    for tag in tags[:-keep_last]:
-        if not (keep_every and int(tag.name.removeprefix("step_")) % keep_every == 0):
-            shutil.rmtree(tag)
-
-
-def drop_after(run_dir: Path, step: int) -> None:
-    """Delete the checkpoints past `step`: they are of a future that will not be. Rank 0 calls it."""
-    if (run_dir / "checkpoints" / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
-        write_text(run_dir / "checkpoints" / "latest", tag_of(step))
-    for tag in (run_dir / "checkpoints").glob("step_*"):
-        if int(tag.name.removeprefix("step_")) > step:
-            shutil.rmtree(tag)
-
-
-def find(run_dir: Path, resume: str | bool) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from, as `(directory, its run state)`; None to start from the beginning.
-
-    Args:
-        resume: False; "auto" for the newest checkpoint of the run, if there is one; or a checkpoint's path.
+        resume: False; "auto" for the newest intact checkpoint of the run, if there is one; the path of another run, for
+            its newest intact one; or that of a checkpoint.
 
     Raises:
-        ResumeError: when what was asked for is no checkpoint.
+        ResumeError: on every rank, where what was asked for is damaged or none; where every checkpoint is; or where the
+            ranks see different ones.
     """
     if not resume:
         return None
-    if resume == "auto":
-        latest = run_dir / "checkpoints" / "latest"
-        if not latest.is_file():
-            return None
-        directory = latest.parent / latest.read_text().strip()
-    else:
-        directory = Path(resume)
-        if (directory / "latest").is_file():
-            directory = directory / (directory / "latest").read_text().strip()
-    if not (directory / RUN_STATE).is_file():
-        raise ResumeError(f"resume: {directory} is no checkpoint (it has no {RUN_STATE}); name a directory "
-                          "RUN/checkpoints/step_…, or use resume=auto")
-    return directory, json.loads((directory / RUN_STATE).read_text())
+    candidates = directories(run_dir if resume == "auto" else Path(resume))[::-1]
+    if resume != "auto" and not candidates:
+        candidates = [Path(resume)]
+    seen = _of_all_ranks([path.name for path in candidates])
+    if any(names != seen[0] for names in seen):
+        raise ResumeError(f"resume: the ranks see different checkpoints: {seen}; the run directory should be on a file "
+                          "system that all machines share, or at least hold the same checkpoints on each")
+    passed_over: list[str] = []
+    for directory in candidates:
+        about, reasons = None, []
+        try:
+            about = manifest.read(directory)
+        except DamagedError as error:
+            reasons = [str(error)]
+        if not any(_of_all_ranks(reasons)):
+            reasons = _damage(directory, about)
+        if not (found := sum(_of_all_ranks(reasons), [])):
+            return Found(directory, about, (*_stray(directory.parent), *passed_over))
+        passed_over.append(f"{directory} is damaged: {found[0]}")
+    if passed_over:
+        raise ResumeError(f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
+                          "start again with overwrite=true")
+    return None
 
 
-def require_same(state: dict, **now) -> None:
-    """Refuse to go on where something that this version cannot convert has changed since the checkpoint.
-
-    Args:
-        state: the checkpoint's run state. now: the same keys, with this run's values.
-
-    Raises:
-        ResumeError: naming every value that differs.
-    """
-    changed = []
-    for name, value in now.items():
-        old = state.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            changed += [f"{name}.{key} was {old.get(key)}, is {value.get(key)}" for key in sorted({*value, *old})
-                        if old.get(key) != value.get(key)]
-        elif old != value:
-            changed.append(f"{name} was {old}, is {value}")
-    if changed:
-        raise ResumeError("resume: " + "; ".join(changed) + ". A checkpoint goes on only as it was begun in this "
-                          "version: change it back, or start a new run with init_from")
+def verify(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each; by this process alone."""
+    try:
+        about = manifest.read(directory)
+    except DamagedError as error:
+        return [str(error)]
+    return [found for name, file in about.files.items() if (found := manifest.damage(directory, name, file))]
 
 
-def require_same_step(run_dir: Path, checkpoint: tuple[Path, dict] | None) -> None:
-    """Refuse to go on where the ranks have found checkpoints of different steps, or only some have one. Collective.
-
-    Args:
-        checkpoint: what `find` returned on this rank.
-
-    Raises:
-        ResumeError: on every rank.
-    """
-    steps: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, checkpoint and checkpoint[1]["step"])
-    if len(set(steps)) > 1:
-        raise ResumeError(f"resume: the ranks find different checkpoints in {run_dir}, of the steps {steps} (None: "
-                          "none); the run directory must be on a disk that all machines share")
+def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`; returns the deleted."""
+    gone = [path for path in directories(run_dir)[:-keep_last]
+            if not (keep_every and _step_of(path) % keep_every == 0)]
+    for path in gone:
+        remove(path)
+    return gone
 
 
-def tag_of(step: int) -> str:
-    """The directory name of the checkpoint after `step` applied steps."""
-    return f"step_{step:08d}"
+def drop_after(run_dir: Path, step: int) -> None:
+    """Delete the checkpoints past `step`: they are of a future that will not be."""
+    if (run_dir / "checkpoints" / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
+        write_text(run_dir / "checkpoints" / LATEST, tag_of(step))
+    for path in directories(run_dir):
+        if _step_of(path) > step:
+            remove(path)
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def remove(path: Path) -> None:
+    """Delete a checkpoint; what is left when that is interrupted is none."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's contents in one rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _damage(directory: Path, about: Manifest) -> list[str]:
+    """What is wrong with this rank's share of the files: each is read by one of the ranks that see it. Collective."""
+    names = sorted(about.files)
+    seen = _of_all_ranks([name for name in names if (directory / name).is_file()])
+    found = []
+    for i, name in enumerate(names):
+        seers = [rank for rank, visible in enumerate(seen) if name in visible] or range(dist.get_world_size())
+        if seers[i % len(seers)] == dist.get_rank() and (reason := manifest.damage(directory, name, about.files[name])):
+            found.append(reason)
+    return found
+
+
+def _of_all_ranks(value: list) -> list[list]:
+    everybody: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everybody, value)
+    return everybody
+
+
+def _stray(directory: Path) -> list[str]:
+    latest = directory / LATEST
+    name = latest.read_text().strip() if latest.is_file() else None
+    if name is None or (directory / name).is_dir():
+        return []
+    return [f"{latest} names {name!r}, which is not there"]

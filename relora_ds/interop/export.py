@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from relora_ds.checkpoint import store
+from relora_ds.checkpoint import manifest
+from relora_ds.checkpoint.files import write_text
+from relora_ds.checkpoint.model import read_model
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
-from relora_ds.zero.checkpoint_model import read_model
 from relora_ds.zero.engine import DTYPES
 
 FORMATS = ("hf", "peft")
@@ -56,7 +57,7 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
     recipe = tag.parent.parent / "recipe.yaml"
     about = {"total_parameters": sum(value.numel() for value in saved.base().values()), "restarts": len(saved.restarts),
              **_about(tag)}
-    store.write_text(directory / "README.md",
+    write_text(directory / "README.md",
                      model_card(about, recipe.read_text() if recipe.is_file() else "", peft=format == "peft"))
     return tag
 
@@ -86,12 +87,12 @@ def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code
 
 def _about(tag: Path) -> dict:
     """What the run's own files say about a checkpoint; little where it was written outside of a run."""
-    if not (tag / store.RUN_STATE).is_file():
+    if not (tag / manifest.NAME).is_file():
         return {"model": "A model", "verdict": f"Exported from the checkpoint `{tag.name}`."}
-    state = json.loads((tag / store.RUN_STATE).read_text())
-    step, total = state["step"], state["train.steps"]
-    about = {"model": state["model"], "method": state["method"], "step": step, "tokens": state["account"]["tokens"],
-             "restarts": state["account"]["restarts"],
+    saved = manifest.read(tag)
+    state, step, total = saved.run, saved.step, saved.run["total_steps"]
+    about = {"model": state["model"], "method": state["recipe"]["method"], "step": step,
+             "tokens": state["account"]["tokens"], "restarts": state["account"]["restarts"],
              "verdict": f"Exported from the checkpoint `{tag.name}`, after {step:,} of the run's {total:,} steps "
                         f"(phase {state['phase']})."}
     metrics = tag.parent.parent / "metrics.jsonl"

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint import store
+from relora_ds.checkpoint.model import is_checkpoint, read_model
 from relora_ds.interop import peft
-from relora_ds.zero.checkpoint_model import DESCRIPTION, read_model
 from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
 
 TOKENIZER = "tokenizer"  # beside the checkpoints of a run
@@ -35,7 +35,7 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if (source / DESCRIPTION).is_file():
+    if is_checkpoint(source):
         if name is not None:
             raise ValueError(f"--checkpoint: {name} with {source}, which is a checkpoint itself; give one of the two")
         return source
@@ -44,16 +44,16 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
     if name is None:
         latest = directory / "latest"
         name = latest.read_text().strip() if latest.is_file() else None
-    if name is not None and (directory / name / DESCRIPTION).is_file():
+    if name is not None and is_checkpoint(directory / name):
         return directory / name
-    there = sorted(path.parent.name for path in directory.glob(f"*/{DESCRIPTION}"))
+    there = sorted(path.name for path in directory.glob("*") if is_checkpoint(path))
     if name is not None:
         raise ValueError(f"--checkpoint: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
     if is_run:
         raise ValueError(f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
                          "resume=auto, and set checkpoint.every for earlier ones")
     raise ValueError(f"{source}: neither a run of relora_ds nor a checkpoint; name a directory with recipe.yaml, or "
-                     f"one with {DESCRIPTION}")
+                     "that of one step, such as RUN/checkpoints/step_00005000")
 
 
 def locate(source: str, field: str = "init_from") -> tuple[str, str]:
@@ -75,11 +75,11 @@ def locate(source: str, field: str = "init_from") -> tuple[str, str]:
         return "peft", str(path)
     if store.has_run(path) and is_finished(path):
         return "huggingface", str(path / "export")
-    if store.has_run(path) or (path / DESCRIPTION).is_file() or (path / "latest").is_file():
+    if store.has_run(path) or is_checkpoint(path) or (path / "latest").is_file():
         return "checkpoint", str(find_checkpoint(path))
     if not (path / "config.json").is_file():
         raise ValueError(f"{field}: {source} is neither a run, a checkpoint, a Hugging Face model nor a PEFT export of "
-                         "relora_ds; name a directory with recipe.yaml, relora_model.json or config.json")
+                         "relora_ds; name a directory with recipe.yaml, manifest.json or config.json")
     return "huggingface", str(path)
 
 

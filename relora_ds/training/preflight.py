@@ -210,7 +210,7 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
 
     ValueError where they cannot be found. A run that resumes needs them no more.
     """
-    if not recipe.init_from or store.find(Path(recipe.run_dir), recipe.resume) is not None:
+    if not recipe.init_from or store.may_resume(Path(recipe.run_dir), recipe.resume):
         return []
     if config is None:
         locate(recipe.init_from)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from relora_ds.checkpoint.writer import Written
 from relora_ds.config import Recipe
 from relora_ds.lowrank.schedule import scheduled_restarts
 from relora_ds.lowrank.storage import has_masters
@@ -89,6 +90,15 @@ def restart_line(step: int, done: RestartReport) -> str:
     drift = "" if done.merge_drift is None else f", drift of the function {done.merge_drift:.1e}"
     return (f"step {step}  restart {done.restarts}: merged, {100 * done.prune_fraction_m:.2f} % of the moments pruned"
             f"{drift}, {done.restart_s:.2f} s, verified on all ranks")
+
+
+def checkpoint_line(done: Written) -> str:
+    """A checkpoint is complete."""
+    size = human_bytes(done.bytes)
+    if done.new_bytes < done.bytes:
+        size += f", {human_bytes(done.new_bytes)} of them new"
+    return (f"step {done.step}  checkpoint: {size}; training waited {done.stall_s:.2f} s, written in "
+            f"{done.write_s:.2f} s")
 
 
 def summarise(plan: Plan, account: Account, final: Evaluation, trainable: int, total: int) -> dict:

@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.checkpoint import store
+from relora_ds.checkpoint.files import write_json, write_text
+from relora_ds.checkpoint.manifest import DamagedError
+from relora_ds.checkpoint.state import problems, restore
+from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.data import TrainLoader
 from relora_ds.data.agreement import require_same_tokens
 from relora_ds.interop.export import model_card
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model
-from relora_ds.training import report
+from relora_ds.training import identity, report
 from relora_ds.training.accounting import Account, StepTraffic
 from relora_ds.training.console import View
 from relora_ds.training.evaluation import Evaluation, evaluate
@@ -49,27 +53,29 @@ class Trainer:
         self.account = Account()
         self.guard = NonFiniteGuard(self.recipe.guard.max_bad_steps)
         self.history: list[tuple[int, str, Evaluation]] = []
-        self.engine = None
+        self.engine = self.writer = None
         self.is_first = self.is_open = False
 
     def fit(self) -> dict:
         """Train to the end; returns what is in summary.json. Collective."""
         checkpoint = self._find_checkpoint()
         phases = phases_of(self.recipe)
-        first = next(i for i, p in enumerate(phases) if checkpoint is None or p.name == checkpoint[1]["phase"])
+        now = phases[0].name if checkpoint is None else checkpoint.manifest.run["phase"]
+        first = [phase.name for phase in phases].index(now)
         if checkpoint is None:
             self._open_run(None)
         for phase in phases[first:]:
             self._build(phase, checkpoint)
             if not self.is_open:  # a checkpoint that is refused leaves everything as it was
                 self._open_run(checkpoint)
-            self._enter(phase)
+            self._enter(phase, checkpoint)
             checkpoint = None
             while self.account.step < phase.stop:
                 self._train_step()
                 if self.engine.was_step_applied():
                     self._evaluate_if_due()
                     self._checkpoint_if_due()
+                self._report_checkpoints()
         return self._finish()
 
     @staticmethod
@@ -80,45 +86,45 @@ class Trainer:
     def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         """Replace status.json: rank 0, or whichever rank failed. Nothing happens before the run directory is ours."""
         if self.is_open and (self.is_first or state == "failed"):
-            store.write_json(self.run_dir / "status.json", {
+            write_json(self.run_dir / "status.json", {
                 "state": state, "step": self.account.step, "reason": reason, "exit_code": exit_code,
                 "time": time.time()})
 
     # -- the run and its phases --------------------------------------------------------------------------------
 
-    def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """Start the process group, read the state of the checkpoint to go on from. Nothing is written."""
-        checkpoint = store.find(self.run_dir, self.recipe.resume)
+    def _find_checkpoint(self) -> store.Found | None:
+        """Start the process group, find the checkpoint to go on from. Nothing is written."""
         init_distributed()
         self.is_first = dist.get_rank() == 0
         self.view = View(self.is_first, self.recipe.total_steps)
         require_same_tokens(self.plan.data.fingerprint)
-        store.require_same_step(self.run_dir, checkpoint)
+        checkpoint = store.find(self.run_dir, self.recipe.resume)
         if checkpoint is not None:
-            store.require_same(checkpoint[1], **self._identity())
+            identity.require_same_run(checkpoint.manifest, self.plan)
         return checkpoint
 
-    def _open_run(self, checkpoint: tuple[Path, dict] | None) -> None:
+    def _open_run(self, checkpoint: store.Found | None) -> None:
         """Make the run directory ours, and go on in it from a checkpoint."""
+        saved = checkpoint and checkpoint.manifest
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
         if self.is_first:
             if self.recipe.overwrite and self.run_dir.exists():
                 shutil.rmtree(self.run_dir)
             (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.plan.tokenizer.save_pretrained(self.run_dir / "checkpoints" / "tokenizer")  # for their export
-            store.write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+            write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
             if checkpoint is not None:
-                store.drop_after(self.run_dir, checkpoint[1]["step"])
+                store.drop_after(self.run_dir, saved.step)
         dist.barrier()
         self.is_open = True
         if checkpoint is not None:
-            self.account = Account(**checkpoint[1]["account"])
+            self.account = Account(**saved.run["account"])
         data, recipe = self.plan.data, self.recipe
         self.loader = TrainLoader(data.train, recipe.data.seq_len, recipe.batch_sequences,
                                   recipe.train.micro_batch_size, dist.get_rank(), dist.get_world_size(), recipe.seed,
                                   data.padding)
         if checkpoint is not None:
-            self.loader.load_state_dict(checkpoint[1]["loader"])
+            self.loader.load_state_dict(saved.run["loader"])
         self.metrics = MetricsLog(self.run_dir, enabled=self.is_first,
                                   # -1: an attempt that left no checkpoint is forgotten
                                   resume_step=-1 if checkpoint is None else self.account.step)
@@ -127,24 +133,29 @@ class Trainer:
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
         for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
             self.view.line(line)
-        for warning in self.plan.warnings():
+        for warning in (*self.plan.warnings(), *(checkpoint.passed_over if checkpoint else ()),
+                        *(identity.changes(saved, self.plan) if checkpoint else ())):
             self.view.warn(warning)
         self.set_status("running")
 
-    def _build(self, phase: Phase, checkpoint: tuple[Path, dict] | None) -> None:
+    def _build(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
+        if self.writer is not None:
+            self.writer.close()
         handover = hand_over(self.engine, self.plan, phase) if self.engine is not None else None
         self.engine, self.phase = build_engine(self.plan, phase, handover, checkpoint is not None), phase
         if checkpoint is not None:
-            directory, state = checkpoint
+            if found := problems(checkpoint.manifest, self.engine):
+                raise store.ResumeError(f"resume: {checkpoint.directory} is of another network: {'; '.join(found)}")
             try:
-                self.engine.load_checkpoint(str(directory.parent), directory.name)
-            except ValueError as error:  # on every rank: other formats without masters, for instance
+                restore(self.engine, checkpoint.directory, checkpoint.manifest)
+            except DamagedError as error:
                 raise store.ResumeError(f"resume: {error}") from error
-            assert self.engine.t == state["t"], "the checkpoint's trainer and engine states are of different steps"
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Begin to train and to measure with a new engine."""
+        self.writer = CheckpointWriter(self.engine, self.run_dir / "checkpoints", self._prune_checkpoints,
+                                       checkpoint and (checkpoint.directory, checkpoint.manifest))
         length = self.recipe.data.seq_len
         rows = min(DRIFT_PROBE_SEQUENCES, self.recipe.train.micro_batch_size, len(self.plan.data.validation) // length)
         probe = torch.from_numpy(self.plan.data.validation[:rows * length].astype("int64")).view(rows, length).to(
@@ -259,18 +270,31 @@ class Trainer:
         step, settings = self.account.step, self.recipe.checkpoint
         if not (step == self.recipe.total_steps or (settings.every and step % settings.every == 0)):
             return
-        state = {"step": step, "t": self.engine.t, "phase": self.phase.name, "loader": self.loader.state_dict(),
-                 "account": self.account.state(), **self._identity()}
-        cost = store.save(self.engine, self.run_dir, state)
-        if self.is_first:
-            store.prune(self.run_dir, settings.keep_last, settings.keep_every)
-        self.metrics.write("checkpoint", **self._where(), **cost)
+        self.writer.save(step, {"phase": self.phase.name, "loader": self.loader.state_dict(),
+                                "account": self.account.state(), **identity.of(self.plan)})
         self.set_status("running")
+
+    def _prune_checkpoints(self) -> None:
+        settings = self.recipe.checkpoint
+        store.prune(self.run_dir, settings.keep_last, settings.keep_every)
+
+    def _report_checkpoints(self) -> None:
+        """Those that were completed in the background since the last call."""
+        for done in self.writer.take_finished():
+            if done.error is not None:
+                self.view.warn(f"the checkpoint after step {done.step} failed: {done.error}; training goes on, and the "
+                               "checkpoints before it stay")
+                continue
+            self.metrics.write("checkpoint", **{**self._where(), "step": done.step}, bytes=done.bytes,
+                               new_bytes=done.new_bytes, stall_s=done.stall_s, write_s=done.write_s)
+            self.view.line(report.checkpoint_line(done))
 
     # -- the end -----------------------------------------------------------------------------------------------
 
     def _finish(self) -> dict:
         """Export, summarise, say how it went."""
+        self.writer.close()
+        self._report_checkpoints()
         if not self.history:  # resumed at the very end
             self._last_evaluated = None
             self._evaluate_if_due()
@@ -279,8 +303,8 @@ class Trainer:
         self.engine.save_merged(str(self.run_dir / "export"))
         if self.is_first:
             self.plan.tokenizer.save_pretrained(self.run_dir / "export")
-            store.write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
-            store.write_json(self.run_dir / "summary.json", summary)
+            write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
+            write_json(self.run_dir / "summary.json", summary)
         self.view.close()
         report.closing(self.view, self.run_dir, self.history, summary)
         self.metrics.close()
@@ -288,21 +312,6 @@ class Trainer:
         release(self.engine)
         dist.barrier()
         return json.loads(json.dumps(summary))
-
-    def _identity(self) -> dict:
-        """What must be the same for a checkpoint to be of this run.
-
-        How the frozen weights are stored need not be: they are converted from their masters.
-        """
-        recipe = self.recipe
-        relora = {name: value for name, value in vars(recipe.relora).items() if not name.startswith("frozen_")}
-        return json.loads(json.dumps({
-            "world_size": self.plan.world_size, "deepspeed": self.plan.deepspeed, "precision": self.plan.precision,
-            "method": recipe.method, "model": report.model_name(recipe), "data": self.plan.data.fingerprint,
-            "data.seq_len": recipe.data.seq_len, "data.packing": recipe.data.packing,
-            "batch_sequences": recipe.batch_sequences, "seed": recipe.seed,
-            "train.steps": recipe.total_steps, "warm_start_steps": recipe.warm_start_steps,
-            "relora": relora, "lora": vars(recipe.lora), "optim": vars(recipe.optim)}))
 
     def _where(self) -> dict:
         return {"step": self.account.step, "t": self.engine.t, "phase": self.phase.name}

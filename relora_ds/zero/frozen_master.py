@@ -111,11 +111,11 @@ class FrozenWeights:
                                replicated, self.with_masters)
         self.ledgers = {name: MergeLedger(self.layers[name].weight.numel()) for name in self.owned()}
         self.masters: dict[str, Tensor] = {}
+        self._masters_on_host = relora.frozen_master == "cpu"
         for name, layer in self.layers.items():
             weight = layer.weight.detach()
             if self.with_masters and self.owners[name] == dist.get_rank():
-                self.masters[name] = _on_host(weight) if relora.frozen_master == "cpu" else \
-                    weight.to(device, torch.float32, copy=True)
+                self.keep(name, weight.float())
             stored = self.format.quantize(weight.to(device), self.dtype).to(device if replicated else weight.device)
             layer.store_weight(stored, self.format, as_buffer=replicated)
             if replicated:  # ZeRO broadcasts parameters only
@@ -135,9 +135,9 @@ class FrozenWeights:
             return self.dequantize(name, weight.detach().to(device, copy=True)) if mine else None
 
     def keep(self, name: str, value: Tensor) -> None:
-        """On the owner: make `value`, fp32, the new master."""
+        """On the owner: make `value`, fp32, the new master. The old tensor is not touched: it may be being saved."""
         if self.with_masters:
-            self.masters[name].copy_(value)
+            self.masters[name] = _on_host(value) if self._masters_on_host else value.to(self.device, copy=True)
 
     def quantize(self, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The stored copy of an fp32 weight `[out, in]`. generator: round without bias where the format can (bf16)."""

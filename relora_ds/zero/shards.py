@@ -320,8 +320,9 @@ class ShardView:
         """Set Adam's step count of the named parameter groups."""
         groups = self._adapter.inner.param_groups
         for i, flat in self._adapter.flats():
-            if groups[i].get("name") in steps:
-                self._adapter.inner.state[flat]["step"].fill_(steps[groups[i]["name"]])
+            name = groups[i].get("name", str(i))
+            if name in steps:
+                self._adapter.inner.state[flat]["step"].fill_(steps[name])
 
 
 def _step_device(inner: torch.optim.Optimizer, flat: Tensor) -> torch.device:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.store import ResumeError, drop_after, find
+from relora_ds.checkpoint.store import ResumeError, drop_after
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks

@@ -1,0 +1,61 @@
+"""What a checkpoint says about its run, and which of it must be the same for a run that goes on from it."""
+
+import dataclasses
+import json
+from typing import Any
+
+from relora_ds.checkpoint.manifest import Manifest
+from relora_ds.checkpoint.store import ResumeError
+from relora_ds.training.preflight import Plan
+from relora_ds.training.report import model_name
+
+# Another seed or corpus would repeat some sequences and leave others out; another method has other weights.
+_FIXED = ("method", "seed", "data.seq_len", "data.packing", "lora.base")
+_ELSEWHERE = ("run_dir", "resume", "overwrite", "init_from")  # of the process, not of the run
+
+
+def of(plan: Plan) -> dict:
+    """JSON values for a manifest."""
+    return {"model": model_name(plan.recipe), "data": plan.data.fingerprint, "total_steps": plan.recipe.total_steps,
+            "recipe": _flat(plan), "world_size": plan.world_size}
+
+
+def changes(saved: Manifest, plan: Plan) -> list[str]:
+    """What is otherwise in the recipe now, key by key; none of it hinders the run."""
+    then, now = saved.run["recipe"], _flat(plan)
+    found = [f"resume: {name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now})
+             if then.get(name) != now.get(name)]
+    if saved.run["world_size"] != plan.world_size:
+        found.append(f"resume: {saved.run['world_size']} ranks wrote the checkpoint, {plan.world_size} go on")
+    return found
+
+
+def require_same_run(saved: Manifest, plan: Plan) -> None:
+    """Refuse to go on where that would make another run of it.
+
+    Raises:
+        ResumeError: naming everything that differs.
+    """
+    then, now = saved.run["recipe"], _flat(plan)
+    found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in _FIXED if then.get(name) != now.get(name)]
+    old, new = then["warm_start_steps"], now["warm_start_steps"]
+    if old != new and saved.step > min(old, new):
+        found.append(f"warm_start_steps was {old}, is {new}, and the checkpoint is after step {saved.step}")
+    if saved.run["data"] != plan.data.fingerprint:
+        found.append("the training data or the tokenizer are others (data.source, data.path, data.tokenizer, "
+                     "data.max_tokens, or the files themselves)")
+    if plan.recipe.total_steps < saved.step:
+        found.append(f"train.steps is {plan.recipe.total_steps}, and the checkpoint is after step {saved.step}")
+    if found:
+        raise ResumeError("resume: " + "; ".join(found) + ". Change it back, or begin a new run with init_from")
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    """The recipe by dotted keys."""
+    flat = {}
+    for name, value in dataclasses.asdict(plan.recipe).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        elif name not in _ELSEWHERE:
+            flat[name] = value
+    return json.loads(json.dumps(flat))

@@ -1,0 +1,34 @@
+"""The state of an engine that is no tensor: counters, the schedule, Adam's steps and fp16's loss scale.
+
+It says nothing about ZeRO stages or ranks: an engine of another stage and world size goes on from it.
+"""
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def engine_state(engine) -> dict:
+    """JSON values; the same on every rank."""
+    scaler = _scaler(engine)
+    return {"scheduler": engine.lr_scheduler.state_dict(), "adam_steps": engine.shards.adam_steps(),
+            "counters": {name: getattr(engine, name) for name in _COUNTERS},
+            "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}}
+
+
+def restore_engine_state(engine, state: dict) -> None:
+    """Go on from what `engine_state` returned."""
+    engine.lr_scheduler.load_state_dict(state["scheduler"])
+    engine.shards.set_adam_steps(state["adam_steps"])
+    for name in _COUNTERS:
+        setattr(engine, name, state["counters"][name])
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    engine.num_accumulated = 0
+    scaler = _scaler(engine)
+    for name, value in state["loss_scaler"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def _scaler(engine):
+    """What holds the loss scale, where there is one: named otherwise by DeepSpeed's 16-bit wrappers of stage 0."""
+    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)

@@ -1,0 +1,82 @@
+"""The frozen weights of an engine, to be written and read again: whole tensors, each by its owner.
+
+They change at restarts only. What names what:
+
+    NAME.weight                 the fp32 value of a merged weight: its master, or a stored copy that is exact
+    stored/NAME.weight          the stored copy, where it is all there is
+    intended/, lost/NAME        the sums of the merge ledger
+    frozen/NAME                 what no layer merges into and nothing trains, as it is stored; of rank 0
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from torch import Tensor
+
+from relora_ds.zero.frozen_master import Storage, is_partitioned
+from relora_ds.zero.shards import write_partition
+
+STORED, INTENDED, LOST, OTHER = "stored/", "intended/", "lost/", "frozen/"
+Read = Callable[[str], Tensor]  # the tensor of that name in a checkpoint
+
+
+@torch.no_grad()
+def frozen_state(engine) -> dict[str, Tensor]:
+    """What this rank has to write, on the CPU; nothing that happens later changes it. Collective."""
+    frozen, host, state = engine.frozen, torch.device("cpu"), {}
+    for name, layer in frozen.layers.items():
+        mine = frozen.owners[name] == dist.get_rank()
+        if frozen.with_masters:
+            if mine:  # a merge makes a new master: this one stays as it is
+                state[f"{name}.weight"] = frozen.masters[name].to(host)
+        elif frozen.storage.exact:
+            if (value := frozen.read(name, host)) is not None:
+                state[f"{name}.weight"] = value
+        else:
+            with GatheredParameters([layer.weight], enabled=is_partitioned(layer.weight)):
+                if mine:
+                    state[f"{STORED}{name}.weight"] = layer.weight.detach().to(host, copy=True)
+    for name, ledger in frozen.ledgers.items():
+        state |= {INTENDED + name: ledger.intended.clone(), LOST + name: ledger.lost.clone()}
+    for name, parameter in _others(engine):
+        with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
+            if dist.get_rank() == 0:
+                state[OTHER + name] = parameter.detach().to(host, copy=True)
+    return state
+
+
+@torch.no_grad()
+def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
+    """Take over what `frozen_state` returned, in an engine that may store it otherwise. Collective.
+
+    Args:
+        saved: how the weights were stored. Without fp32 values it must be as they are stored now.
+    """
+    frozen = engine.frozen
+    engine.shards.drop_gathered_copies()
+    if saved.with_masters or saved.exact:
+        frozen.publish_masters({name: read(f"{name}.weight") for name in frozen.owned()})
+    else:
+        assert saved.same_bytes(frozen.storage)
+        frozen.publish_stored({name: read(f"{STORED}{name}.weight") for name in frozen.owned()})
+    for name, ledger in frozen.ledgers.items():
+        ledger.intended.copy_(read(INTENDED + name))
+        ledger.lost.copy_(read(LOST + name))
+    for name, parameter in _others(engine):
+        shape = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+        value = torch.empty(shape, dtype=parameter.dtype, device=engine.device)
+        if dist.get_rank() == 0:
+            value.copy_(read(OTHER + name))
+        dist.broadcast(value, 0)
+        if is_partitioned(parameter):
+            write_partition(parameter, value)
+        else:
+            parameter.data.copy_(value)
+
+
+def _others(engine):
+    """Frozen parameters that are no low-rank layer's weight."""
+    merged = {f"{name}.weight" for name in engine.frozen.layers}
+    return [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad and name not in merged]
