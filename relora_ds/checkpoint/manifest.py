@@ -12,6 +12,7 @@ each directory is whole, and the bytes are there once for as long as one of them
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -61,7 +62,8 @@ class Manifest:
     versions: dict[str, str]
 
     def write(self, directory: Path) -> None:
-        files.write_json(directory / NAME, {"format": FORMAT, **dataclasses.asdict(self)})
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        files.write_json(directory / NAME, {"sha256": _digest(content), **content})
 
 
 def read(directory: Path) -> Manifest:
@@ -73,6 +75,8 @@ def read(directory: Path) -> Manifest:
     path = directory / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("sha256") != _digest(content):
+            raise DamagedError(f"{path} is not what was written (its sha256 differs)")
         version = content.pop("format")
         if version != FORMAT:
             raise DamagedError(f"{path} has format {version}; this version of relora_ds reads {FORMAT}")
@@ -87,6 +91,10 @@ def read(directory: Path) -> Manifest:
     if strange := [name for name in listed if not _FILE.fullmatch(name)]:
         raise DamagedError(f"{path} names {strange[0]!r}, which is no file of a checkpoint")
     return found
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def damage(directory: Path, name: str, file: File) -> str | None:

@@ -41,8 +41,9 @@ def has_run(directory: Path) -> bool:
 
 
 def directories(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, intact or not."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    """The checkpoints of a run (or in a directory of checkpoints), oldest first, intact or not."""
+    inner = run_dir / "checkpoints"
+    return sorted(path for path in (inner if inner.is_dir() else run_dir).glob("step_*") if path.is_dir())
 
 
 def may_resume(run_dir: Path, resume: str | bool) -> bool:

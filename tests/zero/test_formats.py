@@ -149,7 +149,7 @@ def logged(**options) -> list[str]:
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        cases.release(cases.build(1, relora=cases.relora_config(**BLOCKS, **options)))
+        cases.release(cases.build(1, relora=cases.relora_config(**options), **BLOCKS))
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -1,0 +1,43 @@
+"""A run that goes on with other ranks, at other stages and in other formats is still the same run."""
+
+import pytest
+
+from tests.training.runs import lines, losses, run
+
+SETTINGS = ("train.steps=36", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0", "log.every=1")
+
+
+@pytest.fixture(scope="module")
+def unmoved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "unmoved"
+    run(directory, *SETTINGS, "deepspeed=zero1", "precision=fp32")
+    return directory
+
+
+@pytest.mark.parametrize("legs", [
+    # (after step, ranks, stage): through the warm start, the switch at 10 and the restarts after 20 and 30
+    [(0, 2, 1), (6, 1, 1), (18, 2, 1)],
+    [(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)],
+    [(0, 1, 0), (6, 2, 3), (24, 1, 2)]], ids=["ranks", "stages", "both"])
+def test_moving_between_ranks_and_stages(unmoved, tmp_path, legs):
+    directory, previous = tmp_path / "0", None
+    for leg, (after, world_size, stage) in enumerate(legs):
+        directory = tmp_path / str(leg)
+        stop = legs[leg + 1][0] if leg + 1 < len(legs) else 36
+        resume = () if previous is None else (f"resume={previous}/checkpoints/step_{after:08d}",)
+        run(directory, *SETTINGS, f"deepspeed=zero{stage}", "precision=fp32", *resume, world_size=world_size)
+        ours, whole = losses(directory), losses(unmoved)
+        assert min(ours) == after + 1
+        for step in range(after + 1, stop + 1):
+            assert ours[step] == pytest.approx(whole[step], rel=1e-4), f"step {step}"
+        previous = directory
+    assert lines(directory, "eval")[-1]["val_loss"] == pytest.approx(lines(unmoved, "eval")[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["train.micro_batch_size=1", "relora.frozen_dtype=int8", "precision=bf16"])
+def test_another_micro_batch_format_or_precision(unmoved, tmp_path, changed):
+    run(tmp_path / "r", *SETTINGS, "deepspeed=zero1", "precision=fp32", changed,
+        f"resume={unmoved}/checkpoints/step_00000024")
+    exact = changed.startswith("train.")
+    for step, loss in losses(tmp_path / "r").items():
+        assert loss == pytest.approx(losses(unmoved)[step], rel=1e-4 if exact else 0.02)
