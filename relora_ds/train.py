@@ -46,18 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     from relora_ds.training.guard import GuardError
     from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
+    from relora_ds.zero.start import leave
     trainer = None
     try:
         trainer = Trainer(check(arguments.config, arguments.overrides))
         trainer.fit()
-        trainer.close()
+        leave()
         return EXIT_DONE
     except RecipeError as error:
         return _stop(trainer, is_first, str(error), EXIT_RECIPE)
     except GuardError as error:
         return _stop(trainer, is_first, str(error), EXIT_GUARD)
     except ResumeError as error:
-        return _stop(trainer, is_first, str(error), EXIT_RESUME)
+        code = _stop(trainer, is_first, str(error), EXIT_RESUME)
+        leave()  # every rank does
+        return code
     except Exception as error:
         traceback.print_exc()
         return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", EXIT_ERROR)

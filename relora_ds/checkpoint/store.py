@@ -66,6 +66,9 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
         return None
     candidates = directories(run_dir if resume == "auto" else Path(resume))[::-1]
     if resume != "auto" and not candidates:
+        if not any(_of_all_ranks((Path(resume) / manifest.NAME).exists())):
+            raise ResumeError(f"resume: {resume} is no checkpoint (it has no {manifest.NAME}) and no run that has one; "
+                              "name RUN or RUN/checkpoints/step_…, or take resume=auto")
         candidates = [Path(resume)]
     seen = _of_all_ranks([path.name for path in candidates])
     if any(names != seen[0] for names in seen):

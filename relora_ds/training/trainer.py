@@ -78,11 +78,6 @@ class Trainer:
                 self._report_checkpoints()
         return self._finish()
 
-    @staticmethod
-    def close() -> None:
-        """Leave the process group, when the process has nothing more to do in it."""
-        dist.destroy_process_group()
-
     def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         """Replace status.json: rank 0, or whichever rank failed. Nothing happens before the run directory is ours."""
         if self.is_open and (self.is_first or state == "failed"):

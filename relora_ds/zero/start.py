@@ -30,6 +30,12 @@ def init_distributed() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
+def leave() -> None:
+    """Leave the process group, when the process has nothing more to do in it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def device_of_rank() -> torch.device:
     """The device that this rank computes on."""
     if torch.cuda.is_available():
