@@ -94,7 +94,7 @@ launch() {
     "$PYTHON" -m deepspeed.launcher.runner --quiet "$@" </dev/null &
     launcher=$!
     set +m
-    trap 'stopped=1; kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP
+    trap 'stopped=1; kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP USR1
     trap 'stopped=1; kill -INT -- "-$launcher" 2>/dev/null || true' INT
     wait "$launcher" || code=$?
     if [ -n "$stopped" ]; then

@@ -192,6 +192,8 @@ class LogConfig:
 class GuardConfig:
     max_bad_steps: int = 10  # consecutive non-finite steps before the run gives up
     watchdog_seconds: int = 1800  # without a step before the run is called stuck
+    spike_zscore: float = 8.0  # robust standard deviations above the median of the last losses: a loss spike
+    on_spike: str = "report"  # report | skip (do not apply the step) | rollback (to the newest checkpoint, later data)
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,7 @@ FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8")
 FROZEN_MASTERS = ("cpu", "device", "none")
 FROZEN_PLACEMENTS = ("auto", "replicated", "sharded")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "cheap")
+ON_SPIKE = ("report", "skip", "rollback")
 DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized")  # and org/name of the hub
 
 
@@ -220,6 +221,11 @@ def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("log.every", recipe.log.every, 1, example=10)
     yield _integer("guard.max_bad_steps", recipe.guard.max_bad_steps, 1, example=10)
     yield _integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
+    yield _number("guard.spike_zscore", recipe.guard.spike_zscore, "above 0", lambda x: x > 0, example=8.0)
+    yield _choice("guard.on_spike", recipe.guard.on_spike, ON_SPIKE)
+    if recipe.guard.on_spike == "rollback" and recipe.checkpoint.every is None:
+        yield ("guard.on_spike: rollback needs checkpoints to go back to, and checkpoint.every is null; set it, e.g. "
+               "checkpoint.every=1000")
 
 
 def _missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str]:
@@ -247,6 +253,9 @@ def recipe_warnings(recipe: "Recipe") -> list[str]:
 
 def _warnings(recipe: "Recipe") -> Iterator[str]:
     method, relora, warm = recipe.method, recipe.relora, recipe.warm_start_steps
+    if recipe.trust_remote_code:
+        yield ("trust_remote_code: true: Python files that come with the model are run, with your rights; look at them "
+               "first")
     low_rank = method in ("lora", "relora")
     if warm and not recipe.full_rank_steps:
         yield f"warm_start_steps: {warm} has no effect with method lora on lora.base {recipe.lora.base}"

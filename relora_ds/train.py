@@ -1,6 +1,7 @@
 """`train.py`, also as `python -m relora_ds train` and `deepspeed --module relora_ds.train`."""
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -9,7 +10,7 @@ import traceback
 from relora_ds.config import RecipeError, recipe_names
 from relora_ds.zero.launchers import set_rank
 
-EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME = 0, 1, 2, 3, 4
+EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME, EXIT_PREEMPTED = 0, 1, 2, 3, 4, 75
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +33,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a recipe on this rank. Exit codes: 0 done, 2 bad recipe, 3 guard, 4 resume refused, 1 anything else."""
+    """Run a recipe on this rank.
+
+    Exit codes: 0 done, 2 bad recipe, 3 guard or watchdog, 4 resume refused, 75 preempted, 1 anything else.
+    """
     arguments = parse_arguments(argv)
     try:
         set_rank()  # before anything reads RANK or WORLD_SIZE
@@ -44,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     quieten_libraries()
     from relora_ds.checkpoint.store import ResumeError
     from relora_ds.training.guard import GuardError
+    from relora_ds.training.preemption import Preempted
     from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
     from relora_ds.zero.start import leave
@@ -53,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         trainer.fit()
         leave()
         return EXIT_DONE
+    except Preempted as error:
+        code = _stop(trainer, is_first, str(error), EXIT_PREEMPTED, "preempted")
+        leave()
+        return code
     except RecipeError as error:
         return _stop(trainer, is_first, str(error), EXIT_RECIPE)
     except GuardError as error:
@@ -66,15 +75,16 @@ def main(argv: list[str] | None = None) -> int:
         return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", EXIT_ERROR)
 
 
-def _stop(trainer, say: bool, reason: str, exit_code: int) -> int:
-    for part in ("view", "metrics"):  # the bar would swallow the message, and the last events be lost
-        if hasattr(trainer, part):
-            getattr(trainer, part).close()
+def _stop(trainer, say: bool, reason: str, exit_code: int, state: str = "failed") -> int:
+    for part in ("view", "journal"):  # the bar would swallow the message, and the last events be lost
+        if getattr(trainer, part, None) is not None:
+            with contextlib.suppress(OSError):  # a full disk may be what it is about
+                getattr(trainer, part).close()
     if say:
         host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
-        print(f"{host}error: {reason}", file=sys.stderr, flush=True)
+        print(f"{host}{'error' if state == 'failed' else state}: {reason}", file=sys.stderr, flush=True)
     if trainer is not None:
-        trainer.set_status("failed", reason, exit_code)
+        trainer.set_status(state, reason, exit_code)
     return exit_code
 
 

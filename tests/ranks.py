@@ -2,7 +2,7 @@
 
     results = ranks(2).run(case, argument, ...)     # case(argument, ...) on every rank; results in rank order
 
-The processes come from a forkserver that has torch, deepspeed and transformers imported already. They
+The processes come from a forkserver that has torch, deepspeed and the trainer imported already. They
 live as long as the test session and run one case after another over one gloo process group. A case that
 raises fails the test with the rank's traceback; one that hangs is killed.
 """
@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Callable
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "transformers", "relora_ds"])
+_context.set_forkserver_preload(["torch", "deepspeed", "relora_ds.training.trainer", "torch.utils.tensorboard",
+                                 "transformers.models.llama.modeling_llama"])
 
 
 def _serve(rank: int, world_size: int, port: int, pipe) -> None:

@@ -163,16 +163,16 @@ def measure(spec: Spec) -> dict:
     from relora_ds.zero.teardown import release
     quieten_libraries()
     warm = dataclasses.replace(spec, preset="tiny", r=4, vocab_size=512, micro_batch_size=1, seq_len=64)
-    engine = _build(warm)
-    _step(engine, warm, 0)
+    engine = build(warm)
+    step(engine, warm, 0)
     release(engine)
     del engine
     meter = _Meter(torch.device("cuda") if torch.cuda.is_available() else None)
-    engine = _build(spec)
-    _step(engine, spec, 0)
+    engine = build(spec)
+    step(engine, spec, 0)
     meter.reset()
     kept = meter.now()
-    _step(engine, spec, 1)
+    step(engine, spec, 1)
     peak, reserved = meter.peak()
     host = _host_bytes(engine.frozen)
     resident = 0 if meter.device else host
@@ -219,7 +219,7 @@ def _status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _build(spec: Spec):
+def build(spec: Spec):
     """The engine that the trainer would build; for PEFT the same call with PEFT's model."""
     from relora_ds.models import recompute
     from relora_ds.models.build import build_model
@@ -242,7 +242,8 @@ def _build(spec: Spec):
                       micro_batch_size=spec.micro_batch_size, gradient_accumulation_steps=1)[0]
 
 
-def _step(engine, spec: Spec, number: int) -> None:
+def step(engine, spec: Spec, number: int) -> None:
+    """One optimizer step on random tokens."""
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator)
     engine.backward(engine(input_ids=tokens.to(engine.device), labels=tokens.to(engine.device)).loss)

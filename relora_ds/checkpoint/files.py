@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 _CHUNK = 1 << 22
@@ -16,7 +17,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's contents."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)

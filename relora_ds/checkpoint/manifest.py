@@ -20,6 +20,7 @@ from pathlib import Path
 from relora_ds.checkpoint import files
 
 NAME = "manifest.json"
+LATEST = "latest"  # beside the checkpoints: the newest one's name
 FORMAT = 1
 TRAINED, FROZEN = "trained", "frozen"
 # No directory, no "..": what a manifest names cannot be outside of its checkpoint.
@@ -95,6 +96,11 @@ def read(directory: Path) -> Manifest:
 
 def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tag_of(step: int) -> str:
+    """The directory name of the checkpoint after `step` applied steps."""
+    return f"step_{step:08d}"
 
 
 def damage(directory: Path, name: str, file: File) -> str | None:

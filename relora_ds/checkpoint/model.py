@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.checkpoint import manifest
+from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.state import BUFFER, SavedTensors
 from relora_ds.zero import checkpoint_model
 from relora_ds.zero.checkpoint_model import SavedModel
@@ -29,6 +29,8 @@ def read_model(directory: Path) -> SavedModel:
     """
     if (directory / checkpoint_model.DESCRIPTION).is_file():
         return checkpoint_model.read_model(directory)
+    if found := store.verify(directory):
+        raise ValueError(found[0])
     about = manifest.read(directory)
     storage, layers = Storage(**about.model["frozen"]), about.model["layers"]
     with ExitStack() as stack:

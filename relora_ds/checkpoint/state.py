@@ -20,12 +20,14 @@ from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifes
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.engine_state import engine_state, restore_engine_state
 from relora_ds.zero.frozen_master import Storage, assign_owners, frozen_shape
-from relora_ds.zero.frozen_state import STORED, frozen_state, restore_frozen_state
+from relora_ds.zero.frozen_state import OTHER, STORED, frozen_state, restore_frozen_state
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import MOMENTS
 
 PARTS = ("master", *MOMENTS)
 BUFFER = "buffer/"
+# Of a model's configuration: what changes nothing that it computes.
+_ELSEWHERE = ("dtype", "torch_dtype", "transformers_version", "use_cache", "architectures", "name_or_path")
 RANGES = "ranges"  # key of a file's metadata: JSON, {parameter: [start, stop]}
 
 
@@ -45,6 +47,24 @@ class Captured:
     frozen: dict[str, Tensor] | None
     engine: dict
     model: dict
+
+    def contents(self) -> tuple[dict[str, tuple[int, int]], list[str]]:
+        """The ranges and the frozen tensors' names: what the ranks together must have all of."""
+        return self.ranges, list(self.frozen or ())
+
+    def gaps(self, contents: list[tuple[dict[str, tuple[int, int]], list[str]]]) -> str | None:
+        """What is in the `contents` of no rank; None where everything is."""
+        frozen = {name.removeprefix(STORED) for _, names in contents for name in names}
+        for name, about in self.model["parameters"].items():
+            end = 0
+            for start, stop in sorted(ranges[name] for ranges, _ in contents if name in ranges):
+                end = max(end, stop) if start <= end else end
+            if about["trains"] and end < torch.Size(about["shape"]).numel():
+                return f"no rank has written all of {name}"
+        for name, layer in self.model["layers"].items():
+            if self.frozen is not None and layer["base"] and f"{name}.weight" not in frozen:
+                return f"no rank has written {name}.weight"
+        return None
 
 
 @torch.no_grad()
@@ -80,7 +100,16 @@ def _description(engine) -> dict:
         "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
                    for name, layer in layers.items()},
         "frozen": dataclasses.asdict(engine.frozen.storage),
+        "config": _configuration(engine.module),
         "relora": None if engine.relora is None else dataclasses.asdict(engine.relora)}
+
+
+def _configuration(module) -> dict:
+    """What decides the function of a transformers model; two networks of the same shapes may differ in it."""
+    if not hasattr(getattr(module, "config", None), "to_dict"):
+        return {}
+    found = json.loads(json.dumps(module.config.to_dict(), default=str))
+    return {name: value for name, value in found.items() if name not in _ELSEWHERE and not name.startswith("_")}
 
 
 def problems(manifest: Manifest, engine) -> list[str]:
@@ -94,6 +123,9 @@ def problems(manifest: Manifest, engine) -> list[str]:
         if differ:
             found.append(f"{len(differ)} {what} are others (first: {differ[0]}, was {old.get(differ[0])}, is "
                          f"{new.get(differ[0])})")
+    old, new = saved["config"], now["config"]
+    found += [f"the model's {name} was {old.get(name)}, is {new.get(name)}" for name in sorted({*old, *new})
+              if old.get(name) != new.get(name)]
     storage, current = Storage(**saved["frozen"]), engine.frozen.storage
     if engine.frozen.layers and not (storage.with_masters or storage.exact or storage.same_bytes(current)):
         found.append(f"relora.frozen_dtype was {storage}, is {current}, and without fp32 masters (frozen_master: none) "
@@ -110,8 +142,12 @@ def restore(engine, directory: Path, manifest: Manifest) -> None:
     """
     shards, storage = engine.shards, Storage(**manifest.model["frozen"])
     with ExitStack() as stack:
-        saved = SavedTensors(directory, manifest, stack)
-        lacking = [saved.lacks(engine)] * dist.get_world_size()
+        try:
+            saved = SavedTensors(directory, manifest, stack)
+            lack = saved.lacks(engine)
+        except DamagedError as error:  # the other ranks wait for word
+            lack = str(error)
+        lacking = [lack] * dist.get_world_size()
         dist.all_gather_object(lacking, lacking[0])
         if any(lacking):
             raise DamagedError(next(filter(None, lacking)))
@@ -122,7 +158,9 @@ def restore(engine, directory: Path, manifest: Manifest) -> None:
             for part in PARTS:
                 getattr(shard, part).copy_(saved.read_range(part, shard.name, shard.start, shard.stop))
         for name, buffer in persistent_buffers(engine.module).items():
-            buffer.copy_(saved.read(BUFFER + name))
+            value = saved.read(BUFFER + name).to(buffer.device) if dist.get_rank() == 0 else torch.empty_like(buffer)
+            dist.broadcast(value.contiguous().reshape(-1).view(torch.uint8), 0)
+            buffer.copy_(value)
     for name in shards.names:  # what forward reads, from masters that are all in place now
         shards.write(name, shards.gather([name])[name])
     restore_engine_state(engine, manifest.engine)
@@ -178,6 +216,14 @@ class SavedTensors:
         for name in engine.frozen.owned():
             if not {f"{name}.weight", f"{STORED}{name}.weight"} & self._files.keys():
                 return self._reason(f"{name}.weight", FROZEN)
+        if dist.get_rank() == 0:
+            merged = {f"{name}.weight" for name in engine.frozen.layers}
+            others = [OTHER + name for name, p in engine.module.named_parameters()
+                      if not p.requires_grad and name not in merged]
+            buffers = [BUFFER + name for name in persistent_buffers(engine.module)]
+            for name in (*others, *buffers):
+                if name not in self._files:
+                    return self._reason(name, FROZEN if name in others else TRAINED)
         return None
 
     def _pieces(self, parameter: str, start: int, stop: int) -> list[tuple]:

@@ -18,16 +18,19 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from relora_ds.checkpoint import files
-from relora_ds.checkpoint.manifest import FROZEN, TRAINED, File, Manifest
+from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifest, tag_of
 from relora_ds.checkpoint.state import RANGES, Captured, capture
+from relora_ds.checkpoint.store import remove
 from relora_ds.zero.plain_model import own_generation_config
 
 logger = logging.getLogger(__name__)
@@ -65,14 +68,14 @@ class CheckpointWriter:
     def __init__(self, engine, directory: Path, after: Callable[[], None] = lambda: None,
                  continues: tuple[Path, Manifest] | None = None):
         self._engine, self._directory, self._after = engine, directory, after
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a slow disk is no failure
         self.leads, self._peers = _sharing(directory)
         self._frozen = None  # (number of restarts, directory, files) of the newest checkpoint with frozen weights
         if continues is not None and _same_content(continues[1], engine):
             source, about = continues
             self._frozen = (len(engine.restarts), source, _frozen_files(about.files))
         if self.leads:
-            for leftover in (*directory.glob(".step_*"), *directory.glob("*.tmp")):
+            for leftover in (*directory.glob(".step_*"), *directory.glob("*.tmp"), *directory.glob(".*_rank_*")):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
@@ -92,7 +95,7 @@ class CheckpointWriter:
         captured = capture(self._engine, self._peers, with_frozen=not known)
         stall = time.perf_counter() - started
         self._thread = threading.Thread(target=self._run, args=(step, run, captured, restarts, started, stall),
-                                        name="checkpoint")
+                                        name="checkpoint", daemon=True)  # a rank that fails does not wait for it
         self._thread.start()
 
     def wait(self) -> None:
@@ -114,16 +117,23 @@ class CheckpointWriter:
     # -- in the background ---------------------------------------------------------------------------------------
 
     def _run(self, step: int, run: dict, captured: Captured, restarts: int, started: float, stall: float) -> None:
+        try:
+            self._write(step, run, captured, restarts, started, stall)
+        except Exception as error:  # a rank that is gone: the others find out in training
+            self._frozen = None
+            self._done.append(Written(step, 0, 0, stall, time.perf_counter() - started, f"{error}"))
+
+    def _write(self, step: int, run: dict, captured: Captured, restarts: int, started: float, stall: float) -> None:
         target = self._directory / tag_of(step)
         temporary = self._directory / f".{target.name}"
         mine, failed = _attempt(lambda: self._write_files(temporary, captured))
         words = [None] * dist.get_world_size()
-        dist.all_gather_object(words, (mine, failed), group=self._group)
-        failed = next((error for _, error in words if error), None)
-        listed = {name: file for own, _ in words for name, file in (own or {}).items()}
+        dist.all_gather_object(words, (mine, failed, captured.contents()), group=self._group)
+        failed = next((error for _, error, _ in words if error), None) or captured.gaps([what for *_, what in words])
+        listed = {name: file for own, *_ in words for name, file in (own or {}).items()}
+        new = sum(file.size for file in listed.values())
         if captured.frozen is None:
             listed |= self._frozen[2]
-        new = sum(file.size for own, _ in words for file in (own or {}).values())
         if failed is None and self.leads:
             about = Manifest(step, run, captured.engine, captured.model | {"restarts": restarts}, listed, _versions())
             _, failed = _attempt(lambda: self._complete(temporary, target, about))
@@ -131,12 +141,14 @@ class CheckpointWriter:
         failed = next(filter(None, words), None)
         if failed is None:
             self._frozen = (restarts, target, _frozen_files(listed))
-        elif self.leads:
-            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            self._frozen = None  # write them again, whatever has become of the files
+            if self.leads:
+                shutil.rmtree(temporary, ignore_errors=True)
         self._done.append(Written(step, sum(file.size for file in listed.values()), new, stall,
                                   time.perf_counter() - started, failed))
-        if failed is None and self.leads:
-            self._after()
+        if failed is None and self.leads and (error := _attempt(self._after)[1]):
+            logger.warning("old checkpoints stay: %s", error)
 
     def _write_files(self, directory: Path, captured: Captured) -> dict[str, File]:
         """Write what this rank has; returns it with sizes and checksums."""
@@ -158,8 +170,8 @@ class CheckpointWriter:
         if captured.frozen is not None:
             save(FROZEN, captured.frozen, {})
         elif self.leads:
-            for name in self._frozen[2]:
-                if (self._frozen[1] / name).is_file():  # else it is on another host
+            for name, file in self._frozen[2].items():
+                if (self._frozen[1] / name).is_file() or file.host == socket.gethostname():  # else another host has it
                     files.link(self._frozen[1] / name, directory / name)
         module = self._engine.module
         if self.leads and hasattr(getattr(module, "config", None), "save_pretrained"):
@@ -174,30 +186,23 @@ class CheckpointWriter:
         about.write(temporary)
         files.sync(temporary)
         if target.exists():  # of a run that went back and came here again
-            shutil.rmtree(target)
+            remove(target)
         os.replace(temporary, target)
         files.sync(self._directory)
         files.write_text(self._directory / LATEST, target.name)
 
 
-LATEST = "latest"
-
-
-def tag_of(step: int) -> str:
-    """The directory name of the checkpoint after `step` applied steps."""
-    return f"step_{step:08d}"
-
-
 def _sharing(directory: Path) -> tuple[bool, list[int]]:
     """Whether this rank is the first that sees its directory, and which ranks see the same one. Collective."""
     directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    mark = directory / f".rank_{dist.get_rank():05d}"
+    prefix = [f".{uuid.uuid4()}_rank_"]  # another start may have left its marks
+    dist.broadcast_object_list(prefix, 0)
+    mark = directory / f"{prefix[0]}{dist.get_rank()}"
     mark.touch()
     dist.barrier()
-    peers = sorted(int(path.name.removeprefix(".rank_")) for path in directory.glob(".rank_*"))
+    peers = sorted(int(path.name.removeprefix(prefix[0])) for path in directory.glob(f"{prefix[0]}*"))
     dist.barrier()
-    mark.unlink()
+    mark.unlink(missing_ok=True)  # the leader clears up what other starts left, and may come first
     return peers[0] == dist.get_rank(), peers
 
 

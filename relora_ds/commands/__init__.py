@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "tokenize a recipe's corpus into a directory that other machines can train from",
     "export": "write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base",
     "eval": "validation loss of any Hugging Face model directory on any corpus",
+    "checkpoint": "list, verify and prune the checkpoints of a run",
     "bench": "measured comparisons: the layer, requantization, memory of a step, quality by storage format",
     "plot": "figures of one or more runs: PNG, and one self-contained HTML page",
 }

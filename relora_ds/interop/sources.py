@@ -4,10 +4,12 @@
 """
 
 import json
+import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -136,7 +138,10 @@ def plain_model(checkpoint: Path, state: dict[str, Tensor], dtype: torch.dtype,
 def _clear_errors(source: str, field: str):
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:  # torch.load with weights_only: tensors and nothing else
+        raise ValueError(f"{field}: {source} has weights in a pickle of more than tensors, which could run code; "
+                         "convert it to safetensors where you trust it") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{field}: {source} cannot be loaded ({reason}); give a run, a checkpoint, a Hugging Face "
                          "model, or a PEFT export of relora_ds") from error

@@ -39,7 +39,8 @@ def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision
 
     Every frozen weight is broadcast by its owner, as it is stored. Where the masters are split (stages 1 to 3), A and
     B are reduced to the owners in fp32, and pruning by magnitude finds its thresholds by three reduced histograms for
-    each factor. ZeRO-3 without masters gathers the frozen weights first, unless they are replicated.
+    each factor. ZeRO-3 without masters gathers the frozen weights first, unless they are replicated: once to see that
+    the merged ones are finite, and once to merge.
 
     It is a restart of the trainer, which measures the drift by a forward before and one after it: at stage 3 they
     gather the network twice. The small parameters that stage 3 keeps whole are spared the first time; the restart
@@ -53,7 +54,7 @@ def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision
     if stage == 3:
         gathered = gathered_by_stage_3(shapes, storage, zero, ELEMENT_SIZE[precision])
         if not storage.with_masters:
-            one_way += sum(stored.num_bytes for stored in storage.merged.values() if stored.sharded)
+            one_way += 2 * sum(stored.num_bytes for stored in storage.merged.values() if stored.sharded)
         one_way += 2 * gathered.num_bytes + gathered.small_bytes
     if stage > 0:
         one_way += 4 * sum(shapes.factors)

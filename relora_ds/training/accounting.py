@@ -14,10 +14,21 @@ class Account:
     seconds: float = 0.0
     restarts: int = 0
     skipped: int = 0
+    spikes: int = 0
+    rollbacks: int = 0
     bytes_payload: float = 0.0
     bytes_wire: float = 0.0
     full_rank_payload: float = 0.0
     full_rank_wire: float = 0.0
+
+    def count_step(self, tokens: int, seconds: float, traffic: "StepTraffic") -> None:
+        """Add what a step took, applied or not."""
+        self.tokens += tokens
+        self.seconds += seconds
+        self.bytes_payload += traffic.payload
+        self.bytes_wire += traffic.wire
+        self.full_rank_payload += traffic.full_rank[0]
+        self.full_rank_wire += traffic.full_rank[1]
 
     def state(self) -> dict:
         return asdict(self)

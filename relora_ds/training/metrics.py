@@ -1,9 +1,12 @@
 """metrics.jsonl and TensorBoard, written by rank 0."""
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # What a number of metrics.jsonl is called in TensorBoard, whose charts are grouped by what stands before the "/".
 # A mapping (`update_norms`) becomes one chart per entry; None: it never changes and needs no chart.
@@ -46,7 +49,13 @@ class MetricsLog:
         if not self.enabled:
             return
         line = {"kind": kind, "step": step, "t": t, "phase": phase, "time": time.time(), **values}
-        self._file.write(json.dumps(_json_value(line)) + "\n")
+        try:
+            self._file.write(json.dumps(_json_value(line)) + "\n")
+            self._chart(kind, step, values)
+        except OSError as error:  # a full disk is no reason to stop
+            logger.warning("metrics.jsonl and TensorBoard lack lines: %s", error)
+
+    def _chart(self, kind: str, step: int, values: dict) -> None:
         tags = TENSORBOARD_TAGS.get(kind, {})
         for name, value in values.items():
             tag = tags.get(name, f"{kind}/{name}")
@@ -68,7 +77,7 @@ class MetricsLog:
 def read_metrics(run_dir: Path) -> list[dict]:
     """All lines of a run's metrics.jsonl; a last line that was cut off is left out."""
     lines = []
-    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
+    for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

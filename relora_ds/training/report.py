@@ -107,7 +107,8 @@ def summarise(plan: Plan, account: Account, final: Evaluation, trainable: int, t
     summary = {
         "method": recipe.method, "model": model_name(recipe), "precision": plan.precision,
         "world_size": plan.world_size, "step": account.step, **vars(final), "restarts": account.restarts,
-        "skipped_steps": account.skipped, "trainable_parameters": trainable, "total_parameters": total,
+        "skipped_steps": account.skipped, "loss_spikes": account.spikes, "rollbacks": account.rollbacks,
+        "trainable_parameters": trainable, "total_parameters": total,
         "tokens": account.tokens, "seconds": account.seconds, "bytes_payload": account.bytes_payload,
         "bytes_wire": account.bytes_wire, "full_rank_bytes_payload": account.full_rank_payload,
         "full_rank_bytes_wire": account.full_rank_wire}

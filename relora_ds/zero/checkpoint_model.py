@@ -29,10 +29,12 @@ from torch import Tensor
 from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.checkpoint_files import MASTERS_GLOB, STORED
+from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import Storage, frozen_shape
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
 DESCRIPTION = "relora_model.json"
+_UNIVERSAL = "zero"  # the directory in a universal checkpoint with what trains
 
 
 def _stage_named(kind: type, name: str) -> ZeroStageEnum:
@@ -60,6 +62,7 @@ def save_description(save_dir: str, tag: str, engine) -> None:
         "world_size": dist.get_world_size(),
         "t": engine.t,
         "restarts": list(engine.restarts),
+        "engine": engine_state(engine),
         "relora": None if engine.relora is None else dataclasses.asdict(engine.relora),
         "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
                    for name, layer in lowrank_layers(module).items()},
@@ -164,16 +167,15 @@ def storage_in(directory: Path) -> Storage | None:
 def read_model(directory: Path) -> SavedModel:
     """Read the checkpoint of one step (a DeepSpeed "tag"), of any ZeRO stage, precision and world size.
 
+    It may be a universal one, with our files beside DeepSpeed's.
+
     Raises:
         ValueError: it is no checkpoint of ours, or incomplete; names the missing file or weights.
     """
     about = read_description(directory)
     shapes = {name: torch.Size(p["shape"]) for name, p in about["parameters"].items()}
     trains = {name for name, p in about["parameters"].items() if p["trains"]}
-    stored = [_load(directory, name)
-              for name in ([f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(about["world_size"])]
-                           if about["stage"] == 3 else ["mp_rank_00_model_states.pt"])]
-
+    stored = model_states(directory, about)
     trained = {name: value.view(shapes[name]).contiguous() for name, value in _masters(directory, about, stored[0])
                if name in trains}
     frozen = {name: _stored(name, shape, about["stage"], stored)
@@ -188,7 +190,26 @@ def read_model(directory: Path) -> SavedModel:
     return SavedModel(about["t"], about["restarts"], about["relora"], about["layers"], trained, frozen)
 
 
-def _load(directory: Path, name: str) -> dict:
+def model_states(directory: Path, about: dict) -> list[dict]:
+    """The contents of DeepSpeed's files that are not the optimizer's: one, at stage 3 one of each rank."""
+    ranks = range(about["world_size"])
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks] if about["stage"] == 3 else \
+        ["mp_rank_00_model_states.pt"]
+    return [_load(directory, name) for name in names]
+
+
+def universal_file(directory: Path, name: str, what: str) -> Path:
+    """Where a universal checkpoint has a parameter's master (`fp32`) or moment."""
+    return directory / _UNIVERSAL / name / f"{what}.pt"
+
+
+def universal_tensor(directory: Path, name: str, what: str) -> Tensor:
+    """A parameter's master (`fp32`) or moment in a universal checkpoint, flat."""
+    found = _load(directory, str(universal_file(directory, name, what).relative_to(directory)))
+    return (found["param"] if isinstance(found, dict) else found).detach().reshape(-1)
+
+
+def _load(directory: Path, name: str) -> dict | Tensor:
     if not (directory / name).is_file():
         raise ValueError(f"{directory}: {name} is missing, so a part of the weights is; copy the files of every rank "
                          "into one directory, or use another checkpoint")
@@ -205,6 +226,11 @@ def _load(directory: Path, name: str) -> dict:
 
 def _masters(directory: Path, about: dict, model_states: dict) -> Iterator[tuple[str, Tensor]]:
     """The fp32 masters of what trains, as 1-D tensors, by name."""
+    if (directory / _UNIVERSAL).is_dir():
+        for name, parameter in about["parameters"].items():
+            if parameter["trains"]:
+                yield name, universal_tensor(directory, name, "fp32")
+        return
     if about["stage"] == 0:
         optimizer = model_states["optimizer"]
         if "fp32_groups" in optimizer:  # 16 bit

@@ -67,7 +67,6 @@ _REFUSED = {
     "compile.deepcompile": ((False,), "DeepCompile is not available in this version; remove it"),
     "weight_quantization": ((None, {}), "relora.frozen_dtype says how frozen weights are stored; remove it"),
     "datastates_ckpt": ((None, {}), "checkpoints are written by the recipe's checkpoint section; remove it"),
-    "checkpoint.load_universal": ((False,), "universal checkpoints lose the frozen weights; remove it and set resume"),
     "managed_gradient_accumulation": ((True,), "steps must be DeepSpeed's to count; remove it"),
     "gradient_allreduce_op": (("mean",), "the learning rate is set for mean gradients; remove it"),
     "disable_allgather": ((False,), "the ranks would drift apart; remove it"),
@@ -216,6 +215,10 @@ def _precision_problems(config: dict, precision: str | None) -> list[str]:
         if precision is not None and value not in (AUTO, _ABSENT, precision == name):
             found.append(f'{name}.enabled: {_show(value)} contradicts precision {precision}; use "auto", or change '
                          "precision")
+    in_fp16 = precision == "fp16" or (precision is None and enabled.get("fp16") is True)
+    if in_fp16 and _get(config, "zero_optimization.stage", 0) == 0:
+        found.append("fp16.enabled: true at stage 0, where DeepSpeed 0.19 divides gradients by a loss scale that its "
+                     "backward did not multiply by; use stage 1")
     if "bf16" in config and "bfloat16" in config:
         found.append("bfloat16: the old name of bf16, which is there too; remove it")
     return found

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.seeding import keyed_seed
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
-from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config
+from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config, universal
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
 from relora_ds.zero.plain_model import save_plain
@@ -113,7 +114,17 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     engine.last_restart = None
     engine.num_accumulated = 0
     engine._keeps_own_frozen = False
+    engine._has_dropout = _has_dropout(model)
     return engine, optimizer, loader, scheduler
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether a module drops something, or the configuration says so (attention is no module)."""
+    config = getattr(model, "config", None)
+    rates = [value for name, value in (vars(config) if config is not None else {}).items() if "drop" in name]
+    rates += [getattr(module, "p", 0) for module in model.modules() if isinstance(module, _DropoutNd)]
+    rates += [layer.lora_dropout for layer in lowrank_layers(model).values()]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def _to(value, device: torch.device):
@@ -150,7 +161,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         # ZeRO-3's list of the modules that it is inside of. Those that activation checkpointing repeats are left by an
         # exception, as soon as backward has what it needs, and would stay in it for good.
         FWD_MODULE_STACK.clear()
-        if self.training and self.relora is not None and self.relora.lora_dropout > 0:
+        if self.training and self._has_dropout:
             # A mask of its own for every rank, step and micro-step, and the same one after a resume.
             torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.num_accumulated}/{dist.get_rank()}"))
         return super().forward(*inputs, **kwargs)
@@ -179,15 +190,20 @@ class ReLoRAEngine(DeepSpeedEngine):
 
         By hand it may be called between `step()` and the next forward; it is recorded, and the
         learning-rate ramp starts at this step.
+
+        Raises:
+            NonFiniteMergeError: the merged weights would not be finite; nothing was changed.
         """
         if not self.frozen.layers:
             raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
         if self.num_accumulated:
             raise ValueError("restart: gradients of the old A and B are being accumulated; call it after the step() "
                              "that applies them")
-        self.lr_scheduler.record_restart()
-        self.last_restart = restart(self.shards, self.frozen, self.relora, t=self.t, number=len(self.restarts),
+        if self.t in self.restarts:
+            raise ValueError(f"restart: there was one at step t={self.t} already; take a step first")
+        self.last_restart = restart(self.shards, self.frozen, self.relora, t=self.t, number=len(self.restarts) + 1,
                                     seed=self.seed, device=self.device, probe=self._probe())
+        self.lr_scheduler.record_restart()
         return self.last_restart
 
     def collect_merged(self, dst: int | None = None) -> dict[str, Tensor]:
@@ -223,16 +239,24 @@ class ReLoRAEngine(DeepSpeedEngine):
     def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
         """DeepSpeed's, plus the fp32 masters of the frozen weights.
 
+        With `"checkpoint": {"load_universal": true}` in the engine's config: see `zero.universal`.
+
         Raises:
             ValueError: on every rank and before anything is overwritten: masters are missing, the checkpoint is of
                 another ZeRO stage, precision or rank than this engine, or it has no masters and stores the frozen
                 weights in another format.
         """
-        tag = checkpoint_files.newest_tag(load_dir) if tag is None else str(tag)
+        latest = universal.LATEST if self.load_universal_checkpoint() else "latest"
+        tag = checkpoint_files.newest_tag(load_dir, latest) if tag is None else str(tag)
         if tag is None:
-            logger.warning("load_checkpoint: there is no file `latest` in %s; nothing is loaded", load_dir)
+            logger.warning("load_checkpoint: there is no file `%s` in %s; nothing is loaded", latest, load_dir)
             return None, {}
         directory = Path(load_dir) / tag
+        if self.load_universal_checkpoint():
+            if args or kwargs:
+                raise ValueError(f"load_checkpoint: {[*args, *kwargs]} with a universal checkpoint, of which all is "
+                                 "loaded; leave it out")
+            return str(directory), universal.load(self, directory)
         found = [checkpoint_model.problems(directory, self) if dist.get_rank() == 0 else []]
         dist.broadcast_object_list(found, 0)
         if found[0]:

@@ -9,7 +9,7 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 def engine_state(engine) -> dict:
     """JSON values; the same on every rank."""
-    scaler = _scaler(engine)
+    scaler = _scaler(engine) if engine.fp16_enabled() else None
     return {"scheduler": engine.lr_scheduler.state_dict(), "adam_steps": engine.shards.adam_steps(),
             "counters": {name: getattr(engine, name) for name in _COUNTERS},
             "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}}
@@ -23,6 +23,8 @@ def restore_engine_state(engine, state: dict) -> None:
         setattr(engine, name, state["counters"][name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.num_accumulated = 0
+    if not engine.fp16_enabled():  # DeepSpeed's bf16 wrapper of stage 0 has a scale too, and would divide by it
+        return
     scaler = _scaler(engine)
     for name, value in state["loss_scaler"].items():
         if hasattr(scaler, name):

@@ -60,15 +60,24 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
         frozen.publish_masters({name: read(f"{name}.weight") for name in frozen.owned()})
     else:
         assert saved.same_bytes(frozen.storage)
-        frozen.publish_stored({name: read(f"{STORED}{name}.weight") for name in frozen.owned()})
+        stored = {name: read(f"{STORED}{name}.weight") for name in frozen.owned()}
+        frozen.publish_stored(stored)
+        for name, value in stored.items():  # an engine with masters begins them with all that is left
+            frozen.keep(name, frozen.dequantize(name, value.to(frozen.device)))
     for name, ledger in frozen.ledgers.items():
         ledger.intended.copy_(read(INTENDED + name))
         ledger.lost.copy_(read(LOST + name))
+    restore_others(engine, lambda name: read(OTHER + name))
+
+
+@torch.no_grad()
+def restore_others(engine, read: Read) -> None:
+    """Take over the frozen parameters that are no low-rank layer's weight; rank 0 reads them. Collective."""
     for name, parameter in _others(engine):
         shape = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
         value = torch.empty(shape, dtype=parameter.dtype, device=engine.device)
         if dist.get_rank() == 0:
-            value.copy_(read(OTHER + name))
+            value.copy_(read(name))
         dist.broadcast(value, 0)
         if is_partitioned(parameter):
             write_partition(parameter, value)

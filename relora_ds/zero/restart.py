@@ -5,6 +5,8 @@
     prune         Adam moments of A and B, per tensor over all ranks
     agree         the owners broadcast W; checksums over W, A and B prove that all ranks hold the same
 
+Before anything is overwritten, the owners make sure that what they would merge is finite.
+
 Everything here is written against `ShardView` and `FrozenWeights` and knows no ZeRO stage.
 """
 
@@ -26,6 +28,10 @@ from relora_ds.zero.agreement import checksum, verify
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.moments import prune_moments
 from relora_ds.zero.shards import ShardView
+
+
+class NonFiniteMergeError(RuntimeError):
+    """A merged weight would not be finite. Nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
         probe: returns logits of some fixed batch; called before and after to measure the drift.
 
     Raises:
+        NonFiniteMergeError: on every rank and before anything is overwritten, naming the layers.
         RuntimeError: when the ranks hold different bytes afterwards, naming the first tensor.
     """
     before = probe() if probe else None
@@ -98,11 +105,8 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
     Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the first two over all
     restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
-    factors: dict[str, Tensor] = {}
-    for owner in range(dist.get_world_size()):
-        names = [f"{name}.{factor}" for name, rank in frozen.owners.items() if rank == owner
-                 for factor in ("lora_A", "lora_B")]
-        factors.update(shards.gather(names, dst=owner))
+    factors = _gather_factors(shards, frozen)
+    _require_finite(frozen, factors, device)
 
     stored: dict[str, Tensor] = {}
     squares = torch.zeros(len(frozen.layers), 5, dtype=torch.float64, device=device)  # a row is filled by its owner
@@ -111,8 +115,7 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
         if base is None:
             continue
         stored_before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
-        intended = add_update_(torch.zeros_like(base), factors.pop(f"{name}.lora_A"), factors.pop(f"{name}.lora_B"),
-                               layer.scaling)
+        intended = add_update_(torch.zeros_like(base), *factors.pop(name), layer.scaling)
         merged = base + intended
         generator = None if frozen.with_masters else keyed_generator(f"{seed}/{number}/{name}.weight", device)
         stored[name] = frozen.quantize(merged, generator)
@@ -128,6 +131,29 @@ def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, se
 
     dist.all_reduce(squares)
     return dict(zip(frozen.layers, squares.tolist(), strict=True)), sent
+
+
+def _gather_factors(shards: ShardView, frozen: FrozenWeights) -> dict[str, tuple[Tensor, Tensor]]:
+    """fp32 `(A, B)` of the layers that this rank owns."""
+    found: dict[str, Tensor] = {}
+    for owner in range(dist.get_world_size()):
+        names = [f"{name}.{factor}" for name, rank in frozen.owners.items() if rank == owner
+                 for factor in ("lora_A", "lora_B")]
+        found.update(shards.gather(names, dst=owner))
+    return {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in frozen.owned()}
+
+
+def _require_finite(frozen: FrozenWeights, factors: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> None:
+    """Merge once for nothing: everything is read and multiplied twice, but there is no second copy of every weight."""
+    bad = torch.zeros(len(frozen.layers), dtype=torch.int32, device=device)
+    for i, (name, layer) in enumerate(frozen.layers.items()):
+        base = frozen.read(name, device)
+        if base is not None:
+            bad[i] = not frozen.can_store(add_update_(base, *factors[name], layer.scaling))
+    dist.all_reduce(bad)
+    if names := [name for name, is_bad in zip(frozen.layers, bad.tolist(), strict=True) if is_bad]:
+        raise NonFiniteMergeError(f"restart: s·B·A merged into W would not be finite in {len(names)} of {len(bad)} "
+                                  f"layers, the first {names[0]}; nothing was changed")
 
 
 def _reinitialise(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int) -> None:

@@ -64,9 +64,8 @@ class ReLoRAScheduler:
         self._apply()
 
     def record_restart(self) -> None:
-        """A restart takes place now: the ramp starts at this step."""
-        if self.t in self.restarts:
-            raise ValueError(f"restart: there was one at step t={self.t} already; take a step first")
+        """A restart took place now: the ramp starts at this step."""
+        assert self.t not in self.restarts
         self.restarts.append(self.t)
         self._apply()
 

@@ -20,6 +20,10 @@ def init_distributed() -> None:
         # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
         from deepspeed.ops import __compatible_ops__
         __compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized() and (store := _store_after_a_restart()) is not None:
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]),
+                                world_size=int(os.environ["WORLD_SIZE"]))
     if dist.is_initialized():
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed()
@@ -27,7 +31,22 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _store_after_a_restart() -> dist.Store | None:
+    """A part of torchrun's store that this attempt has to itself; None where torch's own way is right.
+
+    The store outlives the ranks: those that `--max-restarts` starts would call at the addresses of the dead ones
+    (PyTorch issue 167288). Of several nodes each counts attempts of its own; there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if (attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            or os.environ.get("GROUP_WORLD_SIZE") != "1"):
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"relora_ds/attempt_{attempt}", store)
 
 
 def leave() -> None:

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.writer import CheckpointWriter
 from tests.ranks import ranks
 from tests.training.runs import losses, run
 
@@ -112,10 +114,13 @@ def failing_save(run_dir, size: int) -> list:
         if trainer.account.step == 14:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    trainer._train_step = watched
-    report = trainer._report_checkpoints
-    trainer._report_checkpoints = lambda: (said.extend(trainer.writer._done), report())
-    trainer.fit()
+    def take_finished(writer):
+        said.extend(writer._done)
+        return take(writer)
+
+    trainer._train_step, take = watched, CheckpointWriter.take_finished
+    with mock.patch.object(CheckpointWriter, "take_finished", take_finished):
+        trainer.fit()
     return [(done.step, done.error) for done in said]
 
 

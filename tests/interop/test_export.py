@@ -223,6 +223,6 @@ def test_nothing_to_export(checkpoints, tmp_path):
 
 def test_a_lost_shard_is_named(unfinished, tmp_path):
     (unfinished / "checkpoints" / "step_00000025" / "trained_00001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"this host does not see trained_00001.safetensors \(of host "):
+    with pytest.raises(ValueError, match=r"trained_00001.safetensors is missing \(host "):
         export(unfinished, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """single_node.sh and quickstart.sh: what they print, the exit code, and nothing left behind."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_ds.checkpoint import store
 from tests.launch.scripts import SCRIPTS, run, start
 
 
@@ -29,7 +31,7 @@ def test_a_bad_recipe_is_said_once_and_ends_with_2(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_to_the_script_ends_every_rank(tmp_path):
+def test_a_signal_to_the_script_ends_every_rank_with_its_state_saved(tmp_path):
     script = start("bash", SCRIPTS / "single_node.sh", "tiny", "train.steps=100000", f"run_dir={tmp_path / 'run'}",
                    "checkpoint.every=null", cwd=tmp_path)
     try:
@@ -39,8 +41,12 @@ def test_a_signal_to_the_script_ends_every_rank(tmp_path):
         commands = processes_with(str(tmp_path)).values()
         assert sum("--local_rank" in command and "launcher" not in command for command in commands) == 2
         os.kill(script.pid, signal.SIGTERM)
-        assert script.wait(timeout=60) == 128 + signal.SIGTERM
+        assert script.wait(timeout=30) == 75
         assert processes_with(str(tmp_path)) == {}
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("preempted", 75)
+        saved, = store.directories(tmp_path / "run")
+        assert saved.name == f"step_{status['step']:08d}" and store.verify(saved) == []
     finally:
         script.stdout.close()
         for process in processes_with(str(tmp_path)):

@@ -7,6 +7,8 @@ When a patch no longer applies, make it again: `git diff -U2 > tests/mutants/pat
 
 from dataclasses import dataclass
 
+GUARD = "tests/training/test_guard.py"
+RESUME = "tests/training/test_resume.py::test_resume_is_exact"
 FORMATS = "tests/zero/test_formats.py"
 RESTART = "tests/zero/test_restart.py::test_invariants"
 MOMENTS = "tests/zero/test_moments.py::test_split_moments_are_pruned_as_whole_ones"
@@ -64,4 +66,18 @@ MUTANTS = [
     # What one rank does and the others do not.
     Mutant("one_dropout_mask", ("tests/zero/test_dropout.py",), "the same mask on every rank"),
     Mutant("applies_nan", (f"{NONFINITE}[0-fp32-nan]",), "the bad batch changed"),
+    # Checkpoints.
+    Mutant("moments_not_restored", (f"{RESUME}[deepspeed=zero1-precision=bf16]",), "a loss differs"),
+    Mutant("base_written_once_a_run", (f"{RESUME}[deepspeed=zero1-precision=bf16]",), "a loss differs"),
+    Mutant("master_overwritten_while_saved",
+           ("tests/checkpoint/test_writing.py::test_a_restart_while_it_is_written_does_not_tear_it[precision=bf16]",),
+           "assert"),
+    Mutant("flipped_bits_unseen", ("tests/checkpoint/test_damage.py::test_every_file_of_the_newest_checkpoint",),
+           "assert"),
+    Mutant("universal_forgets_merges", ("tests/zero/test_universal.py",), '["losses"] == '),
+    # Guards.
+    Mutant("non_finite_merge_goes_on", (f"{GUARD}::test_a_merge_that_is_not_finite_is_refused[1-fp32]",), "in 1 of"),
+    Mutant("spike_applied", (f"{GUARD}::test_skip[1]",), "assert"),
+    Mutant("spike_window_not_saved", (f"{GUARD}::test_the_window_goes_with_the_checkpoint",), "IndexError"),
+    Mutant("rollback_rewinds_the_data", (f"{GUARD}::test_rollback_is_a_resume_with_later_data",), "assert"),
 ]

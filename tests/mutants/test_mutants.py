@@ -52,5 +52,12 @@ def test_mistake_is_noticed(mutant: Mutant, copy_is_green, tmp_path):
     assert mutant.says in result.stdout, f"{mutant.name} fails for another reason:\n{result.stdout[-4000:]}"
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_patch_applies(mutant: Mutant, tmp_path):
+    shutil.copytree(ROOT / "relora_ds", tmp_path / "relora_ds", ignore=shutil.ignore_patterns("__pycache__"))
+    applied = run(tmp_path, "git", "apply", "--check", str(PATCHES / f"{mutant.name}.patch"))
+    assert applied.returncode == 0, f"make the patch again:\n{applied.stdout}"
+
+
 def test_every_patch_is_listed():
     assert {path.stem for path in PATCHES.glob("*.patch")} == {mutant.name for mutant in MUTANTS}

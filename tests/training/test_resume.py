@@ -134,3 +134,10 @@ def test_a_refused_checkpoint_leaves_the_run_as_it_was(tmp_path):
     for message in ranks(2).run(resume, overrides):
         assert "relora.frozen_dtype was int8, is bf16" in message
     assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_that_is_resumed_says_the_same_again(tmp_path):
+    first = run(tmp_path / "r", "eval.samples=0")
+    before = lines(tmp_path / "r", "eval")
+    assert run(tmp_path / "r", "eval.samples=0", "resume=auto") == first
+    assert lines(tmp_path / "r", "eval") == before and len(before) == 4

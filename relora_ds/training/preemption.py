@@ -1,0 +1,71 @@
+"""A run is asked to stop: SIGTERM or SIGUSR1, to any rank.
+
+Launchers signal processes one after the other, so ranks hear of it at different steps. Each says in every step whether
+it has; they stop at the step at which all know it, which is one or two later.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(RuntimeError):
+    """The run stops because it was asked to (exit code 75), with its state saved."""
+
+
+class StopRequest:
+    """What this rank has heard, and what all of them know. From here on the signals do not end the process.
+
+    The `deepspeed` command dies of a signal without telling the ranks, and they would train on for ever without it. So
+    its end is heard like a signal.
+    """
+
+    def __init__(self):
+        self.heard: str | None = None
+        self._command = _deepspeed_command()
+        self._group = dist.new_group(backend="gloo")  # on the host: no device waits for it
+        self._asked = self._work = None
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+
+    def _hear(self, number: int, _frame) -> None:
+        self.heard = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether a rank had heard of it at the last call, the same answer on every rank. Collective, once a step.
+
+        It answers with the sum that was begun a step ago, so that nobody waits for it.
+        """
+        if self.heard is None and self._command is not None and self._command != _deepspeed_command():
+            self.heard = "the end of the deepspeed command"
+        before, work = self._asked, self._work
+        self._asked = torch.tensor([float(self.heard is not None)])
+        self._work = dist.all_reduce(self._asked, group=self._group, async_op=True)
+        if work is None:
+            return False
+        work.wait()
+        if before.item():
+            self.heard = self.heard or "another rank was"
+        return bool(before.item())
+
+    def close(self) -> None:
+        """Give the signals back. Where one was heard, the process is about to end; those that follow are ignored."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self.heard else handler or signal.SIG_DFL)
+        self._work = None
+        dist.destroy_process_group(self._group)
+
+
+def _deepspeed_command() -> int | None:
+    """The process of the `deepspeed` command: it starts DeepSpeed's launcher, and that the ranks of this node."""
+    try:
+        parent = Path(f"/proc/{os.getppid()}")
+        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
+            return None
+        return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):  # not on Linux, or the launcher itself is gone
+        return None
