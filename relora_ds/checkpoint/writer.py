@@ -76,7 +76,8 @@ class CheckpointWriter:
             self._frozen = (len(engine.restarts), source, _frozen_files(about.files))
         if self.leads:
             for leftover in (*directory.glob(".step_*"), *directory.glob("*.tmp"), *directory.glob(".*_rank_*")):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                # The marks may be those of this start, which their ranks delete as well.
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
         dist.barrier()
