@@ -20,7 +20,7 @@ from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifes
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.engine_state import engine_state, restore_engine_state
 from relora_ds.zero.frozen_master import Storage, assign_owners, frozen_shape
-from relora_ds.zero.frozen_state import OTHER, STORED, frozen_state, restore_frozen_state
+from relora_ds.zero.frozen_state import OTHER, STORED, frozen_state, other_parameters, restore_frozen_state
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import MOMENTS
 
@@ -217,9 +217,7 @@ class SavedTensors:
             if not {f"{name}.weight", f"{STORED}{name}.weight"} & self._files.keys():
                 return self._reason(f"{name}.weight", FROZEN)
         if dist.get_rank() == 0:
-            merged = {f"{name}.weight" for name in engine.frozen.layers}
-            others = [OTHER + name for name, p in engine.module.named_parameters()
-                      if not p.requires_grad and name not in merged]
+            others = [OTHER + name for name, _ in other_parameters(engine)]
             buffers = [BUFFER + name for name in persistent_buffers(engine.module)]
             for name in (*others, *buffers):
                 if name not in self._files:

@@ -40,7 +40,7 @@ def frozen_state(engine) -> dict[str, Tensor]:
                     state[f"{STORED}{name}.weight"] = layer.weight.detach().to(host, copy=True)
     for name, ledger in frozen.ledgers.items():
         state |= {INTENDED + name: ledger.intended.clone(), LOST + name: ledger.lost.clone()}
-    for name, parameter in _others(engine):
+    for name, parameter in other_parameters(engine):
         with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
             if dist.get_rank() == 0:
                 state[OTHER + name] = parameter.detach().to(host, copy=True)
@@ -62,7 +62,7 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
         assert saved.same_bytes(frozen.storage)
         stored = {name: read(f"{STORED}{name}.weight") for name in frozen.owned()}
         frozen.publish_stored(stored)
-        for name, value in stored.items():  # an engine with masters begins them with all that is left
+        for name, value in stored.items() if frozen.with_masters else ():  # they begin with all that is left
             frozen.keep(name, frozen.dequantize(name, value.to(frozen.device)))
     for name, ledger in frozen.ledgers.items():
         ledger.intended.copy_(read(INTENDED + name))
@@ -73,7 +73,7 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
 @torch.no_grad()
 def restore_others(engine, read: Read) -> None:
     """Take over the frozen parameters that are no low-rank layer's weight; rank 0 reads them. Collective."""
-    for name, parameter in _others(engine):
+    for name, parameter in other_parameters(engine):
         shape = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
         value = torch.empty(shape, dtype=parameter.dtype, device=engine.device)
         if dist.get_rank() == 0:
@@ -85,7 +85,7 @@ def restore_others(engine, read: Read) -> None:
             parameter.data.copy_(value)
 
 
-def _others(engine):
+def other_parameters(engine):
     """Frozen parameters that are no low-rank layer's weight."""
     merged = {f"{name}.weight" for name in engine.frozen.layers}
     return [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad and name not in merged]
