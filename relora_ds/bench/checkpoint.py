@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from relora_ds.bench.memory import FULL, Spec, build, step
+from relora_ds.bench.contenders import FULL, Spec, build, step
 from relora_ds.bench.record import rows_as_markdown
 
 NAME = "checkpoint"
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict:
               "precision": arguments.precision}
     rows = []
     for variant in ("ours, dense", FULL):
-        spec = Spec(variant, checkpointing="none", micro_batch_size=1, seq_len=32, threads=None, **shared)
+        spec = Spec(variant, micro_batch_size=1, seq_len=32, **shared)
         engine = build(spec)
         step(engine, spec, 0)
         if variant != FULL:

@@ -15,7 +15,6 @@ CPU they are in what is resident; the table takes them out of the peak and shows
 import argparse
 import dataclasses
 import gc
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,53 +23,16 @@ from pathlib import Path
 
 import torch
 
+from relora_ds.bench.contenders import FULL, VARIANTS, Spec, build, require, step
 from relora_ds.bench.record import rows_as_markdown
 
 NAME = "memory"
 HELP = "peak memory of a training step, by storage format and activation checkpointing"
 
-FULL = "full rank"
-# name -> overrides of the recipe; those of PEFT only choose its rank
-VARIANTS = {
-    FULL: ("method=full",),
-    "PEFT, its default": (),
-    "PEFT, same modules train": (),
-    "ours, dense": (),
-    "ours, bf16": ("relora.frozen_dtype=bf16",),
-    "ours, int8": ("relora.frozen_dtype=int8",),
-    "ours, fp8": ("relora.frozen_dtype=fp8",),
-    "ours, nf4": ("relora.frozen_dtype=nf4",),
-    "ours, nf4 double": ("relora.frozen_dtype=nf4", "relora.frozen_double_quant=true"),
-}
 MODES = ("none", "full", "selective", "cheap")
-
-# What PEFT has to be told for the modules to train that train here: embeddings, head and norms of LLaMA.
-MODULES_TO_SAVE = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
 
 # glibc: every allocation of 64 kB or more is mapped, and unmapped when it is freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """One measurement: a variant, and the recipe that all of them share."""
-
-    variant: str
-    checkpointing: str
-    preset: str
-    r: int
-    vocab_size: int
-    micro_batch_size: int
-    seq_len: int
-    precision: str
-    threads: int | None
-
-    def overrides(self) -> list[str]:
-        return [f"model.preset={self.preset}", f"data.vocab_size={self.vocab_size}", f"data.seq_len={self.seq_len}",
-                f"train.micro_batch_size={self.micro_batch_size}", f"train.batch_sequences={self.micro_batch_size}",
-                f"relora.r={self.r}", f"relora.lora_alpha={self.r}", "relora.restart_every=1000", "warm_start_steps=0",
-                f"precision={self.precision}", f"activation_checkpointing={self.checkpointing}", "deepspeed=zero1",
-                *VARIANTS[self.variant]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,24 +57,24 @@ def run(arguments: argparse.Namespace) -> dict:
     """Measure one variant after the other.
 
     Raises:
-        ValueError: a process failed (out of memory, for instance), or this machine cannot tell what is resident.
+        ValueError: see `require`; or this machine cannot tell what is resident.
     """
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: PyTorch sees no CUDA device here; use --device cpu")
     if arguments.device == "cpu" and not Path("/proc/self/clear_refs").is_file():
         raise ValueError("--device: on the CPU this needs Linux's /proc to tell what is resident")
-    if any(variant.startswith("PEFT") for variant in arguments.variants) and importlib.util.find_spec("peft") is None:
-        raise ValueError("--variants: PEFT is not installed; pip install 'relora_ds[peft]', or leave it out")
-    shared = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Spec)
-              if field.name not in ("variant", "checkpointing")}
+    shared = {name: getattr(arguments, name) for name in (
+        "preset", "r", "vocab_size", "micro_batch_size", "seq_len", "precision", "threads")}
     shared["precision"] = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
+    specs = [Spec(variant=variant, checkpointing=checkpointing, **shared)
+             for checkpointing in arguments.checkpointing for variant in arguments.variants]
+    require(specs)
     rows = []
-    for checkpointing in arguments.checkpointing:
-        for variant in arguments.variants:
-            spec = Spec(variant=variant, checkpointing=checkpointing, **shared)
-            rows.append({"variant": variant, "checkpointing": checkpointing, **_in_a_process(spec, arguments.device)})
-            said = rows[-1].get("error") or f"{rows[-1]['peak_bytes'] / 1e9:.2f} GB"
-            print(f"{variant}, checkpointing {checkpointing}: {said}", file=sys.stderr, flush=True)
+    for spec in specs:
+        rows.append({"variant": spec.variant, "checkpointing": spec.checkpointing,
+                     **_in_a_process(spec, arguments.device)})
+        said = rows[-1].get("error") or f"{rows[-1]['peak_bytes'] / 1e9:.2f} GB"
+        print(f"{spec.variant}, checkpointing {spec.checkpointing}: {said}", file=sys.stderr, flush=True)
     return {**shared, "device": arguments.device, "stage": 1, "rows": rows}
 
 
@@ -217,37 +179,6 @@ class _Meter:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def build(spec: Spec):
-    """The engine that the trainer would build; for PEFT the same call with PEFT's model."""
-    from relora_ds.models import recompute
-    from relora_ds.models.build import build_model
-    from relora_ds.planning.network import network_of
-    from relora_ds.training.phases import build_engine, phases_of
-    from relora_ds.training.preflight import Plan, resolve
-    from relora_ds.zero.engine import initialize
-    resolved = resolve("tiny", spec.overrides(), 1, to_run=False)
-    config, _ = network_of(resolved.recipe)
-    (phase,) = phases_of(resolved.recipe)
-    if not spec.variant.startswith("PEFT"):
-        plan = Plan(**vars(resolved), data=None, tokenizer=None, model_config=config)
-        return build_engine(plan, phase)
-    from peft import LoraConfig, get_peft_model
-    model = recompute.apply(build_model(config, resolved.recipe.model, resolved.recipe.seed), spec.checkpointing)
-    trained = MODULES_TO_SAVE if "same" in spec.variant else None
-    model = get_peft_model(model, LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules="all-linear",
-                                             modules_to_save=trained))
-    return initialize(model, resolved.deepspeed, lr=1e-3, total_steps=phase.total_steps, precision=spec.precision,
-                      micro_batch_size=spec.micro_batch_size, gradient_accumulation_steps=1)[0]
-
-
-def step(engine, spec: Spec, number: int) -> None:
-    """One optimizer step on random tokens."""
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator)
-    engine.backward(engine(input_ids=tokens.to(engine.device), labels=tokens.to(engine.device)).loss)
-    engine.step()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import argparse
 import importlib
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 
@@ -24,7 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out: there is no directory {arguments.out.parent}; make it first")
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and what was made removed
     result = arguments.module.run(arguments)
+    if os.environ.get("RANK", "0") != "0":  # one of several ranks that a launcher has started
+        return 0
     record = {"bench": arguments.module.NAME, "conditions": conditions(), "result": result}
     print(arguments.module.markdown(result))
     if arguments.out:

@@ -22,6 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="numbers of ranks (default: 1 8 16)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=[0, 1, 2, 3], metavar="S",
                         help="ZeRO stages (default: 0 1 2 3)")
+    parser.add_argument("--cluster", nargs="+", default=[], metavar="NxM",
+                        help="N hosts with M GPUs each, e.g. 1x8 8x8: predict step time and tokens/s there")
+    parser.add_argument("--network", type=float, nargs="+", default=[10, 25, 100, 400], metavar="GBIT",
+                        help="Gbit/s that a host sends, in all (default: 10 25 100 400)")
+    parser.add_argument("--network-latency", type=float, default=20, metavar="US",
+                        help="microseconds from one host to the next (default: %(default)s)")
+    parser.add_argument("--inside", type=float, default=2400, metavar="GBIT",
+                        help="Gbit/s that a GPU sends to its neighbour in the host (default: %(default)s)")
+    parser.add_argument("--inside-latency", type=float, default=5, metavar="US",
+                        help="microseconds between them (default: %(default)s)")
+    parser.add_argument("--tflops", type=float, default=150,
+                        help="what a GPU reaches while it trains, not its data sheet's; assumed (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every item")
 
 
@@ -41,16 +53,18 @@ def run(arguments: argparse.Namespace) -> int:
     entries = [_entry(resolved, name, method, config, stage, world_size, activations[name])
                for stage in arguments.stages for world_size in arguments.world_size
                for name, method in methods.items()]
+    clusters = _clusters(arguments, resolved, methods, config)
     own = resolved.recipe.method
     frozen = _by_format(resolved, methods[own], config)
     kept = _by_checkpointing(resolved, methods[own], config, activations[own])
     if arguments.json:
         print(json.dumps({"recipe": recipe_name, "precision": resolved.precision, "vocabulary": vocabulary,
                           "activation_bytes": activations, "frozen_bytes_by_format": frozen,
-                          "activation_bytes_by_checkpointing": kept, "estimates": entries}, indent=2))
+                          "activation_bytes_by_checkpointing": kept, "estimates": entries, "clusters": clusters},
+                         indent=2))
     else:
         print("\n".join(_as_text(resolved, list(methods), vocabulary, activations, entries)
-                        + _choices_as_text(resolved, frozen, kept)))
+                        + _choices_as_text(resolved, frozen, kept) + _clusters_as_text(arguments, clusters)))
     return 0
 
 
@@ -152,6 +166,51 @@ def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | Non
             lines += ["", head, *rows_as_text([[f"{name} <" if name == own else name for name in sizes],
                                               [_bytes(size) for size in sizes.values()]], num_left=0)]
     return lines + ["", "  <: the recipe's"]
+
+
+def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config) -> list[dict]:
+    """A step of every method at every stage, on every cluster and network."""
+    from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, predict_step
+    from relora_ds.planning.network import shapes_of
+    shapes = {name: shapes_of(method, config) for name, method in methods.items()}
+    inside = Wire(arguments.inside * 1e9 / 8, arguments.inside_latency * 1e-6)
+    found = []
+    for nodes, devices in map(parse_cluster, arguments.cluster):
+        for gbits in arguments.network[:1] if nodes == 1 else arguments.network:
+            cluster = Cluster(nodes, devices, inside, Wire(gbits * 1e9 / 8, arguments.network_latency * 1e-6))
+            for stage in arguments.stages:
+                for name, method in methods.items():
+                    step = predict_step(resolved, method, config, cluster, stage=stage, shapes=shapes[name],
+                                        device_flops=arguments.tflops * 1e12)
+                    found.append({"method": name, "nodes": nodes, "devices": devices,
+                                  "network_gbits": gbits if nodes > 1 else None, **vars(step)})
+    return found
+
+
+def _clusters_as_text(arguments: argparse.Namespace, clusters: list[dict]) -> list[str]:
+    from relora_ds.training.console import human_count
+    if not clusters:
+        return []
+    names = list(dict.fromkeys(entry["method"] for entry in clusters))
+    rows = [["cluster", "network", "stage", "batch"]]
+    for name in names:
+        rows[0] += [f"{name}: compute", "network", "step", "tokens/s"]
+    rows[0] += ["speed"] * (len(names) > 1)
+    for i in range(0, len(clusters), len(names)):
+        group = clusters[i:i + len(names)]
+        first = group[0]
+        network = f"{first['network_gbits']:g} Gbit/s" if first["network_gbits"] else "-"
+        row = [f"{first['nodes']}x{first['devices']}", network, str(first["stage"]), str(first["batch_sequences"])]
+        for entry in group:
+            row += [f"{entry['compute']:.3g} s", f"{entry['communication']:.3g} s", f"{entry['seconds']:.3g} s",
+                    human_count(entry["tokens_per_s"])]
+        rows.append(row + [f"{group[-1]['seconds'] / first['seconds']:.2f}x"] * (len(names) > 1))
+    return ["", "predicted, not measured", *rows_as_text(rows, num_left=2), "",
+            f"  {arguments.tflops:g} TFLOP/s a GPU while it trains; inside a host {arguments.inside:g} Gbit/s and "
+            f"{arguments.inside_latency:g} us; between hosts {arguments.network_latency:g} us",
+            "  at stages 0 to 2 nothing overlaps, at stage 3 all of the network runs beside compute",
+            "  optimizer, data and stragglers are left out",
+            "  batch: the recipe's, or the nearest that so many ranks can split"]
 
 
 def _bytes(size: float | None) -> str:

@@ -25,7 +25,7 @@ from relora_ds.planning.link import (
     seconds_per_token,
 )
 from relora_ds.planning.memory import HOST, KEPT, peak, total
-from relora_ds.planning.network import Shapes, network_of, shapes_of
+from relora_ds.planning.network import network_of, shapes_of
 from relora_ds.planning.storage import format_here
 from relora_ds.training.preflight import Resolved
 
@@ -54,7 +54,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
                            f"use a multiple of {world_size}"])
     method = method_of(recipe)
     measured = _measured_seconds(method, config, resolved, device)
-    reference = _flops(shapes_of(method, config), config, recipe)
+    reference = flops_per_token(shapes_of(method, config), config, recipe.data.seq_len)
     available = _available_memory(device)
 
     def candidates(variant: Recipe, method: Method, r: int | None) -> list[Candidate]:
@@ -72,7 +72,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
                 found.append(predict(
                     stage=stage, r=r, micro_batch_size=size, memory=held, wire=result.step[1],
                     tokens_per_step=recipe.tokens_per_step, world_size=world_size, bandwidth=link.bandwidth,
-                    seconds_per_token=measured * _flops(shapes, config, recipe) / reference))
+                    seconds_per_token=measured * flops_per_token(shapes, config, recipe.data.seq_len) / reference))
         return found
 
     own = []
@@ -99,10 +99,6 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
 
     return seconds_per_token(build, config, device, seq_len=recipe.data.seq_len,
                              micro_batch_size=min(MEASURED_MICRO_BATCH, recipe.train.micro_batch_size))
-
-
-def _flops(shapes: Shapes, config: PretrainedConfig, recipe: Recipe) -> float:
-    return flops_per_token(shapes, config.vocab_size * config.hidden_size, config, recipe.data.seq_len)
 
 
 def _available_memory(device: torch.device) -> float:

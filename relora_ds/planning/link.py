@@ -127,14 +127,20 @@ def _seconds_of_layers(build, config, device, layers: int, micro_batch_size: int
     return statistics.median(_timed(step, device) for _ in range(repeats))
 
 
-def flops_per_token(shapes: Shapes, embedding: int, config: PretrainedConfig, seq_len: int) -> float:
+def flops_per_token(shapes: Shapes, config: PretrainedConfig, seq_len: int) -> float:
     """FLOPs of forward and backward: 6 for each element that trains, 4 for a frozen one, and causal attention.
 
-    embedding: elements of the input embedding, which is looked up and not multiplied. A frozen weight needs no weight
-    gradient: 2 of 6 are saved.
+    A frozen weight needs no weight gradient: 2 of 6 are saved. The input embedding is looked up and not multiplied.
     """
     attention = 6 * config.num_hidden_layers * config.hidden_size * seq_len
-    return 6 * (shapes.num_trainable - embedding) + 4 * shapes.num_frozen + attention
+    looked_up_trainable, looked_up_frozen = shapes.looked_up
+    return 6 * (shapes.num_trainable - looked_up_trainable) + 4 * (shapes.num_frozen - looked_up_frozen) + attention
+
+
+def forward_flops_per_token(shapes: Shapes, config: PretrainedConfig, seq_len: int) -> float:
+    """FLOPs of forward alone: 2 for each element that is multiplied with, and causal attention."""
+    attention = 2 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 2 * (shapes.num_trainable + shapes.num_frozen - sum(shapes.looked_up)) + attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Shapes:
         factors: `lora_A` and `lora_B` of the layers; part of `groups`.
         repeated, repeated_merged: what trains, and the layers of `merged`, in all decoder layers but the last. Where
             activations are checkpointed, ZeRO-3 gathers these for the repetition too; the last layer is still there.
+        looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -34,6 +35,7 @@ class Shapes:
     factors: tuple[int, ...]
     repeated: tuple[int, ...] = ()
     repeated_merged: frozenset[str] = frozenset()
+    looked_up: tuple[int, int] = (0, 0)
 
     @property
     def num_trainable(self) -> int:
@@ -80,6 +82,9 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     weights = {id(layer.weight) for layer in layers.values()}
     repeated = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     repeated = tuple(repeated[:-1])
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
     return Shapes(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in method.param_groups(model)),
         merged={name: layer.weight_shape for name, layer in layers.items()},
@@ -88,4 +93,5 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
                       for name, p in layer.named_parameters() if is_lora_parameter(name)),
         repeated=tuple(p.numel() for name, p in model.named_parameters()
                        if p.requires_grad and name.startswith(repeated)),
-        repeated_merged=frozenset(name for name in layers if name.startswith(repeated)))
+        repeated_merged=frozenset(name for name in layers if name.startswith(repeated)),
+        looked_up=(looked_up, 0) if embedding.requires_grad else (0, looked_up))

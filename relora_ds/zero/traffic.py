@@ -11,6 +11,8 @@ Counting intercepts every operator and costs time: switch it on for sampled step
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +96,24 @@ class count_traffic(TorchDispatchMode):  # noqa: N801 (a context manager, used l
         self.traffic.wire += size * wire_factor(dist.get_world_size())
 
 
+@contextmanager
+def time_collectives() -> Iterator[Callable[[], dict[str, float]]]:
+    """`with time_collectives() as spent:` has DeepSpeed wait for each of its collectives and add up their seconds.
+
+    `spent()` says how many so far, by collective. torch.distributed's own calls are not among them.
+    """
+    import deepspeed  # here, because planning counts bytes without it
+    comm = deepspeed.comm.comm
+    timers = comm.timers.get_timers()  # the log's own latencies (0.19) are sums over all calls before
+    for timer in timers.values():
+        timer.reset()
+    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
+    try:
+        yield lambda: {name: timer.elapsed(reset=False) / 1000 for name, timer in timers.items()}
+    finally:
+        comm.comms_logger.enabled = False
+
+
 def expected_step(stage: int, *, trainable: int, frozen_bytes: int, element_size: int, accumulation: int,
                   world_size: int, small_bytes: int = 0) -> tuple[float, float]:
     """`(payload, wire)` bytes of one optimizer step, padding and control messages left out.
@@ -112,6 +132,42 @@ def expected_step(stage: int, *, trainable: int, frozen_bytes: int, element_size
     both_ways, one_way = _both_ways(world_size), _one_way(world_size)
     # Stage 3 reduces by reduce_scatter, the others by all_reduce.
     return reduced + gathered, reduced * (one_way if stage == 3 else both_ways) + gathered * one_way
+
+
+def expected_collectives(stage: int, groups: list[list[int]], frozen: list[tuple[int, int]] = (), *,
+                         element_size: int, accumulation: int, world_size: int, kept_whole: int = 0) -> dict[str, int]:
+    """Payload bytes by collective of one optimizer step, DeepSpeed's padding included: `expected_step` to the byte.
+
+    Stages 1 and 2 pad the flattened group to two elements a rank in every precision; ZeRO-3 each parameter to as many
+    elements as ranks.
+
+    Args:
+        groups: the optimizer's groups, each with the sizes of its parameters in elements.
+        frozen: `(elements, bytes of one)` of the frozen parameters that ZeRO-3 shards.
+        kept_whole: parameters of at most so many elements are kept whole by ZeRO-3, and gathered after the update only
+            (`stage3_param_persistence_threshold`).
+    """
+    trainable = [size for group in groups for size in group]
+    total = sum(trainable) * element_size
+    if stage == 0:
+        return {"all_reduce": total}
+    if stage < 3:
+        return {"all_reduce": total * (accumulation if stage == 2 else 1),
+                "all_gather": sum(_pad(sum(group), 2 * world_size) for group in groups) * element_size}
+    parameters = [(size, element_size) for size in trainable] + list(frozen)
+    return {"all_gather": sum(_pad(size, world_size) * num_bytes * (1 if size <= kept_whole else accumulation)
+                              for size, num_bytes in parameters),
+            "reduce_scatter": sum(_pad(size, world_size) for size in trainable) * element_size * accumulation}
+
+
+def wire_bytes(collective: str, payload: float, world_size: int) -> float:
+    """What one rank sends in a ring."""
+    factors = {name: factor for name, _, factor in _COLLECTIVES.values()}
+    return payload * factors[collective](world_size)
+
+
+def _pad(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _num_bytes(value) -> int:

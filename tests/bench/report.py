@@ -1,6 +1,6 @@
-"""The tables of docs/quantization.md, from the measurements beside it: `python -m tests.bench.report` writes them.
+"""The tables and figures of docs/, from the measurements beside them: `python -m tests.bench.report` writes them.
 
-A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, with NAME.json in docs/quantization/.
+In docs/PAGE.md a table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, with docs/PAGE/NAME.json.
 """
 
 import importlib
@@ -8,26 +8,44 @@ import json
 import re
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "quantization.md"
-MEASUREMENTS = DOCUMENT.with_suffix("")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("quantization", "benchmarks")
 TABLE = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)
 
 
-def block(name: str) -> str:
+def measurements(page: str) -> dict[str, dict]:
+    """The records of a page, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / page).glob("*.json"))}
+
+
+def block(record: dict) -> str:
     """The table of one measurement, and on what it was made."""
-    record = json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
-    module = importlib.import_module(f"relora_ds.bench.{record['bench']}")
+    from relora_ds.bench import BENCHMARKS
+    modules = {module.NAME: module for module in (importlib.import_module(f"relora_ds.bench.{name}")
+                                                  for name in BENCHMARKS)}
     made = dict(record["conditions"])
     device, cores = made.pop("device"), made.pop("cores")
     made.pop("threads")  # of the process that collects; what measures has its own, in the table's first line
     versions = ", ".join(f"{library} {version}" for library, version in made.items())
-    return f"\n{module.markdown(record['result'])}\n\n*{device}, {cores} cores; {versions}.*\n\n"
+    return f"\n{modules[record['bench']].markdown(record['result'])}\n\n*{device}, {cores} cores; {versions}.*\n\n"
 
 
-def filled(text: str) -> str:
-    """The document with every table as it is measured."""
-    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{block(found[1])}<!-- end of {found[1]} -->", text)
+def filled(page: str) -> str:
+    """The page with every table as it is measured."""
+    records, text = measurements(page), (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{block(records[found[1]])}<!-- end of {found[1]} -->", text)
+
+
+def main() -> None:
+    """Write all pages and their figures."""
+    from relora_ds.bench.two_hosts import with_parts
+    from relora_ds.figures.benchmarks import save_clusters, save_two_hosts
+    for page in PAGES:
+        (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")
+    results = {name: record["result"] for name, record in measurements("benchmarks").items()}
+    save_two_hosts(with_parts(results["two_hosts"]), DOCS / "benchmarks" / "two_hosts.png")
+    save_clusters(results["clusters"], DOCS / "benchmarks" / "clusters.png")
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_ds.bench import memory
+from relora_ds.bench import contenders, memory
 from relora_ds.planning.cost import cost
 from relora_ds.planning.memory import DEVICE, KEPT, total
 from relora_ds.planning.network import network_of
@@ -62,8 +62,8 @@ def test_engines_hold_what_the_account_says():
         if checkpointing == "full":
             assert row["peak_bytes"] < 0.6 * rows[variant, "none"]["peak_bytes"], variant
         elif not variant.startswith("PEFT"):
-            spec = memory.Spec(variant, "none", "llama_20m", 8, 1000, 8, 256, "fp32", 1)
-            resolved = resolve("tiny", spec.overrides(), 1, to_run=False)
+            spec = contenders.Spec(variant, "llama_20m", 8, 1000, 8, 256, "fp32")
+            resolved = resolve("tiny", spec.overrides(1), 1, to_run=False)
             (phase,) = phases_of(resolved.recipe)
             items = cost(resolved, phase.method, network_of(resolved.recipe)[0]).items
             assert row["kept_bytes"] == pytest.approx(total(items, DEVICE, KEPT), rel=0.1), variant
@@ -82,6 +82,7 @@ def test_an_option_for_a_device_that_is_not_here_is_refused(monkeypatch):
 def test_a_process_that_dies_is_a_row_with_its_last_line_and_the_others_are_measured(monkeypatch):
     good = {"trainable": 1e6, "kept_bytes": 1e9, "peak_bytes": 2e9, "reserved_bytes": 0, "host_bytes": 0}
     real = memory._in_a_process
+    monkeypatch.setattr(memory, "require", lambda specs: None)  # it would find the mistake before
     monkeypatch.setattr(memory, "_in_a_process", lambda spec, device:
                         good if spec.variant == "ours, nf4" else real(spec, device))
     result = memory.run(arguments("--device", "cpu", "--preset", "llama_1x", "--checkpointing", "none",

@@ -39,5 +39,5 @@ def test_a_wrong_place_for_the_result_is_found_before_anything_is_measured(count
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_every_benchmark_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["bench", name, "--help"])
+        main(["bench", name.replace("_", "-"), "--help"])
     assert ended.value.code == 0 and "--out FILE.json" in capsys.readouterr().out

@@ -38,6 +38,29 @@ def test_the_table(capsys):
     assert "cannot be split into micro-batches of 8 over 3 ranks" in text and "full: state" in text
 
 
+def test_clusters(capsys):
+    code, text = estimate(capsys, "tiny", "--world-size", "1", "--stages", "0", "1", "--cluster", "1x2", "4x2",
+                          "--network", "0.1", "10", "--json")
+    found = {(e["method"], e["stage"], e["nodes"], e["network_gbits"]): e for e in json.loads(text)["clusters"]}
+    assert code == 0 and len(found) == 2 * 2 * (1 + 2)
+    for (method, stage, nodes, gbits), entry in found.items():
+        assert entry["seconds"] == pytest.approx(entry["compute"] + entry["communication"])
+        assert entry["tokens_per_s"] == pytest.approx(8 * 64 / entry["seconds"])  # the recipe's batch, whole
+        if method == "relora":
+            assert entry["seconds"] < found["full", stage, nodes, gbits]["seconds"]
+    slow, fast = (found["full", 1, 4, gbits] for gbits in (0.1, 10))
+    # Two runs of one wire differ by its bandwidth alone.
+    assert slow["communication"] - fast["communication"] == pytest.approx(slow["wire_bytes"] * 8 * (1e-8 - 1e-10))
+    assert found["full", 0, 4, 0.1]["wire_bytes"] < slow["wire_bytes"]
+
+
+def test_the_table_of_clusters(capsys):
+    code, text = estimate(capsys, "tiny", "--world-size", "1", "--stages", "1", "--cluster", "2x1", "--network", "1")
+    row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["2x1"])
+    assert code == 0 and row[1:5] == ["1", "Gbit/s", "1", "8"] and row[-1].endswith("x")
+    assert "predicted, not measured" in text
+
+
 def test_the_choices_beside_the_recipes_own(capsys):
     changes = overrides(1, "bf16", "relora", 1, "relora.frozen_dtype=nf4", "activation_checkpointing=cheap")
     _, text = estimate(capsys, "tiny", *changes, "--world-size", "2", "--stages", "1", "--json")
@@ -72,7 +95,9 @@ def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["tiny", "--world-size", "0"], "--world-size"), (["tiny", "relora.r=0"], "relora.r"), ([], "one recipe")])
+    (["tiny", "--world-size", "0"], "--world-size"), (["tiny", "relora.r=0"], "relora.r"), ([], "one recipe"),
+    (["tiny", "--cluster", "8"], "'8' is no cluster"), (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
+    (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0")])
 def test_bad_input(capsys, arguments, words):
     code, text = estimate(capsys, *arguments)
     assert code in (1, 2) and words in text

@@ -1,5 +1,6 @@
 """Measuring a link, and what is recommended for it."""
 
+import dataclasses
 import time
 
 import torch
@@ -65,8 +66,10 @@ def test_between_equals_the_lower_stage_and_the_larger_micro_batch():
 def test_a_frozen_weight_costs_four_flops_and_the_embedding_none():
     class config:  # noqa: N801
         num_hidden_layers, hidden_size = 2, 10
-    shapes = Shapes(groups=((30, 20),), frozen=(100,), merged={}, factors=())
-    assert flops_per_token(shapes, embedding=20, config=config, seq_len=5) == 6 * 30 + 4 * 100 + 6 * 2 * 10 * 5
+    shapes = Shapes(groups=((30, 20),), frozen=(100, 20), merged={}, factors=(), looked_up=(20, 0))
+    assert flops_per_token(shapes, config, seq_len=5) == 6 * 30 + 4 * 120 + 6 * 2 * 10 * 5
+    frozen = dataclasses.replace(shapes, looked_up=(0, 20))
+    assert flops_per_token(frozen, config, seq_len=5) == 6 * 50 + 4 * 100 + 6 * 2 * 10 * 5
 
 
 def test_what_is_tried():

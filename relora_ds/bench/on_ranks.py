@@ -1,0 +1,52 @@
+"""Benchmarks of several ranks: under a launcher its ranks, otherwise processes of this machine."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int) -> dict:
+    """The result of `module.measure(arguments)`, which every rank calls.
+
+    Where a launcher has started this process it is one of the ranks (torchrun, srun, mpirun, deepspeed --module); else
+    torchrun starts `num_ranks` here.
+
+    Raises:
+        ValueError: the ranks failed, and have said why.
+    """
+    from relora_ds.zero.launchers import set_rank
+    set_rank()
+    if "RANK" in os.environ:
+        return _measure(module, arguments)
+    values = {name: value for name, value in vars(arguments).items()
+              if isinstance(value, (str, int, float, list, type(None)))}
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "result.json"
+        code = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m",
+             __name__, module, json.dumps(values), str(out)],
+            env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)), **os.environ},
+            stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+        if not out.is_file():
+            raise ValueError(f"{module}: the ranks failed (exit code {code}); what they said is above")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _measure(module: str, arguments: argparse.Namespace) -> dict:
+    from importlib import import_module
+
+    from relora_ds.training.console import quieten_libraries
+    from relora_ds.zero.start import init_distributed
+    quieten_libraries()
+    init_distributed()
+    return import_module(module).measure(arguments)
+
+
+if __name__ == "__main__":
+    found = _measure(sys.argv[1], argparse.Namespace(**json.loads(sys.argv[2])))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[3]).write_text(json.dumps(found), encoding="utf-8")

@@ -1,0 +1,245 @@
+"""Training across a real cable: step time, tokens per second and the bytes that the kernel sent, by contender and rate.
+
+Without --hostfile two network namespaces of this machine are the hosts, joined by a cable whose rate `tc` limits, and a
+genuine multi-node start runs across it: `deepspeed --hostfile ... --no_ssh`, a launcher in each. With --hostfile and
+--node_rank the same is measured between machines, at the rate that their network has; start it on each of them.
+
+    compute, optimizer   of a rank that talks to nobody, on both hosts at the same time
+                         (from stage 1 on half of its optimizer: of two ranks each steps a half)
+    communication        what a step takes more than these
+    predicted            these + what `planning.cluster` says of the collectives that were counted, at this rate
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from relora_ds.bench.cable import ADDRESSES, INTERFACE, Cable, parse_rate
+from relora_ds.bench.contenders import FULL, VARIANTS, Spec, build, require, step, synchronized
+from relora_ds.bench.record import rows_as_markdown
+from relora_ds.planning.cluster import Cluster, Wire
+
+NAME = "two-hosts"
+HELP = "step time and tokens/s of two hosts, over a cable of a given rate"
+
+CONTENDERS = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
+SHAPES = ("llama_60m", "wide_4")
+_PORT = 29_517
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rate", default="10gbit,1gbit,100mbit", help="of the cable (default: %(default)s)")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE",
+                        help="presets, or wide_2 and wide_4: layers of width 2048 (default: llama_60m wide_4)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(CONTENDERS), metavar="NAME",
+                        help=f"of {', '.join(map(repr, VARIANTS))} (default: those without a storage format)")
+    parser.add_argument("--r", type=int, default=64, help="rank of the updates (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO (default: %(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                        help="(default: %(default)s: CPUs without units for bf16 would compute full rank slowly)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N",
+                        help="medians are of so many steps (default: %(default)s)")
+    parser.add_argument("--hostfile", type=Path, help="two machines, a line each: ADDRESS slots=RANKS")
+    parser.add_argument("--node_rank", type=int, default=0, help="with --hostfile: which of them this one is")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measure every contender alone, then at every rate.
+
+    Raises:
+        ValueError: no root or no iproute2, and no hostfile; or a rank failed.
+    """
+    rates = [parse_rate(text) for text in arguments.rate.split(",")] if arguments.hostfile is None else [None]
+    shared = {name: getattr(arguments, name) for name in (
+        "r", "vocab_size", "micro_batch_size", "seq_len", "stage", "precision", "repeats", "shapes", "variants")}
+    require(_specs(shared))
+    joined = Cable() if arguments.hostfile is None else nullcontext()
+    with joined as cable, tempfile.TemporaryDirectory() as scratch:
+        place = _Place(cable, arguments.hostfile, arguments.node_rank, Path(scratch))
+        print("alone", file=sys.stderr, flush=True)
+        alone = place.run(shared, together=False)
+        rows = []
+        for rate in rates:
+            if cable is not None:
+                cable.limit(rate)
+                print(f"{rate / 1e6:.0f} Mbit/s", file=sys.stderr, flush=True)
+            for one, row in zip(alone, place.run(shared, together=True), strict=True):
+                rows.append({**row, "rate": rate, "alone_steps_s": one["steps_s"], "compute_s": one["compute_s"],
+                             "alone_optimizer_s": one["step_s"] - one["compute_s"]})
+    return {**shared, "rows": rows}
+
+
+def parts(row: dict, stage: int) -> dict[str, float | None]:
+    """Seconds of a step: optimizer, communication, and what is predicted of the whole; None without a known rate."""
+    # Alone a rank steps all that trains, of two ranks each a half from stage 1 on.
+    optimizer = row["alone_optimizer_s"] / (2 if stage else 1)
+    alone, rate = row["compute_s"] + optimizer, row["rate"]
+    joined = Cluster(2, 1, inside=Wire(math.inf, 0.0), between=Wire(rate / 8, row["latency_s"])) if rate else None
+    return {"optimizer_s": optimizer, "communication_s": row["step_s"] - alone,
+            "predicted_s": alone + joined.communication(row["wire"], row["passes"]) if joined else None}
+
+
+def with_parts(result: dict) -> dict:
+    """The result with the parts of every row."""
+    return {**result, "rows": [{**row, **parts(row, result["stage"])} for row in result["rows"]]}
+
+
+class _Place:
+    """Where the ranks are started: in the two namespaces of a cable, or on this host of a hostfile."""
+
+    def __init__(self, cable: Cable | None, hostfile: Path | None, node_rank: int, scratch: Path):
+        self._cable, self._node_rank, self._scratch = cable, node_rank, scratch
+        self._hostfile = hostfile or scratch / "hostfile"
+        if hostfile is None:
+            self._hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+        hosts = [line.split()[0] for line in self._hostfile.read_text().splitlines()
+                 if line.strip() and not line.startswith("#")]
+        if len(hosts) != 2 or node_rank not in (0, 1):
+            raise ValueError(f"--hostfile, --node_rank: two machines are compared, of {len(hosts)} in {self._hostfile} "
+                             f"this would be number {node_rank}; give a line for each of two, and 0 or 1")
+        self._master = hosts[0]
+
+    def run(self, shared: dict, together: bool) -> list[dict]:
+        """The rows of the ranks: as two hosts that train together, or each by itself at the same time.
+
+        Of a hostfile the first host has the rows; [] on the other one.
+        """
+        out = self._scratch / "rows.json"
+        out.unlink(missing_ok=True)
+        here = range(2) if self._cable is not None else [self._node_rank]
+        started = [self._start(node, shared, together, out) for node in here]
+        try:
+            while any(process.poll() is None for process in started):
+                if any(process.poll() for process in started):
+                    break  # the other one would wait for it
+                time.sleep(0.1)
+        finally:
+            for process in started:
+                process.terminate()
+                process.wait()
+        if any(process.returncode for process in started) or (0 in here and not out.is_file()):
+            said = [self._log(node).read_text(encoding="utf-8", errors="replace")[-2000:] for node in here]
+            raise ValueError("two-hosts: a rank failed:\n" + "\n".join(said))
+        return json.loads(out.read_text(encoding="utf-8")) if 0 in here else []
+
+    def _log(self, node: int) -> Path:
+        return self._scratch / f"host{node}.log"
+
+    def _start(self, node: int, shared: dict, together: bool, out: Path) -> subprocess.Popen:
+        worker = [__name__, json.dumps(shared), str(out if node == 0 else os.devnull)]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": INTERFACE} if self._cable else \
+            {"OMP_NUM_THREADS": "1", **os.environ}
+        if together:
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(self._hostfile),
+                       "--no_ssh", "--node_rank", str(node), "--master_addr", self._master, "--master_port", str(_PORT),
+                       "--module", *worker]
+        else:
+            command = [sys.executable, "-m", *worker]
+            environment.pop("GLOO_SOCKET_IFNAME", None)
+        if self._cable is not None:
+            command = ["ip", "netns", "exec", self._cable.hosts[node], *command]
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # both hosts would have the same GPU
+        with self._log(node).open("w") as log:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                                    stderr=subprocess.STDOUT)
+
+
+def measure(shared: dict) -> list[dict]:
+    """On every rank: all contenders on all shapes."""
+    return [{"shape": spec.preset, "variant": spec.variant, **_measure(spec, shared["repeats"])}
+            for spec in _specs(shared)]
+
+
+def _specs(shared: dict) -> list[Spec]:
+    same = {name: shared[name] for name in ("r", "vocab_size", "micro_batch_size", "seq_len", "precision", "stage")}
+    return [Spec(variant, shape, **same) for shape in shared["shapes"] for variant in shared["variants"]]
+
+
+def _measure(spec: Spec, repeats: int) -> dict:
+    from relora_ds.zero.teardown import release
+    from relora_ds.zero.traffic import count_traffic
+    engine = build(spec)
+    step(engine, spec, 0)
+    with count_traffic() as traffic:
+        step(engine, spec, 1)
+    seconds, compute, sent = [], [], []
+    for number in range(2, 2 + repeats):
+        dist.barrier()
+        before, started = _sent_bytes(), time.perf_counter()
+        parts = step(engine, spec, number, synchronized)
+        seconds.append(time.perf_counter() - started)
+        compute.append(parts.forward + parts.backward)
+        dist.barrier()
+        sent.append(_sent_bytes() - before)
+    slowest = torch.tensor([seconds, compute], dtype=torch.float64, device=engine.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    seconds, compute = slowest.tolist()
+    latency = _latency(engine.device)
+    release(engine)
+    tokens = spec.micro_batch_size * spec.seq_len * dist.get_world_size()
+    return {"steps_s": seconds, "step_s": statistics.median(seconds), "compute_s": statistics.median(compute),
+            "tokens_per_s": tokens / statistics.median(seconds), "wire": traffic.wire,
+            "passes": sum(2 if name == "all_reduce" else 1 for name, _ in traffic.calls), "latency_s": latency,
+            "kernel_tx_bytes": statistics.median(sent)}
+
+
+def _latency(device: torch.device) -> float:
+    """Of one pass: half of what the all_reduce of one number takes."""
+    number, times = torch.zeros(1, device=device), []
+    for _ in range(20):
+        started = synchronized()
+        dist.all_reduce(number)
+        times.append(synchronized() - started)
+    return statistics.median(times) / 2
+
+
+def _sent_bytes() -> int:
+    """By this host over the cable, headers and acknowledgements included; 0 where there is none of that name."""
+    path = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
+    return int(path.read_text()) if path.is_file() else 0
+
+
+def markdown(result: dict) -> str:
+    """The table; speed-ups are over full rank on the same shape and cable."""
+    full = {(row["shape"], row["rate"]): row for row in result["rows"] if row["variant"] == FULL}
+    rows = [["shape", "cable", "contender", "compute", "optimizer", "communication", "step", "predicted", "tokens/s",
+             "of full rank", "wire", "kernel sent"]]
+    for row in with_parts(result)["rows"]:
+        base, rate, sent = full.get((row["shape"], row["rate"])), row["rate"], row["kernel_tx_bytes"]
+        rows.append([row["shape"], f"{rate / 1e6:.0f} Mbit/s" if rate else "as it is", row["variant"],
+                     *(f"{row[part]:.2f} s" for part in ("compute_s", "optimizer_s", "communication_s", "step_s")),
+                     f"{row['predicted_s']:.2f} s" if rate else "", f"{row['tokens_per_s']:.0f}",
+                     f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}x" if base else "",
+                     f"{row['wire'] / 1e6:.1f} MB", f"{sent / row['wire'] - 1:+.1%}" if sent else ""])
+    return (f"vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x {result['seq_len']} "
+            f"tokens on each of two hosts, {result['precision']}, ZeRO-{result['stage']}, medians of "
+            f"{result['repeats']}\n\n{rows_as_markdown(rows)}")
+
+
+def _worker(argv: list[str]) -> None:
+    from relora_ds.training.console import quieten_libraries
+    from relora_ds.zero.start import init_distributed
+    shared, out = [argument for argument in argv if not argument.startswith("--local_rank")]
+    quieten_libraries()
+    init_distributed()
+    rows = measure(json.loads(shared))
+    if out != os.devnull and int(os.environ.get("RANK", 0)) == 0:
+        Path(out).write_text(json.dumps(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _worker(sys.argv[1:])

@@ -1,0 +1,33 @@
+"""The cost model: what it is made of."""
+
+import pytest
+
+from relora_ds.config import load_recipe
+from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, with_batch_for
+
+FAST, SLOW = Wire(100e9, 1e-6), Wire(1e9, 50e-6)
+
+
+@pytest.mark.parametrize(("nodes", "devices", "seconds"), [
+    (1, 1, 0.0),  # nobody to talk to
+    (1, 8, 4e9 / 100e9 + 3 * 7 * 1e-6),
+    (2, 1, 4e9 / 1e9 + 3 * 50e-6),
+    (8, 4, 4e9 / 1e9 + 3 * (3 * 50e-6 + 3 * 1e-6))])
+def test_bytes_over_the_slowest_wire_and_latency_of_every_pass(nodes, devices, seconds):
+    assert Cluster(nodes, devices, FAST, SLOW).communication(4e9, passes=3) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["8", "0x8", "x8", "8x", "8x-1", "axb"])
+def test_what_is_no_cluster(text):
+    with pytest.raises(ValueError, match="is no cluster"):
+        parse_cluster(text)
+
+
+def test_clusters_are_hosts_times_devices():
+    assert parse_cluster("64x8") == (64, 8)
+
+
+@pytest.mark.parametrize(("world_size", "batch", "micro"), [(1, 8, 4), (2, 8, 4), (4, 8, 2), (3, 9, 3), (16, 16, 1)])
+def test_the_batch_is_the_nearest_that_the_ranks_can_split(world_size, batch, micro):
+    recipe = with_batch_for(load_recipe("tiny"), world_size)  # 8 rows, micro-batches of 4
+    assert (recipe.batch_sequences, recipe.train.micro_batch_size) == (batch, micro)
