@@ -47,15 +47,14 @@ class Cable:
         for name in self.hosts:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
-    def limit(self, bits_per_second: float | None) -> None:
-        """Let so much pass in each direction; None for as much as the machine can."""
+    def limit(self, bits_per_second: float) -> None:
+        """Let so much pass in each direction."""
         for name in self.hosts:
             subprocess.run(["tc", "-n", name, "qdisc", "delete", "dev", INTERFACE, "root"], capture_output=True,
                            check=False)
-            if bits_per_second is not None:
-                burst = max(int(bits_per_second / 8 * _BURST_S), 65_536)
-                _call("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", "rate",
-                      f"{int(bits_per_second)}bit", "burst", str(burst), "latency", "100ms")
+            burst = max(int(bits_per_second / 8 * _BURST_S), 65_536)
+            _call("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", "rate",
+                  f"{int(bits_per_second)}bit", "burst", str(burst), "latency", "100ms")
 
 
 def parse_rate(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What the trainer costs beside the engine: metrics, guard, progress, watchdog, the question whether to stop.
+"""What the trainer costs beside the engine: metrics, guard, progress, the question whether to stop.
 
 In one run, blocks of the trainer's own steps take turns with blocks of bare ones: forward, backward and step on the
 same engine with the same loader's batches, and nothing else. A block is `log.every` steps, so that each of the

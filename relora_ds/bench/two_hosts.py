@@ -180,9 +180,9 @@ def _measure(spec: Spec, repeats: int) -> dict:
     for number in range(2, 2 + repeats):
         dist.barrier()
         before, started = _sent_bytes(), time.perf_counter()
-        parts = step(engine, spec, number, synchronized)
+        taken = step(engine, spec, number, synchronized)
         seconds.append(time.perf_counter() - started)
-        compute.append(parts.forward + parts.backward)
+        compute.append(taken.forward + taken.backward)
         dist.barrier()
         sent.append(_sent_bytes() - before)
     slowest = torch.tensor([seconds, compute], dtype=torch.float64, device=engine.device)
