@@ -7,18 +7,20 @@ genuine multi-node start runs across it: `deepspeed --hostfile ... --no_ssh`, a 
     compute, optimizer   of a rank that talks to nobody, on both hosts at the same time
                          (from stage 1 on half of its optimizer: of two ranks each steps a half)
     communication        what a step takes more than these
-    predicted            these + what `planning.cluster` says of the collectives that were counted, at this rate
+    predicted            these + what `planning.cluster` says of the collectives that were counted, at the bandwidth and
+                         latency that `planning.link` measured across this cable
+    at the full rate     these + wire bytes / rate: nothing that sends so much is faster
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import torch.distributed as dist
 from relora_ds.bench.cable import ADDRESSES, INTERFACE, Cable, parse_rate
 from relora_ds.bench.contenders import FULL, VARIANTS, Spec, build, require, step, synchronized
 from relora_ds.bench.record import rows_as_markdown
+from relora_ds.planning import link
 from relora_ds.planning.cluster import Cluster, Wire
 
 NAME = "two-hosts"
@@ -36,6 +39,7 @@ HELP = "step time and tokens/s of two hosts, over a cable of a given rate"
 CONTENDERS = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
 SHAPES = ("llama_60m", "wide_4")
 _PORT = 29_517
+_LINK_SECONDS = 10  # that are taken to measure the cable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict:
         for rate in rates:
             if cable is not None:
                 cable.limit(rate)
-                print(f"{rate / 1e6:.0f} Mbit/s", file=sys.stderr, flush=True)
+                print(_rate(rate), file=sys.stderr, flush=True)
             for one, row in zip(alone, place.run(shared, together=True), strict=True):
                 rows.append({**row, "rate": rate, "alone_steps_s": one["steps_s"], "compute_s": one["compute_s"],
                              "alone_optimizer_s": one["step_s"] - one["compute_s"]})
@@ -84,13 +88,14 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def parts(row: dict, stage: int) -> dict[str, float | None]:
-    """Seconds of a step: optimizer, communication, and what is predicted of the whole; None without a known rate."""
+    """Seconds of a step: optimizer, communication, and of the whole what is predicted and the least that it can be."""
     # Alone a rank steps all that trains, of two ranks each a half from stage 1 on.
     optimizer = row["alone_optimizer_s"] / (2 if stage else 1)
-    alone, rate = row["compute_s"] + optimizer, row["rate"]
-    joined = Cluster(2, 1, inside=Wire(math.inf, 0.0), between=Wire(rate / 8, row["latency_s"])) if rate else None
+    alone, wire = row["compute_s"] + optimizer, Wire(row["bandwidth"], row["latency_s"])
+    joined = Cluster(2, 1, inside=wire, between=wire)
     return {"optimizer_s": optimizer, "communication_s": row["step_s"] - alone,
-            "predicted_s": alone + joined.communication(row["wire"], row["passes"]) if joined else None}
+            "predicted_s": alone + joined.communication(row["wire"], row["passes"]),
+            "at_full_rate_s": alone + row["wire"] * 8 / row["rate"] if row["rate"] else None}
 
 
 def with_parts(result: dict) -> dict:
@@ -118,23 +123,28 @@ class _Place:
 
         Of a hostfile the first host has the rows; [] on the other one.
         """
-        out = self._scratch / "rows.json"
+        out = self._scratch / "rows.jsonl"
         out.unlink(missing_ok=True)
         here = range(2) if self._cable is not None else [self._node_rank]
         started = [self._start(node, shared, together, out) for node in here]
         try:
+            said = 0
             while any(process.poll() is None for process in started):
                 if any(process.poll() for process in started):
                     break  # the other one would wait for it
                 time.sleep(0.1)
+                rows = _rows(out)
+                for row in rows[said:]:
+                    print(f"  {row['shape']}, {row['variant']}: {row['step_s']:.2f} s", file=sys.stderr, flush=True)
+                said = len(rows)
         finally:
             for process in started:
                 process.terminate()
                 process.wait()
-        if any(process.returncode for process in started) or (0 in here and not out.is_file()):
+        if any(process.returncode for process in started) or (0 in here and not _rows(out)):
             said = [self._log(node).read_text(encoding="utf-8", errors="replace")[-2000:] for node in here]
             raise ValueError("two-hosts: a rank failed:\n" + "\n".join(said))
-        return json.loads(out.read_text(encoding="utf-8")) if 0 in here else []
+        return _rows(out)
 
     def _log(self, node: int) -> Path:
         return self._scratch / f"host{node}.log"
@@ -158,10 +168,20 @@ class _Place:
                                     stderr=subprocess.STDOUT)
 
 
-def measure(shared: dict) -> list[dict]:
-    """On every rank: all contenders on all shapes."""
-    return [{"shape": spec.preset, "variant": spec.variant, **_measure(spec, shared["repeats"])}
-            for spec in _specs(shared)]
+def _rows(path: Path) -> list[dict]:
+    """Those that are whole: the last one may still be written."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def measure(shared: dict) -> Iterator[dict]:
+    """On every rank: a row for every contender on every shape."""
+    joined = {}
+    if dist.get_world_size() > 1:
+        found = link.measure(_LINK_SECONDS, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        joined = {"bandwidth": found.wire_per_second(shared["stage"]), "latency_s": found.latency / 2}
+    for spec in _specs(shared):
+        yield {"shape": spec.preset, "variant": spec.variant, **_measure(spec, shared["repeats"]), **joined}
 
 
 def _specs(shared: dict) -> list[Spec]:
@@ -188,23 +208,12 @@ def _measure(spec: Spec, repeats: int) -> dict:
     slowest = torch.tensor([seconds, compute], dtype=torch.float64, device=engine.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     seconds, compute = slowest.tolist()
-    latency = _latency(engine.device)
     release(engine)
     tokens = spec.micro_batch_size * spec.seq_len * dist.get_world_size()
     return {"steps_s": seconds, "step_s": statistics.median(seconds), "compute_s": statistics.median(compute),
             "tokens_per_s": tokens / statistics.median(seconds), "wire": traffic.wire,
-            "passes": sum(2 if name == "all_reduce" else 1 for name, _ in traffic.calls), "latency_s": latency,
+            "passes": sum(2 if name == "all_reduce" else 1 for name, _ in traffic.calls),
             "kernel_tx_bytes": statistics.median(sent)}
-
-
-def _latency(device: torch.device) -> float:
-    """Of one pass: half of what the all_reduce of one number takes."""
-    number, times = torch.zeros(1, device=device), []
-    for _ in range(20):
-        started = synchronized()
-        dist.all_reduce(number)
-        times.append(synchronized() - started)
-    return statistics.median(times) / 2
 
 
 def _sent_bytes() -> int:
@@ -216,18 +225,23 @@ def _sent_bytes() -> int:
 def markdown(result: dict) -> str:
     """The table; speed-ups are over full rank on the same shape and cable."""
     full = {(row["shape"], row["rate"]): row for row in result["rows"] if row["variant"] == FULL}
-    rows = [["shape", "cable", "contender", "compute", "optimizer", "communication", "step", "predicted", "tokens/s",
-             "of full rank", "wire", "kernel sent"]]
+    rows = [["shape", "cable", "contender", "compute", "optimizer", "communication", "step", "predicted",
+             "at the full rate", "tokens/s", "of full rank", "wire", "kernel sent"]]
     for row in with_parts(result)["rows"]:
         base, rate, sent = full.get((row["shape"], row["rate"])), row["rate"], row["kernel_tx_bytes"]
-        rows.append([row["shape"], f"{rate / 1e6:.0f} Mbit/s" if rate else "as it is", row["variant"],
-                     *(f"{row[part]:.2f} s" for part in ("compute_s", "optimizer_s", "communication_s", "step_s")),
-                     f"{row['predicted_s']:.2f} s" if rate else "", f"{row['tokens_per_s']:.0f}",
+        rows.append([row["shape"], _rate(rate), row["variant"],
+                     *(f"{row[part]:.2f} s" for part in ("compute_s", "optimizer_s", "communication_s", "step_s",
+                                                         "predicted_s")),
+                     f"{row['at_full_rate_s']:.2f} s" if rate else "", f"{row['tokens_per_s']:.0f}",
                      f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}x" if base else "",
                      f"{row['wire'] / 1e6:.1f} MB", f"{sent / row['wire'] - 1:+.1%}" if sent else ""])
     return (f"vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x {result['seq_len']} "
             f"tokens on each of two hosts, {result['precision']}, ZeRO-{result['stage']}, medians of "
             f"{result['repeats']}\n\n{rows_as_markdown(rows)}")
+
+
+def _rate(rate: float | None) -> str:
+    return "as it is" if rate is None else f"{rate / 1e6:.0f} Mbit/s"
 
 
 def _worker(argv: list[str]) -> None:
@@ -236,9 +250,9 @@ def _worker(argv: list[str]) -> None:
     shared, out = [argument for argument in argv if not argument.startswith("--local_rank")]
     quieten_libraries()
     init_distributed()
-    rows = measure(json.loads(shared))
-    if out != os.devnull and int(os.environ.get("RANK", 0)) == 0:
-        Path(out).write_text(json.dumps(rows), encoding="utf-8")
+    with open(out, "a", encoding="utf-8") as file:
+        for row in measure(json.loads(shared)):
+            print(json.dumps(row), file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
                     held += total(result.items, HOST, KEPT)
                 found.append(predict(
                     stage=stage, r=r, micro_batch_size=size, memory=held, wire=result.step[1],
-                    tokens_per_step=recipe.tokens_per_step, world_size=world_size, bandwidth=link.bandwidth,
+                    tokens_per_step=recipe.tokens_per_step, world_size=world_size,
+                    bandwidth=link.wire_per_second(stage),
                     seconds_per_token=measured * flops_per_token(shapes, config, recipe.data.seq_len) / reference))
         return found
 

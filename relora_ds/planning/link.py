@@ -50,7 +50,19 @@ class Link:
 
     @property
     def bandwidth(self) -> float:
-        return max((s for s in self.samples if s.collective == "all_reduce"), key=lambda s: s.size).wire_per_second
+        return self._largest("all_reduce")
+
+    def wire_per_second(self, stage: int) -> float:
+        """At the largest size, of the collectives of a ZeRO stage; gloo's gathers are slower than its reductions.
+
+        Stage 0 reduces; an all_reduce sends twice the bytes of the gather that follows it at stages 1 and 2; stage 3
+        scatters and gathers.
+        """
+        reduces, gathers = self._largest("all_reduce"), self._largest("all_gather")
+        return {0: reduces, 1: 3 / (2 / reduces + 1 / gathers), 2: 3 / (2 / reduces + 1 / gathers), 3: gathers}[stage]
+
+    def _largest(self, collective: str) -> float:
+        return max((s for s in self.samples if s.collective == collective), key=lambda s: s.size).wire_per_second
 
 
 def measure(seconds: float, device: torch.device) -> Link:

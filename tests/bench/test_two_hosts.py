@@ -48,6 +48,9 @@ def test_a_step_across_the_cable():
     assert ours["wire"] < full["wire"] / 2
     parts = two_hosts.parts(full, 1)
     assert parts["communication_s"] + parts["optimizer_s"] + full["compute_s"] == pytest.approx(full["step_s"])
+    assert parts["at_full_rate_s"] > 8 * full["wire"] / 200e6
+    # The cable does not carry more than its rate, nor so little that the measurement went past it.
+    assert 0.2 * 200e6 < 8 * full["bandwidth"] < 1.1 * 200e6 and 0 < full["latency_s"] < 0.1
     assert parts["predicted_s"] > 8 * full["wire"] / 200e6
     assert "| ours, LoRA alone |" in two_hosts.markdown(result)
 

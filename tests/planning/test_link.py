@@ -3,11 +3,13 @@
 import dataclasses
 import time
 
+import pytest
 import torch
 
 from relora_ds.planning.link import (
     Candidate,
     Link,
+    Sample,
     flops_per_token,
     measure,
     micro_batches_to_try,
@@ -36,6 +38,13 @@ def test_a_link_between_two_ranks():
     # Two ranks: a ring all_reduce sends (n-1)/n twice, one payload altogether.
     assert link.bandwidth == largest.wire_per_second == largest.size / largest.seconds
     assert 1e-6 < link.latency < 1 and 1e6 < link.bandwidth < 1e12
+
+
+def test_what_a_stage_gets_out_of_a_link():
+    """3 GB of a step at stage 1: two are reduced at 2 GB/s, one is gathered at 0.5 GB/s."""
+    link = Link(2, "gloo", (Sample("all_reduce", 4, 1.0, 1.0), Sample("all_gather", 4, 1.0, 1.0),
+                            Sample("all_reduce", 8, 1.0, 2e9), Sample("all_gather", 8, 1.0, 0.5e9)))
+    assert [link.wire_per_second(stage) for stage in range(4)] == pytest.approx([2e9, 1e9, 1e9, 0.5e9])
 
 
 def candidate(**changes) -> Candidate:
