@@ -4,12 +4,14 @@ Without --hostfile two network namespaces of this machine are the hosts, joined 
 genuine multi-node start runs across it: `deepspeed --hostfile ... --no_ssh`, a launcher in each. With --hostfile and
 --node_rank the same is measured between machines, at the rate that their network has; start it on each of them.
 
-    compute, optimizer   of a rank that talks to nobody, on both hosts at the same time
-                         (from stage 1 on half of its optimizer: of two ranks each steps a half)
-    communication        what a step takes more than these
-    predicted            these + what `planning.cluster` says of the collectives that were counted, at the bandwidth and
-                         latency that `planning.link` measured across this cable
-    at the full rate     these + wire bytes / rate: nothing that sends so much is faster
+    compute         forward and backward, with a clock that stands still in collectives
+    communication   in collectives, waiting for the slower host included. Each is waited for: what would run beside
+                    compute, at stage 3 on GPUs, does not here
+    alone           compute and optimizer of a rank that talks to nobody, on both hosts at the same time (from stage 1
+                    on half of that optimizer: of two ranks each steps a half)
+    predicted       alone + what `planning.cluster` says of the collectives that were counted, at the bandwidth and
+                    latency that `planning.link` measured across this cable
+    at full rate    alone + wire bytes / rate: nothing that sends so much is faster
 """
 
 import argparse
@@ -38,6 +40,7 @@ HELP = "step time and tokens/s of two hosts, over a cable of a given rate"
 
 CONTENDERS = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
 SHAPES = ("llama_60m", "wide_4")
+PARTS = ("compute", "optimizer", "communication")  # of a step
 _PORT = 29_517
 _LINK_SECONDS = 10  # that are taken to measure the cable
 
@@ -82,25 +85,22 @@ def run(arguments: argparse.Namespace) -> dict:
                 cable.limit(rate)
                 print(_rate(rate), file=sys.stderr, flush=True)
             for one, row in zip(alone, place.run(shared, together=True), strict=True):
-                rows.append({**row, "rate": rate, "alone_steps_s": one["steps_s"], "compute_s": one["compute_s"],
-                             "alone_optimizer_s": one["step_s"] - one["compute_s"]})
+                rows.append({**row, "rate": rate, "alone_compute_s": one["compute_s"],
+                             "alone_optimizer_s": one["optimizer_s"]})
     return {**shared, "rows": rows}
 
 
-def parts(row: dict, stage: int) -> dict[str, float | None]:
-    """Seconds of a step: optimizer, communication, and of the whole what is predicted and the least that it can be."""
-    # Alone a rank steps all that trains, of two ranks each a half from stage 1 on.
-    optimizer = row["alone_optimizer_s"] / (2 if stage else 1)
-    alone, wire = row["compute_s"] + optimizer, Wire(row["bandwidth"], row["latency_s"])
+def with_predictions(result: dict) -> dict:
+    """The result with what is predicted of every row, and the least that its step can be where the rate is known."""
+    return {**result, "rows": [{**row, **_predicted(row, result["stage"])} for row in result["rows"]]}
+
+
+def _predicted(row: dict, stage: int) -> dict[str, float | None]:
+    alone = row["alone_compute_s"] + row["alone_optimizer_s"] / (2 if stage else 1)
+    wire = Wire(row["bandwidth"], row["latency_s"])
     joined = Cluster(2, 1, inside=wire, between=wire)
-    return {"optimizer_s": optimizer, "communication_s": row["step_s"] - alone,
-            "predicted_s": alone + joined.communication(row["wire"], row["passes"]),
+    return {"predicted_s": alone + joined.communication(row["wire"], row["passes"]),
             "at_full_rate_s": alone + row["wire"] * 8 / row["rate"] if row["rate"] else None}
-
-
-def with_parts(result: dict) -> dict:
-    """The result with the parts of every row."""
-    return {**result, "rows": [{**row, **parts(row, result["stage"])} for row in result["rows"]]}
 
 
 class _Place:
@@ -191,26 +191,28 @@ def _specs(shared: dict) -> list[Spec]:
 
 def _measure(spec: Spec, repeats: int) -> dict:
     from relora_ds.zero.teardown import release
-    from relora_ds.zero.traffic import count_traffic
+    from relora_ds.zero.traffic import count_traffic, time_collectives
     engine = build(spec)
     step(engine, spec, 0)
     with count_traffic() as traffic:
         step(engine, spec, 1)
-    seconds, compute, sent = [], [], []
+    steps, sent = [], []
     for number in range(2, 2 + repeats):
         dist.barrier()
         before, started = _sent_bytes(), time.perf_counter()
-        taken = step(engine, spec, number, synchronized)
-        seconds.append(time.perf_counter() - started)
-        compute.append(taken.forward + taken.backward)
+        with time_collectives() as spent:
+            taken = step(engine, spec, number, lambda: synchronized() - sum(spent().values()))
+            steps.append((time.perf_counter() - started, taken.forward + taken.backward, taken.optimizer,
+                          sum(spent().values())))
         dist.barrier()
         sent.append(_sent_bytes() - before)
-    slowest = torch.tensor([seconds, compute], dtype=torch.float64, device=engine.device)
+    slowest = torch.tensor(steps, dtype=torch.float64, device=engine.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    seconds, compute = slowest.tolist()
     release(engine)
+    seconds, *parts = zip(*slowest.tolist(), strict=True)
     tokens = spec.micro_batch_size * spec.seq_len * dist.get_world_size()
-    return {"steps_s": seconds, "step_s": statistics.median(seconds), "compute_s": statistics.median(compute),
+    return {"steps_s": seconds, "step_s": statistics.median(seconds),
+            **{f"{part}_s": statistics.median(values) for part, values in zip(PARTS, parts, strict=True)},
             "tokens_per_s": tokens / statistics.median(seconds), "wire": traffic.wire,
             "passes": sum(2 if name == "all_reduce" else 1 for name, _ in traffic.calls),
             "kernel_tx_bytes": statistics.median(sent)}
@@ -223,21 +225,41 @@ def _sent_bytes() -> int:
 
 
 def markdown(result: dict) -> str:
-    """The table; speed-ups are over full rank on the same shape and cable."""
-    full = {(row["shape"], row["rate"]): row for row in result["rows"] if row["variant"] == FULL}
-    rows = [["shape", "cable", "contender", "compute", "optimizer", "communication", "step", "predicted",
-             "at the full rate", "tokens/s", "of full rank", "wire", "kernel sent"]]
-    for row in with_parts(result)["rows"]:
-        base, rate, sent = full.get((row["shape"], row["rate"])), row["rate"], row["kernel_tx_bytes"]
-        rows.append([row["shape"], _rate(rate), row["variant"],
-                     *(f"{row[part]:.2f} s" for part in ("compute_s", "optimizer_s", "communication_s", "step_s",
-                                                         "predicted_s")),
-                     f"{row['at_full_rate_s']:.2f} s" if rate else "", f"{row['tokens_per_s']:.0f}",
-                     f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}x" if base else "",
-                     f"{row['wire'] / 1e6:.1f} MB", f"{sent / row['wire'] - 1:+.1%}" if sent else ""])
+    """Two tables: where the seconds go, and what became of the bytes that are not sent."""
+    shown = with_predictions(result)["rows"]
+    full = {(row["shape"], row["rate"]): row for row in shown if row["variant"] == FULL}
     return (f"vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x {result['seq_len']} "
             f"tokens on each of two hosts, {result['precision']}, ZeRO-{result['stage']}, medians of "
-            f"{result['repeats']}\n\n{rows_as_markdown(rows)}")
+            f"{result['repeats']}\n\n{rows_as_markdown(_seconds(shown))}"
+            f"\n\n{rows_as_markdown(_gains(shown, full))}")
+
+
+def _seconds(shown: list[dict]) -> list[list[str]]:
+    rows = [["shape", "cable", "contender", *PARTS, "step", "predicted", "at full rate", "tokens/s", "wire",
+             "kernel sent"]]
+    for row in shown:
+        rate, sent = row["rate"], row["kernel_tx_bytes"]
+        rows.append([row["shape"], _rate(rate), row["variant"],
+                     *(f"{row[f'{part}_s']:.2f} s" for part in (*PARTS, "step", "predicted")),
+                     f"{row['at_full_rate_s']:.2f} s" if rate else "", f"{row['tokens_per_s']:.0f}",
+                     f"{row['wire'] / 1e6:.1f} MB", f"{sent / row['wire'] - 1:+.1%}" if sent else ""])
+    return rows
+
+
+def _gains(shown: list[dict], full: dict[tuple, dict]) -> list[list[str]]:
+    """How often full rank's bytes, communication and step contain this one's; the last beside the best it can be."""
+    rows = [["shape", "cable", "contender", "bytes", "communication", "of bytes", "step", "step at full rate",
+             "of that"]]
+    for row in shown:
+        base = full.get((row["shape"], row["rate"]))
+        if row["variant"] == FULL or base is None:
+            continue
+        fewer, shorter, faster = (base[part] / row[part] for part in ("wire", "communication_s", "step_s"))
+        allowed = base["at_full_rate_s"] / row["at_full_rate_s"] if row["rate"] else None
+        rows.append([row["shape"], _rate(row["rate"]), row["variant"], f"{fewer:.2f}x", f"{shorter:.2f}x",
+                     f"{shorter / fewer:.2f}", f"{faster:.2f}x",
+                     *([f"{allowed:.2f}x", f"{faster / allowed:.2f}"] if allowed else ["", ""])])
+    return rows
 
 
 def _rate(rate: float | None) -> str:

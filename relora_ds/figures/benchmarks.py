@@ -13,7 +13,7 @@ PARTS = {"compute_s": "compute", "optimizer_s": "optimizer", "communication_s": 
 
 
 def save_two_hosts(result: dict, path: Path) -> None:
-    """Draw what `bench.two_hosts.with_parts` returns into a PNG."""
+    """Draw what `bench.two_hosts.with_predictions` returns into a PNG."""
     _save(draw_two_hosts, result, path)
 
 
@@ -42,9 +42,8 @@ def draw_two_hosts(result: dict, theme: Theme) -> Figure:
                 width = [found[name][part] for name in names]
                 axes.barh(names, width, left=left, color=colour(theme, i), label=label, height=0.62)
                 left = [start + more for start, more in zip(left, width, strict=True)]
-            if rate:
-                axes.plot([found[name]["predicted_s"] for name in names], names, linestyle="none", marker="|",
-                          markersize=13, markeredgewidth=2, color=theme.ink, label="predicted")
+            axes.plot([found[name]["predicted_s"] for name in names], names, linestyle="none", marker="|",
+                      markersize=13, markeredgewidth=2, color=theme.ink, label="predicted")
             axes.set_title(f"{shape}, {rate / 1e6:,.0f} Mbit/s" if rate else shape)
             axes.grid(False, axis="y")
             axes.set_xlim(left=0)

@@ -38,12 +38,14 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Write all pages and their figures."""
-    from relora_ds.bench.two_hosts import with_parts
+    from relora_ds.bench.two_hosts import with_predictions
     from relora_ds.figures.benchmarks import save_clusters, save_two_hosts
     for page in PAGES:
         (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")
     results = {name: record["result"] for name, record in measurements("benchmarks").items()}
-    save_two_hosts(with_parts(results["two_hosts"]), DOCS / "benchmarks" / "two_hosts.png")
+    hosts = [with_predictions(results[f"two_hosts_{rate}"]) for rate in ("10gbit", "1gbit", "100mbit")]
+    rows = [row for result in hosts for row in result["rows"]]
+    save_two_hosts({"rows": rows}, DOCS / "benchmarks" / "two_hosts.png")
     save_clusters(results["clusters"], DOCS / "benchmarks" / "clusters.png")
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from relora_ds.bench.two_hosts import with_parts
+from relora_ds.bench.two_hosts import with_predictions
 from relora_ds.figures.benchmarks import draw_clusters, draw_two_hosts
 from relora_ds.figures.style import LIGHT
 from relora_ds.lowrank.formats import format_named
@@ -52,8 +52,8 @@ def test_the_fused_layer_is_near_its_ceiling_and_no_format_slower_than_others():
 
 
 def test_the_figures_show_every_contender_and_preset():
-    hosts = draw_two_hosts(with_parts(MEASURED["two_hosts"]), LIGHT)
-    names = {row["variant"] for row in MEASURED["two_hosts"]["rows"]}
+    hosts = draw_two_hosts(with_predictions(MEASURED["two_hosts_1gbit"]), LIGHT)
+    names = {row["variant"] for row in MEASURED["two_hosts_1gbit"]["rows"]}
     assert {label.get_text() for label in hosts.axes[0].get_yticklabels()} == names
     clusters = draw_clusters(MEASURED["clusters"], LIGHT)
     assert [axes.get_title(loc="left") or axes.get_title() for axes in clusters.axes] == list(
