@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+MAY_BE_ZERO = {"stage", "stages", "node_rank", "seed"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from relora_ds.bench import BENCHMARKS
@@ -25,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.bench.record import conditions
     if arguments.out and not arguments.out.parent.is_dir():  # known before hours of measuring
         raise ValueError(f"--out: there is no directory {arguments.out.parent}; make it first")
+    _require_counts(arguments)
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and what was made removed
@@ -36,3 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _require_counts(arguments: argparse.Namespace) -> None:
+    """Whole numbers count something: repeats, ranks, tokens. ValueError: one is below 1."""
+    for name, value in vars(arguments).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number < 1 and name not in MAY_BE_ZERO:
+                raise ValueError(f"--{name.replace('_', '-')}: {number} is not possible; give 1 or more")

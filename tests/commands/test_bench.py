@@ -36,6 +36,13 @@ def test_a_wrong_place_for_the_result_is_found_before_anything_is_measured(count
     assert f"error: --out: there is no directory {tmp_path / 'nowhere'}; make it first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", ["0", "-3"])
+def test_what_cannot_be_counted(counting, capsys, monkeypatch, wrong):
+    monkeypatch.setattr(sys.modules["relora_ds.bench.counting"], "run", lambda arguments: pytest.fail("it measured"))
+    assert main(["bench", "counting", "--to", wrong]) == 1
+    assert f"error: --to: {wrong} is not possible; give 1 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_every_benchmark_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:
