@@ -128,15 +128,15 @@ class _Place:
         here = range(2) if self._cable is not None else [self._node_rank]
         started = [self._start(node, shared, together, out) for node in here]
         try:
-            said = 0
+            shown = 0
             while any(process.poll() is None for process in started):
                 if any(process.poll() for process in started):
                     break  # the other one would wait for it
                 time.sleep(0.1)
                 rows = _rows(out)
-                for row in rows[said:]:
+                for row in rows[shown:]:
                     print(f"  {row['shape']}, {row['variant']}: {row['step_s']:.2f} s", file=sys.stderr, flush=True)
-                said = len(rows)
+                shown = len(rows)
         finally:
             for process in started:
                 process.terminate()

@@ -59,7 +59,8 @@ class Link:
         scatters and gathers.
         """
         reduces, gathers = self._largest("all_reduce"), self._largest("all_gather")
-        return {0: reduces, 1: 3 / (2 / reduces + 1 / gathers), 2: 3 / (2 / reduces + 1 / gathers), 3: gathers}[stage]
+        both = 3 / (2 / reduces + 1 / gathers)
+        return (reduces, both, both, gathers)[stage]
 
     def _largest(self, collective: str) -> float:
         return max((s for s in self.samples if s.collective == collective), key=lambda s: s.size).wire_per_second
