@@ -1,11 +1,11 @@
 """Tokens per second of a training step, where its time goes, and how much of what the device can do that is.
 
-Every contender is timed at every micro-batch size. On a CPU, whose clock and neighbours change, full rank is kept and
-timed in turns with each of the others, so that a speed at the same micro-batch is the quotient of two medians of the
-same minutes; on CUDA one after the other is measured, alone in memory. At stage 3 gathers run beside compute: what is
-waited for them is a part of forward and backward.
+Every contender is timed at every micro-batch size. On a CPU, whose clock and neighbours change, all of them are in
+memory and take their steps in turns; on CUDA one after the other is measured, alone in memory. At stage 3 gathers run
+beside compute: what is waited for them is a part of forward and backward.
 
-    speed       full rank's seconds / this one's, at the same micro-batch
+    speed       full rank's seconds / this one's, at the same micro-batch: the median over pairs of steps, on a CPU of
+                the same turn
     ceiling     full rank's FLOPs / this one's: the speed of a step that is nothing but matrix products
     hardware    FLOPs that are done, repeated forwards left out / what one large matrix product reaches here
     effective   FLOPs that full rank would need for these tokens / the same
@@ -82,15 +82,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for size in arguments.micro_batch_size:
-        base = _Contender(_spec(FULL, size, arguments))
-        for name in arguments.variants:
-            this = base if name == FULL else _Contender(_spec(name, size, arguments))
-            rows.append({"variant": name, "micro_batch_size": size,
-                         **_time(this, base, arguments.repeats, keep_base=device == "cpu")})
-            if dist.get_rank() == 0:
-                said = rows[-1].get("error") or f"{rows[-1]['tokens_per_s']:,.0f} tokens/s"
-                print(f"micro-batch {size}, {name}: {said}", file=sys.stderr, flush=True)
-        base.close()
+        contenders = [_Contender(name, _spec(name, size, arguments)) for name in arguments.variants]
+        for group in [contenders] if device == "cpu" else [[one] for one in contenders]:
+            rows += _time(group, arguments.repeats)
     return {**shared, "device": device, "world_size": dist.get_world_size(), "repeats": arguments.repeats,
             "threads": torch.get_num_threads(), "peak_flops": _peak_flops(shared["precision"], device), "rows": rows}
 
@@ -101,21 +95,19 @@ def _spec(name: str, micro_batch_size: int, arguments: argparse.Namespace) -> Sp
 
 
 class _Contender:
-    """An engine that is built when it is first needed."""
+    """An engine that takes steps. Built when it warms up."""
 
-    def __init__(self, spec: Spec):
-        self.spec = spec
+    def __init__(self, name: str, spec: Spec):
+        self.name, self.spec = name, spec
         self._engine, self._number = None, 0
 
     def warm_up(self) -> None:
-        """Build it, if it is not, and take the steps in which memory is allocated and kernels are chosen."""
-        if self._engine is None:
-            self._engine = build(self.spec)
-            for _ in range(WARM_STEPS):
-                self.step()
+        """Build it, and take the steps in which memory is allocated and kernels are chosen."""
+        self._engine = build(self.spec)
+        for _ in range(WARM_STEPS):
+            self.step()
 
     def step(self, clock: Callable[[], float] = time.perf_counter) -> Seconds:
-        self.warm_up()
         self._number += 1
         return step(self._engine, self.spec, self._number, clock)
 
@@ -126,37 +118,40 @@ class _Contender:
             self._engine = None
 
 
-def _time(this: _Contender, base: _Contender, repeats: int, keep_base: bool) -> dict:
-    """One contender at one size. Out of the device's memory is a result too."""
+def _time(group: list[_Contender], repeats: int) -> list[dict]:
+    """The rows of contenders that take turns."""
     try:
-        steps, base_steps, parts = [], [], []
-        this.warm_up()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(repeats):
-            if keep_base and this is not base:
-                base_steps.append(base.step().total)
-            steps.append(this.step().total)
+        for one in group:
+            one.warm_up()
+        turns = [[one.step().total for one in group] for _ in range(repeats)]
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        for _ in range(3):
-            parts.append(_parts(this))
-        data = _data_seconds(this.spec)
-    except torch.OutOfMemoryError:
+        return [_row(one, list(steps), peak) for one, steps in zip(group, zip(*turns, strict=True), strict=True)]
+    except torch.OutOfMemoryError:  # is a result too
         if dist.get_world_size() > 1:  # the others are in a collective that this rank will not join
             raise
-        return {"error": "out of memory"}
+        return [{"variant": one.name, "micro_batch_size": one.spec.micro_batch_size, "error": "out of memory"}
+                for one in group]
     finally:
-        if this is not base or not keep_base:
-            this.close()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    seconds = statistics.median(steps)
-    return {"flops_per_token": flops_per_token(this.spec), "steps_s": steps, "step_s": seconds,
-            "base_steps_s": base_steps or None, "base_step_s": statistics.median(base_steps) if base_steps else None,
-            "tokens_per_s": this.spec.micro_batch_size * this.spec.seq_len * dist.get_world_size() / seconds,
-            "parts_s": {part: statistics.median(one[part] for one in parts) for part in parts[0]} | {"data": data},
-            "peak_bytes": peak}
+        for one in group:
+            one.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _row(one: _Contender, steps: list[float], peak: int | None) -> dict:
+    parts = [_parts(one) for _ in range(3)]
+    seconds, spec = statistics.median(steps), one.spec
+    tokens_per_s = spec.micro_batch_size * spec.seq_len * dist.get_world_size() / seconds
+    if dist.get_rank() == 0:
+        print(f"micro-batch {spec.micro_batch_size}, {one.name}: {tokens_per_s:,.0f} tokens/s", file=sys.stderr,
+              flush=True)
+    return {"variant": one.name, "micro_batch_size": spec.micro_batch_size, "flops_per_token": flops_per_token(spec),
+            "steps_s": steps, "step_s": seconds, "tokens_per_s": tokens_per_s, "peak_bytes": peak,
+            "parts_s": {part: statistics.median(found[part] for found in parts) for part in parts[0]}
+            | {"data": _data_seconds(spec)}}
 
 
 def _parts(contender: _Contender) -> dict[str, float]:
@@ -200,12 +195,10 @@ def _peak_flops(precision: str, device: str) -> float:
 
 
 def speed_of(row: dict, rows: list[dict]) -> float | None:
-    """Full rank's seconds over this row's, at its micro-batch: in turns with it if they were timed so."""
-    if row.get("base_step_s"):
-        return row["base_step_s"] / row["step_s"]
+    """Full rank's seconds over this row's, at its micro-batch; None where full rank did not fit."""
     base = next((one for one in rows if one["variant"] == FULL and "error" not in one
                  and one["micro_batch_size"] == row["micro_batch_size"]), None)
-    return base and base["step_s"] / row["step_s"]
+    return base and statistics.median(full / this for full, this in zip(base["steps_s"], row["steps_s"], strict=True))
 
 
 def markdown(result: dict) -> str:
