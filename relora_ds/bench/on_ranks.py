@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,11 +27,16 @@ def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int) -> 
               if isinstance(value, (str, int, float, list, type(None)))}
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
-        code = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m",
              __name__, module, json.dumps(values), str(out)],
             env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)), **os.environ},
-            stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+            stdin=subprocess.DEVNULL, stdout=2)
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # torchrun ends its ranks then
+        try:
+            code = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if not out.is_file():
             raise ValueError(f"{module}: the ranks failed (exit code {code}); what they said is above")
         return json.loads(out.read_text(encoding="utf-8"))
