@@ -17,13 +17,17 @@ for rate in 10gbit 1gbit 100mbit; do
 done
 bench two-hosts --rate 1gbit --stage 0 --shapes wide_4 --out $out/two_hosts_stage_0.json
 
-# In fp32: on a CPU without units for bf16, PyTorch's bf16 products are slow, and full rank would look bad.
-step=(--r 128 --precision fp32 --repeats 5 --micro-batch-size 1
-  --variants "PEFT, its default" "PEFT, same modules train" "ours, LoRA alone" "ours, dense")
-bench throughput --preset llama_60m "${step[@]}" --out $out/step_60m_r128.json
-bench throughput --preset llama_60m --r 128 --precision fp32 --repeats 9 --micro-batch-size 1 \
-  --variants "PEFT, same modules train" "ours, dense" --out $out/step_60m_again.json
-bench throughput --preset wide_2 --seq-len 128 "${step[@]}" --out $out/step_wide_r128.json
+# In bf16; on a CPU without units for it, add --precision fp32.
+contenders=("PEFT, its default" "PEFT, same modules train" "ours, LoRA alone" "ours, dense")
+for r in 128 32; do
+  step=(--vocab-size 8192 --r $r --repeats 9 --variants "${contenders[@]}")
+  bench throughput --preset llama_60m "${step[@]}" --out $out/step_60m_r$r.json
+  bench throughput --preset wide_2 "${step[@]}" --out $out/step_wide_r$r.json
+done
+small=(--preset llama_20m --vocab-size 8192)
+bench throughput "${small[@]}" --repeats 9 --out $out/step_20m_formats.json
+bench throughput "${small[@]}" --micro-batch-size 1 2 4 8 --variants "${contenders[@]}" --out $out/step_20m_sizes.json
+bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
 
 bench trainer --out $out/trainer.json
 bench startup --out $out/startup.json

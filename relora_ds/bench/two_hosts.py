@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict:
     rates = [parse_rate(text) for text in arguments.rate.split(",")] if arguments.hostfile is None else [None]
     shared = {name: getattr(arguments, name) for name in (
         "r", "vocab_size", "micro_batch_size", "seq_len", "stage", "precision", "repeats", "shapes", "variants")}
-    require(_specs(shared))
+    require(spec for shape in arguments.shapes for spec in _specs(shared, shape))
     joined = Cable() if arguments.hostfile is None else nullcontext()
     with joined as cable, tempfile.TemporaryDirectory() as scratch:
         place = _Place(cable, arguments.hostfile, arguments.node_rank, Path(scratch))
@@ -175,47 +175,61 @@ def _rows(path: Path) -> list[dict]:
 
 
 def measure(shared: dict) -> Iterator[dict]:
-    """On every rank: a row for every contender on every shape."""
+    """On every rank: a row for every contender on every shape. The contenders of a shape take their steps in turns."""
     joined = {}
     if dist.get_world_size() > 1:
         found = link.measure(_LINK_SECONDS, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         joined = {"bandwidth": found.wire_per_second(shared["stage"]), "latency_s": found.latency / 2}
-    for spec in _specs(shared):
-        yield {"shape": spec.preset, "variant": spec.variant, **_measure(spec, shared["repeats"]), **joined}
+    for shape in shared["shapes"]:
+        contenders = [_Contender(spec) for spec in _specs(shared, shape)]
+        for number in range(2, 2 + shared["repeats"]):
+            for contender in contenders:
+                contender.timed_step(number)
+        for contender in contenders:
+            yield {"shape": shape, "variant": contender.spec.variant, **contender.row(), **joined}
 
 
-def _specs(shared: dict) -> list[Spec]:
+def _specs(shared: dict, shape: str) -> list[Spec]:
     same = {name: shared[name] for name in ("r", "vocab_size", "micro_batch_size", "seq_len", "precision", "stage")}
-    return [Spec(variant, shape, **same) for shape in shared["shapes"] for variant in shared["variants"]]
+    return [Spec(variant, shape, **same) for variant in shared["variants"]]
 
 
-def _measure(spec: Spec, repeats: int) -> dict:
-    from relora_ds.zero.teardown import release
-    from relora_ds.zero.traffic import count_traffic, time_collectives
-    engine = build(spec)
-    step(engine, spec, 0)
-    with count_traffic() as traffic:
-        step(engine, spec, 1)
-    steps, sent = [], []
-    for number in range(2, 2 + repeats):
+class _Contender:
+    """An engine whose steps are timed."""
+
+    def __init__(self, spec: Spec):
+        from relora_ds.zero.traffic import count_traffic
+        self.spec, self._engine = spec, build(spec)
+        self._steps: list[tuple[float, ...]] = []  # of the step, and of PARTS
+        self._sent: list[int] = []
+        step(self._engine, spec, 0)
+        with count_traffic() as self._traffic:
+            step(self._engine, spec, 1)
+
+    def timed_step(self, number: int) -> None:
+        from relora_ds.zero.traffic import time_collectives
         dist.barrier()
         before, started = _sent_bytes(), time.perf_counter()
         with time_collectives() as spent:
-            taken = step(engine, spec, number, lambda: synchronized() - sum(spent().values()))
-            steps.append((time.perf_counter() - started, taken.forward + taken.backward, taken.optimizer,
-                          sum(spent().values())))
+            taken = step(self._engine, self.spec, number, lambda: synchronized() - sum(spent().values()))
+            self._steps.append((time.perf_counter() - started, taken.forward + taken.backward, taken.optimizer,
+                                sum(spent().values())))
         dist.barrier()
-        sent.append(_sent_bytes() - before)
-    slowest = torch.tensor(steps, dtype=torch.float64, device=engine.device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    release(engine)
-    seconds, *parts = zip(*slowest.tolist(), strict=True)
-    tokens = spec.micro_batch_size * spec.seq_len * dist.get_world_size()
-    return {"steps_s": seconds, "step_s": statistics.median(seconds),
-            **{f"{part}_s": statistics.median(values) for part, values in zip(PARTS, parts, strict=True)},
-            "tokens_per_s": tokens / statistics.median(seconds), "wire": traffic.wire,
-            "passes": sum(2 if name == "all_reduce" else 1 for name, _ in traffic.calls),
-            "kernel_tx_bytes": statistics.median(sent)}
+        self._sent.append(_sent_bytes() - before)
+
+    def row(self) -> dict:
+        """Medians, of the slower rank each. Releases the engine."""
+        from relora_ds.zero.teardown import release
+        slowest = torch.tensor(self._steps, dtype=torch.float64, device=self._engine.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        release(self._engine)
+        seconds, *parts = zip(*slowest.tolist(), strict=True)
+        tokens = self.spec.micro_batch_size * self.spec.seq_len * dist.get_world_size()
+        return {"steps_s": seconds, "step_s": statistics.median(seconds),
+                **{f"{part}_s": statistics.median(values) for part, values in zip(PARTS, parts, strict=True)},
+                "tokens_per_s": tokens / statistics.median(seconds), "wire": self._traffic.wire,
+                "passes": sum(2 if name == "all_reduce" else 1 for name, _ in self._traffic.calls),
+                "kernel_tx_bytes": statistics.median(self._sent)}
 
 
 def _sent_bytes() -> int:

@@ -1,11 +1,13 @@
 """The pages say what was measured, and what was measured is what they promise."""
 
 import re
+import statistics
 
 import pytest
 import torch
 
 from relora_ds.bench.contenders import FULL
+from relora_ds.bench.throughput import speed_of
 from relora_ds.bench.two_hosts import with_predictions
 from relora_ds.figures.benchmarks import draw_clusters, draw_two_hosts
 from relora_ds.figures.style import LIGHT
@@ -50,6 +52,28 @@ def test_the_fused_layer_is_near_its_ceiling_and_no_format_slower_than_others():
         assert entry["over_full"]["dense"] >= 0.85 * entry["ceiling"]
         for name in entry["ms"].keys() - {"full", "naive", "peft"}:
             assert min(entry["over_naive"][name], entry["over_peft"][name]) >= 0.99, (entry["hidden"], entry["r"], name)
+
+
+STEPS = [name for name in MEASURED if name.startswith("step_")]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_near_their_ceiling_and_no_slower_than_pefts(name):
+    rows = {(row["variant"], row["micro_batch_size"]): row for row in MEASURED[name]["rows"]}
+    full = {size: row for (variant, size), row in rows.items() if variant == FULL}
+    for (variant, size), row in rows.items():
+        peft = {"ours, dense": "PEFT, same modules train", "ours, LoRA alone": "PEFT, its default"}.get(variant)
+        if peft:
+            ceiling = full[size]["flops_per_token"] / row["flops_per_token"]
+            assert speed_of(row, list(rows.values())) >= 0.85 * ceiling, (variant, size)
+            assert row["step_s"] <= rows[peft, size]["step_s"], (variant, size)
+    assert {(512, 32), (512, 128), (2048, 32), (2048, 128)} <= {
+        ({"llama_60m": 512, "wide_2": 2048}.get(MEASURED[one]["preset"].rpartition("/")[2]), MEASURED[one]["r"])
+        for one in STEPS}
+
+
+def test_a_restart_is_shorter_than_a_step_of_the_papers_batch():
+    assert all(statistics.median(row["pauses_s"]) < row["step_s"] for row in MEASURED["restart"]["rows"])
 
 
 CABLES = ("two_hosts_10gbit", "two_hosts_1gbit", "two_hosts_100mbit", "two_hosts_stage_0")
