@@ -15,6 +15,8 @@ bench bandwidth --preset llama_20m --vocab-size 8192 --r 64 --out $out/bandwidth
 for rate in 10gbit 1gbit 100mbit; do
   bench two-hosts --rate $rate --out $out/two_hosts_$rate.json
 done
+bench two-hosts --rate 1gbit --shapes wide_4 --repeats 9 --variants "PEFT, its default" "ours, LoRA alone" \
+  "PEFT, same modules train" "ours, dense" --out $out/two_hosts_1gbit_peft.json
 bench two-hosts --rate 1gbit --stage 0 --shapes wide_4 --out $out/two_hosts_stage_0.json
 
 # In bf16; on a CPU without units for it, add --precision fp32.

@@ -28,6 +28,8 @@ VARIANTS = {
     "ours, nf4 double": ("relora.frozen_dtype=nf4", "relora.frozen_double_quant=true"),
 }
 
+# Of PEFT's, which of ours trains the same.
+TWINS = {"PEFT, its default": "ours, LoRA alone", "PEFT, same modules train": "ours, dense"}
 # What PEFT has to be told for the modules to train that train here: embeddings, head and norms of LLaMA.
 MODULES_TO_SAVE = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
 
@@ -136,8 +138,7 @@ def flops_per_token(spec: Spec) -> float:
     from relora_ds.planning import link
     from relora_ds.planning.network import network_of, shapes_of
     from relora_ds.training.preflight import resolve
-    twin = {"PEFT, its default": "ours, LoRA alone", "PEFT, same modules train": "ours, dense"}.get(spec.variant)
-    spec = dataclasses.replace(spec, variant=twin or spec.variant)
+    spec = dataclasses.replace(spec, variant=TWINS.get(spec.variant, spec.variant))
     recipe = resolve("tiny", spec.overrides(1), 1, to_run=False).recipe
     config, _ = network_of(recipe)
     return link.flops_per_token(shapes_of(method_of(recipe), config), config, spec.seq_len)

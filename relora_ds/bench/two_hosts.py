@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.bench.cable import ADDRESSES, INTERFACE, Cable, parse_rate
-from relora_ds.bench.contenders import FULL, VARIANTS, Spec, build, require, step, synchronized
+from relora_ds.bench.contenders import FULL, TWINS, VARIANTS, Spec, build, require, step, synchronized
 from relora_ds.bench.record import rows_as_markdown
 from relora_ds.planning import link
 from relora_ds.planning.cluster import Cluster, Wire
@@ -175,18 +175,26 @@ def _rows(path: Path) -> list[dict]:
 
 
 def measure(shared: dict) -> Iterator[dict]:
-    """On every rank: a row for every contender on every shape. The contenders of a shape take their steps in turns."""
+    """On every rank: a row for every contender on every shape.
+
+    PEFT and ours take their steps in turns where they train the same. Full rank stays alone: in one memory with it, the
+    others' steps change by half from one to the next.
+    """
     joined = {}
     if dist.get_world_size() > 1:
         found = link.measure(_LINK_SECONDS, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         joined = {"bandwidth": found.wire_per_second(shared["stage"]), "latency_s": found.latency / 2}
     for shape in shared["shapes"]:
-        contenders = [_Contender(spec) for spec in _specs(shared, shape)]
-        for number in range(2, 2 + shared["repeats"]):
+        groups: dict[str, list[Spec]] = {}
+        for spec in _specs(shared, shape):
+            groups.setdefault(TWINS.get(spec.variant, spec.variant), []).append(spec)
+        for specs in groups.values():
+            contenders = [_Contender(spec) for spec in specs]
+            for number in range(2, 2 + shared["repeats"]):
+                for contender in contenders:
+                    contender.timed_step(number)
             for contender in contenders:
-                contender.timed_step(number)
-        for contender in contenders:
-            yield {"shape": shape, "variant": contender.spec.variant, **contender.row(), **joined}
+                yield {"shape": shape, "variant": contender.spec.variant, **contender.row(), **joined}
 
 
 def _specs(shared: dict, shape: str) -> list[Spec]:

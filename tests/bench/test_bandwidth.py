@@ -22,14 +22,14 @@ def bench(*argv: str) -> dict:
 def test_nothing_is_unexplained(argv):
     result = bench(*argv, "--variants", "full rank", "PEFT, its default", "PEFT, same modules train",
                    "ours, LoRA alone", "ours, dense", "ours, int8")
-    assert len(result["rows"]) >= 12
+    assert {row["variant"] for row in result["rows"]} >= {"full rank", "PEFT, its default", "ours, int8"}
     for row in result["rows"]:
         assert row["counted"] == row["expected"], row
         assert row["control"] < 4096, row
     table = bandwidth.markdown(result)
     assert table.count("| 0 B |") == len(result["rows"])
     by = {(row["variant"], row["stage"], row["placement"]): row["wire"] for row in result["rows"]}
-    if 1 in result["rows"][0].values():
+    if any(row["stage"] == 1 for row in result["rows"]):
         assert by["ours, LoRA alone", 1, "auto"] == by["PEFT, its default", 1, "auto"]
         assert by["ours, dense", 1, "auto"] == by["PEFT, same modules train", 1, "auto"] < by["full rank", 1, "auto"]
 

@@ -48,7 +48,8 @@ class Trainings:
 
 
 @pytest.fixture
-def trainings(monkeypatch):
+def trainings(monkeypatch, tmp_path):
+    (tmp_path / "validation.jsonl").write_text('{"text": "as if WikiText-2 had been downloaded"}\n')
     trainings = Trainings()
     monkeypatch.setattr(quality.subprocess, "run", trainings)
     return trainings
