@@ -3,17 +3,69 @@
 Of a run's checkpoints, and of those that `engine.save_checkpoint` writes in DeepSpeed's format.
 """
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from relora_ds.checkpoint import manifest, store
+from relora_ds.checkpoint.manifest import Manifest
 from relora_ds.checkpoint.state import BUFFER, SavedTensors
 from relora_ds.zero import checkpoint_model
-from relora_ds.zero.checkpoint_model import SavedModel
+from relora_ds.zero.checkpoint_model import SavedModel, merged_weight
 from relora_ds.zero.frozen_master import Storage
 from relora_ds.zero.frozen_state import OTHER, STORED
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, without a weight of it.
+
+    Attributes:
+        step: applied steps of the run; in DeepSpeed's format those of the engine.
+        t, restarts, relora, layers: see `SavedModel`.
+        matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a low-rank
+            layer `[out, in]`, however it is stored and whether it has a base or not.
+    """
+
+    step: int
+    t: int
+    restarts: list[int]
+    relora: dict | None
+    layers: dict[str, dict]
+    matrices: dict[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """The weights in a checkpoint, each read when it is asked for; fp32 on CPU. See `open_model`.
+
+    Attributes:
+        trained, frozen: names of the tensors, as in `SavedModel`.
+        read: a tensor by its name; it may be the file's own memory, and is not to be changed.
+    """
+
+    contents: Contents
+    trained: list[str]
+    frozen: list[str]
+    read: Callable[[str], Tensor]
+
+    def merged(self, name: str) -> Tensor:
+        """The weight of one of `contents.matrices`, of a low-rank layer `W + s·B·A`; a new tensor."""
+        layer = self.contents.layers.get(name)
+        if layer is None:
+            return self.read(f"{name}.weight").clone()
+        return merged_weight(layer, self.read(f"{name}.weight") if layer["base"] else None, *self._factors(name))
+
+    def update(self, name: str) -> Tensor:
+        """`s·B·A [out, in]` of a low-rank layer: what the current cycle adds to its `W`."""
+        return merged_weight(self.contents.layers[name], None, *self._factors(name))
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.read(f"{name}.lora_A"), self.read(f"{name}.lora_B")
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -21,29 +73,78 @@ def is_checkpoint(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (manifest.NAME, checkpoint_model.DESCRIPTION))
 
 
-def read_model(directory: Path) -> SavedModel:
-    """Read the checkpoint of one step, of any ZeRO stage, precision and world size.
+def contents_of(directory: Path) -> Contents:
+    """What is in the checkpoint of one step; its weights are neither read nor verified.
+
+    Raises:
+        ValueError: it is no checkpoint of ours.
+    """
+    if _is_of_deepspeed(directory):
+        about = checkpoint_model.read_description(directory)
+        return _contents(about["t"], about, about)
+    about = manifest.read(directory)
+    return _contents(about.step, about.engine["scheduler"], about.model)
+
+
+@contextmanager
+def open_model(directory: Path) -> Iterator[OpenModel]:
+    """Open the checkpoint of one step, of any ZeRO stage, precision and world size, to read one tensor after the other.
+
+    A checkpoint of a run costs the memory of what is asked for; one in DeepSpeed's format, whose files hold flat
+    partitions, is read whole.
 
     Raises:
         ValueError: it is no checkpoint of ours, or incomplete; names the missing file or weights.
     """
-    if (directory / checkpoint_model.DESCRIPTION).is_file():
-        return checkpoint_model.read_model(directory)
+    contents = contents_of(directory)
+    if _is_of_deepspeed(directory):
+        saved = checkpoint_model.read_model(directory)
+        tensors = {**saved.trained, **saved.frozen}
+        yield OpenModel(contents, list(saved.trained), list(saved.frozen), tensors.__getitem__)
+        return
     if found := store.verify(directory):
         raise ValueError(found[0])
     about = manifest.read(directory)
-    storage, layers = Storage(**about.model["frozen"]), about.model["layers"]
     with ExitStack() as stack:
-        saved = SavedTensors(directory, about, stack)
-        shapes = {name: torch.Size(p["shape"]) for name, p in about.model["parameters"].items() if p["trains"]}
-        trained = {name: saved.read_range("master", name, 0, shape.numel()).view(shape)
-                   for name, shape in shapes.items()}
-        frozen = {name.removeprefix(prefix): saved.read(name) for prefix in (OTHER, BUFFER)
-                  for name in saved.names(prefix)}
-        for name in (name for name, layer in layers.items() if layer["base"]):
-            key = f"{name}.weight"
-            frozen[key] = saved.read(key) if storage.with_masters or storage.exact else \
-                storage.dequantize(saved.read(STORED + key), torch.Size(layers[name]["shape"]))
-    frozen = {name: value.float() if value.is_floating_point() else value for name, value in frozen.items()}
-    schedule = about.engine["scheduler"]
-    return SavedModel(schedule["t"], schedule["restarts"], about.model["relora"], layers, trained, frozen)
+        yield _opened(contents, about, SavedTensors(directory, about, stack))
+
+
+def read_model(directory: Path) -> SavedModel:
+    """Read all of the checkpoint of one step. Arguments and errors: see `open_model`."""
+    if _is_of_deepspeed(directory):
+        return checkpoint_model.read_model(directory)
+    with open_model(directory) as model:
+        trained, frozen = ({name: model.read(name) for name in names} for names in (model.trained, model.frozen))
+    about = model.contents
+    return SavedModel(about.t, about.restarts, about.relora, about.layers, trained, frozen)
+
+
+def _is_of_deepspeed(directory: Path) -> bool:
+    return (directory / checkpoint_model.DESCRIPTION).is_file()
+
+
+def _contents(step: int, schedule: dict, model: dict) -> Contents:
+    layers, ending = model["layers"], ".weight"
+    matrices = {name.removesuffix(ending): torch.Size(p["shape"]) for name, p in model["parameters"].items()
+                if name.endswith(ending) and len(p["shape"]) == 2}
+    matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items()}
+    return Contents(step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices)
+
+
+def _opened(contents: Contents, about: Manifest, saved: SavedTensors) -> OpenModel:
+    """A checkpoint of a run."""
+    storage, layers = Storage(**about.model["frozen"]), contents.layers
+    shapes = {name: torch.Size(p["shape"]) for name, p in about.model["parameters"].items() if p["trains"]}
+    keys = {name.removeprefix(prefix): name for prefix in (OTHER, BUFFER) for name in saved.names(prefix)}
+    stored = "" if storage.with_masters or storage.exact else STORED
+    keys |= {f"{name}.weight": f"{stored}{name}.weight" for name, layer in layers.items() if layer["base"]}
+
+    def read(name: str) -> Tensor:
+        if name in shapes:
+            return saved.read_range("master", name, 0, shapes[name].numel()).view(shapes[name])
+        value = saved.read(keys[name])
+        if keys[name].startswith(STORED):
+            value = storage.dequantize(value, torch.Size(layers[name.removesuffix(".weight")]["shape"]))
+        return value.float() if value.is_floating_point() else value
+
+    return OpenModel(contents, list(shapes), list(keys), read)

@@ -17,4 +17,5 @@ COMMANDS = {
     "checkpoint": "list, verify and prune the checkpoints of a run",
     "bench": "measured comparisons: the layer, requantization, memory of a step, quality by storage format",
     "plot": "figures of one or more runs: PNG, and one self-contained HTML page",
+    "spectrum": "singular values of the updates that runs made to their weights, and the ranks they amount to",
 }

@@ -1,6 +1,8 @@
 """`python -m relora_ds plot`."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,12 +13,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
+    with needs_matplotlib("plot"):
         from relora_ds.figures.plot import plot_runs
-    except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
-            raise
-        raise ValueError("plot draws with matplotlib, which is not installed: pip install 'relora_ds[plot]'") from None
     page, *images = plot_runs(arguments.runs, arguments.out)
     print(f"{page}: open it in a browser; figures: {', '.join(image.name for image in images)}")
     return 0
+
+
+@contextmanager
+def needs_matplotlib(what: str) -> Iterator[None]:
+    """Around an import of what draws. ValueError where matplotlib is not installed; it names `what` asked for it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "matplotlib":
+            raise
+        raise ValueError(f"{what} draws with matplotlib, which is not installed: "
+                         "pip install 'relora_ds[plot]'") from None

@@ -55,7 +55,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
         ValueError: for a directory that is no run, or whose run has not logged a training step.
     """
     paths = list(dict.fromkeys(directory.resolve() for directory in directories))
-    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
 
 
 def _read_run(directory: Path, name: str) -> RunRecord:
@@ -72,7 +72,7 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         evaluations[column] = np.interp(evaluations["step"], [0, *train["step"]], [0, *train[column]])
     status, phases = _read_json(directory / "status.json"), lines.get("phase", [{}])
     return RunRecord(
-        name=name, method=_method(directory), state=status.get("state", "unknown"), reason=status.get("reason", ""),
+        name=name, method=method_text(directory), state=status.get("state", "unknown"), reason=status.get("reason", ""),
         verdict=_read_json(directory / "summary.json").get("verdict", ""), train=train, evaluations=evaluations,
         restarts=[line["step"] for line in lines.get("restart", [])],
         switches=[after["step"] for before, after in zip(phases, phases[1:], strict=False)
@@ -89,7 +89,8 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _method(directory: Path) -> str:
+def method_text(directory: Path) -> str:
+    """What the recipe in a run directory trains with; "unknown" without one."""
     path = directory / "recipe.yaml"
     if not path.is_file():
         return "unknown"
@@ -97,7 +98,7 @@ def _method(directory: Path) -> str:
     return f"lora ({recipe.lora.base} base)" if recipe.method == "lora" else recipe.method
 
 
-def _names(paths: list[Path]) -> list[str]:
+def short_names(paths: list[Path]) -> list[str]:
     """The last component of each path, or as many of the last ones as it takes to tell them apart."""
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):

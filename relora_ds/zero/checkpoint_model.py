@@ -116,13 +116,18 @@ class SavedModel:
         """The plain model: `W + s·B·A`; what `engine.collect_merged` gives at the same step, to the bit on a CPU."""
         state = self.base()
         for name, layer in self.layers.items():
-            weight = state[f"{name}.weight"].clone()
-            state[f"{name}.weight"] = add_update_(weight, *self.factors(name), layer["scaling"])
+            state[f"{name}.weight"] = merged_weight(layer, state[f"{name}.weight"], *self.factors(name))
         return state
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """`lora_A [r, in]` and `lora_B [out, r]` of a low-rank layer."""
         return self.trained[f"{name}.lora_A"], self.trained[f"{name}.lora_B"]
+
+
+def merged_weight(layer: dict, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """`W + s·B·A`, fp32 `[out, in]`, a new tensor; of a `weight` None, `s·B·A`. layer: of `SavedModel.layers`."""
+    start = torch.zeros(layer["shape"]) if weight is None else weight.clone()
+    return add_update_(start, lora_A, lora_B, layer["scaling"])
 
 
 def read_description(directory: Path) -> dict:
