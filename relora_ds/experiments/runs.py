@@ -26,6 +26,7 @@ from relora_ds.training.metrics import read_metrics
 
 # Of a recipe: what says how a run is watched, not what it computes.
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "log", "checkpoint", "guard")
+_WATCHED = (("eval", "samples"), ("seed", ""))
 NUM_POINTS = 100  # of a training curve
 FIRST_STEPS = 10  # after a restart
 
@@ -54,14 +55,23 @@ class Run:
         """Of a row with more overrides. RecipeError where they are wrong."""
         overrides = (*row.overrides, *overrides, f"seed={seed}")
         recipe = load_recipe(row.recipe, overrides)
-        values = {key: value for key, value in asdict(recipe).items() if key not in (*_ELSEWHERE, "seed")}
-        values["eval"].pop("samples")
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps(_settings(recipe), sort_keys=True).encode()).hexdigest()[:10]
         return cls(row, seed, overrides, recipe, f"{recipe.method}-{digest}-seed{seed}")
 
     @property
     def tokens(self) -> int:
         return self.recipe.total_steps * self.recipe.tokens_per_step
+
+
+def _settings(recipe: Recipe) -> dict:
+    """What it computes, as far as it is no default: a key that a later version adds leaves old results their names."""
+    def leaves(of: Recipe) -> dict:
+        return {(section, key): value for section, values in asdict(of).items()
+                for key, value in (values if isinstance(values, dict) else {"": values}).items()}
+
+    defaults = leaves(Recipe())
+    return {f"{section}.{key}": value for (section, key), value in leaves(recipe).items()
+            if value != defaults[section, key] and section not in _ELSEWHERE and (section, key) not in _WATCHED}
 
 
 class Runner:
