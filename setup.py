@@ -57,6 +57,7 @@ setup(
     package_data={
         "relora_ds": ["py.typed", "recipes/*.yaml"],
         "relora_ds.models": ["*.json"],
+        "relora_ds.experiments": ["suites/*.yaml"],
         "relora_ds.ds_configs": ["*.json"],
     },
     install_requires=INSTALL_REQUIRES,

@@ -186,6 +186,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class LogConfig:
     every: int = 10  # in steps
+    update_rank: bool = False  # at each restart the effective rank of what W has gained since the warm start
 
 
 @dataclass(kw_only=True)

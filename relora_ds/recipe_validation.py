@@ -212,6 +212,12 @@ def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
         yield "data.seq_len: 1 leaves no next token to predict; use e.g. 256"
 
 
+def _keeps_the_switch(recipe: "Recipe") -> bool:
+    intervals = (recipe.checkpoint.every, recipe.checkpoint.keep_every)
+    return recipe.full_rank_steps > 0 and all(_is_int(n) and n > 0 and recipe.full_rank_steps % n == 0
+                                              for n in intervals)
+
+
 def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("eval.every", recipe.eval.every, 1, example=500, optional=True)
     yield _integer("eval.samples", recipe.eval.samples, 0, example=1)
@@ -223,6 +229,9 @@ def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
     yield _number("guard.spike_zscore", recipe.guard.spike_zscore, "above 0", lambda x: x > 0, example=8.0)
     yield _choice("guard.on_spike", recipe.guard.on_spike, ON_SPIKE)
+    if recipe.log.update_rank and not _keeps_the_switch(recipe):
+        yield ("log.update_rank: true measures from the checkpoint at the end of the warm start, and the recipe keeps "
+               "none; use warm_start_steps, and checkpoint.every and checkpoint.keep_every that divide it")
     if recipe.guard.on_spike == "rollback" and recipe.checkpoint.every is None:
         yield ("guard.on_spike: rollback needs checkpoints to go back to, and checkpoint.every is null; set it, e.g. "
                "checkpoint.every=1000")

@@ -29,9 +29,9 @@ ALLOWED = {
     "train": BELOW_TRAINING | {"training"},
     "planning": BELOW_TRAINING | {"training"},
     "bench": BELOW_TRAINING | {"training", "planning", "figures"},
-    "experiments": BELOW_TRAINING | {"training", "planning", "figures"},
+    "experiments": BELOW_TRAINING | {"training", "bench", "figures", "train"},
     "figures": {"config", "training"},
-    "commands": BELOW_TRAINING | {"training", "planning", "bench", "figures", "experiments"},
+    "commands": BELOW_TRAINING | {"training", "planning", "bench", "experiments", "figures", "train"},
     "__main__": {"config", "commands", "train"},
 }
 # Other people's packages that a room may not import; "*" is every room that has no entry of its own.

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "validation loss of any Hugging Face model directory on any corpus",
     "checkpoint": "list, verify and prune the checkpoints of a run",
     "bench": "measured comparisons: the layer, requantization, memory of a step, quality by storage format",
+    "reproduce": "the paper's experiments: suites of runs, trained where they are missing, with a table and figures",
     "plot": "figures of one or more runs: PNG, and one self-contained HTML page",
     "spectrum": "singular values of the updates that runs made to their weights, and the ranks they amount to",
 }

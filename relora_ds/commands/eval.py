@@ -42,14 +42,16 @@ def run(arguments: argparse.Namespace) -> int:
     model.to(device_of_rank(), DTYPES[arguments.dtype])
     result = evaluate(model, text, seq_len=seq_len, micro_batch_size=arguments.batch_size, device=model.device)
     if arguments.json:
-        print(json.dumps({**vars(result), "seq_len": seq_len, "dtype": arguments.dtype}))
+        print(json.dumps({**result.figures(), "seq_len": seq_len, "dtype": arguments.dtype}))
         return 0
     print(f"{arguments.model} on {arguments.data[0]}, {arguments.dtype}, {seq_len} tokens of context")
     for label, figure in (("tokens predicted", f"{result.val_tokens:,}"),
                           ("loss, nats per token", f"{result.val_loss:.6f}"),
                           ("perplexity per token", f"{result.ppl:.4f}"),
                           ("perplexity per word", f"{result.word_ppl:.4f}"),
-                          ("bits per byte", f"{result.bits_per_byte:.6f}")):
+                          ("bits per byte", f"{result.bits_per_byte:.6f}"),
+                          *([] if result.galore_loss is None else
+                            [("loss as GaLore's code", f"{result.galore_loss:.6f}")])):
         print(f"  {label:<22}{figure:>14}")
     return 0
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora_ds.checkpoint.manifest import tag_of
 from relora_ds.checkpoint.writer import Written
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import report
@@ -22,6 +23,7 @@ from relora_ds.training.metrics import MetricsLog, read_metrics
 from relora_ds.training.phases import Phase
 from relora_ds.training.preflight import Plan
 from relora_ds.training.samples import Sample
+from relora_ds.training.update_rank import update_ranks
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.moments import max_update_over_lr
 
@@ -128,19 +130,30 @@ class Journal:
     def restart(self) -> None:
         """A restart has taken place."""
         done = self._engine.last_restart
+        ranks = self._update_ranks()
         self._write("restart", **{
             "restarts": self._account.restarts, "prune_fraction_m": done.prune_fraction_m,
             "prune_fraction_v": done.prune_fraction_v, "merge_drift": done.merge_drift, "merge_loss": done.merge_loss,
             "merge_loss_total": done.merge_loss_total,
             "update_norms": done.update_norms, "relative_update_norms": done.relative_update_norms,
-            "restart_s": done.restart_s, "checksum": done.checksum})
+            "restart_s": done.restart_s, "checksum": done.checksum, **({"update_ranks": ranks} if ranks else {})})
         self._view.line(report.restart_line(self._account.step, done))
+
+    def _update_ranks(self) -> dict[str, float] | None:
+        if not self._recipe.log.update_rank:
+            return None
+        start = Path(self._recipe.run_dir) / "checkpoints" / tag_of(self._phase.start)
+        ranks = update_ranks(self._engine, start)
+        if ranks is None:
+            self._view.warn(f"log.update_rank: not every rank sees {start}, from where the update is measured; it needs "
+                            "a run_dir that all hosts share")
+        return ranks
 
     def evaluation(self, result: Evaluation, samples: list[Sample]) -> None:
         """The network was evaluated."""
         step = self._account.step
         self.history.append((step, self._phase.name, result))
-        self._write("eval", **vars(result), samples=[dataclasses.asdict(sample) for sample in samples])
+        self._write("eval", **result.figures(), samples=[dataclasses.asdict(sample) for sample in samples])
         self._view.line(report.evaluation_line(step, result, self._account))
         for sample in samples:
             self._view.line(report.sample_line(sample, self._view.width))
@@ -171,7 +184,7 @@ def _evaluations(run_dir: Path) -> list[tuple[int, str, Evaluation]]:
     found = []
     for line in read_metrics(run_dir):
         if line["kind"] == "eval":
-            values = {field.name: line[field.name] for field in dataclasses.fields(Evaluation)}
+            values = {field.name: line[field.name] for field in dataclasses.fields(Evaluation) if field.name in line}
             finite = {name: math.nan if value is None else value for name, value in values.items()}
             found.append((line["step"], line["phase"], Evaluation(**finite)))
     return found

@@ -18,8 +18,10 @@ TENSORBOARD_TAGS = {
               "full_rank_bytes_wire": "traffic/total_bytes_wire_of_full_rank",
               "peak_memory_bytes": "memory/peak_bytes", "max_update_over_lr": "restart/max_update_over_lr"},
     "eval": {"val_loss": "loss/validation", "ppl": "perplexity/per_token", "word_ppl": "perplexity/per_word",
-             "bits_per_byte": "perplexity/bits_per_byte", "val_tokens": None},
-    "restart": {"restarts": None, "update_norms": "update_norm", "relative_update_norms": "update_norm_relative"},
+             "bits_per_byte": "perplexity/bits_per_byte", "galore_loss": "loss/validation_as_galore",
+             "val_tokens": None},
+    "restart": {"restarts": None, "update_norms": "update_norm", "relative_update_norms": "update_norm_relative",
+                "update_ranks": "update_rank"},
     "phase": {"trainable_parameters": "parameters/trainable", "total_parameters": "parameters/total"},
 }
 

@@ -62,7 +62,8 @@ def evaluation_line(step: int, result: Evaluation, account: Account) -> str:
     """The network was evaluated; what it took to get here."""
     sent = "" if not account.bytes_wire else (f"; sent per rank so far {human_bytes(account.bytes_wire)}, full rank "
                                               f"{human_bytes(account.full_rank_wire)}")
-    return f"step {step}  validation: loss {result.val_loss:.4f}, perplexity {result.ppl:.2f}{sent}"
+    galore = "" if result.galore_loss is None else f" (as GaLore's code counts: {result.galore_loss:.4f})"
+    return f"step {step}  validation: loss {result.val_loss:.4f}{galore}, perplexity {result.ppl:.2f}{sent}"
 
 
 def sample_line(sample: Sample, width: int) -> str:
@@ -106,7 +107,7 @@ def summarise(plan: Plan, account: Account, final: Evaluation, trainable: int, t
     recipe = plan.recipe
     summary = {
         "method": recipe.method, "model": model_name(recipe), "precision": plan.precision,
-        "world_size": plan.world_size, "step": account.step, **vars(final), "restarts": account.restarts,
+        "world_size": plan.world_size, "step": account.step, **final.figures(), "restarts": account.restarts,
         "skipped_steps": account.skipped, "loss_spikes": account.spikes, "rollbacks": account.rollbacks,
         "trainable_parameters": trainable, "total_parameters": total,
         "tokens": account.tokens, "seconds": account.seconds, "bytes_payload": account.bytes_payload,

@@ -106,7 +106,8 @@ def losses_of(micro_batch_size):
     class Data:
         validation, padding, validation_words, validation_bytes = TOKENS, PADDING, 10, 50
     result = evaluate(model, Data, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, device=torch.device("cpu"))
-    return total.item(), gradients.norm().item(), gradients[:50].tolist(), result.val_loss, result.val_tokens
+    return (total.item(), gradients.norm().item(), gradients[:50].tolist(), result.val_loss, result.val_tokens,
+            result.galore_loss)
 
 
 def test_loss_gradient_and_evaluation_are_means_over_real_tokens():
@@ -122,12 +123,26 @@ def test_loss_gradient_and_evaluation_are_means_over_real_tokens():
     (nats / count).backward()
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     for micro_batch_size in (1, 3):
-        loss, norm, first, val_loss, val_tokens = ranks(2).run(losses_of, micro_batch_size)[0]
+        loss, norm, first, val_loss, val_tokens, galore_loss = ranks(2).run(losses_of, micro_batch_size)[0]
         assert loss == pytest.approx((nats / count).item(), rel=1e-6)
         assert norm == pytest.approx(gradients.norm().item(), rel=1e-5)
         torch.testing.assert_close(torch.tensor(first), gradients[:50], rtol=1e-4, atol=1e-8)
         assert val_tokens == sum(min(length, SEQ_LEN) - 1 for length in LENGTHS)
+        assert galore_loss == pytest.approx(as_galores_code_counts(model, micro_batch_size, num_ranks=2), rel=1e-5)
     assert val_loss == pytest.approx(ranks(2).run(losses_of, 1)[1][3], rel=1e-12)
+
+
+def as_galores_code_counts(model, micro_batch_size: int, num_ranks: int) -> float:
+    """Batches dealt to the ranks in turn; each rank's means over a counter that began at 1; the mean over ranks."""
+    rows = PaddedRows(TOKENS, SEQ_LEN, PADDING)
+    found = []
+    for rank in range(num_ranks):
+        total, batches = 0.0, 1
+        for first in range(rank * micro_batch_size, len(rows), micro_batch_size * num_ranks):
+            batch = rows.batch(np.arange(first, min(first + micro_batch_size, len(rows))))
+            total, batches = total + model(**batch).loss.item(), batches + 1
+        found.append(total / batches)
+    return sum(found) / num_ranks
 
 
 def test_too_few_documents_is_a_clear_error():

@@ -1,0 +1,179 @@
+"""What the runs of a suite say together: a table, and what the figures are drawn from."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora_ds.bench.record import rows_as_markdown
+from relora_ds.checkpoint.store import directories
+from relora_ds.experiments import spectra
+from relora_ds.experiments.runs import Results, Run
+from relora_ds.experiments.suites import Row, Suite
+from relora_ds.training.console import human_bytes, human_count
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row and what its finished runs found, by seed."""
+
+    row: Row
+    results: list[dict]
+
+    @property
+    def losses(self) -> list[float]:
+        return [one["val_loss"] for one in self.results]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
+
+    def differences(self, other: "Measured") -> list[float]:
+        """Validation loss less `other`'s, seed by seed, of the seeds that both have."""
+        theirs = {one["seed"]: one["val_loss"] for one in other.results}
+        return [one["val_loss"] - theirs[one["seed"]] for one in self.results if one["seed"] in theirs]
+
+
+def measured(suite: Suite, runs: Sequence[Run], results: Results) -> list[Measured]:
+    """The suite's rows in order, as far as there are results."""
+    found = []
+    for row in suite.rows:
+        kept = [result for run in runs if run.row is row and (result := results.read(run))]
+        if kept:
+            found.append(Measured(row, kept))
+    return found
+
+
+def write(suite: Suite, runs: Sequence[Run], results: Results, directory_of: Callable[[Run], Path],
+          with_figures: bool) -> list[Path]:
+    """The suite's table and figures, into the directory of the results; returns the files.
+
+    Args:
+        directory_of: where a run is, or was. Spectra are drawn of the first seed's runs that are still there.
+    """
+    rows = measured(suite, runs, results)
+    results.directory.mkdir(parents=True, exist_ok=True)
+    page = results.directory / f"{suite.name}.md"
+    page.write_text(markdown(suite, rows, len(runs)) + "\n", encoding="utf-8")
+    if not with_figures:
+        return [page]
+    from relora_ds.figures.experiments import save_suite
+    from relora_ds.figures.spectra import save_spectra
+    files = [page, *save_suite(curves(rows), sweeps(rows), results.directory, suite.name)]
+    there = {run.row.name: directory_of(run) for run in runs
+             if run.seed == 0 and results.read(run) and directories(directory_of(run))}
+    if suite.spectra and there:
+        found = spectra.measure(list(there.values()))
+        for one, name in zip(found["runs"], there, strict=True):
+            one["name"] = name
+        files += save_spectra(found, results.directory / f"{suite.name}_spectra")
+    return files
+
+
+def markdown(suite: Suite, rows: list[Measured], num_runs: int) -> str:
+    """Title, table, and on what it was made."""
+    done = sum(len(row.results) for row in rows)
+    reference = next((row for row in rows if row.row.name == suite.reference), None)
+    blocks = [f"### {suite.title}", suite.text]
+    if done < num_runs:
+        blocks.append(f"{done} of {num_runs} runs have ended.")
+    if not rows:
+        return "\n\n".join(blocks)
+    groups = dict.fromkeys(row.row.axis for row in rows)
+    blocks += [rows_as_markdown(_table([row for row in rows if row.row.axis == axis], reference)) for axis in groups]
+    if best := _best(rows):
+        blocks.append(best)
+    blocks.append(_made(rows))
+    return "\n\n".join(blocks)
+
+
+def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
+    papers = list(dict.fromkeys(size for row in rows for size in row.row.paper or {}))
+    columns = {
+        "row": lambda row: row.row.name,
+        "seeds": lambda row: str(len(row.results)),
+        "validation loss": lambda row: _spread(row.losses),
+        "perplexity": lambda row: f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
+        "loss against the reference": lambda row: _against(row, reference),
+        "at the switch": lambda row: _mean(row, "loss_at_switch", "{:.3f}"),
+        "restarts": lambda row: str(row.results[0]["restarts"]),
+        "first updates": lambda row: _mean(row, "first_updates", "{:.3g}", max),
+        "rank of the update": lambda row: _rank(row),
+        "trainable": lambda row: human_count(row.results[0]["trainable_parameters"]),
+        "all": lambda row: human_count(row.results[0]["total_parameters"]),
+        "tokens": lambda row: human_count(row.results[0]["tokens"]),
+        "sent by a rank": lambda row: human_bytes(row.results[0]["bytes_wire"]) if row.results[0]["bytes_wire"] else "",
+        "hours": lambda row: f"{sum(one['seconds'] for one in row.results) / len(row.results) / 3600:.2f}",
+        **{f"paper, {size}": lambda row, size=size: _printed((row.row.paper or {}).get(size)) for size in papers}}
+    table = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    shown = [i for i in range(len(columns)) if any(line[i] for line in table[1:])]
+    return [[line[i] for i in shown] for line in table]
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def _against(row: Measured, reference: Measured | None) -> str:
+    if reference is None:
+        return ""
+    if row is reference:
+        return "reference"
+    differences = row.differences(reference)
+    if len(differences) < 2:
+        return f"{differences[0]:+.4f}" if differences else ""
+    return f"{statistics.mean(differences):+.4f} ({min(differences):+.4f} to {max(differences):+.4f})"
+
+
+def _mean(row: Measured, key: str, form: str, of=statistics.mean) -> str:
+    values = [one[key] for one in row.results if one.get(key) is not None]
+    return form.format(of(values)) if values else ""
+
+
+def _rank(row: Measured) -> str:
+    found = [one["spectrum"]["numerical_rank"] for one in row.results if one.get("spectrum")]
+    if not found:
+        return ""
+    r = row.results[0]["r"]
+    return f"{statistics.median(found):g}" + (f" (r {r})" if r else "")
+
+
+def _printed(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _best(rows: list[Measured]) -> str:
+    """Of every sweep, each group's best value."""
+    lines = []
+    for axis in dict.fromkeys(row.row.axis for row in rows if row.row.axis):
+        for group in dict.fromkeys(row.row.group for row in rows if row.row.axis == axis):
+            swept = [row for row in rows if row.row.axis == axis and row.row.group == group]
+            best = min(swept, key=lambda row: row.mean)
+            at_edge = best.row.value in (swept[0].row.value, swept[-1].row.value) and len(swept) > 1
+            lines.append(f"- {group}: best at {axis} {best.row.value:g} ({best.mean:.4f})"
+                         + (", the edge of what was tried" if at_edge else ""))
+    return "\n".join(lines)
+
+
+def _made(rows: list[Measured]) -> str:
+    """Device and versions, one sentence for each that was used; hours in all."""
+    made = list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in one["conditions"].items())
+                              for row in rows for one in row.results))
+    hours = sum(one["seconds"] for row in rows for one in row.results) / 3600
+    return f"*{'; '.join(made)}. {hours:.1f} hours of training.*"
+
+
+def curves(rows: list[Measured]) -> dict[str, list[dict]]:
+    """For the figure of losses over tokens: every finished run's training and validation curve, by row."""
+    return {row.row.name: [{key: one[key] for key in ("train_curve", "curve")} for one in row.results] for row in rows}
+
+
+def sweeps(rows: list[Measured]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
+    """For the figures of sweeps: `{axis: {group: [(value, losses by seed)]}}`."""
+    found: dict[str, dict[str, list]] = {}
+    for row in rows:
+        if row.row.axis:
+            found.setdefault(row.row.axis, {}).setdefault(row.row.group, []).append((row.row.value, row.losses))
+    return found

@@ -1,0 +1,89 @@
+"""What a suite declares: the rows of an experiment, and sweeps of rows over one quantity.
+
+    title: one line
+    text: what the paper did, and what is asked here
+    reference: the row that the others are compared with
+    seeds: runs of every row
+    spectra: whether the singular values of the updates belong to the results
+    rows:
+      NAME: {recipe: full, set: [section.key=value, ...], paper: {130M: 23.65}}
+    sweeps:
+      - {axis: learning rate, set: ["optim.lr={value}"], values: {tiny: [...], small: [...], paper: [...]}, rows: {...}}
+
+`recipe` is what follows the scale in the name of a shipped recipe. In `set`, `{value}` is the sweep's, and
+`{full.optim.lr}` is what the recipe `full` of the same scale says.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from relora_ds.config import Recipe, load_recipe
+
+DIRECTORY = Path(__file__).parent / "suites"
+# scale -> how its recipes begin. 130M is the paper's smallest network that restarts often enough to see it.
+SCALES = {"tiny": "tiny", "small": "small", "paper": "llama_130m"}
+METHODS = ("full", "control", "lora", "relora")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a suite's table.
+
+    Attributes:
+        name: unique in the suite.
+        axis, group, value: of a sweep's row what is swept, the row that it was made of, and the value; else None.
+        recipe, overrides: what is trained, but for the seed.
+        paper: perplexities that the paper prints, by model size.
+    """
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    axis: str | None = None
+    group: str | None = None
+    value: float | None = None
+    paper: dict[str, float | str] | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite at one scale; see the head of this file."""
+
+    name: str
+    scale: str
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+    reference: str | None
+    seeds: int
+    spectra: bool
+
+
+def suite_names() -> list[str]:
+    """Names of the shipped suites."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def read_suite(name: str, scale: str) -> Suite:
+    """A shipped suite. ValueError for an unknown name or scale."""
+    if name not in suite_names():
+        raise ValueError(f"SUITE: {name} is none; there are {', '.join(suite_names())}")
+    if scale not in SCALES:
+        raise ValueError(f"--scale: {scale} is none; there are {', '.join(SCALES)}")
+    declared = yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8"))
+    recipes = {method: load_recipe(f"{SCALES[scale]}_{method}") for method in METHODS}
+    rows = [_row(row, about, scale, recipes) for row, about in declared.get("rows", {}).items()]
+    for sweep in declared.get("sweeps", []):
+        rows += [_row(group, {**about, "set": [*about.get("set", []), *sweep["set"]]}, scale, recipes, sweep["axis"],
+                      value) for group, about in sweep["rows"].items() for value in sweep["values"][scale]]
+    return Suite(name, scale, declared["title"], declared["text"], tuple(rows), declared.get("reference"),
+                 declared["seeds"], declared.get("spectra", False))
+
+
+def _row(name: str, about: dict, scale: str, recipes: dict[str, Recipe], axis: str | None = None,
+         value: float | None = None) -> Row:
+    overrides = tuple(text.format(value=value, **recipes) for text in about.get("set", []))
+    return Row(name if axis is None else f"{name}, {axis} {value:g}", f"{SCALES[scale]}_{about['recipe']}", overrides,
+               axis, name if axis else None, value, about.get("paper"))

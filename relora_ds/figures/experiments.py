@@ -1,0 +1,77 @@
+"""The figures of a suite: losses over tokens, and final losses over what a sweep changes."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from relora_ds.figures.plot import DPI
+from relora_ds.figures.style import LIGHT, Theme, colour, dash, limits, rc
+from relora_ds.training.console import human_count
+
+MOST_CURVES = 8  # more cannot be told apart
+
+
+def save_suite(curves: dict[str, list[dict]], sweeps: dict[str, dict], directory: Path, name: str) -> list[Path]:
+    """Draw what there is into `directory/NAME_*.png`; returns the files.
+
+    Args:
+        curves, sweeps: what `experiments.report` makes of a suite.
+    """
+    figures = {f"{name}_{axis.replace(' ', '_')}": draw_sweep(axis, groups, LIGHT) for axis, groups in sweeps.items()}
+    if 0 < len(curves) <= MOST_CURVES:
+        figures[f"{name}_loss"] = draw_curves(curves, LIGHT)
+    directory.mkdir(parents=True, exist_ok=True)
+    for file, figure in figures.items():
+        with rc_context(rc(LIGHT)):
+            figure.savefig(directory / f"{file}.png", format="png", dpi=DPI)
+    return [directory / f"{file}.png" for file in figures]
+
+
+def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
+    """Training loss, the mean over seeds, as lines; validation loss as points, one a seed."""
+    with rc_context(rc(theme)):
+        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+        axes = figure.subplots()
+        shown = []
+        for i, (name, runs) in enumerate(curves.items()):
+            hue, trained = colour(theme, i), [np.array(run["train_curve"]) for run in runs]
+            length = min(map(len, trained))
+            tokens, losses = trained[0][:length, 0], np.mean([one[:length, 1] for one in trained], axis=0)
+            axes.plot(tokens, losses, color=hue, linestyle=dash(i), linewidth=1.2, alpha=0.7)
+            shown.append((tokens, losses))
+            for k, run in enumerate(runs):
+                points = np.array(run["curve"])
+                axes.plot(points[:, 0], points[:, 1], color=hue, marker="o", markersize=4, linewidth=0,
+                          markeredgecolor=theme.ground, markeredgewidth=0.6, zorder=3, label=None if k else name)
+                shown.append((points[:, 0], points[:, 1]))
+        if found := limits(shown):
+            axes.set_ylim(*found)
+        axes.set_title("Loss: training (lines), validation (points)")
+        axes.set_ylabel("nats per token")
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(lambda value, _: human_count(value).replace(".00", ""))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=5)
+    return figure
+
+
+def draw_sweep(axis: str, groups: dict[str, list[tuple[float, list[float]]]], theme: Theme) -> Figure:
+    """Final validation loss over one quantity: a line through the means, points for the seeds."""
+    with rc_context(rc(theme)):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axes = figure.subplots()
+        values = sorted({value for found in groups.values() for value, _ in found})
+        for i, (name, found) in enumerate(groups.items()):
+            axes.plot([value for value, _ in found], [np.mean(losses) for _, losses in found], color=colour(theme, i),
+                      linestyle=dash(i), linewidth=1.6, label=name)
+            axes.plot([value for value, losses in found for _ in losses], [one for _, losses in found for one in losses],
+                      color=colour(theme, i), marker="o", markersize=4, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+        axes.set_title(f"Validation loss by {axis}")
+        axes.set_xlabel(axis)
+        axes.set_ylabel("nats per token")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return figure
