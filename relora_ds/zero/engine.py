@@ -170,7 +170,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         return super().forward(*inputs, **kwargs)
 
     def _sketch_gradients(self) -> None:
-        """Have the layers take W's gradient along in the step that a scheduled restart follows; see `lowrank.reinit`."""
+        """Have the layers take W's gradient along in a step that a scheduled restart follows (`lowrank.reinit`)."""
         if self.num_accumulated:
             return
         due = self.lr_scheduler.is_scheduled(self.t + 1)
