@@ -60,6 +60,8 @@ class ReLoRAConfig:
     restart_warmup_steps: length of the linear re-warm-up after a restart, in steps.
     optimizer_reset, reset_ratio: what happens to Adam's moments of A and B at a restart. `magnitude_joint` keeps the
         largest `1 - reset_ratio` of |exp_avg| and applies that one mask to both moments.
+    restart_init: what A becomes at a restart: kaiming (the paper's), orthogonal (to the A's that earlier cycles began
+        with), or gradient (the dominant row space of W's gradient in the step before); see `lowrank.reinit`.
     frozen_dtype: how W is stored; auto = the precision of the run. frozen_double_quant: nf4's scales in 8 bit too.
     frozen_master: where the fp32 masters of W live when W is stored below fp32, spread over the ranks; none = what a
         merge rounds away is lost.
@@ -77,6 +79,7 @@ class ReLoRAConfig:
     restart_warmup_steps: int = 100
     optimizer_reset: str = "magnitude_joint"  # magnitude_joint | magnitude | random | zero | none
     reset_ratio: float = 0.99
+    restart_init: str = "kaiming"  # kaiming | orthogonal | gradient
     frozen_dtype: str = "auto"  # auto | fp32 | bf16 | fp16 | int8 | nf4 | fp8
     frozen_double_quant: bool = False
     frozen_master: str = "cpu"  # cpu | device | none

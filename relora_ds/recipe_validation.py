@@ -22,6 +22,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INITS = ("random", "pretrained")
 LORA_BASES = ("none", "random", "warm_start")
 OPTIMIZER_RESETS = ("magnitude_joint", "magnitude", "random", "zero", "none")
+RESTART_INITS = ("kaiming", "orthogonal", "gradient")
 FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8")
 FROZEN_MASTERS = ("cpu", "device", "none")
 FROZEN_PLACEMENTS = ("auto", "replicated", "sharded")
@@ -40,6 +41,7 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
         _integer("relora.restart_warmup_steps", config.restart_warmup_steps, 0, example=100),
         _number("relora.reset_ratio", config.reset_ratio, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.99),
         _choice("relora.optimizer_reset", config.optimizer_reset, OPTIMIZER_RESETS),
+        _choice("relora.restart_init", config.restart_init, RESTART_INITS),
         _choice("relora.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES),
         _choice("relora.frozen_master", config.frozen_master, FROZEN_MASTERS),
         _choice("relora.frozen_placement", config.frozen_placement, FROZEN_PLACEMENTS),
@@ -48,6 +50,9 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
     if _is_int(every) and _is_int(ramp) and 1 <= every <= ramp:
         found.append(f"relora.restart_every: {every} is not above relora.restart_warmup_steps {ramp}, so the learning "
                      f"rate would never recover; use e.g. relora.restart_warmup_steps={_tenth(every)}")
+    if config.restart_init == "gradient" and config.lora_dropout:
+        found.append(f"relora.restart_init: gradient needs the layer's own input, and relora.lora_dropout "
+                     f"{config.lora_dropout} hides it; use relora.lora_dropout=0")
     targets = config.target_modules
     if targets != "all-linear" and not _is_names(targets):
         found.append(f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
@@ -85,6 +90,9 @@ def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
         yield "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"
     elif recipe.overwrite and recipe.resume:
         yield f"overwrite: true would delete the run that resume: {recipe.resume} continues; set one of the two"
+    if recipe.compile and recipe.relora.restart_init == "gradient":
+        yield ("relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "
+               "the two")
     if recipe.init_from and recipe.warm_start_steps:
         yield (f"init_from: {recipe.init_from} together with warm_start_steps: {recipe.warm_start_steps} is not "
                "available in this version; use warm_start_steps=0")

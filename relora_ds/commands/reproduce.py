@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.experiments import budget, report
-    from relora_ds.experiments.runs import Results, Run, Stopped, Runner
+    from relora_ds.experiments.runs import Results, Run, Runner, Stopped
     from relora_ds.experiments.suites import read_suite
     from relora_ds.train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED
 

@@ -22,6 +22,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.formats import DENSE, Format, format_named
+from relora_ds.lowrank.reinit import GradientSketch
 
 _library = torch.library.Library("relora_ds", "DEF")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
@@ -105,12 +106,12 @@ class LowRankLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-                scaling: float, format: str) -> Tensor:
+                scaling: float, format: str, sketch: GradientSketch | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = product(rows, lora_A.t())
         y = linear(rows, weight, h, lora_B, bias, scaling, format)
         ctx.save_for_backward(rows, h, weight, lora_A, lora_B)
-        ctx.scaling, ctx.format = scaling, format
+        ctx.scaling, ctx.format, ctx.sketch = scaling, format, sketch
         ctx.x_shape = x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -118,8 +119,10 @@ class LowRankLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y: Tensor):
         rows, h, weight, lora_A, lora_B = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, needs_bias, _, _ = ctx.needs_input_grad
+        needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         g = grad_y.reshape(-1, grad_y.shape[-1])
+        if ctx.sketch is not None:
+            ctx.sketch.add(g, rows)
 
         grad_x = grad_A = grad_B = grad_bias = None
         if needs_x or needs_A:
@@ -133,7 +136,7 @@ class LowRankLinearFunction(torch.autograd.Function):
             grad_B = product(g.t(), h).mul_(ctx.scaling)
         if needs_bias:
             grad_bias = g.sum(0)
-        return grad_x, None, grad_A, grad_B, grad_bias, None, None
+        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None
 
 
 class FrozenLinearFunction(torch.autograd.Function):
@@ -156,7 +159,7 @@ class FrozenLinearFunction(torch.autograd.Function):
 
 
 def lowrank_linear(x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-                   scaling: float, format: Format = DENSE) -> Tensor:
+                   scaling: float, format: Format = DENSE, sketch: GradientSketch | None = None) -> Tensor:
     """`x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias` (paper Eq. 2), fused.
 
     Args:
@@ -166,8 +169,9 @@ def lowrank_linear(x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Ten
         lora_B: `[out_features, r]`.
         bias: `[out_features]` or None.
         scaling: `s = lora_alpha / r`.
+        sketch: takes W's gradient along in backward.
 
     Returns:
         `[..., out_features]`, of the dtype of `x`. All tensors but a packed weight share one dtype.
     """
-    return LowRankLinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, format.name)
+    return LowRankLinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, format.name, sketch)

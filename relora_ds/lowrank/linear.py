@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from relora_ds.lowrank.formats import DENSE, Format
 from relora_ds.lowrank.kernels import FrozenLinearFunction, lowrank_linear
+from relora_ds.lowrank.reinit import GradientSketch
 from relora_ds.lowrank.seeding import keyed_generator
 
 
@@ -48,6 +49,9 @@ class ReLoRALinear(nn.Module):
         weight: the weight to freeze, taken over (not copied), or None.
         bias: taken over and trained, or None.
         r, lora_alpha, lora_dropout: as in PEFT's `LoraConfig`.
+
+    Attributes:
+        sketch: set it to a `GradientSketch`, and every backward adds W's gradient to it (not with dropout).
     """
 
     def __init__(self, in_features: int, out_features: int, weight: nn.Parameter | None,
@@ -60,6 +64,7 @@ class ReLoRALinear(nn.Module):
         if weight is not None:
             weight.requires_grad_(False)
         self.format: Format = DENSE
+        self.sketch: GradientSketch | None = None
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
@@ -69,7 +74,8 @@ class ReLoRALinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         if self.training and self.lora_dropout > 0:
             return self._forward_with_dropout(x)
-        return lowrank_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.format)
+        return lowrank_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.format,
+                              self.sketch)
 
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         # Dropout stands on the low-rank branch only (as in PEFT), so its input differs from the dense

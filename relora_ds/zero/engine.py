@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
+from relora_ds.lowrank.reinit import GradientSketch
 from relora_ds.lowrank.seeding import keyed_seed
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
@@ -164,7 +165,18 @@ class ReLoRAEngine(DeepSpeedEngine):
         if self.training and self._has_dropout:
             # A mask of its own for every rank, step and micro-step, and the same one after a resume.
             torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.num_accumulated}/{dist.get_rank()}"))
+        if self.training and self.relora is not None and self.relora.restart_init == "gradient":
+            self._sketch_gradients()
         return super().forward(*inputs, **kwargs)
+
+    def _sketch_gradients(self) -> None:
+        """Have the layers take W's gradient along in a step that a scheduled restart follows (`lowrank.reinit`)."""
+        if self.num_accumulated:
+            return
+        due = self.lr_scheduler.is_scheduled(self.t + 1)
+        for name, layer in self.frozen.layers.items():
+            layer.sketch = GradientSketch(layer.r, layer.in_features, f"{self.seed}/{self.t}/{name}/sketch",
+                                          self.device) if due else None
 
     def step(self, lr_kwargs=None):
         """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""

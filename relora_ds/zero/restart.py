@@ -22,6 +22,7 @@ from torch import Tensor
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.linear import initial_A
+from relora_ds.lowrank.reinit import dominant_rows, orthogonal_A
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.agreement import checksum, verify
@@ -84,7 +85,7 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     started = time.perf_counter()
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, config, seed=seed, number=number, device=device)
-    _reinitialise(shards, frozen, seed=seed, number=number)
+    _reinitialise(shards, frozen, config, seed=seed, number=number, device=device)
     fraction_m, fraction_v = prune_moments(shards, [n for n in shards.names if is_lora_parameter(n)],
                                            config.optimizer_reset, config.reset_ratio,
                                            seed=seed, number=number, device=device)
@@ -156,10 +157,30 @@ def _require_finite(frozen: FrozenWeights, factors: dict[str, tuple[Tensor, Tens
                                   f"layers, the first {names[0]}; nothing was changed")
 
 
-def _reinitialise(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int) -> None:
+def _reinitialise(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
+                  device: torch.device) -> None:
     for name, layer in frozen.layers.items():
-        shards.write(f"{name}.lora_A", initial_A(layer.r, layer.in_features, seed=seed, restart=number, name=name))
+        new_A = initial_A(layer.r, layer.in_features, seed=seed, restart=number, name=name)
+        if config.restart_init != "kaiming":
+            new_A = _chosen_A(new_A, name, frozen, config.restart_init, seed=seed, number=number, device=device)
+        shards.write(f"{name}.lora_A", new_A)
         shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r))
+
+
+def _chosen_A(kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, seed: int, number: int,
+              device: torch.device) -> Tensor:
+    """The owner's choice, the same bits on every rank: decompositions differ between kinds of processors."""
+    layer, owner, chosen = frozen.layers[name], frozen.owners[name], None
+    if how == "gradient" and layer.sketch is not None:  # a restart by hand comes without
+        sketch, layer.sketch = layer.sketch.values, None
+        dist.all_reduce(sketch)
+        if dist.get_rank() == owner:
+            chosen = dominant_rows(sketch, layer.r)
+    elif how == "orthogonal" and dist.get_rank() == owner:
+        chosen = orthogonal_A(layer.r, layer.in_features, seed=seed, restart=number, name=name)
+    new_A = (kaiming if chosen is None else chosen).to(device)
+    dist.broadcast(new_A, owner)
+    return new_A
 
 
 def _ratio(square: float, of: float) -> float:

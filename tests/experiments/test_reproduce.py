@@ -11,7 +11,7 @@ import pytest
 
 from relora_ds.__main__ import main
 from relora_ds.experiments import budget, report
-from relora_ds.experiments.runs import Results, Run, Stopped, Runner, result_of
+from relora_ds.experiments.runs import Results, Run, Runner, Stopped, result_of
 from relora_ds.experiments.suites import read_suite
 from relora_ds.training.metrics import read_metrics
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.lowrank.linear import initial_A
+from relora_ds.lowrank.reinit import orthogonal_A
 from relora_ds.lowrank.wrap import lowrank_layers
 from tests.parity import cases
 from tests.parity.reference import prune
@@ -294,3 +295,74 @@ def a_rank_that_misses_a_weight(stage, precision) -> str:
 def test_ranks_that_disagree_are_noticed_by_all(stage, precision):
     for message in ranks(2).run(a_rank_that_misses_a_weight, stage, precision):
         assert "do not agree on model.layers.0.self_attn.q_proj.weight" in message
+
+
+# -- other choices of A ----------------------------------------------------------------------------------------------
+
+def restart_on_schedule(stage, how, accumulation=1) -> dict:
+    """Train through the first scheduled restart; returns the new A's, and how much of the gradient each captures."""
+    relora = cases.relora_config(restart_init=how)
+    engine = cases.build(stage, relora=relora, accumulation=accumulation)
+    for step in range(cases.EVERY - 1):
+        cases.train_step(engine, step)
+        assert all(layer.sketch is None for layer in lowrank_layers(engine.module).values())
+    gradients = full_gradients(engine.collect_merged(), cases.EVERY - 1)
+    cases.train_step(engine, cases.EVERY - 1)
+    assert engine.restarts == [cases.EVERY]
+    layers, masters = lowrank_layers(engine.module), cases.gathered_state(engine)["master"]
+    copies = cases.forward_copies(engine)
+    found, captured = {}, []
+    for name in layers:
+        A = found[name] = masters[f"{name}.lora_A"]
+        assert torch.equal(copies[f"{name}.lora_A"], A)
+        basis = torch.linalg.qr(A.t()).Q
+        best = torch.linalg.svd(gradients[name]).S[:4].square().sum()
+        captured.append(((gradients[name] @ basis).square().sum() / best).item())
+    cases.train_step(engine, cases.EVERY)
+    result = {"A": fingerprint(found), "captured": captured,
+              "orthogonal": all(torch.allclose(A @ A.t(), torch.eye(4) / 3, atol=1e-5) for A in found.values()),
+              "values": {name: A.tolist() for name, A in found.items()}}
+    cases.release(engine)
+    return result
+
+
+def full_gradients(weights, step) -> dict:
+    """Of the merged weights, on the whole global batch, in one process."""
+    model = cases.FAMILIES["llama"](0)
+    model.load_state_dict(weights)
+    tokens = cases.batch(step, cases.GLOBAL_BATCH)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: module.weight.grad for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 3), (2, 1), (3, 3)])
+def test_a_begins_in_the_gradients_dominant_rows(stage, accumulation):
+    results = ranks(2).run(restart_on_schedule, stage, "gradient", accumulation)
+    assert results[0] == results[1] and results[0]["orthogonal"]
+    kaiming = ranks(2).run(restart_on_schedule, stage, "kaiming")[0]["captured"]
+    assert sum(results[0]["captured"]) / len(kaiming) > 0.8 > 0.5 > sum(kaiming) / len(kaiming)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_begins_orthogonal_to_earlier_cycles(stage):
+    results = ranks(2).run(restart_on_schedule, stage, "orthogonal")
+    assert results[0] == results[1] and results[0]["orthogonal"]
+    for name, A in results[0]["values"].items():
+        expected = orthogonal_A(4, len(A[0]), seed=0, restart=1, name=name)
+        torch.testing.assert_close(torch.tensor(A), expected)
+
+
+def restart_by_hand_without_a_sketch() -> bool:
+    engine = cases.build(1, relora=cases.relora_config(restart_init="gradient"))
+    for step in range(3):
+        cases.train_step(engine, step)
+    engine.restart()
+    masters = cases.gathered_state(engine)["master"]
+    same = all(torch.equal(masters[f"{name}.lora_A"], initial_A(4, layer.in_features, seed=0, restart=1, name=name))
+               for name, layer in lowrank_layers(engine.module).items())
+    cases.release(engine)
+    return same
+
+
+def test_a_restart_by_hand_has_no_gradient_to_choose_from():
+    assert ranks(2).run(restart_by_hand_without_a_sketch) == [True, True]
