@@ -6,10 +6,10 @@
         data.validation=DIRECTORY/validation.jsonl
 
 WikiText-2 and 17 books of Project Gutenberg, as relora_ds itself finds them, and three packages of Debian, fetched with
-`apt-get download` and unpacked with `dpkg-deb`, not installed: the GNU Collaborative International Dictionary of English
-(dict-gcide), the Free On-line Dictionary of Computing (dict-foldoc) and the kernel's documentation (linux-doc-6.1).
-Paragraphs that were there before are dropped, and every 50th document is for validation. Debian's packages change with its
-releases: DIRECTORY/NOTICE says which ones these are.
+`apt-get download` and unpacked with `dpkg-deb`, not installed: the GNU Collaborative International Dictionary of
+English (dict-gcide), the Free On-line Dictionary of Computing (dict-foldoc) and the kernel's documentation
+(linux-doc-6.1). Paragraphs that were there before are dropped, and every 50th document is for validation. Debian's
+packages change with its releases: DIRECTORY/NOTICE says which ones these are.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """One run of an experiment: where it is, how it is trained, and what is kept of it.
 
-A run is known by its recipe: rows of several suites that are the same training share it. Its directory, with checkpoints,
-is under `--runs`; what the tables and figures need is one small file under `--results`, so that the directory can go.
+A run is known by its recipe: rows of several suites that are the same training share it. Its directory, with
+checkpoints, is under `--runs`; what the tables and figures need is one small file under `--results`, so that the
+directory can go.
 """
 
 import hashlib

@@ -65,8 +65,8 @@ def draw_sweep(axis: str, groups: dict[str, list[tuple[float, list[float]]]], th
         for i, (name, found) in enumerate(groups.items()):
             axes.plot([value for value, _ in found], [np.mean(losses) for _, losses in found], color=colour(theme, i),
                       linestyle=dash(i), linewidth=1.6, label=name)
-            axes.plot([value for value, losses in found for _ in losses], [one for _, losses in found for one in losses],
-                      color=colour(theme, i), marker="o", markersize=4, linewidth=0)
+            points = [(value, one) for value, losses in found for one in losses]
+            axes.plot(*zip(*points, strict=True), color=colour(theme, i), marker="o", markersize=4, linewidth=0)
         axes.set_xscale("log")
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()

@@ -18,9 +18,9 @@ class Evaluation:
     """Attributes: as in `metrics.jsonl`; `val_loss` is nats per token, `word_ppl` per whitespace-separated word.
 
     galore_loss is what the evaluation in GaLore's published code, which later work took over, would print for the same
-    network: the batches' mean losses, added up and divided by one more than there are batches. It is there where rows are
-    padded documents (data.packing=false), as theirs are, and changes with micro-batch and ranks: good for a comparison
-    with printed tables, and for nothing else.
+    network: the batches' mean losses, added up and divided by one more than there are batches. It is there where rows
+    are padded documents (data.packing=false), as theirs are, and changes with micro-batch and ranks: good for a
+    comparison with printed tables, and for nothing else.
     """
 
     val_loss: float
