@@ -116,7 +116,8 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
     for run in runs:
         loss = abs(math.log(run.row.value / (0.004 if run.row.group == "ReLoRA" else 0.1)))
         results.write(run, {"seed": 0, "val_loss": loss, "ppl": 1, "seconds": 1, "restarts": 0, "bytes_wire": 0,
-                            "trainable_parameters": 1, "total_parameters": 1, "tokens": 1, "r": 8, "conditions": {}})
+                            "trainable_parameters": 1, "total_parameters": 1, "tokens": 1, "r": 8, "conditions": {},
+                            "train_curve": [], "curve": []})
     rows = report.measured(suite, runs, results)
     text = report.markdown(suite, rows, len(runs))
     assert "- ReLoRA: best at learning rate 0.004 (0.0000)\n" in text
@@ -146,7 +147,7 @@ def test_the_budget(tmp_path):
 def test_dry_run_of_the_papers_scale(capsys, tmp_path):
     assert main(["reproduce", "main", "ablation", "--scale", "paper", "--dry-run", "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "2.60B" in text and "unknown before a trial" in text and not list(tmp_path.iterdir())
+    assert "7.80B" in text and "unknown before a trial" in text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("words", "message"), [

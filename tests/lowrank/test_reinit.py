@@ -59,7 +59,7 @@ def test_a_sketch_finds_the_gradients_dominant_rows(dtype):
     gradient = merged.grad
     found = dominant_rows(layer.sketch.values, 4)
     best = torch.linalg.svd(gradient).Vh[:4]
-    assert captured(found, gradient) >= 0.95 * captured(best, gradient)
+    assert captured(found, gradient) >= 0.9 * captured(best, gradient)
     assert captured(found, gradient) > 2 * captured(initial_A(4, 50, seed=0, restart=1, name="q"), gradient)
     torch.testing.assert_close(found @ found.t(), torch.eye(4) * ROW_NORM**2, atol=1e-5, rtol=0)
 
