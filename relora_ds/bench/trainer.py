@@ -58,13 +58,14 @@ def measure(arguments: argparse.Namespace) -> dict:
             if self.account.step % (2 * length) != length:
                 return
             self.seconds[0].append(synchronized() - self._began)
-            began = synchronized()
+            began, before = synchronized(), self.engine.t
             for _ in range(length):
                 for micro_batch in self.loader.next_step():
                     loss = self.engine(**micro_batch).loss
                     self.engine.backward(loss)
                     self.engine.step()
             self.seconds[1].append(synchronized() - began)
+            assert self.engine.t == before + length, "the bare steps were not all taken"
             self.account.step = self.phase.start + self.engine.t
 
     with tempfile.TemporaryDirectory() as directory:

@@ -70,7 +70,7 @@ def test_the_claim_of_the_paper(runs):
             assert 1 <= about["stable_rank"] <= about["effective_rank"] <= 64
     for kind in KINDS:
         of = {one["name"]: one["kinds"][kind]["numerical_rank"] for one in result["runs"]}
-        assert of["lora"] == R and 2 * R < of["relora"] <= 4 * R and of["full"] > 40, (kind, of)
+        assert R / 2 < of["lora"] <= R and 2 * R < of["relora"] <= 4 * R and of["full"] > 40, (kind, of)
     assert lora["numerical_rank"] < relora["numerical_rank"] < full["numerical_rank"]
 
 

