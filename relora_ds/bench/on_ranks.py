@@ -36,6 +36,7 @@ def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int) -> 
         try:
             code = process.wait()
         finally:
+            process.terminate()  # where something else has ended the wait
             signal.signal(signal.SIGTERM, before)
         if not out.is_file():
             raise ValueError(f"{module}: the ranks failed (exit code {code}); what they said is above")

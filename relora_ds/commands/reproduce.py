@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.experiments import budget, report
-    from relora_ds.experiments.runs import Results, Run, Runner, Stopped
+    from relora_ds.experiments.runs import Results, Run, Runner
     from relora_ds.experiments.suites import read_suite
     from relora_ds.train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED
+    from relora_ds.training.preemption import Preempted
 
     names, overrides = _words(arguments)
     suites = [read_suite(name, arguments.scale) for name in names]
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             return EXIT_DONE
         failures = runner.train_all(list(wanted.values()), results, arguments.jobs, _say)
-    except Stopped:
+    except Preempted:
         print(f"stopped; the same command goes on in {arguments.runs}", file=sys.stderr)
         return EXIT_PREEMPTED
     for suite in suites:

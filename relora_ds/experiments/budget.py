@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from relora_ds.config import Recipe
 from relora_ds.experiments.runs import Results, Run, Runner
 from relora_ds.training.metrics import read_metrics
+from relora_ds.training.preemption import Preempted
 
 TRIAL_STEPS = 8  # of which the first ones, that allocate, do not count
 WARM_STEPS = 2
@@ -72,6 +73,8 @@ def trial(runner: Runner) -> Callable[[Run], float]:
             f"warm_start_steps={steps - TRIAL_STEPS}", "relora.restart_every=null", "optim.warmup_steps=1",
             "optim.warm_start_warmup_steps=1", f"data.validation={text}", "eval.every=null", "eval.samples=0",
             "log.every=1", "checkpoint.every=null", "checkpoint.keep_every=null")
+        if runner.stopping.is_set():
+            raise Preempted(f"the trial of {run.row.name} was stopped")
         if code != 0:
             raise ValueError(f"{run.row.name}: a trial of {steps} steps failed with exit code {code}; see "
                              f"{directory}.log")

@@ -24,16 +24,12 @@ from relora_ds.experiments import spectra
 from relora_ds.experiments.suites import Row
 from relora_ds.train import EXIT_PREEMPTED
 from relora_ds.training.metrics import read_metrics
+from relora_ds.training.preemption import Preempted
 
 # Of a recipe: what says how a run is watched, not what it computes.
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "log", "checkpoint", "guard")
 _WATCHED = (("eval", "samples"), ("seed", ""))
 NUM_POINTS = 100  # of a training curve
-FIRST_STEPS = 10  # after a restart
-
-
-class Stopped(Exception):  # noqa: N818 (no error)
-    """SIGTERM or SIGINT: what was running has saved itself, and goes on when the command is given again."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class Runner:
         """Train what has no result yet, `jobs` at a time, and keep the results; returns why runs failed.
 
         Raises:
-            Stopped: it was told to stop.
+            Preempted: it was told to stop; what was running has saved itself.
         """
         def train(run: Run) -> str | None:
             if results.read(run) is None:
@@ -115,7 +111,7 @@ class Runner:
         """Train it, or go on with it; returns why it failed, or None.
 
         Raises:
-            Stopped: it was told to stop.
+            Preempted: it was told to stop; what was running has saved itself.
         """
         directory = self.directory(run)
         code = self.execute(run, directory, "resume=auto")
@@ -124,19 +120,19 @@ class Runner:
             return None
         if self.stopping.is_set() or status.get("state") == "preempted" or code == EXIT_PREEMPTED:
             self.stop()  # whoever told this one meant all
-            raise Stopped
+            raise Preempted(f"{run.name} was stopped")
         return f"{run.name} ({run.row.name}): {status.get('reason') or f'exit code {code}'}; see {directory}.log"
 
     def execute(self, run: Run, directory: Path, *more: str) -> int:
         """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
         directory.parent.mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable, "-m", "relora_ds.train"] if not self.num_gpus else \
-            ["deepspeed", "--num_gpus", str(self.num_gpus), "--module", "relora_ds.train"]
-        command = [*launcher, "--config", run.row.recipe, *run.overrides, f"run_dir={directory}", *more]
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(self.num_gpus), "--module"] if self.num_gpus else []
+        command = [sys.executable, "-m", *launcher, "relora_ds.train", "--config", run.row.recipe, *run.overrides,
+                   f"run_dir={directory}", *more]
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         with open(f"{directory}.log", "a", encoding="utf-8") as log:
             if self.stopping.is_set():
-                raise Stopped
+                raise Preempted(f"{run.name} was not started")
             # A session of its own: a Ctrl-C reaches it once, through `stop`.
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                        env={**os.environ, **threads}, start_new_session=True)
@@ -178,7 +174,7 @@ def result_of(run: Run, directory: Path) -> dict:
         "train_curve": _thinned([[line["tokens"], line["loss"]] for line in train]),
         "restart_steps": [line["step"] for line in restarts],
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
-        "first_updates": _first_updates(train, [line["step"] for line in restarts]), "spectrum": _spectrum(directory),
+        "first_updates": _first_updates(train), "spectrum": _spectrum(directory),
         "conditions": {key: value for key, value in conditions().items() if key != "threads"}}  # of this process
 
 
@@ -193,11 +189,10 @@ def _spectrum(directory: Path) -> dict | None:
     return {"start": found["start"], "numerical_rank": found["numerical_rank"], "kinds": kinds}
 
 
-def _first_updates(train: list[dict], restarts: list[int]) -> float | None:
-    """max|ΔA| / learning rate in the first steps after any restart."""
-    found = [line["max_update_over_lr"] for line in train if line.get("max_update_over_lr") is not None
-             and any(step < line["step"] <= step + FIRST_STEPS for step in restarts)]
-    return max(found) if found else None
+def _first_updates(train: list[dict]) -> float | None:
+    """max|ΔA| / learning rate in the steps after any restart in which it is measured."""
+    return max((line["max_update_over_lr"] for line in train if line.get("max_update_over_lr") is not None),
+               default=None)
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:

@@ -20,11 +20,11 @@ from pathlib import Path
 import yaml
 
 from relora_ds.config import Recipe, load_recipe
+from relora_ds.recipe_validation import METHODS
 
 DIRECTORY = Path(__file__).parent / "suites"
 # scale -> how its recipes begin. 130M is the paper's smallest network that restarts often enough to see it.
 SCALES = {"tiny": "tiny", "small": "small", "paper": "llama_130m"}
-METHODS = ("full", "control", "lora", "relora")
 
 
 @dataclass(frozen=True)
