@@ -228,6 +228,7 @@ def _keeps_the_switch(recipe: "Recipe") -> bool:
 
 def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("eval.every", recipe.eval.every, 1, example=500, optional=True)
+    yield _integer("eval.max_tokens", recipe.eval.max_tokens, 2, example=1_000_000, optional=True)
     yield _integer("eval.samples", recipe.eval.samples, 0, example=1)
     yield _integer("checkpoint.every", recipe.checkpoint.every, 1, example=500, optional=True)
     yield _integer("checkpoint.keep_last", recipe.checkpoint.keep_last, 1, example=2)

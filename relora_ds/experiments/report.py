@@ -53,38 +53,42 @@ def write(suite: Suite, runs: Sequence[Run], results: Results, directory_of: Cal
     """
     rows = measured(suite, runs, results)
     results.directory.mkdir(parents=True, exist_ok=True)
-    page = results.directory / f"{suite.name}.md"
-    page.write_text(markdown(suite, rows, len(runs)) + "\n", encoding="utf-8")
+    page, told = results.directory / f"{suite.name}.md", blocks(suite, rows, len(runs))
+    page.write_text(markdown(suite, told) + "\n", encoding="utf-8")
     if not with_figures:
         return [page]
     from relora_ds.figures.experiments import save_suite
-    from relora_ds.figures.spectra import save_spectra
-    files = [page, *save_suite(curves(rows), sweeps(rows), results.directory, suite.name)]
     there = {run.row.name: directory_of(run) for run in runs
              if run.seed == 0 and results.read(run) and directories(directory_of(run))}
-    if suite.spectra and there:
-        found = spectra.measure(list(there.values()))
-        for one, name in zip(found["runs"], there, strict=True):
-            one["name"] = name
-        files += save_spectra(found, results.directory / f"{suite.name}_spectra")
-    return files
+    return [page, *save_suite(suite.name, suite.title, told, curves(rows), sweeps(rows),
+                              _spectra(there) if suite.spectra and there else None, results.directory)]
 
 
-def markdown(suite: Suite, rows: list[Measured], num_runs: int) -> str:
-    """Title, table, and on what it was made."""
+def _spectra(there: dict[str, Path]) -> dict:
+    found = spectra.measure(list(there.values()))
+    for one, name in zip(found["runs"], there, strict=True):
+        one["name"] = name
+    return found
+
+
+def markdown(suite: Suite, told: list[str | list[list[str]]]) -> str:
+    """The suite's title and `blocks`."""
+    shown = (block if isinstance(block, str) else rows_as_markdown(block) for block in told)
+    return "\n\n".join([f"### {suite.title}", *shown])
+
+
+def blocks(suite: Suite, rows: list[Measured], num_runs: int) -> list[str | list[list[str]]]:
+    """Paragraphs and tables (rows of cells, the first their head): what was asked and found, and on what."""
     done = sum(len(row.results) for row in rows)
     reference = next((row for row in rows if row.row.name == suite.reference), None)
-    blocks = [f"### {suite.title}", suite.text]
+    told: list = [suite.text]
     if done < num_runs:
-        blocks.append(f"{done} of {num_runs} runs have ended.")
-    if not rows:
-        return "\n\n".join(blocks)
-    groups = dict.fromkeys(row.row.axis for row in rows)
-    blocks += [rows_as_markdown(_table([row for row in rows if row.row.axis == axis], reference)) for axis in groups]
-    if best := _best(rows):
-        blocks.append(best)
-    blocks.append(_made(rows))
-    return "\n\n".join(blocks)
+        told.append(f"{done} of {num_runs} runs have ended.")
+    if rows:
+        groups = dict.fromkeys(row.row.axis for row in rows)
+        told += [_table([row for row in rows if row.row.axis == axis], reference) for axis in groups]
+        told += [*_best(rows), _made(rows)]
+    return told
 
 
 def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
@@ -144,17 +148,19 @@ def _printed(value: float | str | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.2f}"
 
 
-def _best(rows: list[Measured]) -> str:
+def _best(rows: list[Measured]) -> list[str]:
     """Of every sweep, each group's best value."""
-    lines = []
+    told = []
     for axis in dict.fromkeys(row.row.axis for row in rows if row.row.axis):
+        found = []
         for group in dict.fromkeys(row.row.group for row in rows if row.row.axis == axis):
             swept = [row for row in rows if row.row.axis == axis and row.row.group == group]
             best = min(swept, key=lambda row: row.mean)
             at_edge = best.row.value in (swept[0].row.value, swept[-1].row.value) and len(swept) > 1
-            lines.append(f"- {group}: best at {axis} {best.row.value:g} ({best.mean:.4f})"
-                         + (", the edge of what was tried" if at_edge else ""))
-    return "\n".join(lines)
+            found.append(f"{group} {best.row.value:g} ({best.mean:.4f}"
+                         + (", the edge of what was tried)" if at_edge else ")"))
+        told.append(f"The best {axis}: {'; '.join(found)}.")
+    return told
 
 
 def _made(rows: list[Measured]) -> str:
@@ -162,7 +168,7 @@ def _made(rows: list[Measured]) -> str:
     made = list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in one["conditions"].items())
                               for row in rows for one in row.results))
     hours = sum(one["seconds"] for row in rows for one in row.results) / 3600
-    return f"*{'; '.join(made)}. {hours:.1f} hours of training.*"
+    return f"{'; '.join(made)}. {hours:.1f} hours of training."
 
 
 def curves(rows: list[Measured]) -> dict[str, list[dict]]:

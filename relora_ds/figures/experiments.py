@@ -6,27 +6,47 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from relora_ds.figures.plot import DPI
-from relora_ds.figures.style import LIGHT, Theme, colour, dash, limits, rc
+from relora_ds.figures.page import suite_page
+from relora_ds.figures.plot import png
+from relora_ds.figures.spectra import draw_spectra
+from relora_ds.figures.style import DARK, LIGHT, Theme, colour, dash, limits, rc
 from relora_ds.training.console import human_count
 
 MOST_CURVES = 8  # more cannot be told apart
+CAPTIONS = {
+    "loss": "Loss in nats per token: training (lines, the mean over the seeds) and validation (points, one a seed).",
+    "singular_values": "Singular values of what training added to the weights, the first seed's.",
+    "singular_values_sorted": "The same, each matrix relative to its largest and in order; thick: the median matrix.",
+}
 
 
-def save_suite(curves: dict[str, list[dict]], sweeps: dict[str, dict], directory: Path, name: str) -> list[Path]:
-    """Draw what there is into `directory/NAME_*.png`; returns the files.
+def save_suite(name: str, title: str, blocks: list, curves: dict[str, list[dict]], sweeps: dict[str, dict],
+               spectra: dict | None, directory: Path) -> list[Path]:
+    """Write what there is into `directory`: `NAME.html` with everything in it, and `NAME_*.png`; returns the files.
 
     Args:
+        title, blocks: of the page, see `suite_page`.
         curves, sweeps: what `experiments.report` makes of a suite.
+        spectra: of its runs, what `experiments.spectra.measure` returns.
     """
-    figures = {f"{name}_{axis.replace(' ', '_')}": draw_sweep(axis, groups, LIGHT) for axis, groups in sweeps.items()}
+    light, dark = (_draw(curves, sweeps, spectra, theme) for theme in (LIGHT, DARK))
+    images = {figure: png(drawn) for figure, drawn in light.items()}
+    page = suite_page(title, blocks, [(_caption(figure), images[figure], png(dark[figure])) for figure in images])
+    files = {f"{name}.html": page.encode(), **{f"{name}_{figure}.png": image for figure, image in images.items()}}
+    for file, content in files.items():
+        (directory / file).write_bytes(content)
+    return [directory / file for file in files]
+
+
+def _caption(figure: str) -> str:
+    return CAPTIONS.get(figure) or f"Validation loss by {figure.replace('_', ' ')}: points are seeds."
+
+
+def _draw(curves: dict, sweeps: dict, spectra: dict | None, theme: Theme) -> dict[str, Figure]:
+    figures = {axis.replace(" ", "_"): draw_sweep(axis, groups, theme) for axis, groups in sweeps.items()}
     if 0 < len(curves) <= MOST_CURVES:
-        figures[f"{name}_loss"] = draw_curves(curves, LIGHT)
-    directory.mkdir(parents=True, exist_ok=True)
-    for file, figure in figures.items():
-        with rc_context(rc(LIGHT)):
-            figure.savefig(directory / f"{file}.png", format="png", dpi=DPI)
-    return [directory / f"{file}.png" for file in figures]
+        figures["loss"] = draw_curves(curves, theme)
+    return {**figures, **(draw_spectra(spectra, theme) if spectra else {})}
 
 
 def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:

@@ -1,4 +1,4 @@
-"""One HTML page with everything in it: no script, nothing loaded from elsewhere, light and dark."""
+"""HTML pages with everything in them: no script, nothing loaded from elsewhere, light and dark."""
 
 import base64
 from html import escape
@@ -29,6 +29,7 @@ th, td { padding: .35rem .6rem; text-align: right; vertical-align: bottom; white
 th { font-weight: 600; color: var(--soft); white-space: normal }
 td { border-top: 1px solid var(--line) }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left }
+.suite th:nth-child(n+2), .suite td:nth-child(n+2) { text-align: right }
 td.said { border: 0; padding-top: 0; color: var(--soft); white-space: normal }
 figure { margin: 1.5rem 0 } img { width: 100%; height: auto; display: block }
 figcaption { color: var(--soft); font-size: .9em }
@@ -48,16 +49,38 @@ def html_page(runs: list[RunRecord], light: dict[str, bytes], dark: dict[str, by
         rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _row(run)) + "</tr>"
         if text := _sentence(run):
             rows += f'<tr><td class="said" colspan="{len(columns)}">{escape(text)}</td></tr>'
-    figures = "".join(_figure(name, light[name], dark[name]) for name in light)
+    figures = "".join(_figure(CAPTIONS[name], light[name], dark[name]) for name in light)
     samples = "".join(f"<p><b>{escape(run.name)}</b></p>" + "".join(
         f"<blockquote><span>{escape(prompt)}</span>{escape(text)}</blockquote>" for prompt, text in run.samples)
         for run in runs if run.samples)
     if samples:
         samples = f"<h2>What the networks write after the grey words</h2>{samples}"
+    return _page(title, f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
+                        f"{figures}\n{samples}")
+
+
+def suite_page(title: str, blocks: list[str | list[list[str]]], figures: list[tuple[str, bytes, bytes]]) -> str:
+    """The page of a suite: paragraphs and tables (a list of rows, the first its head) in order, then the figures.
+
+    Args:
+        figures: caption, and the PNG file for the light and for the dark colour scheme.
+    """
+    told = "\n".join(f"<p>{escape(block)}</p>" if isinstance(block, str) else _table(block) for block in blocks)
+    return _page(escape(title), told + "\n" + "".join(_figure(*one) for one in figures))
+
+
+def _page(title: str, body: str) -> str:
+    """`title` is escaped already."""
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-            f'<body><h1>{title}</h1>\n<div class="wide"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>\n{figures}\n{samples}</body></html>\n")
+            f"<body><h1>{title}</h1>\n{body}</body></html>\n")
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = ("".join(f"<{cell}>{escape(text)}</{cell}>" for text in row)
+                   for row, cell in zip(rows, ["th", *["td"] * len(rows)], strict=False))
+    lines = "".join(f"<tr>{line}</tr>" for line in body)
+    return f'<div class="wide"><table class="suite"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _row(run: RunRecord) -> list[str]:
@@ -77,10 +100,10 @@ def _sentence(run: RunRecord) -> str:
     return f"{run.state}: {run.reason}" if run.reason else ""
 
 
-def _figure(name: str, light: bytes, dark: bytes) -> str:
+def _figure(caption: str, light: bytes, dark: bytes) -> str:
     return (f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
-            f'<img src="{_inline(light)}" alt="{escape(CAPTIONS[name])}"></picture>'
-            f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>\n")
+            f'<img src="{_inline(light)}" alt="{escape(caption)}"></picture>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>\n")
 
 
 def _inline(png: bytes) -> str:

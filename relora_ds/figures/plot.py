@@ -21,7 +21,7 @@ def plot_runs(directories: Sequence[Path], out: Path) -> list[Path]:
         ValueError: a directory is no run, or has nothing to draw yet.
     """
     runs = read_runs(directories)
-    light, dark = ({name: _png(figure) for name, figure in draw(runs, theme).items()} for theme in (LIGHT, DARK))
+    light, dark = ({name: png(figure) for name, figure in draw(runs, theme).items()} for theme in (LIGHT, DARK))
     out.mkdir(parents=True, exist_ok=True)
     files = {"index.html": html_page(runs, light, dark).encode(), **{f"{name}.png": png for name, png in light.items()}}
     for name, content in files.items():
@@ -29,7 +29,8 @@ def plot_runs(directories: Sequence[Path], out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -36,18 +36,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, device: torch.device) -> Evaluation:
-    """Evaluate on the whole validation split. Collective; leaves the model in the mode it was in.
+def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, device: torch.device,
+             max_tokens: int | None = None) -> Evaluation:
+    """Evaluate on the validation split. Collective; leaves the model in the mode it was in.
 
     Args:
         model: a callable engine or module that returns an object with `logits`, with train() and eval().
+        max_tokens: of the split, the first so many; None takes all.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     means = torch.zeros(2, dtype=torch.float64, device=device)  # of the batches' means, batches
-    for batch in evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size, data.padding):
+    for batch in evaluation_batches(data.validation[:max_tokens], seq_len, micro_batch_size, rank, world_size,
+                                    data.padding):
         logits = model(input_ids=batch["input_ids"].to(device)).logits
         labels = batch["labels"][:, 1:].to(device)
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none",
@@ -62,7 +65,7 @@ def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
         dist.all_reduce(sums)
         dist.all_reduce(off_by_one)
     nats, tokens = sums[0].item(), int(sums[1].item())
-    # The first token is not predicted: its share is that of the average token.
+    # Words and bytes are counted over the whole split: tokens not predicted have the average token's share of nats.
     whole = nats * len(data.validation) / tokens
     return Evaluation(val_loss=nats / tokens, val_tokens=tokens, ppl=_exp(nats / tokens),
                       word_ppl=_exp(whole / data.validation_words),

@@ -267,7 +267,8 @@ class Trainer:
             return
         self._last_evaluated = step
         result = evaluate(self.engine, self.plan.data, seq_len=self.recipe.data.seq_len,
-                          micro_batch_size=self.recipe.train.micro_batch_size, device=self.engine.device)
+                          micro_batch_size=self.recipe.train.micro_batch_size, device=self.engine.device,
+                          max_tokens=None if step == self.phase.stop else self.recipe.eval.max_tokens)
         samples = draw_samples(self.engine, self.plan.tokenizer, self.prompts, seq_len=self.recipe.data.seq_len,
                                seed=self.recipe.seed, device=self.engine.device)
         self.journal.evaluation(result, samples)

@@ -100,7 +100,7 @@ def test_the_table(tmp_path):
     runs = [Run.of(row, seed) for seed in range(3) for row in suite.rows]
     runner = Pretended(tmp_path / "runs", failing=["LoRA"])
     runner.train_all(runs, results, 1, lambda _: None)
-    page, *figures = report.write(suite, runs, results, runner.directory, with_figures=True)
+    page, html, *figures = report.write(suite, runs, results, runner.directory, with_figures=True)
     text = page.read_text()
     assert "12 of 15 runs have ended" in text
     full, relora = (next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
@@ -109,6 +109,7 @@ def test_the_table(tmp_path):
     assert "-0.3000 (-0.3000 to -0.3000)" in relora and "4.400" in relora and "| LoRA |" not in text
     assert [figure.name for figure in figures] == ["main_loss.png"]
     assert all(figure.stat().st_size > 10_000 for figure in figures)
+    assert "<td>3.9100 ± 0.0100</td>" in html.read_text() and html.read_text().count("data:image/png") == 2
 
 
 def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
@@ -120,11 +121,10 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
                             "trainable_parameters": 1, "total_parameters": 1, "tokens": 1, "r": 8, "conditions": {},
                             "train_curve": [], "curve": []})
     rows = report.measured(suite, runs, results)
-    text = report.markdown(suite, rows, len(runs))
-    assert "- ReLoRA: best at learning rate 0.004 (0.0000)\n" in text
-    assert "- full rank: best at learning rate 0.016 (1.8326), the edge of what was tried" in text
+    text = report.markdown(suite, report.blocks(suite, rows, len(runs)))
+    assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.016 (1.8326, the edge of what was tried)" in text
     assert set(report.sweeps(rows)) == {"learning rate"} and len(report.sweeps(rows)["learning rate"]["ReLoRA"]) == 5
-    assert report.write(suite, runs, results, lambda run: tmp_path / run.name, True)[1].name == "lr_learning_rate.png"
+    assert report.write(suite, runs, results, lambda run: tmp_path / run.name, True)[2].name == "lr_learning_rate.png"
 
 
 def test_the_budget(tmp_path):
@@ -169,7 +169,8 @@ def test_one_real_run_is_measured_trained_and_kept(capsys, tmp_path):
     assert found["restarts"] == 2 and found["tokens"] == 12 * 4 * 64 and found["first_updates"] > 0
     assert set(found["tokens_per_s"]) == {"warm_start", "relora"}
     assert found["spectrum"]["start"] == 4 and 4 < found["spectrum"]["numerical_rank"] <= 12
-    assert {"main.md", "main_loss.png", "main_spectra"} <= {path.name for path in (tmp_path / "kept").iterdir()}
+    written = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert {"main.md", "main.html", "main_loss.png", "main_singular_values.png"} <= written
     text = capsys.readouterr().out
     assert "1 runs: " in text and "?" not in text.splitlines()[1]
 
