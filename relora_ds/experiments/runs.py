@@ -95,6 +95,8 @@ class Runner:
             Preempted: it was told to stop; what was running has saved itself.
         """
         def train(run: Run) -> str | None:
+            if self.stopping.is_set():
+                raise Preempted(f"{run.name} was not started")
             if results.read(run) is None:
                 say(f"{run.row.name}, seed {run.seed}: {self.directory(run)}")
                 if failure := self.train(run):
