@@ -96,7 +96,7 @@ def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
     columns = {
         "row": lambda row: row.row.name,
         "seeds": lambda row: str(len(row.results)),
-        "validation loss": lambda row: _spread(row.losses),
+        "validation loss": lambda row: spread(row.losses),
         "perplexity": lambda row: f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
         "loss against the reference": lambda row: _against(row, reference),
         "at the switch": lambda row: _mean(row, "loss_at_switch", "{:.3f}"),
@@ -114,7 +114,8 @@ def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
     return [[line[i] for i in shown] for line in table]
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds."""
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"

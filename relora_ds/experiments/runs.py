@@ -26,9 +26,8 @@ from relora_ds.train import EXIT_PREEMPTED
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
 
-# Of a recipe: what says how a run is watched, not what it computes.
-_ELSEWHERE = ("run_dir", "resume", "overwrite", "log", "checkpoint", "guard")
-_WATCHED = (("eval", "samples"), ("seed", ""))
+# Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.
+_ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "seed")
 NUM_POINTS = 100  # of a training curve
 
 
@@ -68,7 +67,7 @@ def _settings(recipe: Recipe) -> dict:
 
     defaults = leaves(Recipe())
     return {f"{section}.{key}": value for (section, key), value in leaves(recipe).items()
-            if value != defaults[section, key] and section not in _ELSEWHERE and (section, key) not in _WATCHED}
+            if value != defaults[section, key] and section not in _ELSEWHERE}
 
 
 class Runner:

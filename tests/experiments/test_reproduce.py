@@ -10,6 +10,7 @@ import time
 import pytest
 
 from relora_ds.__main__ import main
+from relora_ds.config import load_recipe
 from relora_ds.experiments import budget, report
 from relora_ds.experiments.runs import Results, Run, Runner, result_of
 from relora_ds.experiments.suites import read_suite
@@ -19,6 +20,9 @@ from relora_ds.training.preemption import Preempted
 SMALL = ("model.preset=tiny", "data.source=pydocs", "data.vocab_size=512", "data.seq_len=64", "data.max_tokens=4000",
          "train.steps=12", "train.batch_sequences=4", "train.micro_batch_size=4", "optim.warmup_steps=1",
          "eval.every=null", "log.every=1", "checkpoint.every=4", "checkpoint.keep_every=4")
+TINY = load_recipe("tiny_relora")
+SWITCH, STEPS = TINY.warm_start_steps, TINY.total_steps
+RESTARTS = [SWITCH + TINY.relora.restart_every * i for i in (1, 2)]
 RELORA = ("warm_start_steps=4", "relora.r=4", "relora.restart_every=3", "relora.restart_warmup_steps=1",
           "optim.warm_start_warmup_steps=1")
 
@@ -47,18 +51,19 @@ class Pretended(Runner):
 
 
 def leave_a_run(run: Run, directory, loss: float = 3.0) -> None:
-    steps, tokens = run.recipe.total_steps, run.tokens
+    tokens = run.tokens
     loss += len(run.row.name) / 10 + run.seed / 100
     (directory / "summary.json").write_text(json.dumps({
         "method": run.recipe.method, "model": "llama_9m", "precision": "fp32", "world_size": 1, "val_loss": loss,
-        "val_tokens": 1000, "ppl": math.exp(loss), "tokens": tokens, "step": steps, "seconds": 36.0, "restarts": 2,
+        "val_tokens": 1000, "ppl": math.exp(loss), "tokens": tokens, "step": STEPS, "seconds": 36.0, "restarts": 2,
         "skipped_steps": 0, "trainable_parameters": 1_000_000, "total_parameters": 2_000_000, "bytes_wire": 0,
         "full_rank_bytes_wire": 0}))
-    lines = [{"kind": "train", "step": step, "phase": "warm_start" if step <= 400 else run.recipe.method,
-              "tokens": tokens * step // steps, "loss": 5 - step / steps, "tokens_per_s": 100.0,
-              **({"max_update_over_lr": step - 600} if 600 < step <= 610 else {})} for step in range(1, steps + 1)]
-    lines += [{"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / 1000} for step in (400, steps)]
-    lines += [{"kind": "restart", "step": step, "phase": "x", "merge_loss_total": 0.5} for step in (600, 800)]
+    lines = [{"kind": "train", "step": step, "phase": "warm_start" if step <= SWITCH else run.recipe.method,
+              "tokens": tokens * step // STEPS, "loss": 5 - step / STEPS, "tokens_per_s": 100.0,
+              **({"max_update_over_lr": step - RESTARTS[0]} if 0 < step - RESTARTS[0] <= 10 else {})}
+             for step in range(1, STEPS + 1)]
+    lines += [{"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / STEPS} for step in (SWITCH, STEPS)]
+    lines += [{"kind": "restart", "step": step, "phase": "x", "merge_loss_total": 0.5} for step in RESTARTS]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -87,11 +92,11 @@ def test_what_is_kept_of_a_run(tmp_path):
     run, = runs_of("ReLoRA")
     leave_a_run(run, tmp_path)
     kept = result_of(run, tmp_path)
-    assert kept["loss_at_switch"] == 4.4 and kept["curve"][-1] == [run.tokens, 5.4]
-    assert kept["first_updates"] == 10 and kept["restart_steps"] == [600, 800]
+    assert kept["loss_at_switch"] == 4 + SWITCH / STEPS and kept["curve"][-1] == [run.tokens, 5.0]
+    assert kept["first_updates"] == 10 and kept["restart_steps"] == RESTARTS
     assert kept["tokens_per_s"] == {"warm_start": 100, "relora": 100}
     assert len(kept["train_curve"]) == 100 and kept["train_curve"][-1][0] == run.tokens
-    assert kept["train_curve"][0] == [run.tokens * 14 // 1400, pytest.approx(5 - 7.5 / 1400)]
+    assert kept["train_curve"][0] == [run.tokens // 100, pytest.approx(5 - 0.005, abs=1e-4)]
     assert json.loads(json.dumps(kept)) == kept
 
 
@@ -106,7 +111,7 @@ def test_the_table(tmp_path):
     full, relora = (next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
                     for name in ("full rank", "ReLoRA"))
     assert "3.9100 ± 0.0100" in full and "reference" in full and "33.81" in full
-    assert "-0.3000 (-0.3000 to -0.3000)" in relora and "4.400" in relora and "| LoRA |" not in text
+    assert "-0.3000 (-0.3000 to -0.3000)" in relora and f"{4 + SWITCH / STEPS:.3f}" in relora and "| LoRA |" not in text
     assert [figure.name for figure in figures] == ["main_loss.png"]
     assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert "<td>3.9100 ± 0.0100</td>" in html.read_text() and html.read_text().count("data:image/png") == 2
@@ -122,8 +127,8 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
                             "train_curve": [], "curve": []})
     rows = report.measured(suite, runs, results)
     text = report.markdown(suite, report.blocks(suite, rows, len(runs)))
-    assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.016 (1.8326, the edge of what was tried)" in text
-    assert set(report.sweeps(rows)) == {"learning rate"} and len(report.sweeps(rows)["learning rate"]["ReLoRA"]) == 5
+    assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.008 (2.5257, the edge of what was tried)" in text
+    assert set(report.sweeps(rows)) == {"learning rate"} and len(report.sweeps(rows)["learning rate"]["ReLoRA"]) == 4
     assert report.write(suite, runs, results, lambda run: tmp_path / run.name, True)[2].name == "lr_learning_rate.png"
 
 
@@ -137,7 +142,7 @@ def test_the_budget(tmp_path):
 
     lines = budget.budget(runs, results, measure)
     assert asked == ["LoRA", "ReLoRA"]  # a finished run tells full rank's speed
-    tokens = 1400 * 16 * 128
+    tokens = TINY.total_steps * TINY.tokens_per_step
     full, lora, _ = lines
     assert (full.runs, full.finished, full.tokens, full.tokens_left) == (3, 1, 3 * tokens, 2 * tokens)
     assert full.tokens_per_s == tokens / 36 and full.hours == pytest.approx(2 * 36 / 3600)
