@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +26,7 @@ from relora_ds.training.console import View
 from relora_ds.training.evaluation import evaluate
 from relora_ds.training.guard import BadSteps, GuardError, LossSpikes, RollBack, Spike
 from relora_ds.training.journal import Journal
+from relora_ds.training.lock import clear, lock
 from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preemption import Preempted, StopRequest
 from relora_ds.training.preflight import Plan
@@ -55,7 +55,7 @@ class Trainer:
         self.run_dir = Path(self.recipe.run_dir)
         self.account = Account()
         self.bad_steps = BadSteps(self.recipe.guard)
-        self.engine = self.writer = self.journal = self.stop = self.watchdog = None
+        self.engine = self.writer = self.journal = self.stop = self.watchdog = self._lock = None
         self._last_evaluated = self._last_saved = None
         self._rolled_back: list[tuple[int, int, Spike]] = []  # to which step, from which one, why
         self.is_first = self.is_open = False
@@ -84,7 +84,7 @@ class Trainer:
                 raise RuntimeError(f"{error}; {self.watchdog.blame()}") from error
             raise
         finally:
-            for part in (self.stop, self.watchdog):
+            for part in (self.stop, self.watchdog, self._lock):
                 if part is not None:
                     part.close()
 
@@ -140,10 +140,10 @@ class Trainer:
         """Make the run directory ours, and go on in it from a checkpoint."""
         saved = checkpoint and checkpoint.manifest
         dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
+        if not self.is_open:
+            self._take_run_dir()
         if self.is_first:
-            if self.recipe.overwrite and not self.is_open and self.run_dir.exists():
-                shutil.rmtree(self.run_dir)
-            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
             self.plan.tokenizer.save_pretrained(self.run_dir / "checkpoints" / "tokenizer")  # for their export
             write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
             if checkpoint is not None:
@@ -173,6 +173,22 @@ class Trainer:
                         *(identity.changes(saved, self.plan) if checkpoint else ())):
             self.view.warn(warning)
         self.set_status("running")
+
+    def _take_run_dir(self) -> None:
+        """Lock it; of a run that is to be overwritten, nothing stays. Collective. ResumeError where it is taken."""
+        problem = [None]
+        if self.is_first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = lock(self.run_dir)
+            except ValueError as error:
+                problem = [str(error)]
+            else:
+                if self.recipe.overwrite:
+                    clear(self.run_dir)
+        dist.broadcast_object_list(problem)
+        if problem[0]:
+            raise store.ResumeError(problem[0])
 
     def _build(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
