@@ -172,7 +172,8 @@ class EvalConfig:
 
     every: in steps. Whatever it is, there is an evaluation at the end of each phase (so also of the run), and one at
         the end of each cycle, directly after its restart, that had none; None = only these.
-    max_tokens: evaluations within a phase take the first so many validation tokens; those at its end, all. None = all.
+    max_tokens: evaluations within a phase take about so many validation tokens, spread over the split; those at its
+        end, all. None = all.
     samples: continuations of the beginnings of so many validation documents, shown with each evaluation; 0 = none.
     """
 

@@ -99,13 +99,14 @@ class TrainLoader:
 
 
 def evaluation_batches(tokens: np.ndarray, seq_len: int, micro_batch_size: int, rank: int, world_size: int,
-                       padding: Padding | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's part of one pass over the validation tokens.
+                       padding: Padding | None = None, max_tokens: int | None = None
+                       ) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of one pass over the validation tokens, or over about `max_tokens` of them.
 
     Packed (padding None): every token but the first is predicted exactly once. Windows of `seq_len` tokens start every
     `seq_len - 1` tokens: a model that shifts the labels (Hugging Face's do) predicts all but the first token of a
     window, and that one was the last of the window before. Padded: each document once, cut to `seq_len`; all but the
-    first of its tokens are predicted.
+    first of its tokens are predicted. With `max_tokens`, every n-th row: neighbours are of the same few documents.
 
     Yields dicts of int64 tensors `input_ids` and `labels`, [micro_batch_size, seq_len]; padding and the end are filled
     with label -100.
@@ -120,10 +121,12 @@ def evaluation_batches(tokens: np.ndarray, seq_len: int, micro_batch_size: int, 
         raise ValueError(f"data.validation: {len(tokens)} tokens in rows of data.seq_len {seq_len} leave nothing to "
                          f"predict; both must be at least 2")
     stride = seq_len - 1
-    num_rows = -(-(len(tokens) - 1) // stride) if rows is None else len(rows)
+    every = 1 if max_tokens is None else -(-len(tokens) // max_tokens)
+    num_all = -(-(len(tokens) - 1) // stride) if rows is None else len(rows)
+    num_rows = -(-num_all // every)
     for first in range(rank * micro_batch_size, rank * micro_batch_size + num_rows, micro_batch_size * world_size):
         indices = np.arange(first, first + micro_batch_size)
-        indices[indices >= num_rows] = -1
+        indices = np.where(indices < num_rows, indices * every, -1)
         yield _windows(tokens, seq_len, stride, indices) if rows is None else rows.batch(indices)
 
 

@@ -172,7 +172,8 @@ def result_of(run: Run, directory: Path) -> dict:
         "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
         "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == switch), None),
         "curve": [[tokens_per_step * line["step"], line["val_loss"]] for line in evaluations],
-        "train_curve": _thinned([[line["tokens"], line["loss"]] for line in train]),
+        "train_curve": _thinned([[line["tokens"], line["loss"]] for line in train
+                                 if line["step"] % run.recipe.log.every == 0]),  # after a restart there are more
         "restart_steps": [line["step"] for line in restarts],
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
         "first_updates": _first_updates(train), "spectrum": _spectrum(directory),

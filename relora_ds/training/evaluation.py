@@ -42,15 +42,15 @@ def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
 
     Args:
         model: a callable engine or module that returns an object with `logits`, with train() and eval().
-        max_tokens: of the split, the first so many; None takes all.
+        max_tokens: of the split, about so many, spread over it; None takes all.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     means = torch.zeros(2, dtype=torch.float64, device=device)  # of the batches' means, batches
-    for batch in evaluation_batches(data.validation[:max_tokens], seq_len, micro_batch_size, rank, world_size,
-                                    data.padding):
+    for batch in evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size, data.padding,
+                                    max_tokens):
         logits = model(input_ids=batch["input_ids"].to(device)).logits
         labels = batch["labels"][:, 1:].to(device)
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none",

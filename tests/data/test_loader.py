@@ -102,6 +102,14 @@ def test_evaluation_predicts_every_token_but_the_first_once(
     assert sorted(predicted) == list(range(2, num_tokens + 1))
 
 
+def test_a_part_of_the_tokens_is_spread_over_all():
+    tokens = np.arange(1000, dtype=np.uint16)  # 100 windows that predict 10 tokens each, the last one 9
+    found = [batch["input_ids"][row, 0].item() for rank in range(2)
+             for batch in evaluation_batches(tokens, 11, 4, rank, 2, max_tokens=250) for row in range(4)
+             if (batch["labels"][row] != -100).any()]
+    assert sorted(found) == list(range(0, 1000, 40))
+
+
 def test_evaluation_needs_two_tokens():
     with pytest.raises(ValueError, match="leave nothing to predict"):
         next(evaluation_batches(TOKENS[:1], 8, 1, 0, 1))

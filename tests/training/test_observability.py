@@ -53,7 +53,7 @@ def test_evaluations_within_a_phase_may_take_a_part_of_the_tokens(observed, tmp_
     evaluations = {line["step"]: line for line in lines(tmp_path / "part", "eval")}
     ends = {line["step"]: line for line in lines(observed, "eval") if line["step"] in (10, 50)}
     assert {step for step, line in evaluations.items() if line["val_tokens"] == whole} == {10, 50} == set(ends)
-    assert {line["val_tokens"] for step, line in evaluations.items() if step not in ends} == {99}
+    assert all(64 <= line["val_tokens"] <= 164 for step, line in evaluations.items() if step not in ends)
     assert all(evaluations[step]["val_loss"] == ends[step]["val_loss"] for step in ends)
     middle, around = evaluations[25], evaluations[50]
     assert middle["bits_per_byte"] / middle["val_loss"] == pytest.approx(around["bits_per_byte"] / around["val_loss"])
