@@ -1,0 +1,41 @@
+"""docs/results.md and README.md say what was measured."""
+
+import statistics
+
+import pytest
+
+from tests.experiments import results
+
+
+@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_runs(page):
+    text = page.read_text(encoding="utf-8")
+    assert results.TABLE.search(text)
+    assert results.filled(text) == text, f"{page.name} is stale: python -m tests.experiments.results"
+
+
+@pytest.fixture(scope="module")
+def main():
+    _, _, rows = results.measured("tiny", "main")
+    return {row.row.name: row for row in rows}
+
+
+def test_the_headline_rows_have_three_seeds(main):
+    assert {name: len(row.results) for name, row in main.items()} == dict.fromkeys(
+        ["full rank", "Control", "LoRA", "LoRA, warm start", "ReLoRA"], 3)
+
+
+@pytest.mark.parametrize("other", ["LoRA", "LoRA, warm start", "Control"])
+def test_relora_is_better_by_more_than_the_spread(main, other):
+    """Seed by seed: initial weights and data are the same then."""
+    gaps = main["ReLoRA"].differences(main[other])
+    assert max(gaps) < 0 and -statistics.mean(gaps) > statistics.stdev(gaps)
+
+
+def test_the_rank_of_the_updates(main):
+    for row in main.values():
+        ranks = [one["spectrum"]["numerical_rank"] for one in row.results if one.get("spectrum")]
+        if row.row.name == "ReLoRA":
+            assert min(ranks) >= 2 * row.results[0]["r"]
+        if row.row.name == "LoRA, warm start":
+            assert max(ranks) <= row.results[0]["r"]
