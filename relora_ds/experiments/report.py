@@ -59,7 +59,7 @@ def write(suite: Suite, runs: Sequence[Run], results: Results, directory_of: Cal
         return [page]
     from relora_ds.figures.experiments import save_suite
     there = {run.row.name: directory_of(run) for run in runs
-             if run.seed == 0 and results.read(run) and directories(directory_of(run))}
+             if run.seed == 0 and (results.read(run) or {}).get("spectrum") and directories(directory_of(run))}
     return [page, *save_suite(suite.name, suite.title, told, curves(rows), sweeps(rows),
                               _spectra(there) if suite.spectra and there else None, results.directory)]
 
