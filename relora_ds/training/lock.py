@@ -29,7 +29,7 @@ def lock(run_dir: Path) -> IO:
 
     Raises ValueError where another process has it. A file system that knows no locks gives it to anyone.
     """
-    file = open(run_dir / NAME, "a+", encoding="utf-8")  # noqa: SIM115
+    file = open(run_dir / NAME, "a+", encoding="utf-8")  # noqa: SIM115 (it outlives this function)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
