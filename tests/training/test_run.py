@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
 def test_the_run_directory_is_the_contract(finished):
     directory, summary = finished
     assert {p.name for p in directory.iterdir()} == {
-        "recipe.yaml", "status.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "export"}
+        "recipe.yaml", "status.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "export", "lock"}
     assert status(directory)["state"] == "done" and status(directory)["exit_code"] == 0
     assert status(directory)["step"] == 40
     assert json.loads((directory / "summary.json").read_text()) == summary
