@@ -60,7 +60,7 @@ def write(suite: Suite, runs: Sequence[Run], results: Results, directory_of: Cal
     from relora_ds.figures.experiments import save_suite
     there = {run.row.name: directory_of(run) for run in runs
              if run.seed == 0 and (results.read(run) or {}).get("spectrum") and directories(directory_of(run))}
-    return [page, *save_suite(suite.name, suite.title, told, curves(rows), sweeps(rows),
+    return [page, *save_suite(suite.name, suite.title, told, curves(rows), suite.reference, sweeps(rows),
                               _spectra(there) if suite.spectra and there else None, results.directory)]
 
 
@@ -173,8 +173,9 @@ def _made(rows: list[Measured]) -> str:
 
 
 def curves(rows: list[Measured]) -> dict[str, list[dict]]:
-    """For the figure of losses over tokens: every finished run's training and validation curve, by row."""
-    return {row.row.name: [{key: one[key] for key in ("train_curve", "curve")} for one in row.results] for row in rows}
+    """For the figures of losses over tokens: finished runs' training and validation curves by row, sweeps left out."""
+    return {row.row.name: [{key: one[key] for key in ("seed", "train_curve", "curve")} for one in row.results]
+            for row in rows if not row.row.axis}
 
 
 def sweeps(rows: list[Measured]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:

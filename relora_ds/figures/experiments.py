@@ -12,24 +12,26 @@ from relora_ds.figures.spectra import draw_spectra
 from relora_ds.figures.style import DARK, LIGHT, Theme, colour, dash, limits, rc
 from relora_ds.training.console import human_count
 
-MOST_CURVES = 8  # more cannot be told apart
+LINEAR = 0.02  # nats per token: larger differences are drawn to a logarithmic scale
 CAPTIONS = {
     "loss": "Loss in nats per token: training (lines, the mean over the seeds) and validation (points, one a seed).",
+    "differences": "Training loss less the reference's, on the same batches: the mean over the seeds, and their range.",
     "singular_values": "Singular values of what training added to the weights, the first seed's.",
     "singular_values_sorted": "The same, each matrix relative to its largest and in order; thick: the median matrix.",
 }
 
 
-def save_suite(name: str, title: str, blocks: list, curves: dict[str, list[dict]], sweeps: dict[str, dict],
-               spectra: dict | None, directory: Path) -> list[Path]:
+def save_suite(name: str, title: str, blocks: list, curves: dict[str, list[dict]], reference: str | None,
+               sweeps: dict[str, dict], spectra: dict | None, directory: Path) -> list[Path]:
     """Write what there is into `directory`: `NAME.html` with everything in it, and `NAME_*.png`; returns the files.
 
     Args:
         title, blocks: of the page, see `suite_page`.
         curves, sweeps: what `experiments.report` makes of a suite.
+        reference: the name of the curves that the others are compared with.
         spectra: of its runs, what `experiments.spectra.measure` returns.
     """
-    light, dark = (_draw(curves, sweeps, spectra, theme) for theme in (LIGHT, DARK))
+    light, dark = (_draw(curves, reference, sweeps, spectra, theme) for theme in (LIGHT, DARK))
     images = {figure: png(drawn) for figure, drawn in light.items()}
     page = suite_page(title, blocks, [(_caption(figure), images[figure], png(dark[figure])) for figure in images])
     files = {f"{name}.html": page.encode(), **{f"{name}_{figure}.png": image for figure, image in images.items()}}
@@ -42,10 +44,12 @@ def _caption(figure: str) -> str:
     return CAPTIONS.get(figure) or f"Validation loss by {figure.replace('_', ' ')}: points are seeds."
 
 
-def _draw(curves: dict, sweeps: dict, spectra: dict | None, theme: Theme) -> dict[str, Figure]:
+def _draw(curves: dict, reference: str | None, sweeps: dict, spectra: dict | None, theme: Theme) -> dict[str, Figure]:
     figures = {axis.replace(" ", "_"): draw_sweep(axis, groups, theme) for axis, groups in sweeps.items()}
-    if 0 < len(curves) <= MOST_CURVES:
+    if curves:
         figures["loss"] = draw_curves(curves, theme)
+    if reference in curves and len(curves) > 1:
+        figures["differences"] = draw_differences(curves, reference, theme)
     return {**figures, **(draw_spectra(spectra, theme) if spectra else {})}
 
 
@@ -69,6 +73,33 @@ def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
         if found := limits(shown):
             axes.set_ylim(*found)
         axes.set_title("Loss: training (lines), validation (points)")
+        axes.set_ylabel("nats per token")
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(lambda value, _: human_count(value).replace(".00", ""))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=5)
+    return figure
+
+
+def draw_differences(curves: dict[str, list[dict]], reference: str, theme: Theme) -> Figure:
+    """Training loss less the reference's of the same seed, which saw the same batches: the mean, and the range."""
+    theirs = {run["seed"]: np.array(run["train_curve"]) for run in curves[reference]}
+    with rc_context(rc(theme)):
+        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, runs) in enumerate(curves.items()):
+            pairs = [(np.array(run["train_curve"]), theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
+            if name == reference or not pairs:
+                continue
+            length = min(min(map(len, pair)) for pair in pairs)
+            differences = np.array([mine[:length, 1] - their[:length, 1] for mine, their in pairs])
+            tokens = pairs[0][0][:length, 0]
+            axes.plot(tokens, differences.mean(axis=0), color=colour(theme, i), linestyle=dash(i), linewidth=1.6,
+                      label=name)
+            axes.fill_between(tokens, differences.min(axis=0), differences.max(axis=0), color=colour(theme, i),
+                              alpha=0.25, linewidth=0)
+        axes.axhline(0, color=theme.ink, linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=LINEAR)  # small leads beside large ones
+        axes.set_title(f"Training loss less {reference}'s")
         axes.set_ylabel("nats per token")
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(lambda value, _: human_count(value).replace(".00", ""))

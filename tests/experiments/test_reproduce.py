@@ -112,9 +112,9 @@ def test_the_table(tmp_path):
                     for name in ("full rank", "ReLoRA"))
     assert "3.9100 ± 0.0100" in full and "+0.3000 (+0.3000 to +0.3000)" in full and "33.81" in full
     assert "reference" in relora and f"{4 + SWITCH / STEPS:.3f}" in relora and "| LoRA |" not in text
-    assert [figure.name for figure in figures] == ["main_loss.png"]
+    assert [figure.name for figure in figures] == ["main_loss.png", "main_differences.png"]
     assert all(figure.stat().st_size > 10_000 for figure in figures)
-    assert "<td>3.9100 ± 0.0100</td>" in html.read_text() and html.read_text().count("data:image/png") == 2
+    assert "<td>3.9100 ± 0.0100</td>" in html.read_text() and html.read_text().count("data:image/png") == 4
 
 
 def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
