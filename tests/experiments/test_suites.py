@@ -50,11 +50,13 @@ def test_the_ablation_switches_one_part_on_at_a_time():
                     recipe.relora.restart_warmup_steps > 0, recipe.full_rank_steps > 0,
                     recipe.optim.lr > full.optim.lr) for name, recipe in found.items()}
     assert parts == {
-        "LoRA": (False, True, True, False, False), "restarts": (True, False, False, False, False),
+        "LoRA": (False, True, True, False, False), "LoRA, random W": (False, True, True, False, False),
+        "restarts": (True, False, False, False, False),
         "restarts, reset": (True, True, False, False, False), "restarts, jagged": (True, False, True, False, False),
         "restarts, reset, jagged": (True, True, True, False, False),
         "restarts, reset, jagged, warm start": (True, True, True, True, False), "ReLoRA": (True,) * 5}
     assert found["ReLoRA"].relora == relora.relora
+    assert (found["LoRA"].lora.base, found["LoRA, random W"].lora.base) == ("none", "random")
 
 
 def test_a_run_is_known_by_what_it_computes():
