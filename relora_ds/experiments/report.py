@@ -150,9 +150,11 @@ def _printed(value: float | str | None) -> str:
 
 
 def _best(rows: list[Measured]) -> list[str]:
-    """Of every sweep, each group's best value."""
+    """Of every sweep at equal tokens, each group's best value."""
     told = []
     for axis in dict.fromkeys(row.row.axis for row in rows if row.row.axis):
+        if len({row.results[0]["tokens"] for row in rows if row.row.axis == axis}) > 1:
+            continue
         found = []
         for group in dict.fromkeys(row.row.group for row in rows if row.row.axis == axis):
             swept = [row for row in rows if row.row.axis == axis and row.row.group == group]

@@ -132,6 +132,12 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
     assert report.write(suite, runs, results, lambda run: tmp_path / run.name, True)[2].name == "lr_learning_rate.png"
 
 
+def test_more_tokens_are_not_a_better_setting():
+    rows = [report.Measured(row, [{"seed": 0, "val_loss": 3.0, "tokens": row.value}])
+            for row in read_suite("horizon", "tiny").rows]
+    assert report._best(rows) == []
+
+
 def test_the_budget(tmp_path):
     runs, results, asked = runs_of("full rank", "LoRA", "ReLoRA", seeds=3), Results(tmp_path / "results"), []
     Pretended(tmp_path / "runs").train_all(runs_of("full rank"), results, 1, lambda _: None)
