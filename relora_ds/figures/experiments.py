@@ -1,5 +1,6 @@
 """The figures of a suite: losses over tokens, and final losses over what a sweep changes."""
 
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,10 @@ def draw_differences(curves: dict[str, list[dict]], reference: str, theme: Theme
             pairs = [(np.array(run["train_curve"]), theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
             if name == reference or not pairs:
                 continue
-            length = min(min(map(len, pair)) for pair in pairs)
-            differences = np.array([mine[:length, 1] - their[:length, 1] for mine, their in pairs])
-            tokens = pairs[0][0][:length, 0]
+            # Where both have points: only then are they means over the same batches.
+            tokens = reduce(np.intersect1d, [curve[:, 0] for pair in pairs for curve in pair])
+            differences = np.array([mine[np.isin(mine[:, 0], tokens), 1] - their[np.isin(their[:, 0], tokens), 1]
+                                    for mine, their in pairs])
             axes.plot(tokens, differences.mean(axis=0), color=colour(theme, i), linestyle=dash(i), linewidth=1.6,
                       label=name)
             axes.fill_between(tokens, differences.min(axis=0), differences.max(axis=0), color=colour(theme, i),
