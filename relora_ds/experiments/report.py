@@ -158,11 +158,14 @@ def _best(rows: list[Measured]) -> list[str]:
         found = []
         for group in dict.fromkeys(row.row.group for row in rows if row.row.axis == axis):
             swept = [row for row in rows if row.row.axis == axis and row.row.group == group]
+            if len(swept) == 1:
+                continue
             best = min(swept, key=lambda row: row.mean)
-            at_edge = best.row.value in (swept[0].row.value, swept[-1].row.value) and len(swept) > 1
+            at_edge = best.row.value in (swept[0].row.value, swept[-1].row.value)
             found.append(f"{group} {best.row.value:g} ({best.mean:.4f}"
                          + (", the edge of what was tried)" if at_edge else ")"))
-        told.append(f"The best {axis}: {'; '.join(found)}.")
+        if found:
+            told.append(f"The best {axis}: {'; '.join(found)}.")
     return told
 
 

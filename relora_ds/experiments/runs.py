@@ -171,7 +171,9 @@ def result_of(run: Run, directory: Path) -> dict:
         "r": run.recipe.relora.r if run.recipe.method in ("lora", "relora") else None,
         "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
         "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == switch), None),
-        "curve": [[tokens_per_step * line["step"], line["val_loss"]] for line in evaluations],
+        # Of the whole validation split: a part of it has another loss (`eval.max_tokens`).
+        "curve": [[tokens_per_step * line["step"], line["val_loss"]] for line in evaluations
+                  if line["val_tokens"] == summary["val_tokens"]],
         "train_curve": _thinned([[line["tokens"], line["loss"]] for line in train
                                  if line["step"] % run.recipe.log.every == 0]),  # after a restart there are more
         "restart_steps": [line["step"] for line in restarts],

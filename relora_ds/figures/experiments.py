@@ -16,7 +16,8 @@ from relora_ds.training.console import human_count
 LINEAR = 0.02  # nats per token: larger differences are drawn to a logarithmic scale
 CAPTIONS = {
     "loss": "Loss in nats per token: training (lines, the mean over the seeds) and validation (points, one a seed).",
-    "differences": "Training loss less the reference's, on the same batches: the mean over the seeds, and their range.",
+    "differences": "Training loss less the reference's, on the same batches: the mean over the seeds, and their range. "
+                   f"To scale up to {LINEAR} nats, logarithmic beyond.",
     "singular_values": "Singular values of what training added to the weights, the first seed's.",
     "singular_values_sorted": "The same, each matrix relative to its largest and in order; thick: the median matrix.",
 }
@@ -64,12 +65,12 @@ def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
             hue, trained = colour(theme, i), [np.array(run["train_curve"]) for run in runs]
             length = min(map(len, trained))
             tokens, losses = trained[0][:length, 0], np.mean([one[:length, 1] for one in trained], axis=0)
-            axes.plot(tokens, losses, color=hue, linestyle=dash(i), linewidth=1.2, alpha=0.7)
+            axes.plot(tokens, losses, color=hue, linestyle=dash(i), linewidth=1.2, alpha=0.7, label=name)
             shown.append((tokens, losses))
-            for k, run in enumerate(runs):
+            for run in runs:
                 points = np.array(run["curve"])
                 axes.plot(points[:, 0], points[:, 1], color=hue, marker="o", markersize=4, linewidth=0,
-                          markeredgecolor=theme.ground, markeredgewidth=0.6, zorder=3, label=None if k else name)
+                          markeredgecolor=theme.ground, markeredgewidth=0.6, zorder=3)
                 shown.append((points[:, 0], points[:, 1]))
         if found := limits(shown):
             axes.set_ylim(*found)
@@ -116,13 +117,12 @@ def draw_sweep(axis: str, groups: dict[str, list[tuple[float, list[float]]]], th
         axes = figure.subplots()
         values = sorted({value for found in groups.values() for value, _ in found})
         for i, (name, found) in enumerate(groups.items()):
-            axes.plot([value for value, _ in found], [np.mean(losses) for _, losses in found], color=colour(theme, i),
-                      linestyle=dash(i), linewidth=1.6, label=name)
-            points = [(value, one) for value, losses in found for one in losses]
+            places = [values.index(value) for value, _ in found]  # evenly spaced: 0.9 and 0.999 are far apart
+            axes.plot(places, [np.mean(losses) for _, losses in found], color=colour(theme, i), linestyle=dash(i),
+                      linewidth=1.6, label=name)
+            points = [(place, one) for place, (_, losses) in zip(places, found, strict=True) for one in losses]
             axes.plot(*zip(*points, strict=True), color=colour(theme, i), marker="o", markersize=4, linewidth=0)
-        axes.set_xscale("log")
-        axes.set_xticks(values, [f"{value:g}" for value in values])
-        axes.minorticks_off()
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set_title(f"Validation loss by {axis}")
         axes.set_xlabel(axis)
         axes.set_ylabel("nats per token")

@@ -62,7 +62,8 @@ def leave_a_run(run: Run, directory, loss: float = 3.0) -> None:
               "tokens": tokens * step // STEPS, "loss": 5 - step / STEPS, "tokens_per_s": 100.0,
               **({"max_update_over_lr": step - RESTARTS[0]} if 0 < step - RESTARTS[0] <= 10 else {})}
              for step in range(1, STEPS + 1)]
-    lines += [{"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / STEPS} for step in (SWITCH, STEPS)]
+    lines += [{"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / STEPS, "val_tokens": tokens}
+              for step, tokens in ((SWITCH, 1000), (SWITCH + 1, 100), (STEPS, 1000))]
     lines += [{"kind": "restart", "step": step, "phase": "x", "merge_loss_total": 0.5} for step in RESTARTS]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -92,7 +93,8 @@ def test_what_is_kept_of_a_run(tmp_path):
     run, = runs_of("ReLoRA")
     leave_a_run(run, tmp_path)
     kept = result_of(run, tmp_path)
-    assert kept["loss_at_switch"] == 4 + SWITCH / STEPS and kept["curve"][-1] == [run.tokens, 5.0]
+    assert kept["loss_at_switch"] == 4 + SWITCH / STEPS
+    assert kept["curve"] == [[run.tokens * SWITCH / STEPS, kept["loss_at_switch"]], [run.tokens, 5.0]]
     assert kept["first_updates"] == 10 and kept["restart_steps"] == RESTARTS
     assert kept["tokens_per_s"] == {"warm_start": 100, "relora": 100}
     assert len(kept["train_curve"]) == 100 and kept["train_curve"][-1][0] == run.tokens

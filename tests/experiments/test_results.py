@@ -39,3 +39,24 @@ def test_the_rank_of_the_updates(main):
             assert min(ranks) >= 2 * row.results[0]["r"]
         if row.row.name == "LoRA, warm start":
             assert max(ranks) <= row.results[0]["r"]
+
+
+def losses(suite: str) -> dict[str, float]:
+    return {row.row.name: row.losses[0] for row in results.measured("tiny", suite)[2]}
+
+
+def test_the_ablation_has_the_papers_order():
+    """But for resets without a ramp, which diverged there."""
+    found = losses("ablation")
+    alone = (found["restarts"], found["restarts, jagged"])
+    assert found["LoRA, random W"] - min(alone) < 0.01  # as good as nothing
+    order = [min(alone), found["restarts, reset, jagged"], found["restarts, reset, jagged, warm start"],
+             found["ReLoRA"]]
+    assert order == sorted(order, reverse=True)
+
+
+def test_the_lead_grows_with_the_number_of_steps():
+    found = losses("horizon")
+    leads = [found[f"LoRA, warm start, steps {steps}"] - found[f"ReLoRA, steps {steps}"]
+             for steps in (3500, 5000, 8000, 16000)]
+    assert leads == sorted(leads) and leads[0] < 0 < leads[1]

@@ -53,7 +53,7 @@ def test_the_ablation_switches_one_part_on_at_a_time():
         "LoRA": (False, True, True, False, False), "LoRA, random W": (False, True, True, False, False),
         "restarts": (True, False, False, False, False),
         "restarts, reset": (True, True, False, False, False), "restarts, jagged": (True, False, True, False, False),
-        "restarts, reset, jagged": (True, True, True, False, False),
+        "restarts, reset, jagged": (True, True, True, False, False), "warm start": (False, True, True, True, False),
         "restarts, reset, jagged, warm start": (True, True, True, True, False), "ReLoRA": (True,) * 5}
     assert found["ReLoRA"].relora == relora.relora
     assert (found["LoRA"].lora.base, found["LoRA, random W"].lora.base) == ("none", "random")
