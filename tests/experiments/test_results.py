@@ -60,3 +60,10 @@ def test_the_lead_grows_with_the_number_of_steps():
     leads = [found[f"LoRA, warm start, steps {steps}"] - found[f"ReLoRA, steps {steps}"]
              for steps in (3500, 5000, 8000, 16000)]
     assert leads == sorted(leads) and leads[0] < 0 < leads[1]
+
+
+def test_in_long_runs_the_lead_is_larger_than_the_spread_of_the_losses():
+    rows = {row.row.name: row for row in results.measured("tiny", "horizon")[2]}
+    relora, lora = (rows[f"{name}, steps 16000"] for name in ("ReLoRA", "LoRA, warm start"))
+    assert len(relora.results) == len(lora.results) == 3
+    assert -statistics.mean(relora.differences(lora)) > max(map(statistics.stdev, (relora.losses, lora.losses)))
