@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 lint=0
 "$PYTHON" -m ruff check . || lint=$?
 tests=0
-"$PYTHON" -m pytest -q ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
+"$PYTHON" -m pytest -q --durations=30 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
 if [ "$lint" -ne 0 ]; then
     echo "error: ruff found problems; they are listed above the tests" >&2
 fi

@@ -131,7 +131,8 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
     text = report.markdown(suite, report.blocks(suite, rows, len(runs)))
     assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.008 (2.5257, the edge of what was tried)" in text
     assert set(report.sweeps(rows)) == {"learning rate"} and len(report.sweeps(rows)["learning rate"]["ReLoRA"]) == 4
-    assert report.write(suite, runs, results, lambda run: tmp_path / run.name, True)[2].name == "lr_learning_rate.png"
+    _, _, *figures = report.write(suite, runs, results, lambda run: tmp_path / run.name, True)
+    assert [figure.name for figure in figures] == ["lr_learning_rate.png"]
 
 
 def test_more_tokens_are_not_a_better_setting():
