@@ -9,6 +9,7 @@ raises fails the test with the rank's traceback; one that hangs is killed.
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -38,6 +39,8 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
             case, args, kwargs = pipe.recv()
         except EOFError:  # the test session is gone
             return
+        gc.collect()
+        gc.freeze()  # what was imported
         try:
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:
