@@ -40,7 +40,7 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
         except EOFError:  # the test session is gone
             return
         gc.collect()
-        gc.freeze()  # what was imported
+        gc.freeze()  # What was imported is gone through no more: DeepSpeed collects garbage often, the tests too.
         try:
             pipe.send((True, case(*args, **kwargs)))
         except BaseException:

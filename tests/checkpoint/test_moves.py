@@ -4,7 +4,7 @@ import pytest
 
 from tests.training.runs import lines, losses, run
 
-SETTINGS = ("train.steps=36", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0", "log.every=1")
+SETTINGS = ("train.steps=36", "checkpoint.every=6", "checkpoint.keep_last=99", "log.every=1")
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_dropout_of_the_model_itself_is_the_same_after_a_resume(model, tmp_path)
 
 
 def test_a_run_that_is_made_longer_restarts_where_it_ended(tmp_path):
-    run(tmp_path / "r", "train.steps=40", "eval.samples=0")
-    run(tmp_path / "r", "train.steps=56", "eval.samples=0", "resume=auto")
+    run(tmp_path / "r", "train.steps=40")
+    run(tmp_path / "r", "train.steps=56", "resume=auto")
     assert [line["step"] for line in lines(tmp_path / "r", "restart")] == [20, 30, 40, 50]
     assert [line["restarts"] for line in lines(tmp_path / "r", "restart")] == [1, 2, 3, 4]

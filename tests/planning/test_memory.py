@@ -1,6 +1,5 @@
 """The account of a rank's memory against the live tensors of real engines on two ranks."""
 
-import gc
 import time
 
 import pytest
@@ -21,15 +20,6 @@ COPIES = "fp32 copies of the gradients"
 
 def measure(changes: list[str]) -> dict[str, int]:
     """On a rank: bytes of the live tensors at the moments that the account knows."""
-    gc.collect()
-    gc.freeze()  # what was there is looked at no more, which takes seconds otherwise
-    try:
-        return _measure(changes)
-    finally:
-        gc.unfreeze()
-
-
-def _measure(changes: list[str]) -> dict[str, int]:
     seen = {}
     engine = build(changes)
     _step(engine, 0)

@@ -15,8 +15,10 @@ def train(recipe: str, overrides: list[str]) -> dict:
 
 
 def run(run_dir: Path, *overrides: str, recipe: str = "tiny", world_size: int = 2) -> dict:
-    """Train on `world_size` ranks into `run_dir`; returns the summary."""
-    return ranks(world_size).run(train, recipe, [f"run_dir={run_dir}", *overrides])[0]
+    """Train on `world_size` ranks into `run_dir`; returns the summary. Text samples take a tenth of so short a run's
+    time, so there are none unless overridden.
+    """
+    return ranks(world_size).run(train, recipe, [f"run_dir={run_dir}", "eval.samples=0", *overrides])[0]
 
 
 def lines(run_dir: Path, kind: str) -> list[dict]:

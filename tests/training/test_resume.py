@@ -137,7 +137,7 @@ def test_a_refused_checkpoint_leaves_the_run_as_it_was(tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_says_the_same_again(tmp_path):
-    first = run(tmp_path / "r", "eval.samples=0")
+    first = run(tmp_path / "r")
     before = lines(tmp_path / "r", "eval")
-    assert run(tmp_path / "r", "eval.samples=0", "resume=auto") == first
+    assert run(tmp_path / "r", "resume=auto") == first
     assert lines(tmp_path / "r", "eval") == before and len(before) == 4
