@@ -4,7 +4,8 @@
 #   bash launch_scripts/experiments.sh tiny results/tiny              two CPU cores, a run on each; hours
 #   bash launch_scripts/experiments.sh small results/small            one GPU, C4 from the hub
 #   bash launch_scripts/experiments.sh small results/small data.source=pretokenized data.path=TOKENS
-#                                                      without a hub: TOKENS is what `relora_ds prepare` wrote elsewhere
+#                                                      without a hub: TOKENS is what `relora_ds prepare` wrote elsewhere,
+#                                                      of C4 or of the text that english_corpus.py puts together
 #
 # DIRECTORY receives a file for each run, tables and figures; the runs themselves are in runs/SCALE. Stopped, the same
 # command goes on where it was. The learning rates come first: where a method's best is not its recipe's, write it there
