@@ -55,15 +55,32 @@ def test_the_ablation_has_the_papers_order():
     assert order == sorted(order, reverse=True)
 
 
-def test_the_lead_grows_with_the_number_of_steps():
-    found = losses("horizon")
-    leads = [found[f"LoRA, warm start, steps {steps}"] - found[f"ReLoRA, steps {steps}"]
-             for steps in (3500, 5000, 8000, 16000)]
-    assert leads == sorted(leads) and leads[0] < 0 < leads[1]
+@pytest.fixture(scope="module")
+def horizon():
+    """row name, number of steps -> the row."""
+    return {tuple(row.row.name.split(", steps ")): row for row in results.measured("tiny", "horizon")[2]}
 
 
-def test_in_long_runs_the_lead_is_larger_than_the_spread_of_the_losses():
-    rows = {row.row.name: row for row in results.measured("tiny", "horizon")[2]}
-    relora, lora = (rows[f"{name}, steps 16000"] for name in ("ReLoRA", "LoRA, warm start"))
-    assert len(relora.results) == len(lora.results) == 3
+def leads(horizon, other: str) -> list[tuple[float, ...]]:
+    """By how much ReLoRA is ahead, by the number of steps and by seed."""
+    found = [tuple(-gap for gap in horizon["ReLoRA", steps].differences(horizon[other, steps]))
+             for steps in ("3500", "5000", "8000", "16000")]
+    assert all(len(by_seed) == 3 for by_seed in found)
+    return found
+
+
+def test_the_lead_over_lora_grows_with_the_number_of_steps(horizon):
+    found = leads(horizon, "LoRA, warm start")
+    assert max(found[0]) < 0 < min(found[1]), "the lines cross with every seed"
+    assert all(list(of_seed) == sorted(of_seed) for of_seed in zip(*found, strict=True))
+
+
+def test_in_long_runs_the_lead_is_larger_than_the_spread_of_the_losses(horizon):
+    relora, lora = horizon["ReLoRA", "16000"], horizon["LoRA, warm start", "16000"]
     assert -statistics.mean(relora.differences(lora)) > max(map(statistics.stdev, (relora.losses, lora.losses)))
+
+
+@pytest.mark.parametrize("other", ["Control", "full rank"])
+def test_what_trains_all_the_time_gains_on_it(horizon, other):
+    found = [statistics.mean(by_seed) for by_seed in leads(horizon, other)]
+    assert found == sorted(found, reverse=True)
