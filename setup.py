@@ -28,7 +28,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # tests/test_packaging.py builds a wheel
     "test": ["accelerate>=1.15,<2", "bitsandbytes>=0.49", "matplotlib", "peft",
-             "pytest>=8", "ruff>=0.9", "setuptools>=70.1"],
+             "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "setuptools>=70.1"],
     "lint": ["ruff>=0.9"],
     "plot": ["matplotlib"],
     "peft": ["peft"],

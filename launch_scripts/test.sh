@@ -8,11 +8,12 @@ set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-selection=(-m "not slow")
+# Two files at a time: ranks wait for each other and for imports, and leave a quarter of two cores idle.
+options=(-m "not slow" -n 2 --dist loadfile)
 arguments=()
 for argument in "$@"; do
     case $argument in
-        --all) selection=() ;;
+        --all) options=() ;;  # one after another, since some of them measure
         *) arguments+=("$argument") ;;
     esac
 done
@@ -25,7 +26,7 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 lint=0
 "$PYTHON" -m ruff check . || lint=$?
 tests=0
-"$PYTHON" -m pytest -q --durations=30 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
+"$PYTHON" -m pytest -q --durations=30 ${options[@]+"${options[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
 if [ "$lint" -ne 0 ]; then
     echo "error: ruff found problems; they are listed above the tests" >&2
 fi
