@@ -27,6 +27,7 @@ SMALLER = [
     (r"(--link)$", r"\1 --seconds 2 --config quickstart"),
     (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {TINY} data.seq_len=64"),
     (r"(test\.sh)\b.*", r"\1 tests/test_config.py -q"),
+    (r"(reproduce .*--scale small) --num-gpus 1", r"\1 --dry-run"),
 ]
 # What cannot run here, and the test that runs the same script.
 ELSEWHERE = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from relora_ds.config import Recipe
-from relora_ds.experiments.runs import Results, Run, Runner
+from relora_ds.experiments.runs import Results, Run, Runner, reason
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
 
@@ -76,7 +76,7 @@ def trial(runner: Runner) -> Callable[[Run], float]:
         if runner.stopping.is_set():
             raise Preempted(f"the trial of {run.row.name} was stopped")
         if code != 0:
-            raise ValueError(f"{run.row.name}: a trial of {steps} steps failed with exit code {code}; see "
+            raise ValueError(f"{run.row.name}: a trial of {steps} steps failed: {reason(directory, code)}; see "
                              f"{directory}.log")
         return _mean_speed(run.recipe, [line for line in read_metrics(directory) if line["kind"] == "train"])
     return measure

@@ -8,6 +8,7 @@ directory can go.
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,7 +123,7 @@ class Runner:
         if self.stopping.is_set() or status.get("state") == "preempted" or code == EXIT_PREEMPTED:
             self.stop()  # whoever told this one meant all
             raise Preempted(f"{run.name} was stopped")
-        return f"{run.name} ({run.row.name}): {status.get('reason') or f'exit code {code}'}; see {directory}.log"
+        return f"{run.name} ({run.row.name}): {status.get('reason') or reason(directory, code)}; see {directory}.log"
 
     def execute(self, run: Run, directory: Path, *more: str) -> int:
         """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
@@ -150,6 +151,13 @@ class Runner:
         self.stopping.set()
         for process in list(self._processes):
             process.send_signal(signal.SIGTERM)
+
+
+def reason(directory: Path, code: int) -> str:
+    """Why `train.py` ended: the last error in the run's log, with the lines that belong to it, or its exit code."""
+    log = Path(f"{directory}.log").read_text(encoding="utf-8", errors="replace")
+    errors = re.findall(r"^error: (.*(?:\n[ \t].*)*)", log, re.MULTILINE)
+    return errors[-1] if errors else f"exit code {code}"
 
 
 def result_of(run: Run, directory: Path) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from relora_ds.__main__ import main
 from relora_ds.config import load_recipe
 from relora_ds.experiments import budget, report
-from relora_ds.experiments.runs import Results, Run, Runner, result_of
+from relora_ds.experiments.runs import Results, Run, Runner, reason, result_of
 from relora_ds.experiments.suites import read_suite
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
@@ -87,6 +87,15 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path):
     failures = Pretended(tmp_path / "runs", failing=["Control"]).train_all(runs, results, 1, lambda _: None)
     assert len(failures) == 1 and "Control" in failures[0] and "the disk is full" in failures[0]
     assert [results.read(run) is not None for run in runs] == [True, False, True]
+
+
+def test_the_reason_of_a_failure_is_the_programs_own(tmp_path):
+    log = tmp_path / "r.log"
+    log.write_text("error: of an earlier attempt\nstep 1\n"
+                   "error: 1 problem in recipe r:\n  data.source: none\n[INFO] killed\n")
+    assert reason(tmp_path / "r", 2) == "1 problem in recipe r:\n  data.source: none"
+    log.write_text("step 1\n")
+    assert reason(tmp_path / "r", -9) == "exit code -9"
 
 
 def test_what_is_kept_of_a_run(tmp_path):
