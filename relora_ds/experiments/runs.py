@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from relora_ds.training.preemption import Preempted
 # Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "seed")
 NUM_POINTS = 100  # of a training curve
+COMMAND = "\n$ "  # stands before each command in a run's log
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Runner:
         with open(f"{directory}.log", "a", encoding="utf-8") as log:
             if self.stopping.is_set():
                 raise Preempted(f"{run.name} was not started")
+            print(f"{COMMAND}{shlex.join(command)}", file=log, flush=True)
             # A session of its own: a Ctrl-C reaches it once, through `stop`.
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                        env={**os.environ, **threads}, start_new_session=True)
@@ -154,9 +157,9 @@ class Runner:
 
 
 def reason(directory: Path, code: int) -> str:
-    """Why `train.py` ended: the last error in the run's log, with the lines that belong to it, or its exit code."""
+    """Why the last command in a run's log ended: the error it printed, with its indented lines, or its exit code."""
     log = Path(f"{directory}.log").read_text(encoding="utf-8", errors="replace")
-    errors = re.findall(r"^error: (.*(?:\n[ \t].*)*)", log, re.MULTILINE)
+    errors = re.findall(r"^error: (.*(?:\n[ \t].*)*)", log.rpartition(COMMAND)[2], re.MULTILINE)
     return errors[-1] if errors else f"exit code {code}"
 
 

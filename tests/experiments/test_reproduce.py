@@ -12,7 +12,7 @@ import pytest
 from relora_ds.__main__ import main
 from relora_ds.config import load_recipe
 from relora_ds.experiments import budget, report
-from relora_ds.experiments.runs import Results, Run, Runner, reason, result_of
+from relora_ds.experiments.runs import Results, Run, Runner, result_of
 from relora_ds.experiments.suites import read_suite
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
@@ -89,13 +89,20 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path):
     assert [results.read(run) is not None for run in runs] == [True, False, True]
 
 
-def test_the_reason_of_a_failure_is_the_programs_own(tmp_path):
-    log = tmp_path / "r.log"
-    log.write_text("error: of an earlier attempt\nstep 1\n"
-                   "error: 1 problem in recipe r:\n  data.source: none\n[INFO] killed\n")
-    assert reason(tmp_path / "r", 2) == "1 problem in recipe r:\n  data.source: none"
-    log.write_text("step 1\n")
-    assert reason(tmp_path / "r", -9) == "exit code -9"
+def test_a_failure_is_told_in_the_programs_own_words(tmp_path, monkeypatch):
+    run, = runs_of("ReLoRA")
+    runner = Runner(tmp_path / "runs")
+    program = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    program.write_text("#!/bin/sh\nprintf 'error: 1 problem:\\n  data.source: none\\n[INFO] killed\\n'\nexit 2\n")
+    program.chmod(0o755)
+    with pytest.raises(ValueError, match="ReLoRA: a trial of .* failed: 1 problem:\n  data.source: none; see .*log$"):
+        budget.trial(runner)(run)
+    assert "1 problem:\n  data.source: none; see " in runner.train(run)
+
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert "exit code 9; see " in runner.train(run), "the error is an earlier attempt's"
 
 
 def test_what_is_kept_of_a_run(tmp_path):
