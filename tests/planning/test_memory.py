@@ -1,7 +1,5 @@
 """The account of a rank's memory against the live tensors of real engines on two ranks."""
 
-import time
-
 import pytest
 
 from relora_ds.planning import memory
@@ -13,7 +11,7 @@ from relora_ds.training.preflight import resolve
 from relora_ds.zero.teardown import release
 from tests.planning.engines import build, micro_step, overrides, planned
 from tests.ranks import ranks
-from tests.zero.test_teardown import live_bytes
+from tests.zero.live_tensors import live_bytes
 
 COPIES = "fp32 copies of the gradients"
 
@@ -25,7 +23,7 @@ def measure(changes: list[str]) -> dict[str, int]:
     _step(engine, 0)
 
     def record(moment: str, *_):
-        seen[moment] = max(seen.get(moment, 0), settled_bytes())
+        seen[moment] = max(seen.get(moment, 0), live_bytes())
 
     hook = engine.shards._adapter.inner.register_step_pre_hook(lambda *_: record("in the optimizer"))
     _step(engine, 1, lambda: record("after backward"))
@@ -38,15 +36,6 @@ def measure(changes: list[str]) -> dict[str, int]:
         record("a step later")
     release(engine)
     return seen
-
-
-def settled_bytes() -> int:
-    """The smallest of some looks: gloo's threads let go of a tensor a little after its collective has ended."""
-    looks = []
-    for _ in range(5):
-        time.sleep(0.04)
-        looks.append(live_bytes())
-    return min(looks)
 
 
 def _step(engine, step: int, after_backward=lambda: None) -> None:

@@ -12,7 +12,7 @@ from relora_ds.planning.network import network_of
 from relora_ds.training.phases import build_engine, hand_over, phases_of
 from relora_ds.training.preflight import check, resolve
 from tests.ranks import ranks
-from tests.zero.test_teardown import live_bytes
+from tests.zero.live_tensors import live_bytes
 
 OVERRIDES = ["model.preset=llama_9m", "data.vocab_size=512", "warm_start_steps=2", "train.steps=40"]
 

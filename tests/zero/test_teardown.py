@@ -1,28 +1,13 @@
 """After a release nothing of the old engine is left, at every stage."""
 
-import gc
 import weakref
 
 import pytest
-import torch
 
 from relora_ds.zero.teardown import release
 from tests.parity import cases
 from tests.ranks import ranks
-
-
-def live_bytes() -> int:
-    """Bytes of the distinct storages of all live tensors of this process."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        try:
-            if isinstance(thing, torch.Tensor) and not thing.is_meta:
-                storage = thing.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        except Exception:  # half-built objects of other libraries
-            continue
-    return sum(storages.values())
+from tests.zero.live_tensors import live_bytes
 
 
 def _watch(engine) -> dict[str, weakref.ref]:
@@ -51,8 +36,8 @@ def build_and_release(stage, precision, offload=False) -> tuple[list[str], int, 
     cases.logits(engine)
     watched = _watch(engine)
     release(engine)
-    gc.collect()
-    return [name for name, reference in watched.items() if reference() is not None], before, live_bytes()
+    after = live_bytes()
+    return [name for name, reference in watched.items() if reference() is not None], before, after
 
 
 @pytest.mark.parametrize("stage, precision, offload", [
