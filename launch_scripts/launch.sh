@@ -38,8 +38,23 @@ set_threads() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / $1 > 0 ? cores / $1 : 1))}"
 }
 
+# free_port: print a free port below those that Linux hands out for connections, so that no connection of another
+# program takes it before rank 0 listens on it, which is some imports later.
 free_port() {
-    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    "$PYTHON" - <<'PYTHON'
+import random
+import socket
+
+while True:
+    port = random.randrange(20000, 32768)
+    with socket.socket() as s:
+        try:
+            s.bind(("", port))
+        except OSError:
+            continue
+    print(port)
+    break
+PYTHON
 }
 
 # split_arguments [RECIPE] [section.key=value ...]: set `recipe` and the array `overrides`.

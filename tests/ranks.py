@@ -13,10 +13,11 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
+
+from tests.ports import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "deepspeed", "relora_ds.training.trainer", "torch.utils.tensorboard",
@@ -54,7 +55,7 @@ class Ranks:
         self.world_size = world_size
         self._workers: list = []
 
-    def run(self, case: Callable, *args, timeout: float = 240, **kwargs) -> list:
+    def run(self, case: Callable, *args, timeout: float = 600, **kwargs) -> list:
         """Call `case` (importable, with picklable arguments and result) on every rank; results in rank order."""
         if not self._workers:
             self._start()
@@ -90,9 +91,7 @@ class Ranks:
     def _start(self) -> None:
         # Not daemons: a case may start children of its own (a DataLoader's workers).
         atexit.register(self.stop)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         for rank in range(self.world_size):
             ours, theirs = _context.Pipe()
             process = _context.Process(target=_serve, args=(rank, self.world_size, port, theirs))

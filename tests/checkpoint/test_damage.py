@@ -112,6 +112,7 @@ def failing_save(run_dir, size: int) -> list:
         if trainer.account.step == 8 and dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         if trainer.account.step == 14:
+            trainer.writer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def take_finished(writer):

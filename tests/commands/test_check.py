@@ -26,7 +26,7 @@ def check(capsys, *arguments: str) -> tuple[int, str]:
 def test_the_quickstart(capsys):
     started = time.monotonic()
     code, text = check(capsys, "quickstart", "--world-size", "2")
-    assert code == 0 and time.monotonic() - started < 60  # a few seconds, on an idle machine
+    assert code == 0 and time.monotonic() - started < 300  # a few, on an idle machine
     assert "batch: 16 sequences of 128 tokens = micro-batch 8 x 2 ranks x accumulation 1" in text
     rows = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
     assert rows["160"][:4] == ["160", "relora", "restart", "1"]

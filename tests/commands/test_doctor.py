@@ -65,7 +65,7 @@ def test_advice_is_the_same_on_all_ranks():
 
 def test_one_rank_has_no_link():
     done = subprocess.run([sys.executable, "-m", "relora_ds", "doctor", "--link"], capture_output=True, text=True,
-                          check=False, timeout=240)
+                          check=False, timeout=600)
     assert done.returncode == 1 and "start at least two" in done.stderr and "torchrun" in done.stderr
 
 
@@ -76,7 +76,7 @@ def test_under_torchrun():
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "-m",
                "relora_ds", "doctor", "--link", "--seconds", "2", "--config", "tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["link"]
     assert found["world_size"] == 2 and found["recipe"] == "tiny" and found["advice"]["best"]["tokens_per_s"] > 0

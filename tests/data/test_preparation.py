@@ -137,7 +137,7 @@ def test_racing_processes_build_once_and_agree(tmp_path):
     processes = [context.Process(target=_race, args=(data, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     assert sorted(builds for builds, *_ in found) == [0, 1]

@@ -18,10 +18,18 @@ from tests.data.settings import settings
 PIECE, BATCH = 100_000, 20_000  # characters
 CHILD = """
 import sys
+import time
 from pathlib import Path
 from relora_ds.data import prepare, tokenization
 from tests.data.settings import settings
 tokenization.PIECE_CHARACTERS, tokenization.BATCH_CHARACTERS = {piece}, {batch}
+commit = tokenization.Progress.commit
+
+def and_wait(progress, directory):
+    commit(progress, directory)
+    time.sleep(600 * (progress.train.tokens > 0))  # to be killed
+
+tokenization.Progress.commit = and_wait
 prepare(settings(Path(sys.argv[1]), source="text", path=sys.argv[2], vocab_size=600))
 """
 
@@ -36,11 +44,11 @@ def corpus(tmp_path, num_documents=9_000):
 
 
 def kill_in_the_middle(cache, path):
-    """Start a tokenization and kill it with signal 9 after some pieces; the directory that it leaves."""
+    """Start a tokenization and kill it with signal 9 after its first piece; the directory that it leaves."""
     code = CHILD.format(piece=PIECE, batch=BATCH)
     child = subprocess.Popen([sys.executable, "-c", code, str(cache), str(path)])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while child.poll() is None and time.monotonic() < deadline:
             for partial in (cache / "tokens").glob(".*.partial"):
                 if tokenization.progress_of(partial, "").train.tokens > 0:

@@ -94,10 +94,10 @@ def test_hub_rows_become_the_same_text(tmp_path, no_hub, monkeypatch):
 def test_silent_hub_costs_seconds_not_minutes(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "TIMEOUT_SECONDS", -0.8)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: time.sleep(60))
     start = time.monotonic()
     assert wikitext.texts_from_hub()[0] is None
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.slow

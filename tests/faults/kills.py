@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,19 +58,26 @@ class Mortal(Ranks):
     """Rank processes that may die; the others live on for a moment.
 
     Args:
-        mourning: for so many seconds.
+        mourning: for so many seconds at most.
+        until: until this is true.
 
     Attributes:
         exit_codes: of those that died, None for one that did not.
     """
 
-    def __init__(self, world_size: int, mourning: float = 0.5):
+    def __init__(self, world_size: int, mourning: float = 0.5, until: Callable[[], bool] = lambda: False):
         super().__init__(world_size)
-        self._mourning = mourning
+        self._mourning, self._until = mourning, until
 
     def _fail(self, message: str):
-        time.sleep(self._mourning)
-        self.exit_codes = [process.exitcode for process, _ in self._workers]
+        deadline = time.monotonic() + self._mourning
+        while time.monotonic() < deadline and not self._until():
+            time.sleep(0.05)
+        while True:  # an end of its pipe is seen before its exit code
+            self.exit_codes = [process.exitcode for process, _ in self._workers]
+            if "it died" not in message or any(code is not None for code in self.exit_codes):
+                break
+            time.sleep(0.05)
         super()._fail(message)
 
 

@@ -18,9 +18,11 @@ def whole(tmp_path_factory):
     [(0, "a save: before the rename", 2), (1, "the switch: building", 1), (0, "a save: before latest", 2)],
     [(None, None, 0.4), (0, None, 0.8), (1, None, 1.2)]], ids=["restart", "switch", "instants"])
 def test_killed_again_and_again(whole, tmp_path, kills):
-    for rank, place, after in kills:
-        assert not attempt(tmp_path / "r", rank=rank, place=place, after=after), f"nobody died in {place}"
-    assert attempt(tmp_path / "r", rank=-1, place=None, after=0)
+    for number, (rank, place, after) in enumerate(kills):
+        ended = attempt(tmp_path / "r", rank=rank, place=place, after=after)
+        # A fast machine may be at the run's end before the last instant.
+        assert not ended or place is None and number > 0, f"nobody died in {place}"
+    assert ended or attempt(tmp_path / "r", rank=-1, place=None, after=0)
     require_equal(tmp_path / "r", whole)
 
 

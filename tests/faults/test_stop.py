@@ -98,10 +98,11 @@ def train_and_die(overrides: list[str]) -> str:
 
 
 def test_a_rank_that_dies_is_named(tmp_path):
-    pair = Mortal(2, mourning=12)
+    said = tmp_path / "r" / "said"
+    pair = Mortal(2, mourning=120, until=lambda: said.is_file() and said.stat().st_size > 0)
     with pytest.raises(AssertionError, match="it died"):
-        pair.run(train_and_die, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"], timeout=90)
-    assert (tmp_path / "r" / "said").read_text().endswith(f"; rank 1 on {os.uname().nodename} does not answer")
+        pair.run(train_and_die, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"])
+    assert said.read_text().endswith(f"; rank 1 on {os.uname().nodename} does not answer")
 
 
 def train_and_freeze(overrides: list[str], rank: int) -> None:
@@ -123,10 +124,9 @@ def test_a_rank_that_stands_still_is_named_and_the_others_end(tmp_path, rank):
     pair = Mortal(2)
     started = time.monotonic()
     with pytest.raises(AssertionError, match="it died"):
-        pair.run(train_and_freeze, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"], rank,
-                 timeout=90)
+        pair.run(train_and_freeze, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"], rank)
     assert pair.exit_codes[1 - rank] == 3
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 240
     said = status(tmp_path / "r")
     assert (said["state"], said["exit_code"]) == ("failed", 3)
     assert said["reason"].startswith("guard.watchdog_seconds: no progress for 8 s at step 13; "
@@ -151,14 +151,14 @@ def linger(overrides: list[str], rank: int) -> None:
 def test_a_rank_that_lives_but_does_not_come_is_behind_the_others(tmp_path):
     pair = Mortal(2)
     with pytest.raises(AssertionError, match="it died"):
-        pair.run(linger, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"], 1, timeout=90)
+        pair.run(linger, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"], 1)
     assert json.loads((tmp_path / "r" / "status.json").read_text())["reason"].endswith("is behind the others")
     assert "rank 1 on" in status(tmp_path / "r")["reason"] and "rank 0 on" not in status(tmp_path / "r")["reason"]
 
 
 def test_a_slow_step_is_no_standstill(tmp_path):
     """Every step takes longer than the threads' rhythm; the run comes to its end."""
-    ranks(2).run(dawdle, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=9", "train.steps=14"])
+    ranks(2).run(dawdle, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=24", "train.steps=14"])
     assert status(tmp_path / "r")["state"] == "done"
 
 
@@ -167,7 +167,7 @@ def dawdle(overrides: list[str]) -> None:
     forward = trainer._train_step
 
     def slow():
-        time.sleep(4 if trainer.account.step in (3, 11) else 0)
+        time.sleep(7 if trainer.account.step in (3, 11) else 0)
         forward()
 
     trainer._train_step = slow

@@ -1,10 +1,8 @@
-import socket
-
 import pytest
+
+from tests import ports
 
 
 @pytest.fixture
 def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return str(s.getsockname()[1])
+    return str(ports.free_port())

@@ -25,7 +25,7 @@ def start(*command: object, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
                             start_new_session=True)
 
 
-def run(*command: object, cwd: Path = ROOT, timeout: float = 240, **more: str) -> tuple[int, str]:
+def run(*command: object, cwd: Path = ROOT, timeout: float = 600, **more: str) -> tuple[int, str]:
     """Run a command to its end: `(exit code, what it printed)`."""
     process = start(*command, cwd=cwd, **more)
     try:
@@ -35,7 +35,7 @@ def run(*command: object, cwd: Path = ROOT, timeout: float = 240, **more: str) -
     return process.returncode, printed
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 200) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 600) -> None:
     """Until `what()` is true."""
     deadline = time.monotonic() + seconds
     while not what():

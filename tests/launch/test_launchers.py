@@ -16,7 +16,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.run(command, cwd=ROOT, env={**environment, "PATH": path}, capture_output=True, text=True,
-                          timeout=280)
+                          timeout=600)
 
 
 def launchers(port: int) -> dict[str, list[str]]:

@@ -97,7 +97,7 @@ def test_two_processes_are_one_run(launcher, tmp_path, free_port):
     processes = [start(sys.executable, ROOT / "train.py", "--config", "tiny", "train.steps=14", f"run_dir={tmp_path}",
                        MASTER_PORT=free_port, **TWO_TASKS[launcher](rank)) for rank in ("0", "1")]
     try:
-        printed = [process.communicate(timeout=180)[0] for process in processes]
+        printed = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -73,14 +73,14 @@ def test_a_job_whose_time_is_up_goes_on_in_the_next(fake, tmp_path, free_port):
     job = sbatch(fake, free_port, *settings, f"run_dir={run_dir}")
     wait_for((run_dir / "checkpoints" / "latest").exists)
     job.send_signal(signal.SIGUSR1)
-    printed = job.communicate(timeout=100)[0]
+    printed = job.communicate(timeout=600)[0]
     assert (fake / "requeued").read_text() == "requeue 4711\n", printed
     assert "the job's time is up: back into the queue" in printed
     assert job.returncode == 0 and status(run_dir)["state"] != "done"
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set((fake / "srun.options").read_text().split())
 
     job = sbatch(fake, free_port, *settings, f"run_dir={run_dir}")
-    printed = job.communicate(timeout=240)[0]
+    printed = job.communicate(timeout=600)[0]
     assert job.returncode == 0, printed
     assert status(run_dir)["state"] == "done" and (fake / "requeued").read_text() == "requeue 4711\n"
     run(tmp_path / "uninterrupted", *settings)

@@ -1,6 +1,7 @@
 """`torchrun --max-restarts`: a rank is killed, and the run goes on by itself."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def test_it_goes_on_by_itself(tmp_path):
             printed.append(line)
             if line.startswith("step     14/") and sum(line.startswith("step     14/") for line in printed) == 1:
                 os.kill(process_of(1, tmp_path / "r"), signal.SIGKILL)
-        assert torchrun.wait(timeout=100) == 0, "".join(printed)
+        assert torchrun.wait(timeout=600) == 0, "".join(printed)
     finally:
         torchrun.stdout.close()
         torchrun.kill()
-    assert any(line.startswith(("resuming after step 12", "resuming after step 8")) for line in printed)
+    assert any(re.match(r"resuming after step (8|12|16|20)\b", line) for line in printed)
     assert status(tmp_path / "r")["state"] == "done"
     run(tmp_path / "whole", *SETTINGS)
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")

@@ -43,7 +43,7 @@ def nodes():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def run_on(nodes: list[str], directories: list[Path], *arguments: str, timeout: float = 180) -> list[tuple[int, str]]:
+def run_on(nodes: list[str], directories: list[Path], *arguments: str, timeout: float = 600) -> list[tuple[int, str]]:
     """`multi_node.sh --no_ssh` on both nodes, each in a directory of its own: exit code and output of each."""
     hostfile = directories[0].parent / "hostfile"
     hostfile.write_text("\n".join(f"{address} slots=1" for address in ADDRESSES))
