@@ -1,0 +1,18 @@
+import os
+import sys
+
+import pytest
+
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_rank():
+    """pytest's own process does not stay a rank: a test after it would take that for a launcher's and start none."""
+    before = {name for name in LAUNCHERS if name in os.environ}
+    yield
+    for name in LAUNCHERS:
+        if name not in before:
+            os.environ.pop(name, None)
+    distributed = sys.modules.get("torch.distributed")
+    assert distributed is None or not distributed.is_initialized(), "what needs a process group uses tests.ranks"
