@@ -170,10 +170,10 @@ def _best(rows: list[Measured]) -> list[str]:
 
 
 def _made(rows: list[Measured]) -> str:
-    """Device and versions, one sentence for each that was used; hours in all."""
-    made = list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in one["conditions"].items())
-                              for row in rows for one in row.results))
-    hours = sum(one["seconds"] for row in rows for one in row.results) / 3600
+    """Device and versions, one sentence for each that was used; hours in all, a run that rows share counted once."""
+    runs = {one["name"]: one for row in rows for one in row.results}.values()
+    made = list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in one["conditions"].items()) for one in runs))
+    hours = sum(one["seconds"] for one in runs) / 3600
     return f"{'; '.join(made)}. {hours:.1f} hours of training."
 
 

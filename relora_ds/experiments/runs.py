@@ -189,15 +189,20 @@ def result_of(run: Run, directory: Path) -> dict:
                                  if line["step"] % run.recipe.log.every == 0]),  # after a restart there are more
         "restart_steps": [line["step"] for line in restarts],
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
-        "first_updates": _first_updates(train), "spectrum": _spectrum(directory),
+        "first_updates": _first_updates(train), "spectrum": _spectrum(directory, switch),
         "conditions": {key: value for key, value in conditions().items() if key != "threads"}}  # of this process
 
 
-def _spectrum(directory: Path) -> dict | None:
-    """Of the update since the warm start, or since the oldest checkpoint that is kept; None where there is none."""
+def _spectrum(directory: Path, switch: int | None) -> dict | None:
+    """Of the update since the warm start, or since the oldest checkpoint that is kept.
+
+    None where there is none, or none that leaves out the warm start, which ends at step `switch`.
+    """
     try:
         found = spectra.measure([directory])["runs"][0]
     except ValueError:
+        return None
+    if switch is not None and found["start"] < switch:
         return None
     kinds = {kind: {name: value for name, value in one.items() if name != "singular_values"}
              for kind, one in found["kinds"].items()}

@@ -11,7 +11,8 @@
       - {axis: learning rate, set: ["optim.lr={value}"], values: {tiny: [...], small: [...], paper: [...]}, rows: {...}}
 
 `recipe` is what follows the scale in the name of a shipped recipe. In `set`, `{value}` is the sweep's, and
-`{full.optim.lr}` is what the recipe `full` of the same scale says.
+`{full.optim.lr}` is what the recipe `full` of the same scale says. A sweep's `set` may differ by scale, as its `values`
+do: `set: {tiny: [...], small: [...], paper: [...]}`.
 """
 
 from dataclasses import dataclass
@@ -76,8 +77,9 @@ def read_suite(name: str, scale: str) -> Suite:
     recipes = {method: load_recipe(f"{SCALES[scale]}_{method}") for method in METHODS}
     rows = [_row(row, about, scale, recipes) for row, about in declared.get("rows", {}).items()]
     for sweep in declared.get("sweeps", []):
-        rows += [_row(group, {**about, "set": [*about.get("set", []), *sweep["set"]]}, scale, recipes, sweep["axis"],
-                      value) for group, about in sweep["rows"].items() for value in sweep["values"][scale]]
+        changes = sweep["set"] if isinstance(sweep["set"], list) else sweep["set"][scale]
+        rows += [_row(group, {**about, "set": [*about.get("set", []), *changes]}, scale, recipes, sweep["axis"], value)
+                 for group, about in sweep["rows"].items() for value in sweep["values"][scale]]
     return Suite(name, scale, declared["title"], declared["text"], tuple(rows), declared.get("reference"),
                  declared["seeds"], declared.get("spectra", False))
 

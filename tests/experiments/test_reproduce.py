@@ -12,7 +12,7 @@ import pytest
 from relora_ds.__main__ import main
 from relora_ds.config import load_recipe
 from relora_ds.experiments import budget, report
-from relora_ds.experiments.runs import Results, Run, Runner, result_of
+from relora_ds.experiments.runs import Results, Run, Runner, _spectrum, result_of
 from relora_ds.experiments.suites import read_suite
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
@@ -140,15 +140,21 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
     runs = [Run.of(row, 0) for row in suite.rows]
     for run in runs:
         loss = abs(math.log(run.row.value / (0.004 if run.row.group == "ReLoRA" else 0.1)))
-        results.write(run, {"seed": 0, "val_loss": loss, "ppl": 1, "seconds": 1, "restarts": 0, "bytes_wire": 0,
-                            "trainable_parameters": 1, "total_parameters": 1, "tokens": 1, "r": 8, "conditions": {},
-                            "train_curve": [], "curve": []})
+        results.write(run, {"name": run.name, "seed": 0, "val_loss": loss, "ppl": 1, "seconds": 1, "restarts": 0,
+                            "bytes_wire": 0, "trainable_parameters": 1, "total_parameters": 1, "tokens": 1, "r": 8,
+                            "conditions": {}, "train_curve": [], "curve": []})
     rows = report.measured(suite, runs, results)
     text = report.markdown(suite, report.blocks(suite, rows, len(runs)))
     assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.008 (2.5257, the edge of what was tried)" in text
     assert set(report.sweeps(rows)) == {"learning rate"} and len(report.sweeps(rows)["learning rate"]["ReLoRA"]) == 4
     _, _, *figures = report.write(suite, runs, results, lambda run: tmp_path / run.name, True)
     assert [figure.name for figure in figures] == ["lr_learning_rate.png"]
+
+
+def test_the_hours_of_a_run_that_rows_share_count_once():
+    rows = [report.Measured(row, [{"name": Run.of(row, 0).name, "seconds": 3600, "conditions": {}}])
+            for row in read_suite("horizon", "tiny").rows]
+    assert len(rows) == 22 and report._made(rows).endswith(". 20.0 hours of training.")
 
 
 def test_more_tokens_are_not_a_better_setting():
@@ -199,6 +205,7 @@ def test_one_real_run_is_measured_trained_and_kept(capsys, tmp_path):
     assert found["restarts"] == 2 and found["tokens"] == 12 * 4 * 64 and found["first_updates"] > 0
     assert set(found["tokens_per_s"]) == {"warm_start", "relora"}
     assert found["spectrum"]["start"] == 4 and 4 < found["spectrum"]["numerical_rank"] <= 12
+    assert _spectrum(tmp_path / "runs" / found["name"], switch=5) is None, "full-rank steps would be in it"
     written = {path.name for path in (tmp_path / "kept").iterdir()}
     assert {"main.md", "main.html", "main_loss.png", "main_singular_values.png"} <= written
     text = capsys.readouterr().out

@@ -80,6 +80,23 @@ def test_in_long_runs_the_lead_is_larger_than_the_spread_of_the_losses(horizon):
     assert -statistics.mean(relora.differences(lora)) > max(map(statistics.stdev, (relora.losses, lora.losses)))
 
 
+def test_a_warm_start_that_grows_with_the_run_keeps_the_control_behind(horizon):
+    control, full = horizon["Control", "16000"], horizon["full rank", "16000"]
+    relora, lora = (horizon[f"{name} in the longest run, warm start 4000",] for name in ("ReLoRA", "LoRA"))
+    shorter, base = horizon["ReLoRA", "8000"], horizon["LoRA, warm start", "8000"]
+    assert max(relora.differences(control)) < statistics.mean(shorter.differences(horizon["Control", "8000"])) < 0
+    assert max(relora.differences(lora)) < 0
+    for row, before in ((relora, shorter), (lora, base)):
+        nearer, far = row.differences(full), before.differences(horizon["full rank", "8000"])
+        assert statistics.mean(nearer) < statistics.mean(far)
+
+
+def test_one_warm_start_has_both_leads_larger_than_the_spread_of_the_losses(horizon):
+    relora, lora = (horizon[f"{name} in the longest run, warm start 3000",] for name in ("ReLoRA", "LoRA"))
+    for other in (lora, horizon["Control", "16000"]):
+        assert -statistics.mean(relora.differences(other)) > max(map(statistics.stdev, (relora.losses, other.losses)))
+
+
 @pytest.mark.parametrize("other", ["Control", "full rank"])
 def test_what_trains_all_the_time_gains_on_it(horizon, other):
     found = [statistics.mean(by_seed) for by_seed in leads(horizon, other)]
