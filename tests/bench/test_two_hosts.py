@@ -36,22 +36,22 @@ def test_a_step_across_the_cable():
     two_hosts.add_arguments(parser)
     try:
         result = two_hosts.run(parser.parse_args([
-            "--shapes", "llama_20m", "--rate", "200mbit", "--repeats", "3", "--r", "8", "--vocab-size", "1000",
+            "--shapes", "llama_20m", "--rate", "200mbit", "--repeats", "5", "--r", "8", "--vocab-size", "1000",
             "--seq-len", "16", "--precision", "fp32", "--variants", "full rank", "ours, LoRA alone"]))
     except cable.CableError as error:
         pytest.skip(str(error))
     full, ours = result["rows"]
     for row in (full, ours):
-        # TCP's headers and acknowledgements come on top: 1.5 to 4 % with this MTU; what is lost is sent again.
-        assert row["wire"] <= row["kernel_tx_bytes"] < 1.25 * row["wire"] + 50_000
+        # TCP's headers and acknowledgements come on top: 1.5 to 4 % with this MTU.
+        assert row["wire"] <= row["kernel_tx_bytes"] < 1.10 * row["wire"] + 50_000
     assert full["step_s"] > 0.8 * 8 * full["wire"] / 200e6  # no step is faster than its cable
     assert ours["wire"] < full["wire"] / 2
     # Parts are timed apart from the whole, and medians of their own; the slower rank's of each.
     parts = [full[f"{part}_s"] for part in two_hosts.PARTS]
-    assert 0.5 * full["step_s"] < sum(parts) < 2.5 * full["step_s"]
+    assert 0.8 * full["step_s"] < sum(parts) < 1.5 * full["step_s"]
     assert full["communication_s"] > 0.8 * 8 * full["wire"] / 200e6
     # The cable does not carry more than its rate, nor so little that the measurement went past it.
-    assert 0.1 * 200e6 < 8 * full["bandwidth"] < 1.1 * 200e6 and 0 < full["latency_s"] < 1
+    assert 0.2 * 200e6 < 8 * full["bandwidth"] < 1.1 * 200e6 and 0 < full["latency_s"] < 0.1
     predicted = two_hosts.with_predictions(result)["rows"][0]
     at_rate = full["alone_compute_s"] + full["alone_optimizer_s"] / 2 + 8 * full["wire"] / 200e6
     assert predicted["at_full_rate_s"] == pytest.approx(at_rate)

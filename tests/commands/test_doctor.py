@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from relora_ds.__main__ import main
 from relora_ds.planning.advice import advise
 from relora_ds.planning.link import measure
 from relora_ds.training.preflight import resolve
+from tests.ports import free_port
 from tests.ranks import ranks
 
 
@@ -71,11 +71,8 @@ def test_one_rank_has_no_link():
 
 @pytest.mark.slow
 def test_under_torchrun():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "-m",
-               "relora_ds", "doctor", "--link", "--seconds", "2", "--config", "tiny", "--json"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+               str(free_port()), "-m", "relora_ds", "doctor", "--link", "--seconds", "2", "--config", "tiny", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["link"]

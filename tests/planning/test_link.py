@@ -28,16 +28,16 @@ def measured(seconds: float) -> tuple[Link, float]:
 
 
 def test_a_link_between_two_ranks():
-    (link, seconds), (other, _) = ranks(2).run(measured, 2.0)
+    (link, seconds), (other, _) = ranks(2).run(measured, 4.0)
     assert link == other, "the ranks would take different decisions"
-    assert seconds < 60  # about two, on an idle machine
+    assert seconds < 60  # about four, on an idle machine
     assert (link.world_size, link.backend) == (2, "gloo")
     sizes = [s.size for s in link.samples if s.collective == "all_reduce"]
-    assert sizes == sorted(set(sizes)) and len(sizes) >= 2
+    assert sizes == sorted(set(sizes)) and len(sizes) >= 3
     largest = max(link.samples, key=lambda s: (s.size, s.collective == "all_reduce"))
     # Two ranks: a ring all_reduce sends (n-1)/n twice, one payload altogether.
     assert link.bandwidth == largest.wire_per_second == largest.size / largest.seconds
-    assert 1e-6 < link.latency < 1 and 1e4 < link.bandwidth < 1e12
+    assert 1e-6 < link.latency < 1 and 1e6 < link.bandwidth < 1e12
 
 
 def test_what_a_stage_gets_out_of_a_link():
