@@ -283,8 +283,13 @@ class Recipe:
         return recipe_validation.recipe_warnings(self)
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML; `load_recipe` of it gives an equal Recipe."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self))
+        """The resolved recipe as YAML, without `resume` and `overwrite`, which are of one start only.
+
+        `load_recipe` of it gives an equal Recipe but for these two.
+        """
+        values = OmegaConf.to_container(OmegaConf.structured(self))
+        return OmegaConf.to_yaml({key: value for key, value in values.items()
+                                  if key not in recipe_loading.OF_ONE_START})
 
 
 def recipe_names() -> list[str]:
@@ -356,7 +361,7 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
     values lie over that one's, leaf by leaf. The Recipe that comes out knows nothing of it.
     """
     path, problems = _find(str(name_or_path))
-    values, readable = recipe_loading.read_values(path, Recipe, _find, problems) if path else ({}, False)
+    values, readable, _ = recipe_loading.read_values(path, Recipe, _find, problems) if path else ({}, False, [])
     values = recipe_loading.lay_over(values, recipe_loading.read_overrides(overrides, Recipe, problems))
     recipe, untrusted = recipe_loading.fill_in(Recipe, values, problems)
     if isinstance(recipe.resume, str) and recipe.resume.lower() == "false":
@@ -367,6 +372,12 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
         messages = recipe.problems(check_files)
         problems += [m for m in messages if not any(recipe_validation.mentions(m, key) for key in untrusted)]
     return recipe, problems
+
+
+def recipe_files(name_or_path: str | Path) -> list[Path]:
+    """The file of a recipe, and those that it extends; [] when there is none."""
+    path, _ = _find(str(name_or_path))
+    return recipe_loading.read_values(path, Recipe, _find, [])[2] if path else []
 
 
 def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, list[str]]:

@@ -24,9 +24,13 @@ NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relor
 ONE_OF = (("train.steps", "train.tokens"), ("train.batch_sequences", "train.batch_tokens"),
           ("model.preset", "model.name_or_path"))
 
+# How one start treats the run directory. A recipe that is stored or extended must not repeat it: `overwrite` would
+# delete the very run that stored it.
+OF_ONE_START = ("resume", "overwrite")
+
 # The key that names the recipe below this one, and what is not taken over from it: a run directory is of one run.
 EXTENDS = "extends"
-NOT_INHERITED = ("run_dir",)
+NOT_INHERITED = ("run_dir", *OF_ONE_START)
 
 # A field's type in a user's words.
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null",
@@ -34,8 +38,9 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tuple[Path | None, list[str]]],
-                problems: list[str]) -> tuple[dict[str, object], bool]:
-    """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read).
+                problems: list[str]) -> tuple[dict[str, object], bool, list[Path]]:
+    """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read, the
+    files).
 
     find: (what a file extends, the file's directory) -> (the extended file or None, [what is wrong]). What could not
     be read is left out, and the reason is in `problems`.
@@ -66,7 +71,7 @@ def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tupl
     merged = {}
     for values in reversed(layers):
         merged = lay_over({key: value for key, value in merged.items() if key not in NOT_INHERITED}, values)
-    return merged, complete
+    return merged, complete, chain
 
 
 def lay_over(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:

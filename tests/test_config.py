@@ -1,9 +1,11 @@
 """Recipes: every mistake at once, each with its field, value and remedy; what a valid recipe derives."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from relora_ds.config import (
     PACKAGE_DIR,
@@ -64,7 +66,17 @@ def test_round_trip_of_everything_that_is_not_a_default(tmp_path):
     assert recipe.train.tokens == 1_200_000_000 and isinstance(recipe.train.tokens, int)
     assert recipe.relora.target_modules == ["q_proj", "v_proj"]
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
-    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert load_recipe(tmp_path / "r.yaml") == dataclasses.replace(recipe, resume=False)  # it says how one start began
+
+
+@pytest.mark.parametrize("override", ["overwrite=true", "resume=auto", "resume=runs/other"])
+def test_how_one_start_began_is_not_part_of_the_stored_recipe(override, tmp_path):
+    """Else starting `RUN/recipe.yaml` again, or a recipe that extends it, would delete the run or go on from it."""
+    recipe = load_recipe("base.yaml", ["run_dir=out", override], check_files=False)
+    assert recipe.resume or recipe.overwrite
+    stored = yaml.safe_load(recipe.to_yaml())
+    assert not {"resume", "overwrite"} & stored.keys()
+    assert stored.keys() == {field.name for field in dataclasses.fields(Recipe)} - {"resume", "overwrite"}
 
 
 def test_reading_a_recipe_imports_neither_torch_nor_deepspeed():

@@ -13,6 +13,7 @@ from relora_ds.config import (
     accumulation_steps,
     load_recipe,
     preset_names,
+    recipe_files,
     recipe_names,
 )
 from relora_ds.lowrank.wrap import count_parameters, is_lora_parameter, target_linears, wrap
@@ -202,8 +203,19 @@ def test_values_lie_over_those_of_the_extended_recipe_leaf_by_leaf(write, tmp_pa
     assert recipe.relora.restart_every == tiny.relora.restart_every and recipe.data == tiny.data
     assert recipe.run_dir == "runs/mine"  # two runs never share a directory because one extends the other
     assert load_recipe(path.parent / "shared/base.yaml").run_dir == "runs/base"
+    assert recipe_files(path) == [path, path.parent / "shared/base.yaml", PACKAGE_DIR / "recipes/tiny.yaml"]
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     assert "extends" not in recipe.to_yaml() and load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_how_a_run_is_started_is_not_inherited(write):
+    write("base.yaml", "extends: tiny\nseed: 3\noverwrite: true\n")
+    write("older.yaml", "extends: tiny\nresume: auto\n")
+    for parent in ("base", "older"):
+        recipe = load_recipe(write("mine.yaml", f"extends: {parent}.yaml\n"))
+        assert recipe.overwrite is False and recipe.resume is False
+    assert load_recipe(write("mine.yaml", "extends: base.yaml\noverwrite: true\n")).overwrite is True
+    assert load_recipe("tiny", ["resume=auto"]).resume == "auto"
 
 
 def test_a_file_named_like_a_shipped_recipe_may_extend_it(write):

@@ -105,8 +105,7 @@ class _Run:
     def is_finished(self) -> bool:
         if not (self.directory / "summary.json").is_file():
             return False
-        if _without_validation(load_recipe(self.directory / "recipe.yaml")) != \
-                _without_validation(load_recipe(RECIPE, self.overrides)):
+        if _settings(load_recipe(self.directory / "recipe.yaml")) != _settings(load_recipe(RECIPE, self.overrides)):
             raise ValueError(f"--runs: {self.directory} is a run with other settings; use another directory")
         return True
 
@@ -190,6 +189,7 @@ def _validation_file(runs: Path, overrides: list[str]) -> Path:
     return path
 
 
-def _without_validation(recipe: Recipe) -> Recipe:
-    """A recipe without the paths that change when a directory of runs is moved."""
-    return dataclasses.replace(recipe, run_dir=None, data=dataclasses.replace(recipe.data, validation=None))
+def _settings(recipe: Recipe) -> Recipe:
+    """A recipe without the paths that change when a directory of runs is moved, and without how it was started."""
+    data = dataclasses.replace(recipe.data, validation=None)
+    return dataclasses.replace(recipe, run_dir=None, resume=False, overwrite=False, data=data)
