@@ -15,7 +15,6 @@ INSTALL_REQUIRES = [
     "datasets",
     "huggingface_hub",
     "numpy",
-    "omegaconf>=2.4",
     "protobuf",  # transformers reads sentencepiece tokenizers through it; tensorboard needs it too
     "pyarrow",
     "pyyaml",

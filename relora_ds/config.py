@@ -6,8 +6,8 @@ any, and over the defaults of the dataclasses below, with dotted `section.key=va
     recipe = load_recipe("quickstart", ["relora.r=64", "train.steps=2000"])
 
 Every mistake in it is reported at once, in one `RecipeError`, with the field, the value and a remedy: starting a job
-on a cluster once per typo wastes hours. How the YAML is read is in `recipe_loading`, the checks of the values are in
-`recipe_validation`.
+on a cluster once per typo wastes hours. How sources are merged is in `recipe_loading`, how values are spelled in
+`recipe_values`, the checks of the values in `recipe_validation`.
 
 This module imports neither torch nor deepspeed, so that tools can read a recipe in milliseconds.
 """
@@ -15,12 +15,10 @@ This module imports neither torch nor deepspeed, so that tools can read a recipe
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from relora_ds import recipe_loading, recipe_validation
+from relora_ds import recipe_loading, recipe_validation, recipe_values
 
 PACKAGE_DIR = Path(__file__).parent
 # The one copy of the DeepSpeed configurations: inside an installed package, beside the package in a checkout.
@@ -287,9 +285,8 @@ class Recipe:
 
         `load_recipe` of it gives an equal Recipe but for these two.
         """
-        values = OmegaConf.to_container(OmegaConf.structured(self))
-        return OmegaConf.to_yaml({key: value for key, value in values.items()
-                                  if key not in recipe_loading.OF_ONE_START})
+        return recipe_values.to_yaml({key: value for key, value in asdict(self).items()
+                                      if key not in recipe_loading.OF_ONE_START})
 
 
 def recipe_names() -> list[str]:
@@ -352,9 +349,10 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
                 check_files: bool = True) -> tuple[Recipe, list[str]]:
     """`(recipe, problems)`: the recipe as far as it can be read, and everything that is wrong with it.
 
-    name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value in YAML
-    (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`); later ones win, and one that
-    sets train.tokens also takes back the train.steps of the recipe (so for all of `recipe_loading.ONE_OF`).
+    name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value as the field's
+    type reads it (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`; text is taken as it
+    is); later ones win, and one that sets train.tokens also takes back the train.steps of the recipe (so for all of
+    `recipe_loading.ONE_OF`).
     check_files: False for tools that read the recipe of a run whose data may be elsewhere.
 
     A file may start from another recipe, `extends: NAME_OR_PATH` (a path starts at the file's directory): its own
@@ -364,8 +362,6 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
     values, readable, _ = recipe_loading.read_values(path, Recipe, _find, problems) if path else ({}, False, [])
     values = recipe_loading.lay_over(values, recipe_loading.read_overrides(overrides, Recipe, problems))
     recipe, untrusted = recipe_loading.fill_in(Recipe, values, problems)
-    if isinstance(recipe.resume, str) and recipe.resume.lower() == "false":
-        recipe.resume = False
     if recipe.run_dir is None:
         recipe.run_dir = f"runs/{Path(name_or_path).stem}"
     if readable:  # without a file, whatever it would have set is missing, and the rest means nothing
@@ -383,7 +379,7 @@ def recipe_files(name_or_path: str | Path) -> list[Path]:
 def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, list[str]]:
     """(the recipe's file, []), or (None, [what is wrong]). directory: where relative paths start."""
     path = directory / os.path.expanduser(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # no error for a name that is too long
         return path, []
     if name_or_path in recipe_names():
         return PACKAGE_DIR / "recipes" / f"{name_or_path}.yaml", []

@@ -1,20 +1,21 @@
 """From YAML and `section.key=value` overrides to a typed recipe, collecting every mistake on the way.
 
-OmegaConf knows the types and stops at the first error; a user wants to see all of them. So the sources are flattened
-to {dotted key: value} and merged leaf by leaf: the recipe that a file `extends` lies under the file, and the overrides
-lie over it. The recipe class comes in as an argument: nothing here knows a field by name, except those listed below.
+The sources are flattened to {dotted key: what is written there} and merged leaf by leaf: the recipe that a file
+`extends` lies under the file, and the overrides lie over it. Then the fields' types decide what the values are, see
+`recipe_values`. The recipe class comes in as an argument: nothing here knows a field by name, except those listed
+below.
 """
 
 import difflib
-import typing
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import NoneType
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+
+from relora_ds import recipe_values
+from relora_ds.recipe_values import Raw, Written
 
 # Where the text "none" is a choice, YAML's null means the same.
 NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relora.frozen_master", "lora.base")
@@ -32,13 +33,13 @@ OF_ONE_START = ("resume", "overwrite")
 EXTENDS = "extends"
 NOT_INHERITED = ("run_dir", *OF_ONE_START)
 
-# A field's type in a user's words.
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null",
-          list[str]: "a list of names", list[float]: "a list of numbers"}
+# Fields that hold a path, or may hold one: `~` is the home directory.
+PATHS = ("run_dir", "resume", "deepspeed", "init_from", "model.name_or_path", "data.source", "data.path",
+         "data.validation", "data.tokenizer", "data.cache_dir")
 
 
 def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tuple[Path | None, list[str]]],
-                problems: list[str]) -> tuple[dict[str, object], bool, list[Path]]:
+                problems: list[str]) -> tuple[dict[str, Raw], bool, list[Path]]:
     """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read, the
     files).
 
@@ -54,12 +55,12 @@ def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tupl
         layers.append(values)
         if parent is None:
             complete = True
-        elif not isinstance(parent, str):
-            problems.append(f"{EXTENDS}: {parent!r} in {chain[-1]} is neither a recipe's name nor a path; use e.g. "
-                            f"{EXTENDS}: quickstart")
+        elif not isinstance(parent, Written):
+            problems.append(f"{EXTENDS}: {recipe_values.show(parent)} in {chain[-1]} is neither a recipe's name nor a "
+                            f"path; use e.g. {EXTENDS}: quickstart")
             break
         else:
-            found, why = find(parent, chain[-1].parent)
+            found, why = find(parent.text, chain[-1].parent)
             problems += [f"{EXTENDS}: {reason}" for reason in why]
             if found is None:
                 break
@@ -74,7 +75,7 @@ def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tupl
     return merged, complete, chain
 
 
-def lay_over(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:
+def lay_over(below: dict[str, Raw], above: dict[str, Raw]) -> dict[str, Raw]:
     """`below` with the values of `above` over it, leaf by leaf; see `ONE_OF` for the pairs of which one is set.
 
     A source that sets both of a pair is left as it is: that is a mistake, and the recipe's checks name it.
@@ -87,81 +88,97 @@ def lay_over(below: dict[str, object], above: dict[str, object]) -> dict[str, ob
     return merged
 
 
-def _read_file(path: Path, recipe_class: type, problems: list[str]) -> dict[str, object] | None:
+def _read_file(path: Path, recipe_class: type, problems: list[str]) -> dict[str, Raw] | None:
     """{dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
+    values = {}
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(tree, dict):
-            raise ValueError("it holds a list, not a mapping of keys to values")
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        root = recipe_values.compose(path.read_bytes())
+        if root is not None:
+            _flatten(root, "", recipe_class, values, problems)
+    except (ValueError, OSError) as error:
         problems.append(f"{path} is not a readable YAML recipe: {error}")
         return None
-    values = {}
-    _flatten(tree, "", recipe_class, values, problems)
     return values
 
 
-def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[str]) -> dict[str, object]:
+def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[str]) -> dict[str, Raw]:
     """{dotted key: value} of `section.key=value` overrides; later ones win. Malformed ones go to `problems`."""
-    values = {}
+    values, schema, sections = {}, _schema(recipe_class), _sections(recipe_class)
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        try:
-            if not equals or not key.strip():
-                raise ValueError("no key=value")
-            tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError):
-            problems.append(f"override {override!r} is not section.key=value with a YAML value; e.g. relora.r=64")
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            problems.append(f"override {override!r} is not section.key=value; e.g. relora.r=64")
+        elif key == EXTENDS:
+            problems.append(f"{EXTENDS}: {text!r} is no override; write it into a recipe file")
+        elif key in sections:
+            _refuse_section(key, recipe_values.of_override(text, None), sections, problems)
         else:
-            _flatten(tree, "", recipe_class, values, problems)
-    if EXTENDS in values:
-        problems.append(f"{EXTENDS}: {values.pop(EXTENDS)!r} is no override; write it into a recipe file")
+            values[key] = recipe_values.of_override(text, schema.get(key))
     return values
 
 
-def _flatten(tree: dict, prefix: str, recipe_class: type, values: dict, problems: list[str]) -> None:
-    """Write the leaves of a nested mapping into `values` under their dotted keys. Lists are leaves."""
-    sections = {f.name: fields(f.type)[0].name for f in fields(recipe_class) if is_dataclass(f.type)}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict):
-            _flatten(value, f"{dotted}.", recipe_class, values, problems)
-        elif dotted not in sections:
-            values[dotted] = value
-        elif value is not None:  # null: a section with every key commented out
-            problems.append(f"{dotted}: {value!r} where a section of keys is expected; "
-                            f"set its keys instead, e.g. {dotted}.{sections[dotted]}")
+def _flatten(tree: yaml.MappingNode, prefix: str, recipe_class: type, values: dict[str, Raw],
+             problems: list[str]) -> None:
+    """Write the leaves of a nested mapping into `values` under their dotted keys. Lists are leaves.
+
+    Raises:
+        ValueError: a key is given twice, nested and dotted.
+    """
+    sections = _sections(recipe_class)
+    for key, node in tree.value:
+        dotted = f"{prefix}{key.value}"
+        if isinstance(node, yaml.MappingNode) and dotted not in _schema(recipe_class):
+            _flatten(node, f"{dotted}.", recipe_class, values, problems)
+        elif dotted in sections:
+            _refuse_section(dotted, recipe_values.of_node(node), sections, problems)
+        elif dotted in values:
+            raise ValueError(f"line {key.start_mark.line + 1}: duplicate key {dotted}; remove one of the two")
+        else:
+            values[dotted] = recipe_values.of_node(node)
 
 
-def fill_in(recipe_class: type, values: dict[str, object], problems: list[str]) -> tuple[object, set[str]]:
+def _refuse_section(key: str, raw: Raw, sections: dict[str, str], problems: list[str]) -> None:
+    if raw is not None:  # null: a section with every key commented out
+        problems.append(f"{key}: {recipe_values.show(raw)} where a section of keys is expected; "
+                        f"set its keys instead, e.g. {key}.{sections[key]}")
+
+
+def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> tuple[object, set[str]]:
     """(the recipe: its defaults with `values` over them, the keys whose value could not be used).
 
     Unknown keys and wrong types are appended to `problems`; those fields keep their default.
     """
-    schema, config, untrusted = _schema(recipe_class), OmegaConf.structured(recipe_class), set()
-    for key, value in values.items():
+    schema, recipe, untrusted = _schema(recipe_class), recipe_class(), set()
+    for key, raw in values.items():
         if key not in schema:
             guess = _nearest_key(key, schema)
             problems.append(f"{key}: unknown key; " + (f"did you mean {guess}?" if guess else "remove it"))
             if guess not in values:
                 untrusted.add(guess or key)  # that the guessed key is not set is no second mistake
             continue
-        if value is None and key in NONE_IS_A_CHOICE:
-            value = "none"
-        accepted = typing.get_args(schema[key]) or (schema[key],)
-        if int in accepted and isinstance(value, float) and value.is_integer():
-            value = int(value)  # 1.2e9 is a float in YAML, and how people write token counts
-        elif float in accepted and type(value) is int:
-            value = float(value)  # OmegaConf does not, where text is accepted too
-        default = OmegaConf.select(config, key)
-        try:
-            OmegaConf.update(config, key, value)
-            OmegaConf.select(config, key, throw_on_missing=True)  # also resolves ${…}
-        except (OmegaConfBaseException, ValueError):
-            OmegaConf.update(config, key, default)
+        if recipe_values.has_variable(raw):
             untrusted.add(key)
-            problems.append(f"{key}: {_show(value)} is not {_describe(schema[key])}; the default is {_show(default)}")
-    return OmegaConf.to_object(config), untrusted
+            problems.append(f"{key}: {recipe_values.show(raw)} holds a ${{…}}, and recipes resolve no variables; write "
+                            f"the value itself, or let the shell insert it: {key}=\"$NAME\" on the command line")
+            continue
+        if raw is None and key in NONE_IS_A_CHOICE:
+            raw = Written("none")
+        section, _, leaf = key.rpartition(".")
+        part = getattr(recipe, section) if section else recipe
+        try:
+            value = recipe_values.convert(raw, schema[key])
+        except ValueError as error:
+            untrusted.add(key)
+            problems.append(f"{key}: {recipe_values.show(raw)} {error}; the default is {_show(getattr(part, leaf))}")
+        else:
+            setattr(part, leaf, os.path.expanduser(value) if key in PATHS and isinstance(value, str) else value)
+    return recipe, untrusted
+
+
+def _sections(recipe_class: type) -> dict[str, str]:
+    """{section: its first key}."""
+    return {f.name: fields(f.type)[0].name for f in fields(recipe_class) if is_dataclass(f.type)}
 
 
 def _schema(recipe_class: type) -> dict[str, object]:
@@ -186,10 +203,6 @@ def _nearest_key(key: str, schema: dict[str, object]) -> str | None:
         by_leaf = {known.rpartition(".")[2]: known for known in schema}
         found = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
     return found[0] if found else None
-
-
-def _describe(kind) -> str:
-    return _WORDS.get(kind) or " or ".join(_WORDS[option] for option in typing.get_args(kind))
 
 
 def _show(value) -> str:

@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="quickstart", metavar="RECIPE",
                         help=f"a YAML file, or a shipped recipe: {', '.join(recipe_names())} (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="override any key of the recipe; the value is YAML")
+                        help="override any key of the recipe; text is taken as it is")
     # The DeepSpeed launcher appends it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_intermixed_args(argv)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "huggingface_hub", "safetensors", "sentencepiece",
-             "tensorboard", "omegaconf")
+             "tensorboard")
 EXTRAS = ("peft", "bitsandbytes", "liger-kernel", "flash-attn", "matplotlib")
 VARIABLES = ("NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT",
              "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "SLURM_JOB_ID",
