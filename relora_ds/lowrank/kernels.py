@@ -14,7 +14,7 @@ layer 0.1 ms, as long as its products in a small network.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from relora_ds.lowrank.reinit import GradientSketch
 _library = torch.library.Library("relora_ds", "DEF")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
 _library.define("linear(Tensor rows, Tensor? weight, Tensor? h, Tensor lora_B, Tensor? bias, float scaling, "
-                "str format) -> Tensor")
+                "str format, SymInt[]? shape=None) -> Tensor")
 _library.define("linear_input_grad(Tensor g, Tensor? weight, Tensor? gB, Tensor lora_A, str format) -> Tensor")
 
 
@@ -58,8 +58,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _linear(rows: Tensor, weight: Tensor | None, h: Tensor | None, lora_B: Tensor, bias: Tensor | None,
-            scaling: float, format: str) -> Tensor:
-    """`rows Wᵀ + s h Bᵀ + b`; without W or without h, that term is left out."""
+            scaling: float, format: str, shape: Sequence[int] | None = None) -> Tensor:
+    """Compute `rows Wᵀ + s h Bᵀ + b`; without W or without h, leave that term out.
+
+    shape: of the result, `[..., out]`; None for `[n, out]`. The result gets it in place, because autograd refuses
+        in-place operations (a model's `+=`, `ReLU(inplace=True)`) on a view that a Function returns.
+    """
     if weight is None:
         y = (h * scaling) @ lora_B.t()
     else:
@@ -68,7 +72,7 @@ def _linear(rows: Tensor, weight: Tensor | None, h: Tensor | None, lora_B: Tenso
             y.addmm_(h, lora_B.t(), alpha=scaling)
     if bias is not None:
         y += bias
-    return y
+    return y if shape is None else y.resize_(shape)
 
 
 def _linear_input_grad(g: Tensor, weight: Tensor | None, gB: Tensor | None, lora_A: Tensor, format: str) -> Tensor:
@@ -95,10 +99,15 @@ product = _operator("product", _product)
 linear = _operator("linear", _linear)
 linear_input_grad = _operator("linear_input_grad", _linear_input_grad)
 torch.library.register_fake("relora_ds::product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
-torch.library.register_fake("relora_ds::linear", lambda rows, weight, h, lora_B, bias, scaling, format:
-                            rows.new_empty(rows.shape[0], lora_B.shape[0]))
+torch.library.register_fake("relora_ds::linear", lambda rows, weight, h, lora_B, bias, scaling, format,
+                            shape=None: rows.new_empty((rows.shape[0], lora_B.shape[0]) if shape is None else shape))
 torch.library.register_fake("relora_ds::linear_input_grad", lambda g, weight, gB, lora_A, format:
                             g.new_empty(g.shape[0], lora_A.shape[1]))
+
+
+def _shape_of_result(x: Tensor, lora_B: Tensor) -> tuple[int, ...] | None:
+    """Return the `shape` that `linear` takes for an input `[..., in]`."""
+    return None if x.ndim == 2 else (*x.shape[:-1], lora_B.shape[0])
 
 
 class LowRankLinearFunction(torch.autograd.Function):
@@ -107,13 +116,14 @@ class LowRankLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
                 scaling: float, format: str, sketch: GradientSketch | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        # Detached, so that backward refuses an input changed in between with autograd's usual message.
+        rows = x.detach().reshape(-1, x.shape[-1])
         h = product(rows, lora_A.t())
-        y = linear(rows, weight, h, lora_B, bias, scaling, format)
+        y = linear(rows, weight, h, lora_B, bias, scaling, format, _shape_of_result(x, lora_B))
         ctx.save_for_backward(rows, h, weight, lora_A, lora_B)
         ctx.scaling, ctx.format, ctx.sketch = scaling, format, sketch
         ctx.x_shape = x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -144,10 +154,10 @@ class FrozenLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, format: str) -> Tensor:
-        y = linear(x.reshape(-1, x.shape[-1]), weight, None, lora_B, None, 1.0, format)
+        y = linear(x.reshape(-1, x.shape[-1]), weight, None, lora_B, None, 1.0, format, _shape_of_result(x, lora_B))
         ctx.save_for_backward(weight, lora_A)
         ctx.format, ctx.x_shape = format, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable

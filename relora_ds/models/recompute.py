@@ -13,7 +13,9 @@ import functools
 import itertools
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -79,10 +81,11 @@ def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _LargeOperators(TorchDispatchMode):
-    """Shows `mode` the products and attention, and hides all else from it.
+    """Show `mode` the products and attention, and hide all else from it.
 
     torch's modes expect the same operators in forward and in its repetition. ZeRO-3's hooks gather weights between
-    those of the layer, not always at the same places.
+    those of the layer, not always at the same places. A model may change a kept tensor in place
+    (`ReLU(inplace=True)`): torch refuses some of these in backward and does not see others.
     """
 
     def __init__(self, mode: TorchDispatchMode):
@@ -92,7 +95,26 @@ class _LargeOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _is_large(func, args):
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        if func._schema.is_mutable:
+            self._keep_copies_of(_written(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _keep_copies_of(self, written: list[Tensor]) -> None:
+        """Keep a copy of what an in-place operation is about to change: backward repeats the operation on it."""
+        storages = {tensor.untyped_storage()._cdata for tensor in written}
+        for kept in tree_leaves(self.mode.storage):
+            value = getattr(kept, "val", None)  # torch's record of a tensor and its version
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata in storages:
+                kept.val = value.clone()
+                kept.version = kept.val._version
+
+
+def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that an operator changes in place."""
+    arguments = func._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    values = [given.get(argument.name) for argument in arguments if argument.is_write]
+    return [tensor for tensor in tree_leaves(values) if isinstance(tensor, Tensor)]
 
 
 def _is_large(op, args) -> bool:
