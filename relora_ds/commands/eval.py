@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     text, seq_len = _text(arguments.data[0], arguments.data[1:], given)
     seq_len = seq_len if arguments.seq_len is None else arguments.seq_len
     model = model_of(arguments.model, arguments.trust_remote_code, "DIR_OR_ID")
-    _check(model.config, seq_len, len(given))
+    _check(model.config, seq_len, tokenizer.num_ids(given))
     model.to(device_of_rank(), DTYPES[arguments.dtype])
     result = evaluate(model, text, seq_len=seq_len, micro_batch_size=arguments.batch_size, device=model.device)
     if arguments.json:
@@ -79,10 +79,10 @@ def _text(source: str, overrides: list[str], given):
     return validation_of(data, given), data.seq_len
 
 
-def _check(config, seq_len: int, num_tokens: int) -> None:
+def _check(config, seq_len: int, num_ids: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if seq_len < 2 or (positions is not None and seq_len > positions):
         raise ValueError(f"--seq-len: {seq_len} is not between 2 and the model's {positions} positions")
-    if num_tokens > config.vocab_size:
-        raise ValueError(f"DIR_OR_ID: its tokenizer has {num_tokens} tokens, its embedding {config.vocab_size}; the "
-                         "tokenizer is of another model")
+    if num_ids > config.vocab_size:
+        raise ValueError(f"DIR_OR_ID: its tokenizer has ids up to {num_ids - 1}, its embedding {config.vocab_size} "
+                         "rows; the tokenizer is of another model")

@@ -43,7 +43,7 @@ def files_in(path: str, text_column: str, given: PreTrainedTokenizerBase) -> Pre
 
 def _tokenized(documents: Documents, given: PreTrainedTokenizerBase, max_tokens: int | None = None,
                packing: bool = True) -> PreparedData:
-    dtype = np.dtype(np.uint16 if len(given) < 65536 else np.uint32)
+    dtype = tokenization.dtype_of(given)
     with tempfile.TemporaryDirectory() as name:
         progress = tokenization.Progress(revision="")
         tokenization.write_tokens(Path(name), "validation", documents, given, dtype, progress, max_tokens,
@@ -54,6 +54,6 @@ def _tokenized(documents: Documents, given: PreTrainedTokenizerBase, max_tokens:
     pad_id = given.eos_token_id if given.pad_token_id is None else given.pad_token_id
     return PreparedData(
         train=tokens[:0], validation=tokens, validation_words=progress.validation.words,
-        validation_bytes=progress.validation.bytes, tokenizer_dir=given.name_or_path, vocab_size=len(given),
-        eos_id=given.eos_token_id, fingerprint="", directory=Path(),
+        validation_bytes=progress.validation.bytes, tokenizer_dir=given.name_or_path,
+        vocab_size=tokenizer.num_ids(given), eos_id=given.eos_token_id, fingerprint="", directory=Path(),
         padding=None if packing else Padding(given.eos_token_id, pad_id))

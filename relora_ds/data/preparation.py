@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relora_ds.data import checks, corpora, pretokenized, tokenization, tokenizer
+from relora_ds.data import checks, corpora, encoding, pretokenized, tokenization, tokenizer
 from relora_ds.data.cache import cache_root, ensure_directory
 from relora_ds.data.reading import Documents
 from relora_ds.data.rows import Padding
@@ -121,6 +121,8 @@ def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBas
         state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
         tokenizer_key = {"sha256": hashlib.sha256(state.encode()).hexdigest(), "eos_id": given.eos_token_id,
                          "pad_id": given.pad_token_id}
+        if encoding.encoder_of(given).reads_names:  # entries of versions that gave control tokens for their names
+            tokenizer_key["names_are_text"] = True
     return {"format": FORMAT_VERSION, "source": data.source, "corpus": corpus.sha256, "text_column": data.text_column,
             "max_tokens": data.max_tokens, "tokenizer": tokenizer_key}
 
@@ -131,7 +133,7 @@ def _build(directory: Path, data: DataConfig, corpus: corpora.Corpus, given: Pre
     progress = tokenization.progress_of(directory, splits.revision)
     if given is None:
         given = _trained_tokenizer(directory / "tokenizer", data, corpus, splits.train, progress)
-    dtype = np.dtype(np.uint16 if len(given) < 65536 else np.uint32)
+    dtype = tokenization.dtype_of(given)
     tokenization.write_tokens(directory, "train", splits.train, given, dtype, progress, data.max_tokens)
     tokenization.write_tokens(directory, "validation", splits.validation, given, dtype, progress,
                               corpus.max_validation_tokens, whole_documents=True)
@@ -143,7 +145,7 @@ def _build(directory: Path, data: DataConfig, corpus: corpora.Corpus, given: Pre
     metadata = {
         "train_tokens": train.tokens, "train_documents": train.documents, "validation_tokens": validation.tokens,
         "validation_documents": validation.documents, "validation_words": validation.words,
-        "validation_bytes": validation.bytes, "dtype": dtype.name, "vocab_size": len(given),
+        "validation_bytes": validation.bytes, "dtype": dtype.name, "vocab_size": tokenizer.num_ids(given),
         "eos_id": given.eos_token_id,
         "pad_id": given.eos_token_id if given.pad_token_id is None else given.pad_token_id,
         "trained_tokenizer": data.tokenizer is None, "revision": splits.revision, "key": key,

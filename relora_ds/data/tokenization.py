@@ -65,6 +65,11 @@ class Progress:
         write_atomically(directory / PROGRESS, json.dumps(dataclasses.asdict(self)))
 
 
+def dtype_of(given: PreTrainedTokenizerBase) -> np.dtype:
+    """Return the smallest unsigned type that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.num_ids(given) < 65536 else np.uint32)
+
+
 def progress_of(directory: Path, revision: str) -> Progress:
     """What an earlier process committed in `directory`; a fresh start where that is nothing, or of other contents."""
     try:
@@ -97,9 +102,11 @@ def write_tokens(directory: Path, split: str, documents: Documents, given: PreTr
                disable=not sys.stderr.isatty())
     with open(directory / f"{split}.bin", "ab") as file, bar, _all_cores():
         file.truncate(state.tokens * dtype.itemsize)
+        num_ids = tokenizer.num_ids(given)
         uncommitted = 0  # characters
         for batch in _batches(documents, Place(*state.place)):
             ids, is_last = _encode(batch, given, state, max_tokens, whole_documents)
+            assert not ids or max(ids) < num_ids, "a token id outside the vocabulary"
             np.asarray(ids, dtype=dtype).tofile(file)
             bar.update(len(ids))
             if is_last:
@@ -132,7 +139,6 @@ def _encode(batch: list[tuple[str, Place | None]], given: PreTrainedTokenizerBas
             break
     if not whole_documents and len(ids) > room:
         del ids[room:]
-    assert not ids or max(ids) < len(given), "a token id outside the vocabulary"
     state.tokens += len(ids)
     return ids, is_last
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from relora_ds.data import hub
+from relora_ds.data import encoding, hub
 from relora_ds.data.localfiles import first_line
 
 if TYPE_CHECKING:
@@ -143,6 +143,11 @@ def load(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the rows that an embedding needs: more than there are tokens where the ids have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
 def verify(tokenizer: PreTrainedTokenizerBase, model_file: str | Path) -> None:
     """Raise RuntimeError unless `tokenizer` has the vocabulary and gives the ids of the sentencepiece model.
 
@@ -165,14 +170,11 @@ def verify(tokenizer: PreTrainedTokenizerBase, model_file: str | Path) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text: no special tokens added, none read out of it ("</s>" is 4 characters)."""
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
+    """Token ids of each text: no special tokens added, none read out of it ("</s>" is 4 characters).
+
+    Raises ValueError where the tokenizer does not allow that, see encoding.py.
+    """
+    return encoding.encoder_of(tokenizer).encode(list(texts))
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:

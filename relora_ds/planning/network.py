@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from relora_ds.config import Recipe
 from relora_ds.data.pretokenized import read_metadata
 from relora_ds.data.tokenizer import load as load_tokenizer
+from relora_ds.data.tokenizer import num_ids
 from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.methods import Method
 from relora_ds.models.build import build_config, meta_model
@@ -70,7 +71,7 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
     if name is None:
         return recipe.data.vocab_size, "data.vocab_size; the tokenizer is trained when the run starts"
     if Path(name).expanduser().is_dir():
-        return len(load_tokenizer(name)), f"tokenizer {name}"
+        return num_ids(load_tokenizer(name)), f"tokenizer {name}"
     return recipe.data.vocab_size, (f"data.vocab_size; tokenizer {name} is not loaded: set data.vocab_size to its "
                                     "size for exact figures")
 
