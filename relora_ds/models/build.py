@@ -43,16 +43,18 @@ def build_config(model: ModelConfig, vocab_size: int, seq_len: int, bos_id: int 
         config = _load_config(model.name_or_path, trust_remote_code)
     else:
         raise ValueError("model.preset and model.name_or_path: neither is set; set one of them")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
+    text = config.get_text_config(decoder=True)  # models of images and text have their language model's apart
+    longest = getattr(text, "max_position_embeddings", None) or 0
+    if 0 < longest < seq_len:  # XLNet says -1: it has no limit
         raise ValueError(f"data.seq_len: {seq_len} is above the {longest} positions of {model.name_or_path}; use "
                          f"data.seq_len={longest} or another model")
     if model.init == "pretrained":
-        _check_vocabulary(model, config, vocab_size)
+        _check_vocabulary(model, text, vocab_size)
     else:
-        config.vocab_size = vocab_size
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = bos_id, eos_id, pad_id
-    config.use_cache = False
+        for part in (config, text):
+            part.vocab_size = vocab_size
+            part.bos_token_id, part.eos_token_id, part.pad_token_id = bos_id, eos_id, pad_id
+    config.use_cache = text.use_cache = False
     return config
 
 

@@ -30,12 +30,12 @@ _SIZES = {name: size for size, names in [
          "dim_ff n_inner feed_forward_size dense_intermediate_size mlp_dim"),
     (64, "hidden_size n_embd d_model emb_dim embedding_dim hidden_size_global adapter_in_dim adapter_out_dim "
          "adapter_input_size"),
-    (32, "attention_head_dim moe_intermediate_size moe_shared_expert_intermediate_size "
+    (32, "attention_head_dim indexer_head_dim indexer_budget moe_intermediate_size moe_shared_expert_intermediate_size "
          "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
          "expert_ffn_hidden_size"),
     (24, "qk_head_dim"),
     (16, "d_kv d_head dim_head kv_channels swa_head_dim attention_head_size index_head_dim linear_head_dim "
-         "indexer_head_dim indexer_budget linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim "
+         "linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim "
          "mamba_headdim qk_nope_head_dim v_head_dim kv_lora_rank q_lora_rank o_lora_rank hidden_size_per_layer_input "
          "chunk_size mamba_chunk_size router_hidden_size"),
     (8, "num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim state_size ssm_state_size "

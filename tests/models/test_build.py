@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from relora_ds.config import ModelConfig
 from relora_ds.models.build import build_config, build_model, count_parameters, meta_model, preset_names
+from relora_ds.models.tiny import MAX_POSITIONS, tiny_config
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
          "max_position_embeddings": 64, "vocab_size": 100}
@@ -55,6 +56,24 @@ def test_a_json_file_is_a_configuration(tmp_path):
     path.write_text(json.dumps(SMALL))
     with pytest.raises(ValueError, match="model.name_or_path: .* has no readable configuration"):
         build_config(ModelConfig(name_or_path=str(path)), vocab_size=77, seq_len=8)
+
+
+def test_a_nested_language_model_gets_the_vocabulary_and_its_limit(tmp_path):
+    small = tiny_config(CONFIG_MAPPING["gemma3"]())
+    small.save_pretrained(tmp_path)
+    model = ModelConfig(name_or_path=str(tmp_path))
+    config = build_config(model, vocab_size=50, seq_len=16, eos_id=3)
+    assert meta_model(config).get_input_embeddings().weight.shape[0] == 50
+    assert config.text_config.eos_token_id == 3 and config.text_config.use_cache is False
+    with pytest.raises(ValueError, match=f"data.seq_len: 129 is above the {MAX_POSITIONS} positions"):
+        build_config(model, vocab_size=50, seq_len=129)
+    with pytest.raises(ValueError, match="a vocabulary of 256, the tokenizer has 300"):
+        build_config(ModelConfig(name_or_path=str(tmp_path), init="pretrained"), vocab_size=300, seq_len=16)
+
+
+def test_no_limit_of_positions(tmp_path):
+    CONFIG_MAPPING["xlnet"]().save_pretrained(tmp_path)
+    assert build_config(ModelConfig(name_or_path=str(tmp_path)), vocab_size=50, seq_len=4096).vocab_size == 50
 
 
 def test_pretrained_weights_arrive(tmp_path):
