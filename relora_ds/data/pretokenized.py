@@ -2,6 +2,10 @@
 
 `python -m relora_ds prepare` writes one from the cache; it can be copied to another machine, and `data.source`
 pretokenized trains from it. A cache entry has the same files, except for a tokenizer that the recipe names.
+
+metadata.json holds the sha256 of every other file and a checksum of itself. All of it is verified before it is used;
+what was verified is remembered while the files stay as they are (manifest.py). Directories of versions before that have
+no checksum and no hashes of tokenizer files: of those, the tokens are verified.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +22,7 @@ import numpy as np
 
 from relora_ds.data import manifest
 from relora_ds.data.cache import write_atomically
+from relora_ds.data.reading import DataWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,25 +48,45 @@ def write(source: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> 
             shutil.copytree(source / "tokenizer", partial / "tokenizer")
         else:
             tokenizer.save_pretrained(partial / "tokenizer")
-        shutil.copyfile(source / METADATA, partial / METADATA)
+        metadata = _read(source)
+        write_metadata(partial, metadata)
+        if _read(partial)["fingerprint"] != metadata["fingerprint"]:
+            raise ValueError(f"{directory} cannot be written: the tokens in {source} changed while they were copied; "
+                             f"run it again")
         os.replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_metadata(directory: Path, metadata: dict) -> None:
-    """Write metadata.json for the tokens in `directory`: `metadata`, the files' hashes and the fingerprint."""
+    """Write metadata.json for the tokens in `directory`: `metadata`, the files' hashes, fingerprint and checksum."""
     hashes = {split: manifest.sha256_of_file(directory / f"{split}.bin") for split in SPLITS}
-    metadata = {**metadata, "sha256": hashes, "fingerprint": _fingerprint(metadata, hashes.values())}
+    tokenizer = {str(file.relative_to(directory)): manifest.sha256_of_file(file)
+                 for file in sorted((directory / "tokenizer").rglob("*")) if file.is_file()}
+    metadata = {**metadata, "sha256": hashes, "tokenizer_sha256": tokenizer,
+                "fingerprint": _fingerprint(metadata, hashes)}
+    metadata["checksum"] = _checksum(metadata)
     write_atomically(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
 
 
-def is_complete(directory: Path) -> bool:
-    """Whether the metadata, which is written last, is there, and the sizes that it states."""
+def is_intact(directory: Path, cache_root: Path) -> bool:
+    """Whether a cache entry is there and every file is as it was written. Warns of one that is damaged.
+
+    Raises ValueError for a file that cannot be read now, which is no reason to make it again.
+    """
     try:
-        return _size_problem(directory, _read(directory)) is None
-    except (OSError, ValueError, KeyError, TypeError):
+        metadata = _read(directory)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        raise ValueError(_unreadable("data.cache_dir", directory / METADATA, error)) from None
+    except ValueError:
+        problem = f"{str(directory / METADATA)!r} is damaged"
+    else:
+        problem = _damage(directory, metadata, cache_root, "data.cache_dir")
+    if problem:
+        warnings.warn(f"data.cache_dir: {problem}; the corpus is tokenized again", DataWarning, stacklevel=2)
+    return problem is None
 
 
 def read_metadata(path: str | Path | None) -> dict:
@@ -82,17 +107,46 @@ def read_metadata(path: str | Path | None) -> dict:
 
 
 def verified_metadata(path: str | Path, cache_root: Path) -> dict:
-    """`read_metadata` after comparing the contents with their hashes; the first time only, see manifest.py."""
+    """`read_metadata` after comparing the contents of all files with their hashes; ValueError names a damaged one."""
     metadata = read_metadata(path)
     directory = Path(path).expanduser()
-    found = manifest.sha256_of([directory / f"{split}.bin" for split in SPLITS], cache_root)
-    for split, sha256 in zip(SPLITS, found, strict=True):
-        if sha256 != metadata["sha256"][split]:
-            raise ValueError(f"data.path: {str(directory / split)}.bin is damaged (sha256 {sha256[:12]}…, written as "
-                             f"{metadata['sha256'][split][:12]}…); copy the directory again")
+    if problem := _damage(directory, metadata, cache_root, "data.path"):
+        raise ValueError(f"data.path: {problem}; copy the directory again")
     if not (directory / "tokenizer").is_dir():
         raise ValueError(f"data.path: {str(path)!r} holds no tokenizer; copy the directory again, all of it")
     return metadata
+
+
+def _damage(directory: Path, metadata: dict, cache_root: Path, field: str) -> str | None:
+    """What is not as it was written, or None. ValueError, with `field`, for a file that cannot be read."""
+    try:
+        if problem := _size_problem(directory, metadata):
+            return problem
+        expected = {f"{split}.bin": metadata["sha256"][split] for split in SPLITS}
+        expected |= metadata.get("tokenizer_sha256", {})
+        if metadata["fingerprint"] != _fingerprint(metadata, metadata["sha256"]):
+            return f"{str(directory / METADATA)!r} is damaged (its fingerprint is of other tokens)"
+        if metadata.get("checksum", checksum := _checksum(metadata)) != checksum:
+            return f"{str(directory / METADATA)!r} is damaged (its checksum differs)"
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return f"{str(directory / METADATA)!r} is damaged"
+    files = [directory / name for name in expected]
+    try:
+        found = manifest.sha256_of(files, cache_root)
+        if found != list(expected.values()):  # what is remembered may be damaged too
+            found = manifest.sha256_of(files, cache_root, afresh=True)
+    except FileNotFoundError as error:
+        return f"{error.filename!r} is missing"
+    except OSError as error:
+        raise ValueError(_unreadable(field, error.filename or directory, error)) from None
+    for file, sha256, written in zip(files, found, expected.values(), strict=True):
+        if sha256 != written:
+            return f"{file} is damaged (sha256 {sha256[:12]}…, written as {written[:12]}…)"
+    return None
+
+
+def _unreadable(field: str, file: str | Path, error: OSError) -> str:
+    return f"{field}: {str(file)!r} cannot be read ({error.strerror}); make it readable, or name another directory"
 
 
 def _read(directory: Path) -> dict:
@@ -111,7 +165,13 @@ def _size_problem(directory: Path, metadata: dict) -> str | None:
     return None if metadata["fingerprint"] else "the fingerprint is missing"
 
 
-def _fingerprint(metadata: dict, hashes: Iterable[str]) -> str:
-    what = [metadata["dtype"], metadata["vocab_size"], metadata["eos_id"], *hashes]
+def _fingerprint(metadata: dict, hashes: dict[str, str]) -> str:
+    what = [metadata["dtype"], metadata["vocab_size"], metadata["eos_id"], *(hashes[split] for split in SPLITS)]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _checksum(metadata: dict) -> str:
+    """sha256 of all the rest of metadata.json."""
+    rest = {key: value for key, value in metadata.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -11,6 +11,10 @@ from typing import NamedTuple
 MIN_DOCUMENTS_TO_SPLIT = 20
 
 
+class DataWarning(UserWarning):
+    """What was left out of the data, made again or repeated; for the user, not for the programmer."""
+
+
 class Place(NamedTuple):
     """Where a reading stands: so many whole shards, so many documents of the next one, so many documents in all."""
 

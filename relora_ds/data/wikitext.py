@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,8 +56,13 @@ def articles(directory: Path, split: str) -> Iterator[str]:
 
 
 def read(directory: Path, split: str) -> str:
-    """The whole text of a split, 1 to 11 MB."""
-    return gzip.decompress((directory / f"{split}.raw.gz").read_bytes()).decode("utf-8")
+    """The whole text of a split, 1 to 11 MB. Raises ValueError, naming the file, where it is damaged."""
+    file = directory / f"{split}.raw.gz"
+    try:
+        return gzip.decompress(file.read_bytes()).decode("utf-8")
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"data.source: {str(file)!r} is damaged ({error}); delete its directory and run again, it is "
+                         f"downloaded once more") from None
 
 
 def _is_complete(directory: Path) -> bool:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_format = warnings.formatwarning
+
 
 def quieten_libraries() -> None:
     """Hide what a user cannot act on: DeepSpeed's INFO flood, start-up warnings of torch and transformers.
@@ -31,6 +33,11 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed)\..*")
+    from relora_ds.data.reading import DataWarning
+    # One rank of a host says what is to be said of its files, without the line of the program that it comes from.
+    warnings.filterwarnings("ignore" if int(os.environ.get("LOCAL_RANK", 0)) else "once", category=DataWarning)
+    warnings.formatwarning = lambda message, category, *place: (
+        f"WARNING: {message}\n" if issubclass(category, DataWarning) else _format(message, category, *place))
 
 
 class View:
