@@ -14,18 +14,17 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.reinit import GradientSketch
-from relora_ds.lowrank.seeding import keyed_seed
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config, universal
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
 from relora_ds.zero.plain_model import save_plain
+from relora_ds.zero.randomness import drops_values_only, seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
@@ -44,8 +43,9 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     """`deepspeed.initialize` for a model that `relora_ds.wrap` has wrapped (or a plain one, with `relora=None`).
 
     Args:
-        model: on CPU, in fp32: masters of what trains and of what is frozen are taken from it before
-            DeepSpeed casts it. Where ranks hold different values, rank 0's count.
+        model: on CPU: masters of what trains and of what is frozen are taken from it before DeepSpeed casts it.
+            Best in fp32; in another dtype it is converted to fp32 first. Where ranks hold different values, rank 0's
+            count.
         config: a shipped name ("zero1"), a path, or a DeepSpeed config dict. "auto" values are filled
             from the arguments below; `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps`
             default to 1, clipping to 1.0, precision to bf16 on CUDA and fp32 elsewhere.
@@ -85,6 +85,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         num_trainable=count_parameters(model)[0], cpu=not torch.cuda.is_available())
     stage = settings["zero_optimization"]["stage"]
 
+    model.float()  # masters are fp32 at every stage, and without a cast of DeepSpeed's the parameters are their own
     align_ranks(model)
     frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device_of_rank())
     if frozen.layers and dist.get_rank() == 0:
@@ -115,17 +116,8 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     engine.last_restart = None
     engine.num_accumulated = 0
     engine._keeps_own_frozen = False
-    engine._has_dropout = _has_dropout(model)
+    engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, optimizer, loader, scheduler
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether a module drops something, or the configuration says so (attention is no module)."""
-    config = getattr(model, "config", None)
-    rates = [value for name, value in (vars(config) if config is not None else {}).items() if "drop" in name]
-    rates += [getattr(module, "p", 0) for module in model.modules() if isinstance(module, _DropoutNd)]
-    rates += [layer.lora_dropout for layer in lowrank_layers(model).values()]
-    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def _to(value, device: torch.device):
@@ -162,12 +154,13 @@ class ReLoRAEngine(DeepSpeedEngine):
         # ZeRO-3's list of the modules that it is inside of. Those that activation checkpointing repeats are left by an
         # exception, as soon as backward has what it needs, and would stay in it for good.
         FWD_MODULE_STACK.clear()
-        if self.training and self._has_dropout:
-            # A mask of its own for every rank, step and micro-step, and the same one after a resume.
-            torch.manual_seed(keyed_seed(f"{self.seed}/{self.t}/{self.num_accumulated}/{dist.get_rank()}"))
-        if self.training and self.relora is not None and self.relora.restart_init == "gradient":
+        if not self.training:
+            return super().forward(*inputs, **kwargs)
+        if self.relora is not None and self.relora.restart_init == "gradient":
             self._sketch_gradients()
-        return super().forward(*inputs, **kwargs)
+        with seeded_forward(f"{self.seed}/{self.t}/{self.num_accumulated}", dist.get_rank(), self.device,
+                            differs_on_cpu=self._masks_differ_on_cpu):
+            return super().forward(*inputs, **kwargs)
 
     def _sketch_gradients(self) -> None:
         """Have the layers take W's gradient along in a step that a scheduled restart follows (`lowrank.reinit`)."""

@@ -28,13 +28,14 @@ EXAMPLE = Path(__file__).with_name("hf_trainer_example.py")
 
 
 class RecordingTrainer(Trainer):
-    """A user's subclass: it keeps the loss of every training micro-step, and spoils one where it is told to."""
+    """A user's subclass: it keeps loss and rows of every training micro-step, and spoils one where it is told to."""
 
     spoiled_step = None
 
-    def compute_loss(self, model, *args, **kwargs):
-        loss = super().compute_loss(model, *args, **kwargs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
+            self.rows.append(inputs["input_ids"].tolist())
             if self.state.global_step == self.spoiled_step and dist.get_rank() == 1:
                 loss = loss * float("nan")
             self.losses.append(loss.item())
@@ -72,7 +73,7 @@ def made_trainer(directory: str, stage: int, precision: str = "fp32", accumulati
         torch.set_num_threads(1)  # accelerate has changed it
         trainer = RecordingTrainer(model=model, args=arguments, train_dataset=rows(TRAIN_ROWS),
                                    eval_dataset=rows(EVAL_ROWS))
-        trainer.losses = []
+        trainer.losses, trainer.rows = [], []
         trainer.remove_callback(type(trainer.callback_handler.callbacks[-1]))  # it prints
         if callback:
             trainer.add_callback(ReLoRACallback(trainer, config))
@@ -94,7 +95,8 @@ def forget_accelerate() -> None:
 
 def summary(trainer) -> dict:
     history = trainer.state.log_history
-    return {"losses": trainer.losses, "restarts": list(trainer.model_wrapped.restarts), "t": trainer.model_wrapped.t,
+    return {"losses": trainer.losses, "rows": trainer.rows,
+            "restarts": list(trainer.model_wrapped.restarts), "t": trainer.model_wrapped.t,
             "lr": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
             "eval": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
             "reports": [entry for entry in history if "restarts" in entry]}
@@ -109,7 +111,7 @@ def trainers_run(directory: str, *, resume: int | None = None, again: bool = Fal
         if save:
             trainer.save_model(save)
         if again:
-            trainer.losses = []
+            trainer.losses, trainer.rows = [], []
             trainer.train(resume_from_checkpoint=f"{directory}/checkpoint-{SAVED_AT}")
             found.append(summary(trainer))
     return found

@@ -1,0 +1,26 @@
+"""The Trainer's own order of the data, with dropout: no forward of ours draws from the generator that decides it."""
+
+import itertools
+
+import pytest
+
+from tests.interop.test_hf_trainer import MICRO, MICROS, STEPS, TRAIN_ROWS, trainers_run
+from tests.ranks import ranks
+
+
+# In a later epoch than the first, transformers 5.24 itself resumes "group_by_length" with the order of the first.
+@pytest.mark.parametrize("strategy, saved_at", [("random", 9), ("group_by_length", 5)])
+def test_every_row_comes_once_an_epoch_also_after_a_resume(tmp_path, strategy, saved_at):
+    how = dict(stage=1, lora_dropout=0.2, train_sampling_strategy=strategy, save_steps=saved_at)
+    whole = [found for found, in ranks(2).run(trainers_run, str(tmp_path), **how)]
+    resumed = [found for found, in ranks(2).run(trainers_run, str(tmp_path), resume=saved_at, **how)]
+    for one, other in zip(whole, resumed, strict=True):
+        assert one["rows"][saved_at:] == other["rows"] and len(other["rows"]) == STEPS - saved_at
+        assert one["losses"][saved_at:] == other["losses"], "other dropout masks"
+    assert STEPS == 2 * MICROS
+    epochs = []
+    for steps in (slice(0, MICROS), slice(MICROS, STEPS)):
+        seen = [row for rank in whole for row in itertools.chain.from_iterable(rank["rows"][steps])]
+        assert len(seen) == 2 * MICRO * MICROS and sorted(seen) == sorted(TRAIN_ROWS.tolist())
+        epochs.append(seen)
+    assert epochs[0] != epochs[1], "the same order in every epoch"
