@@ -48,12 +48,21 @@ while [[ ${1:-} == -* ]]; do
 done
 split_arguments "$@"
 
+# The names reach ssh, pdsh and the remote shell: none may look like an option, a pattern or a command there.
+host_name='^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*$'
+[[ -z $master_addr || $master_addr =~ $host_name ]] || fail "--master_addr: '$master_addr' is not an address or a host name"
+[[ $master_port =~ ^[1-9][0-9]{0,4}$ && $master_port -lt 65536 ]] ||
+    fail "--master_port: '$master_port' is not a port; use a free one between 1 and 65535"
 [ -n "$hostfile" ] || fail "--hostfile FILE is needed; launch_scripts/hostfile.example shows one"
 [ -f "$hostfile" ] || fail "--hostfile: there is no file $hostfile"
+[ -r "$hostfile" ] || fail "--hostfile: $hostfile cannot be read; change its permissions"
 hosts=() slots=()
 while read -r host count || [ -n "$host" ]; do
     [[ $host == '' || $host == '#'* ]] && continue
-    [[ $count =~ ^slots=([1-9][0-9]*)([[:space:]]|$) ]] || fail "$hostfile: '$host $count' is not NAME slots=RANKS"
+    [[ $count =~ ^slots=([1-9][0-9]{0,4})([[:space:]]|$) ]] || fail "$hostfile: '$host $count' is not NAME slots=RANKS"
+    [[ $host =~ $host_name ]] || fail "$hostfile: '$host' is not a host name or an address; they begin with a letter or" \
+        "digit and hold only letters, digits and . _ - : %"
+    [[ " ${hosts[*]-} " != *" $host "* ]] || fail "$hostfile: '$host' is named twice; give it one line with all its slots"
     hosts+=("$host") slots+=("${BASH_REMATCH[1]}")
 done <"$hostfile"
 [ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: it names no machine"

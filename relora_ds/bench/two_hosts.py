@@ -34,6 +34,7 @@ from relora_ds.bench.contenders import FULL, TWINS, VARIANTS, Spec, build, requi
 from relora_ds.bench.record import rows_as_markdown
 from relora_ds.planning import link
 from relora_ds.planning.cluster import Cluster, Wire
+from relora_ds.zero.launchers import hosts_in
 
 NAME = "two-hosts"
 HELP = "step time and tokens/s of two hosts, over a cable of a given rate"
@@ -111,8 +112,7 @@ class _Place:
         self._hostfile = hostfile or scratch / "hostfile"
         if hostfile is None:
             self._hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-        hosts = [line.split()[0] for line in self._hostfile.read_text().splitlines()
-                 if line.strip() and not line.startswith("#")]
+        hosts = hosts_in(self._hostfile)
         if len(hosts) != 2 or node_rank not in (0, 1):
             raise ValueError(f"--hostfile, --node_rank: two machines are compared, of {len(hosts)} in {self._hostfile} "
                              f"this would be number {node_rank}; give a line for each of two, and 0 or 1")

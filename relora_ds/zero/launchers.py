@@ -1,4 +1,4 @@
-"""Which rank this process is, where `srun` or `mpirun` started it.
+"""Which rank this process is, where `srun` or `mpirun` started it, and the machines of a hostfile.
 
 The DeepSpeed launcher and torchrun set RANK, WORLD_SIZE and LOCAL_RANK. `srun` and `mpirun` say the same under names
 of their own; untranslated, their N processes would be N runs of one rank that overwrite each other. Nothing heavy is
@@ -9,12 +9,15 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 # Slurm's step ids from here on are no steps of `srun` (slurm.h: 0xfffffffb is the batch script, 0xfffffffa the shell
 # that `salloc` opens). They are printed unsigned or, being 32 bits wide, as negative numbers.
 FIRST_RESERVED_STEP = 0xFFFFFFF0
 # From here to 65535 nothing is handed out to outgoing connections (Linux: 32768 to 60999).
 FIRST_PORT, NUM_PORTS = 61000, 4500
+# The same pattern as in launch_scripts/multi_node.sh.
+HOST_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")
 TORCH_PORT = 29500  # what torchrun and DeepSpeed take
 
 
@@ -99,6 +102,27 @@ def _slurm(environment: Mapping[str, str]) -> _Place | None:
         local_rank = "0"  # `--gpus-per-task=1`: each task sees one GPU, which is its number 0
     port = FIRST_PORT + (int(environment.get("SLURM_JOB_ID", 0)) + 1000 * step) % NUM_PORTS
     return _Place("srun", environment["SLURM_PROCID"], size, local_rank, host or None, port)
+
+
+def hosts_in(hostfile: Path) -> list[str]:
+    """The host names of a DeepSpeed hostfile, in its order.
+
+    Raises:
+        ValueError: the file cannot be read, or a name is given twice or is none: launchers would take one that begins
+            with `-` for an option.
+    """
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--hostfile: {hostfile} cannot be read ({error}); name a text file") from error
+    hosts = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for number, host in enumerate(hosts):
+        if not HOST_NAME.fullmatch(host):
+            raise ValueError(f"--hostfile: {host!r} in {hostfile} is not a host name or an address; they begin with a "
+                             "letter or digit and hold only letters, digits and . _ - : %")
+        if host in hosts[:number]:
+            raise ValueError(f"--hostfile: {host!r} is in {hostfile} twice; give it one line with all its slots")
+    return hosts
 
 
 def first_host(nodes: str) -> str:

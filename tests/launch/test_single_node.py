@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from relora_ds.checkpoint import store
+from relora_ds.zero.launchers import hosts_in
 from tests.launch.scripts import SCRIPTS, run, start
 
 
@@ -70,6 +71,9 @@ def test_the_help_says_how_to_call(tmp_path):
     (["multi_node.sh", "--hostfile", "good", "--no_ssh", "--node_rank", "2"], "'2' is none of 0 to 1"),
     (["multi_node.sh", "--hostfile", "good", "--node_rank", "1"], "--node_rank goes with --no_ssh"),
     (["multi_node.sh", "--hostfile"], "--hostfile needs a value"),
+    (["multi_node.sh", "--hostfile", "folder", "tiny"], "there is no file folder"),
+    (["multi_node.sh", "--hostfile", "good", "--master_addr", "-oProxyCommand=x"], "--master_addr: '-oProxyCommand=x'"),
+    (["multi_node.sh", "--hostfile", "good", "--master_port", "70000"], "--master_port: '70000' is not a port"),
     (["multi_node.sh", "--hosts", "good"], "unknown option --hosts"),
     (["multi_node.sh", "--hostfile", "good", "tiny", "relora"], "relora: after the recipe, only section.key=value"),
     (["single_node.sh", "tiny", "--num_gpus"], "--num_gpus: after the recipe, only section.key=value"),
@@ -78,8 +82,47 @@ def test_wrong_arguments(arguments, problem, tmp_path):
     (tmp_path / "good").write_text("# two machines\n\nworker-0 slots=1\nworker-1 slots=2 # with more\n")
     (tmp_path / "bad").write_text("worker-0 slots=1\nworker-1\n")
     (tmp_path / "empty").write_text("# worker-0 slots=1\n")
+    (tmp_path / "folder").mkdir()
     code, printed = run("bash", SCRIPTS / arguments[0], *arguments[1:], cwd=tmp_path)
     assert code == 1 and printed.startswith("error: ") and problem in printed and printed.count("\n") == 1
+
+
+HOSTS = ["-oProxyCommand=touch${IFS}ran", "-w", "--", "$(touch${IFS}ran)", "`touch${IFS}ran`", "a;b", "a|b", "a&b",
+         "w[0-9]", "a,b", "a*", "user@-x", "a'b", 'a"b', "a\\b", "../x", "ä"]
+
+
+def test_host_names_that_would_be_options_or_commands(tmp_path):
+    """All are refused by name, by the script and by the commands."""
+    for host in HOSTS:
+        (tmp_path / "hosts").write_text(f"worker-0 slots=1\n{host} slots=1\n")
+        with pytest.raises(ValueError, match="not a host name or an address") as error:
+            hosts_in(tmp_path / "hosts")
+        assert repr(host) in str(error.value)
+    shell = f"cd {tmp_path}; for name in hosts_*; do bash {SCRIPTS}/multi_node.sh --hostfile $name tiny; done"
+    for number, host in enumerate(HOSTS):
+        (tmp_path / f"hosts_{number:02}").write_text(f"worker-0 slots=1\n{host} slots=1\n")
+    _, printed = run("bash", "-c", shell, cwd=tmp_path)
+    lines = printed.splitlines()
+    assert len(lines) == len(HOSTS)
+    for host, line in zip(HOSTS, lines, strict=True):
+        assert line.startswith("error: hosts_") and f"'{host}' is not a host name or an address" in line
+    assert not (tmp_path / "ran").exists()
+
+
+def test_host_names_that_are_fine(tmp_path):
+    hosts = ["worker-0", "10.0.0.1", "me@gpu01.example.org", "fe80::1%eth0", "::1", "GPU_2"]
+    (tmp_path / "hosts").write_text("\n # machines\n" + "".join(f"{host} slots=2 # fine\n" for host in hosts))
+    assert hosts_in(tmp_path / "hosts") == hosts
+    code, printed = run("bash", SCRIPTS / "multi_node.sh", "--no_ssh", "--node_rank", "9", "--hostfile", "hosts",
+                        cwd=tmp_path)
+    assert code == 1 and "'9' is none of 0 to 5" in printed  # all of them were read
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\na slots=2\n")
+    _, printed = run("bash", SCRIPTS / "multi_node.sh", "--hostfile", "hosts", cwd=tmp_path)
+    assert "'a' is named twice" in printed
+    with pytest.raises(ValueError, match="'a' is in .* twice"):
+        hosts_in(tmp_path / "hosts")
+    with pytest.raises(ValueError, match="cannot be read"):
+        hosts_in(tmp_path)
 
 
 @pytest.mark.parametrize(("recorded", "launcher", "node", "code"), [
