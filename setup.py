@@ -12,7 +12,7 @@ INSTALL_REQUIRES = [
     "deepspeed>=0.19.8,<0.20",  # relora_ds/zero relies on private attributes of this series
     "torch>=2.6",
     "transformers>=5,<6",
-    "datasets",
+    "datasets>=4",  # older ones run the scripts of a dataset
     "huggingface_hub",
     "numpy",
     "protobuf",  # transformers reads sentencepiece tokenizers through it; tensorboard needs it too

@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size: {arguments.batch_size} is not 1 or more")
-    given = tokenizer.load(tokenizer_of(arguments.model, "DIR_OR_ID"))
-    text, seq_len = _text(arguments.data[0], arguments.data[1:], given)
+    given = tokenizer.load(tokenizer_of(arguments.model, "DIR_OR_ID"), arguments.trust_remote_code)
+    text, seq_len = _text(arguments.data[0], arguments.data[1:], given, arguments.trust_remote_code)
     seq_len = seq_len if arguments.seq_len is None else arguments.seq_len
     model = model_of(arguments.model, arguments.trust_remote_code, "DIR_OR_ID")
     _check(model.config, seq_len, tokenizer.num_ids(given))
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _text(source: str, overrides: list[str], given):
+def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
     """`(the text in the ids of a tokenizer, the sequence length that belongs to it)`."""
     from relora_ds.config import load_recipe, recipe_names
     from relora_ds.data.held_out import files_in, validation_of
@@ -76,7 +76,7 @@ def _text(source: str, overrides: list[str], given):
             data = load_recipe(recipe, overrides, check_files=False).data
             return files_in(source, data.text_column, given), data.seq_len
     data = load_recipe(recipe, overrides, check_files=False).data
-    return validation_of(data, given), data.seq_len
+    return validation_of(data, given, trust_remote_code), data.seq_len
 
 
 def _check(config, seq_len: int, num_ids: int) -> None:

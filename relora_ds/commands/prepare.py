@@ -26,8 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.data import prepare
     from relora_ds.data.pretokenized import write
     from relora_ds.data.tokenizer import load
-    prepared = prepare(recipe.data, recipe.seed)
-    write(prepared.directory, load(prepared.tokenizer_dir), arguments.directory)
+    prepared = prepare(recipe.data, recipe.seed, recipe.trust_remote_code)
+    tokenizer = load(prepared.tokenizer_dir, recipe.trust_remote_code)
+    write(prepared.directory, tokenizer, arguments.directory)
     print(f"{arguments.directory}: {len(prepared.train):,} training and {len(prepared.validation):,} validation tokens,"
           f" vocabulary {prepared.vocab_size:,}, fingerprint {prepared.fingerprint[:16]}\n"
           f"train from it, here or on another machine: data.source=pretokenized data.path={arguments.directory}")

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where the updates begin: a step of each run, or a run or checkpoint of the same network "
                              "(default: the end of the warm start, else the oldest checkpoint that is kept)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write figures, as PNGs")
+    parser.add_argument("--trust-remote-code", action="store_true", help="for a model whose code is not transformers'")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every singular value")
 
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     from relora_ds.experiments.spectra import measure
-    result = measure(arguments.runs, arguments.before)
+    result = measure(arguments.runs, arguments.before, arguments.trust_remote_code)
     print(json.dumps(result) if arguments.json else "\n".join(_as_text(result)))
     if arguments.out:
         files = save_spectra(result, arguments.out)

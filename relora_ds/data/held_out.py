@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from relora_ds.config import DataConfig
 
 
-def validation_of(data: DataConfig, given: PreTrainedTokenizerBase) -> PreparedData:
+def validation_of(data: DataConfig, given: PreTrainedTokenizerBase,
+                  trust_remote_code: bool = False) -> PreparedData:
     """The validation split of a `data.` section, in the ids of `given`; the training split is empty.
 
-    Errors: see `preparation.prepare`; ValueError too for a pre-tokenized corpus in the ids of another tokenizer.
+    trust_remote_code: see `tokenizer.load`. Errors: see `preparation.prepare`; ValueError too for a pre-tokenized
+    corpus in the ids of another tokenizer.
     """
     if found := checks.problems(data):
         raise ValueError("\n".join(found))
     if data.source == "pretokenized":
-        prepared = prepare(data)
-        if tokenizer.load(prepared.tokenizer_dir).get_vocab() != given.get_vocab():
+        prepared = prepare(data, trust_remote_code=trust_remote_code)
+        if tokenizer.load(prepared.tokenizer_dir, trust_remote_code).get_vocab() != given.get_vocab():
             raise ValueError(f"--data: {data.path!r} is pre-tokenized, and in another vocabulary than the model's; "
                              "give the text itself")
         return prepared

@@ -59,13 +59,13 @@ class PreparedData:
     padding: Padding | None = None
 
 
-def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
+def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) -> PreparedData:
     """Tokenize the corpus of the `data.` section, or find it in the cache.
 
     Call it in one process per host first; the others then find the cache. (Calls that race wait for each other, and a
     call after one that was killed goes on where that was.) `seed` is part of the interface but changes nothing on
     purpose: the tokens, the tokenizer and the held-out documents are the same for every seed, so that seeds can be
-    compared; the loader's order is what it seeds.
+    compared; the loader's order is what it seeds. trust_remote_code: see `tokenizer.load`.
 
     Raises ValueError with every message of `checks.problems`, for a corpus that cannot be read, reached or
     downloaded, without text, without validation text, or with fewer training tokens than one sequence, and for a
@@ -79,7 +79,7 @@ def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
         metadata = pretokenized.verified_metadata(data.path, cache_root(data))
         tokenizer_dir = directory / "tokenizer"
     else:
-        directory, tokenizer_dir = _tokenized(data)
+        directory, tokenizer_dir = _tokenized(data, trust_remote_code)
         metadata = pretokenized.read_metadata(directory)
     train, fingerprint = _map(directory, "train", metadata), metadata["fingerprint"]
     if data.source == "pretokenized" and data.max_tokens is not None and data.max_tokens < len(train):
@@ -96,10 +96,10 @@ def prepare(data: DataConfig, seed: int = 0) -> PreparedData:
         padding=None if data.packing else Padding(metadata["eos_id"], metadata["pad_id"]))
 
 
-def _tokenized(data: DataConfig) -> tuple[Path, Path | str]:
+def _tokenized(data: DataConfig, trust_remote_code: bool) -> tuple[Path, Path | str]:
     """(the cache entry, built if need be; where its tokenizer is)."""
     corpus = corpora.open_corpus(data)
-    given = None if data.tokenizer is None else tokenizer.load(data.tokenizer)
+    given = None if data.tokenizer is None else tokenizer.load(data.tokenizer, trust_remote_code)
     key = _key(data, corpus, given)
     directory = ensure_directory(
         cache_root(data) / "tokens" / _sha256(key), lambda path: pretokenized.is_intact(path, cache_root(data)),

@@ -26,6 +26,7 @@ import sentencepiece
 
 from relora_ds.data import encoding, hub
 from relora_ds.data.localfiles import first_line
+from relora_ds.remote_code import UntrustedCode, is_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,11 +110,13 @@ def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> Pre
     return tokenizer
 
 
-def load(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+def load(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """`AutoTokenizer.from_pretrained`, and the checks that it does not make.
 
-    Raises ValueError: nothing there, no end-of-sequence token, or a vocabulary that was silently lost
-    (transformers 5 builds a 3-token LlamaTokenizer where it does not find the vocabulary).
+    trust_remote_code: whether code that comes with the tokenizer may run. It is never asked for on stdin.
+
+    Raises ValueError: nothing there, code that is not trusted, no end-of-sequence token, or a vocabulary that was
+    silently lost (transformers 5 builds a 3-token LlamaTokenizer where it does not find the vocabulary).
     """
     from transformers import AutoTokenizer
 
@@ -122,8 +125,12 @@ def load(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     # Without a connection the Hugging Face cache may hold it; asking the hub first would take most of a minute.
     reason = "" if local.is_dir() or hub.is_offline() else hub.why_unreachable(name, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=bool(reason))
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=bool(reason), trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # OSError, ValueError, KeyError, …, by what is wrong with the directory
+        if is_refusal(error):
+            raise ValueError(f"data.tokenizer: {UntrustedCode(name)}") from error
         raise ValueError(
             f"data.tokenizer: {name!r} cannot be loaded ({reason or first_line(error)}); give a directory that holds a "
             f"tokenizer, or a Hugging Face id that can be reached or is in the Hugging Face cache"

@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.manifest import tag_of
@@ -21,7 +20,7 @@ from relora_ds.config import read_recipe
 from relora_ds.figures.record import method_text, short_names
 from relora_ds.interop.sources import find_checkpoint
 from relora_ds.lowrank.spectrum import RANK_SHARE, SMALL, Spectrum, spectrum_of
-from relora_ds.models.build import meta_model
+from relora_ds.models.build import load_config, meta_model
 
 OLDEST = "from the oldest checkpoint that is kept"
 WITH_INITIAL_VALUE = "all of s·B·A, with its initial value"
@@ -49,13 +48,14 @@ class Window:
         return contents_of(self.before).step if self.before else self.contents.step - self.contents.t
 
 
-def measure(sources: Sequence[Path], before: str | None = None) -> dict:
+def measure(sources: Sequence[Path], before: str | None = None, trust_remote_code: bool = False) -> dict:
     """Singular values of the updates of runs, by kind of layer.
 
     Args:
         sources: runs (their newest checkpoint), or checkpoints.
         before: where the updates begin: a step of each run, or the path of a run or checkpoint of the same network.
             Default: see `window_of`.
+        trust_remote_code: whether code that comes with a checkpoint's model may run.
 
     Returns:
         JSON values: `share` and `small`, the limits of `numerical_rank` and `num_below`; `runs`, each with `name`,
@@ -71,7 +71,7 @@ def measure(sources: Sequence[Path], before: str | None = None) -> dict:
     paths = list(dict.fromkeys(source.expanduser().resolve() for source in sources))
     windows = [window_of(path, before) for path in paths]
     wrapped = {name for window in windows for name in window.contents.layers}
-    layers = [linear_layers(window, wrapped) for window in windows]
+    layers = [linear_layers(window, wrapped, trust_remote_code) for window in windows]
     for window, names in zip(windows, layers, strict=True):
         _require_same_shapes(window, names)
     return {"share": RANK_SHARE, "small": SMALL,
@@ -104,7 +104,7 @@ def window_of(source: Path, before: str | None = None) -> Window:
                      "checkpoint of the same network with --before STEP_OR_PATH")
 
 
-def linear_layers(window: Window, wrapped: set[str]) -> list[str]:
+def linear_layers(window: Window, wrapped: set[str], trust_remote_code: bool = False) -> list[str]:
     """The layers whose updates are measured, in model order.
 
     Args:
@@ -113,7 +113,7 @@ def linear_layers(window: Window, wrapped: set[str]) -> list[str]:
     """
     if window.before is None:
         return list(window.contents.layers)
-    return [name for name in window.contents.matrices if name in wrapped] or _all_linears(window)
+    return [name for name in window.contents.matrices if name in wrapped] or _all_linears(window, trust_remote_code)
 
 
 def _named(before: str, after: Path) -> Path:
@@ -140,11 +140,11 @@ def _end_of_warm_start(after: Path) -> int:
     return recipe.full_rank_steps if recipe.low_rank_steps else 0
 
 
-def _all_linears(window: Window) -> list[str]:
+def _all_linears(window: Window, trust_remote_code: bool) -> list[str]:
     if not (window.after / "config.json").is_file():
         raise ValueError(f"{window.after}: which of its weights are linear layers is unknown: it has no low-rank "
                          "layers, and is no transformers model (no config.json); compare it with a low-rank run")
-    model = meta_model(AutoConfig.from_pretrained(window.after))
+    model = meta_model(load_config(window.after, trust_remote_code))
     head = model.get_output_embeddings()
     others = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
     return [name for name in window.contents.matrices if name not in others]

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.model import read_model
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
+from relora_ds.models.build import load_model
 from relora_ds.zero.engine import DTYPES
 
 FORMATS = ("hf", "peft")
@@ -81,8 +81,7 @@ def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code
     weights = () if dtype == "fp32" else ("*.safetensors*",)  # they are written below, in fewer files perhaps
     shutil.copytree(run_dir / "export", directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
     if dtype != "fp32":
-        AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype=DTYPES[dtype],
-                                             trust_remote_code=trust_remote_code).save_pretrained(directory)
+        load_model(run_dir / "export", DTYPES[dtype], trust_remote_code).save_pretrained(directory)
 
 
 def _about(tag: Path) -> dict:

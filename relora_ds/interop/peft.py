@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from relora_ds.models.build import load_model
 from relora_ds.zero.checkpoint_model import SavedModel
 
 BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
@@ -76,7 +77,7 @@ def load(directory: Path | str, base: Path | str | None = None, dtype: torch.dty
     directory = Path(directory)
     base = directory / BASE if base is None else Path(base)
     verify(directory, base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_model(base, dtype, trust_remote_code)
     return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
 
 

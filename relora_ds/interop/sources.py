@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.model import is_checkpoint, read_model
 from relora_ds.interop import peft
+from relora_ds.models.build import from_config, load_config, load_model
+from relora_ds.remote_code import UntrustedCode
 from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
 
 TOKENIZER = "tokenizer"  # beside the checkpoints of a run
@@ -92,7 +94,7 @@ def config_of(source: str, trust_remote_code: bool = False, field: str = "init_f
         peft.verify(Path(path))
         path = str(Path(path) / peft.BASE)
     with _clear_errors(source, field):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return load_config(path, trust_remote_code)
 
 
 def model_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PreTrainedModel:
@@ -103,7 +105,7 @@ def model_of(source: str, trust_remote_code: bool = False, field: str = "init_fr
     if kind == "peft":
         return peft.load(Path(path), trust_remote_code=trust_remote_code).merge_and_unload()
     with _clear_errors(source, field):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return load_model(path, torch.float32, trust_remote_code)
 
 
 def weights_of(source: str, trust_remote_code: bool = False) -> dict[str, Tensor]:
@@ -127,8 +129,9 @@ def plain_model(checkpoint: Path, state: dict[str, Tensor], dtype: torch.dtype,
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
                          "relora_ds.interop.export.merged_state and save the tensors yourself")
-    config = export_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _clear_errors(str(checkpoint), "checkpoint"):
+        config = export_config(load_config(checkpoint, trust_remote_code))
+    model = from_config(config, dtype=dtype)
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return load_plain(model, state)
@@ -141,6 +144,8 @@ def _clear_errors(source: str, field: str):
     except pickle.UnpicklingError as error:  # torch.load with weights_only: tensors and nothing else
         raise ValueError(f"{field}: {source} has weights in a pickle of more than tensors, which could run code; "
                          "convert it to safetensors where you trust it") from error
+    except UntrustedCode as error:
+        raise ValueError(f"{field}: {error}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{field}: {source} cannot be loaded ({reason}); give a run, a checkpoint, a Hugging Face "

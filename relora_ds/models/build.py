@@ -10,12 +10,21 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from relora_ds.config import ModelConfig, preset_names
 from relora_ds.recipe_validation import nearest
+from relora_ds.remote_code import UntrustedCode, is_refusal
 
-__all__ = ["build_config", "build_model", "count_parameters", "meta_model", "preset_names"]
+__all__ = ["build_config", "build_model", "count_parameters", "from_config", "load_config", "load_model",
+           "meta_model", "preset_names"]
 
 # What all presets share. 1024 positions at least, as in the papers' configurations; rotary positions cost nothing.
 _PRESET_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02,
@@ -40,7 +49,7 @@ def build_config(model: ModelConfig, vocab_size: int, seq_len: int, bos_id: int 
     if model.preset is not None:
         config = _preset_config(model.preset, seq_len)
     elif model.name_or_path is not None:
-        config = _load_config(model.name_or_path, trust_remote_code)
+        config = _named_config(model.name_or_path, trust_remote_code)
     else:
         raise ValueError("model.preset and model.name_or_path: neither is set; set one of them")
     text = config.get_text_config(decoder=True)  # models of images and text have their language model's apart
@@ -66,14 +75,49 @@ def _preset_config(name: str, seq_len: int) -> PretrainedConfig:
     return LlamaConfig(**_PRESET_DEFAULTS, **presets[name], max_position_embeddings=positions)
 
 
-def _load_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
+def _named_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
     local = Path(name_or_path).expanduser()
     try:
-        return AutoConfig.from_pretrained(str(local) if local.exists() else name_or_path,
-                                          trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        return load_config(str(local) if local.exists() else name_or_path, trust_remote_code)
+    except UntrustedCode as error:
+        raise ValueError(f"model.name_or_path: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model.name_or_path: {name_or_path!r} has no readable configuration; use a hub id, a "
                          f"directory with config.json, or a JSON file with model_type ({error})") from error
+
+
+def load_config(name_or_path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    """`AutoConfig.from_pretrained`; the result refers to code that comes with the model only where that is trusted.
+
+    Raises:
+        UntrustedCode: code would have to run that is not trusted.
+        Exception: those of transformers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if is_refusal(error):
+            raise UntrustedCode(str(name_or_path)) from error
+        raise
+    if not trust_remote_code:
+        auto_map = vars(config).pop("auto_map", None) or {}
+        if AutoModelForCausalLM.__name__ in auto_map and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UntrustedCode(str(name_or_path))
+        if "/" in str(config._attn_implementation):  # a kernel of the hub
+            config._attn_implementation = None
+    return config
+
+
+def load_model(name_or_path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`; see `load_config`."""
+    return AutoModelForCausalLM.from_pretrained(name_or_path, config=load_config(name_or_path, trust_remote_code),
+                                                dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def from_config(config: PretrainedConfig, **options) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_config`, with the model's own code where `load_config` left a reference to it."""
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=hasattr(config, "auto_map"),
+                                            **options)
 
 
 def _check_vocabulary(model: ModelConfig, config: PretrainedConfig, vocab_size: int) -> None:
@@ -90,20 +134,20 @@ def build_model(config: PretrainedConfig, model: ModelConfig, seed: int,
 
     The same seed gives the same weights on every rank, and the global random state is left as it was.
     """
-    options = {"dtype": torch.float32, "attn_implementation": model.attn_implementation,
-               "trust_remote_code": trust_remote_code}
+    options = {"dtype": torch.float32, "attn_implementation": model.attn_implementation}
     # devices=[] and the CPU generator alone: torch.manual_seed would also reseed every CUDA device.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if model.init == "pretrained":
-            return AutoModelForCausalLM.from_pretrained(model.name_or_path, config=copy.deepcopy(config), **options)
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            return AutoModelForCausalLM.from_pretrained(model.name_or_path, config=copy.deepcopy(config),
+                                                        trust_remote_code=trust_remote_code, **options)
+        return from_config(config, **options)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The network without storage (meta device), for counting and checks. Takes milliseconds at any size."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        return from_config(config, dtype=torch.float32)
 
 
 def count_parameters(config: PretrainedConfig) -> int:

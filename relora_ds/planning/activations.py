@@ -19,13 +19,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
 from relora_ds.models import recompute
-from relora_ds.models.build import meta_model
+from relora_ds.models.build import from_config, meta_model
 
 
 def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str, micro_batch_size: int, seq_len: int,
@@ -45,8 +45,7 @@ def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str
     def peak(layers: int) -> int:
         config.num_hidden_layers = layers
         with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision],
-                                                     attn_implementation=attn_implementation)
+            model = from_config(config, dtype=DTYPES[precision], attn_implementation=attn_implementation)
             if method.relora is not None:
                 model = store(method.prepare(model), format)
             live = _traced(recompute.apply(model, checkpointing), micro_batch_size, seq_len)

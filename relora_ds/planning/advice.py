@@ -5,14 +5,14 @@ import os
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from relora_ds.config import Recipe, RecipeError
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Full, Method, method_of
 from relora_ds.models import recompute
-from relora_ds.models.build import meta_model
+from relora_ds.models.build import from_config, meta_model
 from relora_ds.planning.cost import activations_of, cost
 from relora_ds.planning.link import (
     Candidate,
@@ -90,8 +90,7 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
     format, dtype = format_here(method.relora, resolved.precision, resolved.stage), DTYPES[resolved.precision]
 
     def build(shallow: PretrainedConfig) -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_config(shallow, dtype=dtype,
-                                                 attn_implementation=recipe.model.attn_implementation)
+        model = from_config(shallow, dtype=dtype, attn_implementation=recipe.model.attn_implementation)
         model = (model if method.relora is None else method.prepare(model)).to(device)
         for layer in lowrank_layers(model).values():
             if layer.weight is not None:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora_ds.config import Recipe
@@ -13,7 +13,7 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.data.tokenizer import num_ids
 from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.methods import Method
-from relora_ds.models.build import build_config, meta_model
+from relora_ds.models.build import build_config, load_config, meta_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ def network_of(recipe: Recipe) -> tuple[PretrainedConfig, str]:
 def _vocabulary(recipe: Recipe) -> tuple[int, str]:
     name = recipe.data.tokenizer
     if recipe.model.init == "pretrained":
-        known = AutoConfig.from_pretrained(recipe.model.name_or_path, trust_remote_code=recipe.trust_remote_code)
+        known = load_config(recipe.model.name_or_path, recipe.trust_remote_code)
         return known.vocab_size, f"that of the pretrained {recipe.model.name_or_path}"
     if recipe.data.source == "pretokenized":
         return read_metadata(recipe.data.path)["vocab_size"], f"that of {recipe.data.path}"
     if name is None:
         return recipe.data.vocab_size, "data.vocab_size; the tokenizer is trained when the run starts"
     if Path(name).expanduser().is_dir():
-        return num_ids(load_tokenizer(name)), f"tokenizer {name}"
+        return num_ids(load_tokenizer(name, recipe.trust_remote_code)), f"tokenizer {name}"
     return recipe.data.vocab_size, (f"data.vocab_size; tokenizer {name} is not loaded: set data.vocab_size to its "
                                     "size for exact figures")
 

@@ -142,8 +142,8 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     resolved = resolve(name_or_path, overrides)
     recipe = resolved.recipe
     try:
-        prepared = data.prepare(recipe.data, recipe.seed)
-        tokenizer = load_tokenizer(prepared.tokenizer_dir)
+        prepared = data.prepare(recipe.data, recipe.seed, recipe.trust_remote_code)
+        tokenizer = load_tokenizer(prepared.tokenizer_dir, recipe.trust_remote_code)
         config = build_config(recipe.model, prepared.vocab_size, recipe.data.seq_len, tokenizer.bos_token_id,
                               tokenizer.eos_token_id, tokenizer.pad_token_id, recipe.trust_remote_code)
         if found := method_of(recipe).problems(meta_model(config)) + _init_from_problems(recipe, config):
