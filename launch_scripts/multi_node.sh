@@ -23,8 +23,8 @@
 # The network: with NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPU) name the interface that joins the machines,
 # if the run hangs at its start or takes a slow cable: NCCL_SOCKET_IFNAME=eth1 bash launch_scripts/multi_node.sh ...
 # Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, TORCH_*, HF_* (but not HF_TOKEN: log in there),
-# RELORA_DS_*, PYTHON*, OMP_NUM_THREADS, and all in the files ~/.deepspeed_env and ./.deepspeed_env of this machine, one
-# NAME=VALUE a line.
+# RELORA_DS_*, PYTHON*, OMP_NUM_THREADS, those that say that a job was restarted, and all in the files ~/.deepspeed_env
+# and ./.deepspeed_env of this machine, one NAME=VALUE a line.
 # With --no_ssh each machine has its own environment and its own files. The environment comes before the files.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
@@ -107,8 +107,9 @@ if [ -n "$ssh" ]; then
     export DS_ENV_FILE  # instead of .deepspeed_env
     trap 'rm -f "$DS_ENV_FILE"' EXIT
     names=$(cut -d= -f1 <<<"$variables")
+    restarts='SLURM_RESTART_COUNT|TORCHELASTIC_RESTART_COUNT|AWS_BATCH_JOB_ATTEMPT|BATCH_TASK_RETRY_ATTEMPT|LSB_RESTART|RESTARTED'
     # Everybody on the other machines could read a token in the list of processes.
-    env | grep -v '^HF_TOKEN=' | grep -E "^(NCCL_|GLOO_|TORCH_|HF_|RELORA_DS_|OMP_NUM_THREADS=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
+    env | grep -v '^HF_TOKEN=' | grep -E "^(NCCL_|GLOO_|TORCH_|HF_|RELORA_DS_|(OMP_NUM_THREADS|$restarts)=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
     options+=(--force_multi --no_ssh_check ${master_addr:+--master_addr "$master_addr"})
     say "over ssh: ${hosts[*]}"
 else

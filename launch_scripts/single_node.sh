@@ -8,7 +8,8 @@
 # of this machine (CUDA_VISIBLE_DEVICES chooses among them), or two ranks on the CPU, under the DeepSpeed launcher.
 # A run that was interrupted goes on from its newest checkpoint (resume=auto), unless the recipe or the command line
 # sets resume or overwrite. The exit code is the one of the run: 0 done, 2 bad recipe, 3 stopped by a guard, 4 resume
-# refused, 1 anything else. MASTER_PORT and OMP_NUM_THREADS are taken from the environment where they are set.
+# or run directory refused, 1 anything else. MASTER_PORT and OMP_NUM_THREADS are taken from the environment where they
+# are set.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -88,8 +88,8 @@ def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield _integer("warm_start_steps", recipe.warm_start_steps, 0, example=0)
     if recipe.resume is True:
         yield "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"
-    elif recipe.overwrite and recipe.resume:
-        yield f"overwrite: true would delete the run that resume: {recipe.resume} continues; set one of the two"
+    elif recipe.overwrite and recipe.resume == "auto":  # what a path has to do with run_dir takes a look at both
+        yield "overwrite: true would delete the run that resume: auto continues; set one of the two"
     if recipe.compile and recipe.relora.restart_init == "gradient":
         yield ("relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "
                "the two")

@@ -35,7 +35,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run a recipe on this rank.
 
-    Exit codes: 0 done, 2 bad recipe, 3 guard or watchdog, 4 resume refused, 75 preempted, 1 anything else.
+    Exit codes: 0 done, 2 bad recipe, 3 guard or watchdog, 4 resume or run directory refused, 75 preempted, 1 anything
+    else.
     """
     arguments = parse_arguments(argv)
     try:

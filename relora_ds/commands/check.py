@@ -46,12 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _head(resolved, vocabulary: str) -> list[str]:
     from relora_ds.training.console import human_count
-    from relora_ds.training.preflight import machine_problems, run_dir_problems
+    from relora_ds.training.preflight import machine_problems
     from relora_ds.training.report import model_name
+    from relora_ds.training.run_directory import early_problems
     recipe = resolved.recipe
     ranks = "1 rank" if resolved.world_size == 1 else f"{resolved.world_size} ranks"
     # `check` is also asked beside a run and on another machine; `train` would refuse.
-    warnings = resolved.warnings() + run_dir_problems(recipe) + machine_problems(recipe)
+    warnings = resolved.warnings() + early_problems(recipe) + machine_problems(recipe)
     # That nothing is merged is what people overlook; it comes first.
     warnings.sort(key=lambda text: "no restart" not in text)
     return [

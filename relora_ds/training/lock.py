@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import socket
 from pathlib import Path
 from typing import IO
@@ -17,30 +16,81 @@ from typing import IO
 NAME = "lock"
 
 
-def clear(run_dir: Path) -> None:
-    """Delete everything in a run directory but its lock."""
-    for path in run_dir.iterdir():
-        if path.name != NAME:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+class Lock:
+    """A locked run directory. It is free again after `close` or `undo`, or when the process dies."""
+
+    def __init__(self, path: Path, file: IO, made: bool):
+        self._path, self._file, self._made = path, file, made
+        self._before = _read(file)
+        self._write(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the directory."""
+        self._file.close()
+
+    def undo(self) -> None:
+        """Free the directory and leave the lock file as it was before, or absent if it was."""
+        if self._file.closed:
+            return
+        if self._made:
+            self._path.unlink(missing_ok=True)
+        else:
+            self._write(self._before)
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk: who has it is for messages only
+            self._file.truncate(0)
+            self._file.write(text)
+            self._file.flush()
 
 
-def lock(run_dir: Path) -> IO:
-    """Take an existing run directory; it is free again when the file that is returned closes, or the process dies.
+def lock(run_dir: Path) -> Lock:
+    """Lock an existing run directory.
 
-    Raises ValueError where another process has it. A file system that knows no locks gives it to anyone.
+    A file system without locks gives it to anyone.
+
+    Raises:
+        ValueError: another process has it. OSError: the lock file cannot be written.
     """
-    file = open(run_dir / NAME, "a+", encoding="utf-8")  # noqa: SIM115 (it outlives this function)
+    path = run_dir / NAME
+    while True:
+        file, made = _open(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise ValueError(
+                    f"run_dir: {run_dir} is being written by {_read(file).strip() or 'another process'}; stop that "
+                    "one, wait for its end, or choose another run_dir") from None
+        except OSError:
+            pass
+        if _is_at(path, file):
+            return Lock(path, file, made)
+        file.close()  # another start made the file, locked it and removed it again
+
+
+def _open(path: Path) -> tuple[IO, bool]:
+    """(the open lock file, whether it did not exist before)."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with file:
-            file.seek(0)
-            raise ValueError(f"run_dir: {run_dir} is being written by {file.read().strip() or 'another process'}; stop "
-                             "that one, wait for its end, or choose another run_dir") from None
-    except OSError:
-        return file
-    with contextlib.suppress(OSError):  # a full disk: who has it is for messages only
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-    return file
+        return open(path, "x+", encoding="utf-8"), True
+    except FileExistsError:
+        return open(path, "a+", encoding="utf-8", errors="replace"), False
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read(file: IO) -> str:
+    file.seek(0)
+    return file.read()

@@ -21,6 +21,7 @@ from relora_ds.config import (
     ReLoRAConfig,
     accumulation_steps,
     read_recipe,
+    recipe_files,
     resolve_precision,
 )
 from relora_ds.data import PreparedData, TrainLoader
@@ -30,6 +31,8 @@ from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import method_of
 from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
+from relora_ds.training.requeue import as_restarted
+from relora_ds.training.run_directory import early_problems
 from relora_ds.zero import ds_config
 
 
@@ -41,6 +44,7 @@ class Resolved:
         deepspeed: the DeepSpeed config, its "auto" values not yet filled.
         precision: fp32, bf16 or fp16.
         accumulation: micro-steps per optimizer step.
+        restarted: what the recipe means otherwise because the job was restarted, see `training.requeue`.
     """
 
     recipe: Recipe
@@ -48,6 +52,7 @@ class Resolved:
     precision: str
     world_size: int
     accumulation: int
+    restarted: str | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def stage(self) -> int:
@@ -63,7 +68,8 @@ class Resolved:
     def warnings(self) -> list[str]:
         """Options without effect, and runs that are not what they look like."""
         recipe, relora = self.recipe, self.relora
-        found = recipe.warnings()
+        found = [self.restarted] if self.restarted else []
+        found += recipe.warnings()
         if recipe.compile and self.stage == 3:
             found.append("compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
                          "configuration of stages 0 to 2")
@@ -98,6 +104,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
         RecipeError: every problem at once.
     """
     recipe, problems = read_recipe(name_or_path, overrides)
+    recipe, restarted = as_restarted(recipe) if to_run else (recipe, None)
     if recipe.train.batch_sequences is recipe.train.batch_tokens is None and \
             not any(problem.startswith("train.") for problem in problems):
         raise RecipeError(problems, name_or_path)  # it could not be read at all, and whatever follows means nothing
@@ -107,7 +114,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
     precision = resolve_precision(recipe.precision, cuda_bf16)
     accumulation, settings = 0, {}
     if to_run and not problems:
-        problems += run_dir_problems(recipe)
+        problems += early_problems(recipe, recipe_files(name_or_path))
     for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe),
                   lambda: _init_from_problems(recipe), *([lambda: machine_problems(recipe)] if to_run else [])):
         # A field that the recipe's own checks found fault with is not reported twice.
@@ -129,7 +136,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
     problems += _errors_of(lambda: storage_problems(recipe.relora, precision))
     if problems:
         raise RecipeError(problems, name_or_path)
-    return Resolved(recipe, settings, precision, world_size, accumulation)
+    return Resolved(recipe, settings, precision, world_size, accumulation, restarted=restarted)
 
 
 def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
@@ -155,36 +162,6 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     except ValueError as error:
         raise RecipeError(str(error).splitlines(), name_or_path) from error
     return Plan(**vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config)
-
-
-def run_dir_problems(recipe: Recipe) -> list[str]:
-    """Why the run directory cannot take this run: it holds another one, or something that is no run."""
-    directory = Path(recipe.run_dir)
-    if not directory.exists() or not any(directory.iterdir()):
-        return []
-    if recipe.resume == "auto" or (recipe.resume and directory.resolve() in Path(recipe.resume).resolve().parents):
-        return []
-    if not store.has_run(directory):
-        return [f"run_dir: {recipe.run_dir} exists and holds something that is no run; choose another one"]
-    if not recipe.overwrite:
-        return [f"run_dir: {recipe.run_dir} holds a run already; set resume=auto to go on with it, overwrite=true to "
-                "delete it, or another run_dir"]
-    return _inputs_inside(directory.resolve(), recipe)
-
-
-def _inputs_inside(run_dir: Path, recipe: Recipe) -> list[str]:
-    """What the run is to read from the very directory that `overwrite` would delete first."""
-    inputs = {"init_from": recipe.init_from, "model.name_or_path": recipe.model.name_or_path}
-    for field in ("source", "path", "validation", "tokenizer", "cache_dir"):
-        inputs[f"data.{field}"] = getattr(recipe.data, field)
-    found = []
-    for field, value in inputs.items():
-        if isinstance(value, str):
-            path = Path(value.partition("*")[0]).expanduser().resolve()  # of a glob, what comes before it
-            if path == run_dir or run_dir in path.parents:
-                found.append(f"{field}: {value} lies in run_dir {recipe.run_dir}, which overwrite=true deletes; use "
-                             "another run_dir")
-    return found
 
 
 def _model_problems(recipe: Recipe) -> list[str]:

@@ -26,10 +26,11 @@ from relora_ds.training.console import View
 from relora_ds.training.evaluation import evaluate
 from relora_ds.training.guard import BadSteps, GuardError, LossSpikes, RollBack, Spike
 from relora_ds.training.journal import Journal
-from relora_ds.training.lock import clear, lock
 from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preemption import Preempted, StopRequest
 from relora_ds.training.preflight import Plan
+from relora_ds.training.run_contents import read_object
+from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.training.watchdog import EXIT_GUARD, Watchdog
 from relora_ds.zero.restart import NonFiniteMergeError
@@ -55,7 +56,7 @@ class Trainer:
         self.run_dir = Path(self.recipe.run_dir)
         self.account = Account()
         self.bad_steps = BadSteps(self.recipe.guard)
-        self.engine = self.writer = self.journal = self.stop = self.watchdog = self._lock = None
+        self.engine = self.writer = self.journal = self.stop = self.watchdog = self._claim = None
         self._last_evaluated = self._last_saved = None
         self._rolled_back: list[tuple[int, int, Spike]] = []  # to which step, from which one, why
         self.is_first = self.is_open = False
@@ -84,7 +85,7 @@ class Trainer:
                 raise RuntimeError(f"{error}; {self.watchdog.blame()}") from error
             raise
         finally:
-            for part in (self.stop, self.watchdog, self._lock):
+            for part in (self.stop, self.watchdog, self._claim):
                 if part is not None:
                     part.close()
 
@@ -114,7 +115,7 @@ class Trainer:
         """Replace status.json: rank 0, or whichever rank failed first. Nothing happens before the directory is ours."""
         path = self.run_dir / "status.json"
         if self.is_open and (self.is_first or state == "failed"):
-            if state == "failed" and path.is_file() and json.loads(path.read_text())["state"] == "failed":
+            if state == "failed" and read_object(path).get("state") == "failed":
                 return  # what failed first is the reason, what follows from it is not
             try:
                 write_json(path, {
@@ -126,23 +127,25 @@ class Trainer:
     # -- the run and its phases --------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> store.Found | None:
-        """Start the process group, find the checkpoint to go on from. Nothing is written."""
+        """Start the process group, lock the run directory, find the checkpoint to resume from. Nothing is written."""
         init_distributed()
         self.is_first = dist.get_rank() == 0
         self.view = View(self.is_first, self.recipe.total_steps)
-        require_same_tokens(self.plan.data.fingerprint)
+        require_same_tokens(self.plan.data.fingerprint)  # so every rank has looked at the directory and is here
+        self._claim_run_dir()
         checkpoint = store.find(self.run_dir, self.recipe.resume)
         if checkpoint is not None:
             identity.require_same_run(checkpoint.manifest, self.plan)
         return checkpoint
 
     def _open_run(self, checkpoint: store.Found | None) -> None:
-        """Make the run directory ours, and go on in it from a checkpoint."""
+        """Begin to write the run directory; when resuming, roll it back to the checkpoint."""
         saved = checkpoint and checkpoint.manifest
-        dist.barrier()  # every rank has checked the recipe; one that still looks must not find our run directory
-        if not self.is_open:
-            self._take_run_dir()
         if self.is_first:
+            if not self.is_open:
+                self.is_open = True
+                self.set_status("running")  # before the old run's files go: what is left is a run, and not an ended one
+                self._claim.begin()
             (self.run_dir / "checkpoints").mkdir(exist_ok=True)
             self.plan.tokenizer.save_pretrained(self.run_dir / "checkpoints" / "tokenizer")  # for their export
             write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
@@ -174,18 +177,14 @@ class Trainer:
             self.view.warn(warning)
         self.set_status("running")
 
-    def _take_run_dir(self) -> None:
-        """Lock it; of a run that is to be overwritten, nothing stays. Collective. ResumeError where it is taken."""
+    def _claim_run_dir(self) -> None:
+        """Lock the run directory on rank 0. Collective. ResumeError on every rank where it cannot be this run's."""
         problem = [None]
         if self.is_first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             try:
-                self._lock = lock(self.run_dir)
+                self._claim = Claim(self.recipe)
             except ValueError as error:
                 problem = [str(error)]
-            else:
-                if self.recipe.overwrite:
-                    clear(self.run_dir)
         dist.broadcast_object_list(problem)
         if problem[0]:
             raise store.ResumeError(problem[0])

@@ -1,6 +1,7 @@
 """Whole runs on the rank processes, and reading what they left."""
 
 import json
+import shutil
 from pathlib import Path
 
 from relora_ds.training.metrics import read_metrics
@@ -33,3 +34,13 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def status(run_dir: Path) -> dict:
     return json.loads((run_dir / "status.json").read_text())
+
+
+def died_before_its_first_checkpoint(run_dir: Path) -> None:
+    """Leave of a run what it had written by then."""
+    for name in ("checkpoints", "export"):
+        shutil.rmtree(run_dir / name)
+    (run_dir / "summary.json").unlink()
+    (run_dir / "status.json").write_text(json.dumps({**status(run_dir), "state": "running", "exit_code": None}))
+    written = [line for line in read_metrics(run_dir) if line["kind"] != "checkpoint"]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))

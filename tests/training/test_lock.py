@@ -1,5 +1,6 @@
 """A run directory has one writer."""
 
+import fcntl
 import os
 
 import pytest
@@ -32,7 +33,32 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path, how):
         for message in ranks(2).run(refused, [f"run_dir={directory}", "train.steps=20", "checkpoint.every=10", how]):
             assert f"{directory} is being written by process {os.getpid()} on " in message
         assert contents(directory) == before
-    (directory / "notes").write_text("mine")
     assert run(directory, "train.steps=20", "checkpoint.every=10", how)["step"] == 20
-    assert status(directory)["state"] == "done"
-    assert (directory / "notes").exists() == (how == "resume=auto") and (directory / NAME).exists()
+    assert status(directory)["state"] == "done" and (directory / NAME).exists()
+
+
+def test_a_lock_that_is_undone_leaves_what_was_there(tmp_path):
+    lock(tmp_path).undo()
+    assert not any(tmp_path.iterdir())
+    (tmp_path / NAME).write_text("process 1 on elsewhere\n")
+    lock(tmp_path).undo()
+    assert (tmp_path / NAME).read_text() == "process 1 on elsewhere\n"
+    with lock(tmp_path), pytest.raises(ValueError, match=f"written by process {os.getpid()} on "):
+        lock(tmp_path)
+
+
+def test_a_lock_file_that_another_start_removes_is_not_locked(tmp_path, monkeypatch):
+    """Between its opening and its locking: two would have a lock of the same name."""
+    flock, opened = fcntl.flock, []
+
+    def removed_first(file, how):
+        opened.append(file)
+        if len(opened) == 1:
+            (tmp_path / NAME).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with lock(tmp_path):
+        assert len(opened) == 2
+        with pytest.raises(ValueError, match="is being written"):
+            lock(tmp_path)

@@ -11,7 +11,7 @@ from relora_ds.checkpoint.store import ResumeError, drop_after
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
-from tests.training.runs import lines, losses, run
+from tests.training.runs import died_before_its_first_checkpoint, lines, losses, run
 
 
 def _weights(directory):
@@ -62,7 +62,7 @@ def test_auto_goes_on_in_place_and_drops_what_was_written_past_the_checkpoint(tm
 
 def test_auto_without_a_checkpoint_starts_at_the_beginning_and_forgets_the_attempt(tmp_path):
     run(tmp_path / "new", "resume=auto", "train.steps=15")
-    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    died_before_its_first_checkpoint(tmp_path / "new")
     run(tmp_path / "new", "resume=auto", "train.steps=15")
     assert [line["step"] for line in lines(tmp_path / "new", "train")] == list(range(1, 16))
 

@@ -1,0 +1,42 @@
+"""A job that its scheduler or launcher starts again, with the command of its first start.
+
+That command may say `overwrite=true`, or nothing about a run that exists already. Taken at its word, the second start
+would delete what the first one has saved, or refuse it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from relora_ds.checkpoint import store
+from relora_ds.config import Recipe
+
+# {variable: its value at the first start}: Slurm, torchrun, AWS Batch, Google Cloud Batch, LSF, Grid Engine
+FIRST_START = {"SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0", "AWS_BATCH_JOB_ATTEMPT": "1",
+               "BATCH_TASK_RETRY_ATTEMPT": "0", "LSB_RESTART": "N", "RESTARTED": "0"}
+
+
+def restarted_by(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The variable, with its value, that says that this is not the job's first start; None at the first one."""
+    return next((f"{name}={environment[name]}" for name, first in FIRST_START.items()
+                 if environment.get(name, "") not in ("", first)), None)
+
+
+def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """(the recipe as this start means it, a line about what it means differently, or None).
+
+    A restarted job resumes its own run: `resume=auto`. One that began from another run's checkpoint begins there again
+    as long as it has saved none of its own.
+    """
+    variable = restarted_by()
+    if variable is None or recipe.resume == "auto":
+        return recipe, None
+    if recipe.resume and not store.directories(Path(recipe.run_dir) / "checkpoints"):
+        return recipe, None
+    asked = " and ".join(([f"resume={recipe.resume}"] if recipe.resume else [])
+                         + (["overwrite=true"] if recipe.overwrite else []))
+    instead = f", not {asked}" if asked else ""
+    return dataclasses.replace(recipe, resume="auto", overwrite=False), (
+        f"resume: this job was restarted ({variable}), which means resume=auto{instead}; unset the variable for a "
+        "start that is no restart")
