@@ -135,7 +135,7 @@ def _resume_problem(recipe: Recipe) -> str | None:
     """Refuse a path in the run directory that is no checkpoint of its run: the run would overwrite its own source."""
     if not isinstance(recipe.resume, str) or recipe.resume == "auto" or _resumes_in_place(recipe):
         return None
-    run_dir, source = Path(recipe.run_dir).resolve(), Path(recipe.resume).expanduser().resolve()
+    run_dir, source = Path(recipe.run_dir).resolve(), Path(recipe.resume).resolve()
     if run_dir not in source.parents:
         return None
     return (f"resume: {recipe.resume} lies in run_dir {recipe.run_dir}, but is no checkpoint of its run "
@@ -148,7 +148,7 @@ def _resumes_in_place(recipe: Recipe) -> bool:
         return False
     checkpoints = Path(recipe.run_dir) / "checkpoints"
     places = (Path(recipe.run_dir), checkpoints, *store.directories(checkpoints))
-    return Path(recipe.resume).expanduser().resolve() in [place.resolve() for place in places]
+    return Path(recipe.resume).resolve() in [place.resolve() for place in places]
 
 
 def _unusable(run_dir: Path) -> tuple[Path, str] | None:
