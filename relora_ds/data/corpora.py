@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from relora_ds.data import gutenberg, hub, localfiles, manifest, wikitext
 from relora_ds.data.cache import cache_root
 from relora_ds.data.hub import Splits
-from relora_ds.data.reading import hold_out, in_memory
+from relora_ds.data.reading import DataWarning, hold_out, in_memory
 
 if TYPE_CHECKING:
     from relora_ds.config import DataConfig
@@ -66,13 +67,16 @@ def open_corpus(data: DataConfig) -> Corpus:
     `problems` would report. `open` of it raises ValueError for what cannot be read or downloaded.
     """
     validation = validation_setting(data)
-    identity, open_source = _source(data)
-    is_streamed = data.source == "c4" or (is_datasets_id(data.source) and data.max_tokens is not None)
-    limit, held_out_files = None, []
+    held_out_files = []
     if isinstance(validation, str):
         held_out_files = localfiles.find(validation, "data.validation")
         localfiles.check(held_out_files, data.text_column)
-        identity.append(["files", *_contents(held_out_files, data)])
+    held_out_contents = _contents(held_out_files, data) if held_out_files else []
+    identity, open_source = _source(data, held_out_files, held_out_contents)
+    is_streamed = data.source == "c4" or (is_datasets_id(data.source) and data.max_tokens is not None)
+    limit = None
+    if held_out_files:
+        identity.append(["files", *held_out_contents])
     else:
         identity.append(["fraction", validation])
         if is_streamed and validation is None:
@@ -122,8 +126,7 @@ def text_files(data: DataConfig) -> list[Path]:
     validation = validation_setting(data)
     if not isinstance(validation, str):
         return files
-    held_out = {file.resolve() for file in localfiles.find(validation, "data.validation")}
-    files = [file for file in files if file.resolve() not in held_out]
+    files = localfiles.without(files, localfiles.find(validation, "data.validation"))
     if not files:
         raise ValueError(
             f"data.path: every file of {data.path!r} is also in data.validation {data.validation!r}; nothing "
@@ -132,8 +135,8 @@ def text_files(data: DataConfig) -> list[Path]:
     return files
 
 
-def _source(data: DataConfig) -> tuple[list, Callable[[], Splits]]:
-    """(what decides the documents, how to open them)."""
+def _source(data: DataConfig, held_out: list[Path], held_out_contents: list) -> tuple[list, Callable[[], Splits]]:
+    """(what decides the documents, how to open them); `held_out`: files of validation text, and their contents."""
     if data.source == "wikitext2":  # pinned: the same text from wherever it is taken
         return [], lambda: _named(list(wikitext.articles(wikitext.ensure_files(cache_root(data)), split))
                                   for split in ("train", "valid"))
@@ -147,11 +150,12 @@ def _source(data: DataConfig) -> tuple[list, Callable[[], Splits]]:
     if data.source == "text":
         files = text_files(data)
         localfiles.check(files, data.text_column)
-        return (_contents(files, data),
+        files, contents = _without_copies(files, _contents(files, data), held_out_contents)
+        return (contents,
                 lambda: Splits(localfiles.documents_of(files, data.text_column), None, ""))
     if data.source == "c4":
         config = data.config or hub.C4_CONFIG
-        shards = hub.c4_shards(data.path, config, data.split) if data.path else None
+        shards = hub.c4_shards(data.path, config, data.split, held_out) if data.path else None
         identity = [config, data.split, _stats([file for files in (shards or {}).values() for file in files])]
         return identity, lambda: hub.open_splits(hub.C4_NAME, config, data.split, data.text_column, streaming=True,
                                                  files=shards)
@@ -161,7 +165,7 @@ def _source(data: DataConfig) -> tuple[list, Callable[[], Splits]]:
         root = Path(data.source).expanduser()
         identity.append(_stats(sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]))
     return identity, lambda: hub.open_splits(data.source, data.config, data.split, data.text_column,
-                                             streaming=data.max_tokens is not None)
+                                             streaming=data.max_tokens is not None, held_out=held_out)
 
 
 def _named(splits) -> Splits:
@@ -173,6 +177,28 @@ def _contents(files: list[Path], data: DataConfig) -> list[list[str]]:
     """Kinds and hashes: the same bytes are other documents under another suffix."""
     hashes = manifest.sha256_of(files, cache_root(data))
     return [[localfiles.kind(file), sha256] for file, sha256 in zip(files, hashes, strict=True)]
+
+
+def _without_copies(files: list[Path], contents: list, held_out_contents: list) -> tuple[list[Path], list]:
+    """Leave out training files that are copies of validation text; warns of them.
+
+    Where a fraction of the documents is held out, those are copies of other files: a document would be held out of one
+    and trained on in the other. A run that validates on a copy of all that it trains on may do so.
+    """
+    known, kept, copies = {sha256 for _, sha256 in held_out_contents}, [], []
+    for file, content in zip(files, contents, strict=True):
+        (copies if content[1] in known else kept).append((file, content))
+        if not held_out_contents:
+            known.add(content[1])
+    if not copies:
+        return files, contents
+    named = ", ".join(str(file) for file, _ in copies[:8]) + (f" and {len(copies) - 8} more" if copies[8:] else "")
+    what = "a validation file" if held_out_contents else "another file, part of which is held out for validation"
+    warnings.warn(f"data.path: {named}: the same contents as {what}; "
+                  + ("not read" if kept else "all training text is validation text, name other files in "
+                     "data.validation"), DataWarning, stacklevel=2)
+    kept = kept or copies
+    return [file for file, _ in kept], [content for _, content in kept]
 
 
 def _stats(files: list[Path]) -> list:

@@ -7,12 +7,12 @@ opened when the one before it has been read to its end, so that a reading that s
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from relora_ds.data.localfiles import first_line, no_column, text_of
+from relora_ds.data.localfiles import first_line, no_column, text_of, without
 from relora_ds.data.reading import Documents
 
 if TYPE_CHECKING:
@@ -68,18 +68,19 @@ def is_local(name: str) -> bool:
     return Path(name).expanduser().exists()
 
 
-def c4_shards(directory: str, config: str, split: str) -> dict[str, list[Path]]:
+def c4_shards(directory: str, config: str, split: str, held_out: Sequence[Path] = ()) -> dict[str, list[Path]]:
     """{"train": shards of `split`, "validation": shards} under `directory`, which is laid out like allenai/c4.
 
     Without "validation" where there are none, or where `split` trains on them: as with any corpus, part of that is held
     out then.
 
     The shards `c4-<split>.00000-of-01024.json.gz` lie in it or in the subfolder of the configuration. Only their names
-    are looked at. Raises ValueError when there are no training shards.
+    are looked at. Shards that are `held_out` are not trained on. Raises ValueError when there are no training shards.
     """
     root = Path(directory).expanduser()
     for folder in (root, root / config):
         train, validation = (sorted(folder.glob(f"c4-{of}.*.json.gz")) for of in (split, "validation"))
+        train = without(train, held_out)
         if train:
             return {"train": train} | ({"validation": validation} if validation and split != "validation" else {})
     raise ValueError(f"data.path: {directory!r} holds no shard c4-{split}.*.json.gz, nor does its folder {config}; "
@@ -87,11 +88,12 @@ def c4_shards(directory: str, config: str, split: str) -> dict[str, list[Path]]:
 
 
 def open_splits(name: str, config: str | None, split: str, text_column: str, *, streaming: bool,
-                files: dict[str, list[Path]] | None = None) -> Splits:
+                files: dict[str, list[Path]] | None = None, held_out: Sequence[Path] = ()) -> Splits:
     """The documents of a corpus and of its own validation split.
 
-    files: {split: files} to read instead of those of the hub. Raises ValueError: not reachable, no such corpus,
-    configuration, split or column.
+    files: {split: files} to read instead of those of the hub. held_out: files of validation text. Raises ValueError:
+    not reachable, no such corpus, configuration, split or column; a corpus on this machine that trains on a held-out
+    file.
     """
     import datasets
 
@@ -102,10 +104,13 @@ def open_splits(name: str, config: str | None, split: str, text_column: str, *, 
             builder = datasets.load_dataset_builder(str(Path(name).expanduser()) if is_local(name) else name, config)
         else:
             builder = datasets.load_dataset_builder("json", data_files={k: list(map(str, v)) for k, v in files.items()})
+        _require_held_out(builder, name, split, held_out)
         if not streaming:
             builder.download_and_prepare()
         found = builder.as_streaming_dataset() if streaming else builder.as_dataset()
         found = {str(own): part for own, part in found.items()}
+    except HeldOutError:
+        raise
     except Exception as error:  # the library's errors for a missing configuration, a lost connection, …: many classes
         raise ValueError(_opening_message(name, config, error, streaming)) from error
     train = split if files is None else "train"
@@ -114,6 +119,19 @@ def open_splits(name: str, config: str | None, split: str, text_column: str, *, 
     own = next((own for own in VALIDATION_SPLITS if own in found and own != train), None)
     return Splits(_documents(found[train], name, text_column, files and files["train"]),
                   own and _documents(found[own], name, text_column, files and files["validation"]), str(builder.hash))
+
+
+class HeldOutError(ValueError):
+    """The corpus trains on its validation text."""
+
+
+def _require_held_out(builder: datasets.DatasetBuilder, name: str, split: str, held_out: Sequence[Path]) -> None:
+    if not held_out or not is_local(name):
+        return
+    read = [Path(file) for file in (builder.config.data_files or {}).get(split, ()) if Path(file).is_file()]
+    if both := [file for file in read if file not in without(read, held_out)]:
+        raise HeldOutError(f"data.validation: {str(both[0])!r} is also training text of data.source {name!r}; move it "
+                           f"elsewhere, or use data.source=text with data.path={name}, which leaves it out")
 
 
 def _unreachable_message(name: str, reason: str, streaming: bool) -> str:
@@ -175,6 +193,23 @@ def _stream(split: datasets.IterableDataset, num_shards: int, index: int, where:
 
 def _rows(split: datasets.Dataset, start: int, name: str, text_column: str) -> Iterator[str]:
     part = split.select_columns([text_column]).select(range(start, min(start + ROWS_PER_SHARD, len(split))))
+    try:
+        yield from _texts(part, name, text_column)
+    except UnicodeDecodeError:
+        row = next(row for row in range(len(part)) if not _is_readable(part, row))
+        raise ValueError(f"data.source: {name!r} is not UTF-8 (column {text_column}, row {start + row}); write it "
+                         f"again with its text in UTF-8, or without the row") from None
+
+
+def _is_readable(part: datasets.Dataset, row: int) -> bool:
+    try:
+        part[row]
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _texts(part: datasets.Dataset, name: str, text_column: str) -> Iterator[str]:
     for batch in part.iter(batch_size=1000):
         for value in batch[text_column]:
             text = text_of(value, text_column, repr(name))

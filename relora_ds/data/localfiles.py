@@ -11,17 +11,26 @@ import glob
 import gzip
 import json
 import os
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from relora_ds.data.reading import Documents
+from relora_ds.data import utf8
+from relora_ds.data.reading import DataWarning, Documents
+
+if TYPE_CHECKING:
+    import pyarrow
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 KNOWN_SUFFIXES = (".txt", ".parquet", *JSON_SUFFIXES)
 # Read as plain text these would train on separators or compressed bytes.
-REFUSED_SUFFIXES = (".arrow", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+REFUSED_SUFFIXES = (".arrow", ".csv", ".tsv", *COMPRESSED_SUFFIXES)
+MAX_NAMED = 8
 # Files are read in groups of at least so many bytes: small ones are tokenized together.
 GROUP_BYTES = 1 << 24
 
@@ -29,8 +38,10 @@ GROUP_BYTES = 1 << 24
 def find(path: str | os.PathLike, field: str) -> list[Path]:
     """Files named by `path`: a file, a directory (the known suffixes below it) or a glob (`**` descends); sorted.
 
-    Empty files are left out: they hold no document. A file that is found in several ways (a glob that overlaps itself,
-    a link) is there once. `field` (such as "data.path") opens every error message.
+    Hidden files and folders below a directory are not read: copies of editors and notebooks, and what macOS leaves.
+    Other files there that are not read are named in a DataWarning. Empty files are left out: they hold no document. A
+    file that is found in several ways (a glob that overlaps itself, a link) is there once. `field` (such as
+    "data.path") opens every message.
     Raises ValueError: nothing there, a glob or directory without text, only empty files, an unreadable kind.
     """
     name = str(path)
@@ -38,11 +49,7 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
     if place.is_file():
         files = [place]
     elif place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.name.lower().endswith(KNOWN_SUFFIXES)
-                       and file.is_file())
-        if not files:
-            raise ValueError(f"{field}: directory {name!r} holds no {', '.join(KNOWN_SUFFIXES)} file; give a glob for "
-                             f"text files named otherwise")
+        files = _below(place, field)
     elif glob.has_magic(name):
         files = sorted(Path(file) for file in glob.glob(str(place), recursive=True) if os.path.isfile(file))
         if not files:
@@ -51,15 +58,65 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
         raise ValueError(f"{field}: {name!r} does not exist; give a file, a directory or a glob")
     for file in files:
         if not file.name.lower().endswith(KNOWN_SUFFIXES) and file.suffix.lower() in REFUSED_SUFFIXES:
+            how = "decompress" if file.suffix.lower() in COMPRESSED_SUFFIXES else "convert"
             raise ValueError(f"{field}: {str(file)!r} is neither plain text nor {', '.join(KNOWN_SUFFIXES[1:])}; "
-                             f"convert it to one of them")
+                             f"{how} it to one of them")
     files = [file for file in files if file.stat().st_size > 0]
     if not files:
         raise ValueError(f"{field}: {name!r} holds only empty files; give at least one file with text")
-    unique: dict[Path, Path] = {}
+    unique: dict[object, Path] = {}
     for file in files:
-        unique.setdefault(file.resolve(), file)
+        unique.setdefault(_identity(file), file)
     return list(unique.values())
+
+
+def without(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Return those of `files` that are none of `others`, also under another name: a link, upper and lower case."""
+    resolved = {file.resolve() for file in others}
+    inodes = {(stat.st_dev, stat.st_ino) for stat in map(Path.stat, others)}
+    return [file for file in files
+            if file.resolve() not in resolved and (file.stat().st_dev, file.stat().st_ino) not in inodes]
+
+
+def _below(directory: Path, field: str) -> list[Path]:
+    """The files of known suffixes below a directory; warns of what is left out."""
+    found, left_out = [], []
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"{field}: {error.filename!r} cannot be read ({error.strerror}); make it readable, or give a "
+                         f"glob without it")
+
+    for folder, folders, names in os.walk(directory, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            is_known = file.name.lower().endswith(KNOWN_SUFFIXES) and file.is_file()
+            (found if is_known else left_out).append(file)
+        left_out += [link for link in (Path(folder, name) for name in folders)
+                     if link.is_symlink() and not link.resolve().is_relative_to(directory.resolve())]
+    if left_out:
+        named = _names(sorted(left_out), directory)
+    if not found:
+        also = f" (not read: {named})" if left_out else ""
+        raise ValueError(f"{field}: directory {str(directory)!r} holds no {', '.join(KNOWN_SUFFIXES)} file{also}; give "
+                         f"a glob for text files named otherwise")
+    if left_out:
+        warnings.warn(f"{field}: of the directory {str(directory)!r} only {', '.join(KNOWN_SUFFIXES)} files are read, "
+                      f"and not: {named}; convert what is text to one of these kinds, or give a glob", DataWarning,
+                      stacklevel=3)
+    return sorted(found)
+
+
+def _names(files: Sequence[Path], directory: Path) -> str:
+    """The names of a few files, and of the rest how many of which endings."""
+    shown = [str(file.relative_to(directory)) for file in files[:MAX_NAMED]]
+    endings = Counter(file.suffix.lower() or "without an ending" for file in files[MAX_NAMED:])
+    return ", ".join(shown + [f"{count} more {ending}" for ending, count in endings.most_common()])
+
+
+def _identity(file: Path) -> object:
+    """What two names of one file have in common; hard links have the inode."""
+    stat = file.stat()
+    return (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 and stat.st_ino else file.resolve()
 
 
 def kind(file: Path) -> str:
@@ -93,14 +150,18 @@ def check(files: Sequence[Path], text_column: str) -> None:
 def read(file: Path, text_column: str) -> Iterator[str]:
     """The documents of one file, unchanged but for a byte order mark; blank ones and null are skipped.
 
-    Raises ValueError, naming the file and where in it: not UTF-8, not JSON, damaged, no such column (names those that
-    exist), a value that is not text.
+    Raises ValueError, naming the file and where in it: not readable, not UTF-8, not JSON, damaged, no such column
+    (names those that exist), a value that is not text.
     """
     if kind(file) == "text":
         texts = _read_text(file)
     else:
         texts = (_read_parquet if kind(file) == "parquet" else _read_json)(file, text_column)
-    return (text for text in texts if text.strip())
+    try:
+        yield from (text for text in texts if text.strip())
+    except OSError as error:
+        raise ValueError(f"data.path: {str(file)!r} cannot be read ({error.strerror or first_line(error)}); make it "
+                         f"readable, or leave it out") from None
 
 
 def text_of(value: object, text_column: str, where: str) -> str:
@@ -119,11 +180,14 @@ def _read_all(files: Sequence[Path], text_column: str) -> Iterator[str]:
 
 
 def _read_text(file: Path) -> Iterator[str]:
+    content = file.read_bytes()
     try:
-        yield file.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path: {str(file)!r} is not UTF-8 (byte {error.start}); convert it, for instance with "
-                         f"iconv -f latin1 -t utf-8") from None
+        raise ValueError(f"data.path: {str(file)!r} is not UTF-8 (byte {error.start}); {utf8.advice(file)}") from None
+    if "\0" in text and utf8.other_encoding(content):  # UTF-16 of ASCII is UTF-8 too, with zeros between the letters
+        raise ValueError(f"data.path: {str(file)!r} is not UTF-8 (zeros between the letters); {utf8.advice(file)}")
+    yield text
 
 
 def _read_json(file: Path, text_column: str) -> Iterator[str]:
@@ -132,17 +196,22 @@ def _read_json(file: Path, text_column: str) -> Iterator[str]:
         with (gzip.open if kind(file) == "json.gz" else open)(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _field(line, text_column, f"{str(file)!r}, line {number}")
+                    yield _field(line, text_column, file, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"data.path: {str(file)!r} is damaged after line {number} ({error}); copy it again") from None
 
 
-def _field(line: bytes, text_column: str, where: str) -> str:
+def _field(line: bytes, text_column: str, file: Path, number: int) -> str:
+    where = f"{str(file)!r}, line {number}"
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path: {where} is not UTF-8 (byte {error.start} of the line); convert it") from None
+        raise ValueError(f"data.path: {where} is not UTF-8 (byte {error.start} of the line); "
+                         f"{utf8.advice(file)}") from None
     except json.JSONDecodeError as error:
+        if b"\0" in line and utf8.other_encoding(line):
+            raise ValueError(f"data.path: {where} is not UTF-8 (zeros between the letters); "
+                             f"{utf8.advice(file)}") from None
         raise ValueError(f"data.path: {where} is not JSON ({error.msg}); write one object per line") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         raise ValueError(f"data.path: {where} cannot be read as JSON ({first_line(error)}); correct the line or remove "
@@ -163,12 +232,30 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(file) as table:
             if text_column not in table.schema_arrow.names:
                 raise ValueError(no_column(text_column, repr(str(file)), table.schema_arrow.names))
-            for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
-                for value in batch.column(0).to_pylist():
-                    yield text_of(value, text_column, repr(str(file)))
+            batches = table.iter_batches(batch_size=1024, columns=[text_column])
+            for row, value in enumerate(value for batch in batches for value in _values(batch.column(0))):
+                if isinstance(value, UnicodeDecodeError):
+                    raise ValueError(f"data.path: {str(file)!r} is not UTF-8 (column {text_column}, row {row}); "
+                                     f"write it again with its text in UTF-8, or without the row")
+                yield text_of(value, text_column, f"{str(file)!r}, row {row}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"data.path: {str(file)!r} cannot be read as parquet ({first_line(error)}); copy it "
                          f"again") from None
+
+
+def _values(column: pyarrow.Array) -> list:
+    """The values of a column; in place of text that is not UTF-8, the error."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pyarrow.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def no_column(text_column: str, where: str, columns: Iterable[str]) -> str:
