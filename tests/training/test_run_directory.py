@@ -292,6 +292,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(a_run):
 def as_rank(overrides: list[str], run_dir: str, arrives: str) -> str:
     """Start; when the tokens are ready, somebody else has used the directory. Returns why this start is refused."""
     plan = check("tiny", overrides)
+    dist.barrier()  # each rank has looked
     if dist.get_rank() == 0:
         shutil.copytree(arrives, run_dir, dirs_exist_ok=True)
     try:
