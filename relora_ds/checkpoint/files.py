@@ -1,11 +1,13 @@
 """Files that are whole or not there: replaced in one rename, and on the disk before that."""
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 _CHUNK = 1 << 22
 
@@ -18,9 +20,14 @@ def write_json(path: Path, value: dict) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's contents."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -33,19 +40,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
+def sha256(file: Path | BinaryIO) -> str:
     """Of a file's contents, hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        while chunk := opened.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy of it on a file system without hard links, or across two of them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        sync(target)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from relora_ds.bench.record import conditions
 from relora_ds.checkpoint.files import write_text
+from relora_ds.checkpoint.run_files import read_json
 from relora_ds.config import Recipe, load_recipe
 from relora_ds.experiments import spectra
 from relora_ds.experiments.suites import Row
@@ -119,7 +120,7 @@ class Runner:
         """
         directory = self.directory(run)
         code = self.execute(run, directory, "resume=auto")
-        status = _read(directory / "status.json")
+        status = read_json(directory / "status.json")
         if status.get("state") == "done":
             return None
         if self.stopping.is_set() or status.get("state") == "preempted" or code == EXIT_PREEMPTED:
@@ -165,7 +166,7 @@ def reason(directory: Path, code: int) -> str:
 
 def result_of(run: Run, directory: Path) -> dict:
     """What is kept of a finished run; plain JSON."""
-    summary, lines = _read(directory / "summary.json"), read_metrics(directory)
+    summary, lines = read_json(directory / "summary.json"), read_metrics(directory)
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     restarts = [line for line in lines if line["kind"] == "restart"]
@@ -231,7 +232,7 @@ class Results:
 
     def read(self, run: Run) -> dict | None:
         """None where the run has not ended."""
-        return _read(self._path(run)) or None
+        return read_json(self._path(run)) or None
 
     def write(self, run: Run, result: dict) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -239,7 +240,3 @@ class Results:
 
     def _path(self, run: Run) -> Path:
         return self.directory / f"{run.name}.json"
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

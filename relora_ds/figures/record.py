@@ -1,14 +1,16 @@
 """What a run left behind, as columns that can be drawn. A run that still goes on, or failed, is one too."""
 
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from relora_ds.config import read_recipe
-from relora_ds.training.metrics import read_metrics
+from relora_ds.config import Recipe, read_recipe
+from relora_ds.training.metrics import read_json, read_metrics
+
+logger = logging.getLogger(__name__)
 
 TRAIN_COLUMNS = ("step", "loss", "lr", "tokens", "tokens_per_s", "total_bytes_wire", "full_rank_bytes_wire")
 
@@ -70,10 +72,10 @@ def _read_run(directory: Path, name: str) -> RunRecord:
     evaluations = {column: _column(lines.get("eval", []), column) for column in ("step", "val_loss")}
     for column in ("tokens", "total_bytes_wire"):
         evaluations[column] = np.interp(evaluations["step"], [0, *train["step"]], [0, *train[column]])
-    status, phases = _read_json(directory / "status.json"), lines.get("phase", [{}])
+    status, phases = read_json(directory / "status.json"), lines.get("phase", [{}])
     return RunRecord(
         name=name, method=method_text(directory), state=status.get("state", "unknown"), reason=status.get("reason", ""),
-        verdict=_read_json(directory / "summary.json").get("verdict", ""), train=train, evaluations=evaluations,
+        verdict=read_json(directory / "summary.json").get("verdict", ""), train=train, evaluations=evaluations,
         restarts=[line["step"] for line in lines.get("restart", [])],
         switches=[after["step"] for before, after in zip(phases, phases[1:], strict=False)
                   if before["phase"] != after["phase"]],
@@ -82,19 +84,27 @@ def _read_run(directory: Path, name: str) -> RunRecord:
 
 
 def _column(lines: list[dict], key: str) -> np.ndarray:
-    return np.array([line.get(key) for line in lines], dtype=np.float64)  # None becomes NaN
+    values = [line.get(key) for line in lines]
+    return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64)
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def recipe_in(directory: Path) -> Recipe | None:
+    """Read the recipe in a run directory; None where it is missing and, with a warning, where it is damaged."""
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        return None
+    recipe, problems = read_recipe(path, check_files=False)
+    if unreadable := next((problem for problem in problems if problem.startswith(str(path))), None):
+        logger.warning("%s; what it says is taken for unknown", unreadable.splitlines()[0])
+        return None
+    return recipe
 
 
 def method_text(directory: Path) -> str:
-    """What the recipe in a run directory trains with; "unknown" without one."""
-    path = directory / "recipe.yaml"
-    if not path.is_file():
+    """Return what the recipe in a run directory trains with; "unknown" without one."""
+    recipe = recipe_in(directory)
+    if recipe is None:
         return "unknown"
-    recipe, _ = read_recipe(path, check_files=False)
     return f"lora ({recipe.lora.base} base)" if recipe.method == "lora" else recipe.method
 
 

@@ -1,6 +1,5 @@
 """A run or a checkpoint as a directory that Hugging Face's libraries load."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from torch import Tensor
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.model import read_model
+from relora_ds.checkpoint.run_files import read_metrics, read_text
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
 from relora_ds.models.build import load_model
 from relora_ds.zero.engine import DTYPES
-from relora_ds.zero.saved_config import save_model
 
 FORMATS = ("hf", "peft")
 
@@ -50,16 +49,15 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
     if format == "peft":
         peft.save(saved, plain_model(tag, saved.base(), DTYPES[dtype], trust_remote_code), directory)
     else:
-        save_model(plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code), directory)
+        plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code).save_pretrained(directory)
     places = [directory, directory / peft.BASE] if format == "peft" else [directory]
     for place in places:
         if (tag.parent / TOKENIZER).is_dir():
             shutil.copytree(tag.parent / TOKENIZER, place, dirs_exist_ok=True)
-    recipe = tag.parent.parent / "recipe.yaml"
     about = {"total_parameters": sum(value.numel() for value in saved.base().values()), "restarts": len(saved.restarts),
              **_about(tag)}
     write_text(directory / "README.md",
-                     model_card(about, recipe.read_text() if recipe.is_file() else "", peft=format == "peft"))
+                     model_card(about, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft"))
     return tag
 
 
@@ -82,7 +80,7 @@ def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code
     weights = () if dtype == "fp32" else ("*.safetensors*",)  # they are written below, in fewer files perhaps
     shutil.copytree(run_dir / "export", directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
     if dtype != "fp32":
-        save_model(load_model(run_dir / "export", DTYPES[dtype], trust_remote_code), directory)
+        load_model(run_dir / "export", DTYPES[dtype], trust_remote_code).save_pretrained(directory)
 
 
 def _about(tag: Path) -> dict:
@@ -95,12 +93,11 @@ def _about(tag: Path) -> dict:
              "tokens": state["account"]["tokens"], "restarts": state["account"]["restarts"],
              "verdict": f"Exported from the checkpoint `{tag.name}`, after {step:,} of the run's {total:,} steps "
                         f"(phase {state['phase']})."}
-    metrics = tag.parent.parent / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may still be being written
-    evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= step]
+    evaluations = [line for line in read_metrics(tag.parent.parent)
+                   if line["kind"] == "eval" and line["step"] <= step]
     if evaluations:
-        about |= {key: evaluations[-1][key] for key in ("val_loss", "ppl")} | {"evaluated_at": evaluations[-1]["step"]}
+        about |= {key: evaluations[-1].get(key) for key in ("val_loss", "ppl")}
+        about["evaluated_at"] = evaluations[-1]["step"]
     return about
 
 

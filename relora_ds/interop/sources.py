@@ -3,7 +3,7 @@
 `init_from`, `python -m relora_ds export` and `python -m relora_ds eval` all name a model in these ways.
 """
 
-import json
+import os
 import pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,27 +14,31 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint import store
+from relora_ds.checkpoint.manifest import LATEST
 from relora_ds.checkpoint.model import is_checkpoint, read_model
+from relora_ds.checkpoint.run_files import read_json
 from relora_ds.interop import peft
 from relora_ds.models.build import from_config, load_config, load_model
 from relora_ds.remote_code import UntrustedCode
+from relora_ds.zero.latest import named_by
 from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
 
 TOKENIZER = "tokenizer"  # beside the checkpoints of a run
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run directory has its exported model (and not that of an attempt that is being repeated)."""
-    status = run_dir / "status.json"
-    return (run_dir / "export" / "config.json").is_file() and (
-        not status.is_file() or json.loads(status.read_text())["state"] == "done")
+    """Return True if a run directory has its exported model, and not that of an attempt that is being repeated."""
+    if not (run_dir / "export" / "config.json").is_file():
+        return False
+    return read_json(run_dir / "status.json").get("state", "done") == "done"
 
 
 def find_checkpoint(source: Path, name: str | None = None) -> Path:
     """The directory of one step, in a run, a directory of checkpoints, or `source` itself.
 
     Args:
-        name: such as `step_00005000`; None for the newest one.
+        name: such as `step_00005000`; None for the one that `latest` names or, where that file is missing or damaged
+            or leads elsewhere, the newest one.
 
     Raises:
         ValueError: there is none.
@@ -45,12 +49,15 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
         return source
     is_run = store.has_run(source)
     directory = source / "checkpoints" if is_run else source
-    if name is None:
-        latest = directory / "latest"
-        name = latest.read_text().strip() if latest.is_file() else None
-    if name is not None and is_checkpoint(directory / name):
-        return directory / name
+    pointed = named_by(directory / LATEST)
+    if name is None and pointed is not None and is_checkpoint(pointed):
+        return pointed
     there = sorted(path.name for path in directory.glob("*") if is_checkpoint(path))
+    if name is None and there:
+        numbered = [path for path in store.directories(directory) if path.name in there]
+        return numbered[-1] if numbered else max((directory / other for other in there), key=os.path.getmtime)
+    if name in there:
+        return directory / name
     if name is not None:
         raise ValueError(f"--checkpoint: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
     if is_run:

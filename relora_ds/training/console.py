@@ -1,5 +1,6 @@
 """What a person sees: rank 0's lines and progress bar, and a quiet library stack."""
 
+import contextlib
 import logging
 import os
 import warnings
@@ -70,8 +71,12 @@ class View:
         return self.console.width if self.console.is_terminal else 120
 
     def line(self, text: str) -> None:
-        """One line above the bar."""
-        self.console.print(text, markup=False)
+        """Print one line above the bar."""
+        self._show(text, markup=False)
+
+    def _show(self, what, **how) -> None:
+        with contextlib.suppress(OSError):  # the output goes to a file, and the disk is full
+            self.console.print(what, **how)
 
     def warn(self, text: str) -> None:
         """A line that says that it is a warning. Said once: the libraries' loggers come here too."""
@@ -93,7 +98,7 @@ class View:
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        self._show(table)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -4,6 +4,7 @@ Every rank keeps a journal, because some of its figures are sums over all of the
 """
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from relora_ds.training.samples import Sample
 from relora_ds.training.update_rank import update_ranks
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.moments import max_update_over_lr
+
+logger = logging.getLogger(__name__)
 
 UPDATE_METRIC_STEPS = 10  # after a restart: for so many steps the size of the updates is a metric
 
@@ -181,10 +184,15 @@ class Journal:
 
 
 def _evaluations(run_dir: Path) -> list[tuple[int, str, Evaluation]]:
+    """The evaluations in metrics.jsonl; one that lacks a figure is left out with a warning."""
     found = []
     for line in read_metrics(run_dir):
-        if line["kind"] == "eval":
-            values = {field.name: line[field.name] for field in dataclasses.fields(Evaluation) if field.name in line}
-            finite = {name: math.nan if value is None else value for name, value in values.items()}
-            found.append((line["step"], line["phase"], Evaluation(**finite)))
+        if line["kind"] != "eval":
+            continue
+        values = {field.name: line[field.name] for field in dataclasses.fields(Evaluation) if field.name in line}
+        try:
+            figures = {name: math.nan if value is None else value + 0 for name, value in values.items()}
+            found.append((line["step"], line["phase"], Evaluation(**figures)))
+        except TypeError:
+            logger.warning("metrics.jsonl: the evaluation after step %d is damaged and left out", line["step"])
     return found

@@ -1,12 +1,23 @@
 """metrics.jsonl and TensorBoard, written by rank 0."""
 
+import errno
 import json
 import logging
 import math
+import os
 import time
+from collections import deque
 from pathlib import Path
 
+from relora_ds.checkpoint.files import write_text
+from relora_ds.checkpoint.run_files import METRICS, metrics_in
+from relora_ds.checkpoint.run_files import read_json as read_json  # figures read a run through this room
+from relora_ds.checkpoint.run_files import read_metrics as read_metrics
+
 logger = logging.getLogger(__name__)
+
+_MOST_UNWRITTEN = 10_000  # lines kept in memory while the disk is full; the oldest are lost first
+_BOARD_RETRY_S = 60  # before TensorBoard's writer is started again after an error
 
 # What a number of metrics.jsonl is called in TensorBoard, whose charts are grouped by what stands before the "/".
 # A mapping (`update_norms`) becomes one chart per entry; None: it never changes and needs no chart.
@@ -29,6 +40,8 @@ TENSORBOARD_TAGS = {
 class MetricsLog:
     """One JSON object a line in RUN/metrics.jsonl, and the same numbers in RUN/tensorboard/ (its x axis: `step`).
 
+    A disk that is full or gone costs warnings: lines are kept and written as soon as it is possible again.
+
     Args:
         enabled: False on every rank but 0: all calls do nothing.
         resume_step: what an interrupted run wrote past this step is dropped, so that steps stay unique.
@@ -38,24 +51,31 @@ class MetricsLog:
         self.enabled = enabled
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # here, because reading metrics needs no torch
-        path = run_dir / "metrics.jsonl"
-        if resume_step is not None and path.is_file():
-            _drop_after(path, resume_step)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(run_dir / "tensorboard",
-                                    purge_step=None if resume_step is None else resume_step + 1)
+        self._path = run_dir / METRICS
+        self._unwritten: deque[str] = deque(maxlen=_MOST_UNWRITTEN)
+        if resume_step is not None:
+            _drop_after(self._path, resume_step)
+        self._board = _Board(run_dir / "tensorboard", None if resume_step is None else resume_step + 1)
 
     def write(self, kind: str, *, step: int, t: int, phase: str, **values) -> None:
         """Append a line: `kind` is train, eval, restart, phase or checkpoint. Non-finite numbers become null."""
         if not self.enabled:
             return
         line = {"kind": kind, "step": step, "t": t, "phase": phase, "time": time.time(), **values}
+        self._unwritten.append(json.dumps(_json_value(line)) + "\n")
+        self._write_out()
+        self._chart(kind, step, values)
+
+    def _write_out(self) -> None:
+        if not self._unwritten:
+            return
         try:
-            self._file.write(json.dumps(_json_value(line)) + "\n")
-            self._chart(kind, step, values)
-        except OSError as error:  # a full disk is no reason to stop
-            logger.warning("metrics.jsonl and TensorBoard lack lines: %s", error)
+            _append(self._path, "".join(self._unwritten).encode())
+        except OSError as error:
+            logger.warning("%s lacks the newest lines: %s; they are written when it is possible again", METRICS,
+                           error.strerror or error)
+        else:
+            self._unwritten.clear()
 
     def _chart(self, kind: str, step: int, values: dict) -> None:
         tags = TENSORBOARD_TAGS.get(kind, {})
@@ -63,35 +83,76 @@ class MetricsLog:
             tag = tags.get(name, f"{kind}/{name}")
             for key, number in (value if isinstance(value, dict) else {"": value}).items():
                 if tag and isinstance(number, (int, float)) and not isinstance(number, bool):
-                    self._board.add_scalar(f"{tag}/{key}".rstrip("/"), number, step)
+                    self._board.add("add_scalar", f"{tag}/{key}".rstrip("/"), number, step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """A text in TensorBoard only."""
+        """Add a text to TensorBoard only."""
         if self.enabled:
-            self._board.add_text(tag, markdown, step)
+            self._board.add("add_text", tag, markdown, step)
 
     def close(self) -> None:
+        """Write out what is buffered."""
         if self.enabled:
-            self._file.close()
+            self._write_out()
             self._board.close()
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    lines = []
-    for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+class _Board:
+    """TensorBoard's writer. An error of its own costs a warning and the events that were pending."""
+
+    def __init__(self, directory: Path, purge_step: int | None):
+        self._directory, self._purge_step = directory, purge_step
+        self._writer, self._retry_at = None, -math.inf
+
+    def add(self, method: str, *arguments) -> None:
+        """Call a method of the `SummaryWriter`."""
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+            if self._writer is None:
+                if time.monotonic() < self._retry_at:
+                    return
+                self._open()
+            getattr(self._writer, method)(*arguments)
+        except Exception as error:  # of its writing thread, of several kinds
+            self._fail(error)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except Exception as error:
+                self._fail(error)
+        self._writer, self._retry_at = None, math.inf
+
+    def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, because reading metrics needs no torch
+        self._writer = SummaryWriter(self._directory, purge_step=self._purge_step)
+        self._purge_step = None  # a writer that replaces this one hides nothing
+
+    def _fail(self, error: Exception) -> None:
+        self._writer, self._retry_at = None, time.monotonic() + _BOARD_RETRY_S
+        logger.warning("TensorBoard lacks events (metrics.jsonl has the numbers): %s",
+                       getattr(error, "strerror", None) or error)
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append to a file: all of it or, with OSError, nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _drop_after(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    """Drop the lines past `step` and damaged ones; a file that cannot be read or replaced stays, with a warning."""
+    try:
+        kept = [line for line in metrics_in(path) if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s still has its lines past step %d: %s", path, step, error.strerror or error)
 
 
 def _json_value(value):

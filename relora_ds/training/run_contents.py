@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.training.metrics import read_metrics
+from relora_ds.checkpoint.run_files import metrics_in
 
 # {pattern of a name: None for a file, else the same for what is in that directory}. All that a run writes.
 _TOKENIZER = {
@@ -31,6 +31,7 @@ _RUN = {
     r"checkpoints": {
         r"latest(\..+\.tmp)?|\.[0-9a-f-]{36}_rank_\d+": None,
         r"tokenizer": _TOKENIZER,
+        r"replaced": {r"step_\d{8,}(\.\d+)?": _CHECKPOINT},  # what a run went back behind
         r"\.?step_\d{8,}(\.\w+)*": _CHECKPOINT,  # also one that is being written, deleted or was put aside
     },
     r"export": {r"README\.md(\..+\.tmp)?|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
@@ -101,10 +102,10 @@ def saved_before(run_dir: Path) -> str | None:
     if not (run_dir / "metrics.jsonl").exists():
         return None
     try:
-        lines = read_metrics(run_dir)
+        lines = metrics_in(run_dir / "metrics.jsonl")
     except OSError as error:
         return f"its metrics.jsonl cannot be read: {error.strerror}"
-    if any(isinstance(line, dict) and line.get("kind") == "checkpoint" for line in lines):
+    if any(line["kind"] == "checkpoint" for line in lines):
         return "its metrics.jsonl lists some"
     first = _as_object(_head(run_dir / "metrics.jsonl").partition("\n")[0]).get("step")
     return "its metrics.jsonl begins with another run's checkpoint" if isinstance(first, int) and first > 0 else None

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.files import write_json, write_text
-from relora_ds.checkpoint.manifest import DamagedError
+from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
+from relora_ds.checkpoint.sharing import find_peers
 from relora_ds.checkpoint.state import problems, restore
 from relora_ds.checkpoint.writer import CheckpointWriter
-from relora_ds.data import TrainLoader, tokenizer_files
+from relora_ds.data import TrainLoader
 from relora_ds.data.agreement import require_same_tokens
 from relora_ds.interop.export import model_card
-from relora_ds.interop.sources import TOKENIZER
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model
 from relora_ds.training import identity, report
@@ -33,7 +33,7 @@ from relora_ds.training.preflight import Plan
 from relora_ds.training.run_contents import read_object
 from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
-from relora_ds.training.watchdog import EXIT_GUARD, Watchdog
+from relora_ds.training.watchdog import Watchdog
 from relora_ds.zero.restart import NonFiniteMergeError
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.teardown import release
@@ -57,7 +57,7 @@ class Trainer:
         self.run_dir = Path(self.recipe.run_dir)
         self.account = Account()
         self.bad_steps = BadSteps(self.recipe.guard)
-        self.engine = self.writer = self.journal = self.stop = self.watchdog = self._claim = None
+        self.engine = self.writer = self.sharing = self.journal = self.stop = self.watchdog = self._claim = None
         self._last_evaluated = self._last_saved = None
         self._rolled_back: list[tuple[int, int, Spike]] = []  # to which step, from which one, why
         self.is_first = self.is_open = False
@@ -148,7 +148,7 @@ class Trainer:
                 self.set_status("running")  # before the old run's files go: what is left is a run, and not an ended one
                 self._claim.begin()
             (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-            tokenizer_files.save(self.plan.tokenizer, self.run_dir / "checkpoints" / TOKENIZER)  # for their export
+            self.plan.tokenizer.save_pretrained(self.run_dir / "checkpoints" / "tokenizer")  # for their export
             write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
             if checkpoint is not None:
                 store.drop_after(self.run_dir, saved.step, checkpoint.damaged)
@@ -166,7 +166,7 @@ class Trainer:
         if self.stop is None:
             self.stop = StopRequest()
             self.watchdog = Watchdog(recipe.guard.watchdog_seconds, lambda: f"step {self.account.step}",
-                                     lambda message: self.set_status("failed", message, EXIT_GUARD))
+                                     lambda message, code: self.set_status("failed", message, code))
         self.journal = Journal(self.plan, self.view, self.account, self.spikes,
                                resume_step=self.account.step if saved else -1)  # what left no checkpoint is forgotten
         self.prompts = first_documents(data.validation, data.eos_id, recipe.eval.samples, recipe.data.seq_len)
@@ -201,14 +201,16 @@ class Trainer:
                 raise store.ResumeError(f"resume: {checkpoint.directory} is of another network: {'; '.join(found)}")
             try:
                 restore(self.engine, checkpoint.directory, checkpoint.manifest)
-            except DamagedError as error:
+            except (DamagedError, UnreadableError) as error:
                 raise store.ResumeError(f"resume: {error}") from error
 
     def _enter(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Begin to train and to measure with a new engine."""
         self._beat()
+        if self.sharing is None:  # once, while the disk has room
+            self.sharing = find_peers(self.run_dir / "checkpoints")
         self.writer = CheckpointWriter(self.engine, self.run_dir / "checkpoints", self._prune_checkpoints,
-                                       checkpoint and (checkpoint.directory, checkpoint.manifest))
+                                       checkpoint and (checkpoint.directory, checkpoint.manifest), self.sharing)
         length = self.recipe.data.seq_len
         rows = min(DRIFT_PROBE_SEQUENCES, self.recipe.train.micro_batch_size, len(self.plan.data.validation) // length)
         probe = torch.from_numpy(self.plan.data.validation[:rows * length].astype("int64")).view(rows, length).to(
@@ -305,15 +307,20 @@ class Trainer:
     def _save_and_stop(self) -> None:
         """The run was asked to stop: save where it is, unless that has just been done."""
         step = self.account.step
-        self._take_finished_checkpoints(wait=True)
-        if self._last_saved != step:
-            self._save()
-            self._take_finished_checkpoints(wait=True)
         asked = f"asked to stop ({self.stop.heard})"
-        if self._last_saved != step:
+        if not self._is_saved():
             raise GuardError(f"{asked}, but the state after step {step} could not be saved")
         self._close_writer()
         raise Preempted(f"{asked}; saved after step {step}, go on with resume=auto")
+
+    def _is_saved(self) -> bool:
+        """Save the state as it is now, unless that has been done; once more if it fails. Collective."""
+        for _ in range(2):
+            self._take_finished_checkpoints(wait=True)
+            if self._last_saved != self.account.step:
+                self._save()
+        self._take_finished_checkpoints(wait=True)
+        return self._last_saved == self.account.step
 
     def _roll_back(self, spike: Spike) -> store.Found:
         """Leave this engine for the newest checkpoint. The data go on where they are, or the same spike would come."""
@@ -339,7 +346,7 @@ class Trainer:
 
     def _prune_checkpoints(self) -> None:
         settings = self.recipe.checkpoint
-        store.prune(self.run_dir, settings.keep_last, settings.keep_every)
+        store.prune(self.run_dir, settings.keep_last, settings.keep_every, self.sharing.is_here)
 
     def _close_writer(self) -> None:
         """Wait for the checkpoint that is being written."""
@@ -366,7 +373,8 @@ class Trainer:
     # -- the end -----------------------------------------------------------------------------------------------
 
     def _finish(self) -> dict:
-        """Export, summarise, say how it went."""
+        """Export, summarise, say how it went. GuardError where the last state could not be saved."""
+        is_saved = self._is_saved()
         self._close_writer()
         if not self.journal.history or self.journal.history[-1][0] != self.account.step:  # resumed at the very end
             self._last_evaluated = None
@@ -375,12 +383,15 @@ class Trainer:
                                    *count_parameters(self.engine.module))
         self.engine.save_merged(str(self.run_dir / "export"))
         if self.is_first:
-            tokenizer_files.save(self.plan.tokenizer, self.run_dir / "export")
+            self.plan.tokenizer.save_pretrained(self.run_dir / "export")
             write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
             write_json(self.run_dir / "summary.json", summary)
         self.view.close()
         report.closing(self.view, self.run_dir, self.journal.history, summary)
         self.journal.close()
+        if not is_saved:
+            raise GuardError(f"the state after step {self.account.step} could not be saved; the model is in "
+                             f"{self.run_dir / 'export'}")
         self.set_status("done", exit_code=0)
         release(self.engine)
         dist.barrier()

@@ -3,7 +3,8 @@
 A rank that hangs leaves the others waiting in a collective, for ever or for the half hour of torch's timeout. So each
 rank has a thread that tells the others, over the store that they met at, how far its rank has come. Where a rank has
 not moved for `guard.watchdog_seconds`, its thread looks who is silent or behind, and ends the process: a main thread
-in a collective cannot be woken.
+in a collective cannot be woken. Where the store itself is gone, because the process that kept it has died, the process
+ends within a minute.
 """
 
 import json
@@ -19,8 +20,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-EXIT_GUARD = 3
+EXIT_ERROR, EXIT_GUARD = 1, 3
 _LAST_WORDS_S = 10  # for what is said at the end: the disk or the terminal may be what stands still
+_GRACE_S = 30  # from the death of the store to the end: collectives that fail on their own say more
 
 
 class Watchdog:
@@ -29,17 +31,20 @@ class Watchdog:
     Args:
         seconds: without progress before the run is called stuck.
         where: what the run is doing, for the message.
-        on_stuck: called with the message before the process ends.
+        on_stuck: called with the message and the exit code before the process ends.
     """
 
-    def __init__(self, seconds: float, where: Callable[[], str], on_stuck: Callable[[str], None]):
+    def __init__(self, seconds: float, where: Callable[[], str], on_stuck: Callable[[str, int], None]):
         self._seconds, self._where, self._on_stuck = seconds, where, on_stuck
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._every = min(5.0, seconds / 4)
         self._progress, self._closed = 0, threading.Event()
-        prefix = [f"relora_ds/watchdog/{uuid.uuid4()}"]  # torchrun's store may have what earlier attempts said
-        dist.broadcast_object_list(prefix, 0)
-        self._prefix = prefix[0]
+        agreed = [f"relora_ds/watchdog/{uuid.uuid4()}",  # torchrun's store may have what earlier attempts said
+                  socket.gethostname()]
+        dist.broadcast_object_list(agreed, 0)
+        self._prefix, self._first_host = agreed
+        # Connected now: to connect to a store that has died takes as long as all of its time-outs.
+        self._said, self._asked = self._store(), self._store()
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watcher.start()
         # A thread of its own: it stands still where the store does.
@@ -55,14 +60,13 @@ class Watchdog:
         self._watcher.join()
 
     def blame(self) -> str:
-        """Who does not answer, or else is behind: a part of a sentence. Takes some seconds: ranks are asked twice."""
+        """Return a phrase naming the silent or slowest ranks. Takes some seconds: ranks are asked twice."""
         try:
-            store = self._store()
-            first = self._read(store)
+            first = self._read()
             time.sleep(3 * self._every)
-            second = self._read(store)
+            second = self._read()
         except Exception:  # the store's own errors, of several kinds
-            return "the store that the ranks met at (rank 0 or torchrun keeps it) does not answer"
+            return f"{self._keeper()} does not answer"
         if silent := [rank for rank in second if first[rank]["beats"] == second[rank]["beats"]]:
             return f"{_names(silent, second)} does not answer"
         least = min(said["progress"] for said in second.values())
@@ -71,27 +75,47 @@ class Watchdog:
             return "every rank answers and has begun the same forward"
         return f"{_names(behind, second)} is behind the others"
 
+    def _keeper(self) -> str:
+        """Name the process that keeps the store."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return f"torchrun on {os.environ.get('MASTER_ADDR')}, which keeps the store that the ranks met at,"
+        return f"rank 0 on {self._first_host}, which keeps the store that the ranks met at,"
+
     def _store(self) -> dist.Store:
-        store = dist.PrefixStore(self._prefix, _get_default_store().clone())  # of this thread's own
+        """Connect to the store: a connection serves one thread at a time."""
+        store = dist.PrefixStore(self._prefix, _get_default_store().clone())
         store.set_timeout(timedelta(seconds=_LAST_WORDS_S))
         return store
 
     def _talk(self) -> None:
-        """Say how far this rank is."""
+        """Say how far this rank is; where nobody can hear it any more, see to it that the process ends."""
         beats = 0
         try:
-            store = self._store()
             while True:
                 beats += 1
-                store.set(str(self._rank), json.dumps(
+                self._said.set(str(self._rank), json.dumps(
                     {"beats": beats, "progress": self._progress, "host": socket.gethostname()}))
                 if self._closed.wait(self._every):
                     return
-        except RuntimeError:  # its host is gone
-            return
+        except RuntimeError:
+            if self._is_gone() and not self._closed.wait(_GRACE_S):
+                self._end(f"{self._keeper()} has died, at {self._where()}", EXIT_ERROR)
 
-    def _read(self, store: dist.Store) -> dict[int, dict]:
-        return {rank: json.loads(store.get(str(rank))) for rank in range(self._world_size)}
+    def _is_gone(self) -> bool:
+        """Return True if the store's process has died. A lost connection alone is no reason to end a run."""
+        store = _get_default_store()
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        try:
+            socket.create_connection((store.host, store.port), _LAST_WORDS_S).close()
+        except ConnectionRefusedError:
+            return True
+        except (OSError, AttributeError):  # a host that does not answer; a store without an address
+            return False
+        return False
+
+    def _read(self) -> dict[int, dict]:
+        return {rank: json.loads(self._asked.get(str(rank))) for rank in range(self._world_size)}
 
     def _watch(self) -> None:
         seen, since = -1, time.monotonic()
@@ -101,19 +125,18 @@ class Watchdog:
             elif time.monotonic() - since > self._seconds:
                 blame = self.blame()
                 if self._progress == seen:
-                    self._end(blame)
+                    self._end(f"guard.watchdog_seconds: no progress for {self._seconds:g} s at {self._where()}; "
+                              f"{blame}", EXIT_GUARD)
 
-    def _end(self, blame: str) -> None:
-        message = f"guard.watchdog_seconds: no progress for {self._seconds:g} s at {self._where()}; {blame}"
-
+    def _end(self, message: str, code: int) -> None:
         def say() -> None:
-            self._on_stuck(message)
+            self._on_stuck(message, code)
             print(f"error: rank {self._rank}: {message}", file=sys.stderr, flush=True)
 
         last_words = threading.Thread(target=say, daemon=True)
         last_words.start()
         last_words.join(_LAST_WORDS_S)
-        os._exit(EXIT_GUARD)
+        os._exit(code)
 
 
 def _names(ranks: list[int], said: dict[int, dict]) -> str:

@@ -51,14 +51,6 @@ def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
     os.replace(temporary, path)
 
 
-def newest_tag(load_dir: str, name: str = "latest") -> str | None:
-    """What `latest` names where rank 0 looks, for every rank: DeepSpeed writes it on one machine only. Collective."""
-    latest = Path(load_dir) / name
-    tag = [latest.read_text().strip() if dist.get_rank() == 0 and latest.is_file() else None]
-    dist.broadcast_object_list(tag, 0)
-    return tag[0]
-
-
 def read_owned(directory: Path, frozen: FrozenWeights, prefix: str = "") -> dict[str, Tensor]:
     """`{layer: tensor}` of what this rank owns, from whichever file of a checkpoint holds `prefix + layer`."""
     wanted, found = {prefix + name: name for name in frozen.owned()}, {}

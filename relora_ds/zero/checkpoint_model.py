@@ -34,7 +34,7 @@ from relora_ds.zero.frozen_master import Storage, frozen_shape
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
 DESCRIPTION = "relora_model.json"
-_UNIVERSAL = "zero"  # the directory in a universal checkpoint with what trains
+UNIVERSAL = "zero"  # the directory in a universal checkpoint with what trains
 
 
 def _stage_named(kind: type, name: str) -> ZeroStageEnum:
@@ -134,13 +134,16 @@ def read_description(directory: Path) -> dict:
     """What `save_description` wrote.
 
     Raises:
-        ValueError: the directory is no checkpoint of a relora_ds engine.
+        ValueError: the directory is no checkpoint of a relora_ds engine, or its description is damaged.
     """
     path = directory / DESCRIPTION
     if not path.is_file():
         raise ValueError(f"{directory}: no checkpoint that a relora_ds engine wrote (it has no {DESCRIPTION}); name "
                          "the directory of one step, such as RUN/checkpoints/step_00005000")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); use another checkpoint") from error
 
 
 def problems(directory: Path, engine) -> list[str]:
@@ -205,7 +208,7 @@ def model_states(directory: Path, about: dict) -> list[dict]:
 
 def universal_file(directory: Path, name: str, what: str) -> Path:
     """Where a universal checkpoint has a parameter's master (`fp32`) or moment."""
-    return directory / _UNIVERSAL / name / f"{what}.pt"
+    return directory / UNIVERSAL / name / f"{what}.pt"
 
 
 def universal_tensor(directory: Path, name: str, what: str) -> Tensor:
@@ -231,7 +234,7 @@ def _load(directory: Path, name: str) -> dict | Tensor:
 
 def _masters(directory: Path, about: dict, model_states: dict) -> Iterator[tuple[str, Tensor]]:
     """The fp32 masters of what trains, as 1-D tensors, by name."""
-    if (directory / _UNIVERSAL).is_dir():
+    if (directory / UNIVERSAL).is_dir():
         for name, parameter in about["parameters"].items():
             if parameter["trains"]:
                 yield name, universal_tensor(directory, name, "fp32")

@@ -23,6 +23,7 @@ from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_g
 from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config, universal
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
+from relora_ds.zero.latest import newest_tag
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import drops_values_only, seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
@@ -252,9 +253,10 @@ class ReLoRAEngine(DeepSpeedEngine):
                 weights in another format.
         """
         latest = universal.LATEST if self.load_universal_checkpoint() else "latest"
-        tag = checkpoint_files.newest_tag(load_dir, latest) if tag is None else str(tag)
+        tag = newest_tag(load_dir, latest, self._is_checkpoint) if tag is None else str(tag)
         if tag is None:
-            logger.warning("load_checkpoint: there is no file `%s` in %s; nothing is loaded", latest, load_dir)
+            logger.warning("load_checkpoint: no file `%s` in %s names a checkpoint; nothing is loaded", latest,
+                           load_dir)
             return None, {}
         directory = Path(load_dir) / tag
         if self.load_universal_checkpoint():
@@ -288,6 +290,10 @@ class ReLoRAEngine(DeepSpeedEngine):
             self.num_accumulated = 0
             self._relink()
         return path, client_state
+
+    def _is_checkpoint(self, directory: Path) -> bool:
+        return (directory / checkpoint_model.DESCRIPTION).is_file() and \
+            universal.is_universal(directory) == self.load_universal_checkpoint()
 
     def _masters_in(self, directory: Path, saved: Storage | None) -> dict[str, Tensor] | None:
         """The fp32 values of what this rank owns in a checkpoint; None where DeepSpeed's files have all there is."""

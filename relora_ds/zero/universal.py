@@ -25,6 +25,11 @@ _DEEPSPEED = {"module", "buffer_names", "optimizer", "param_shapes", "frozen_par
               "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info"}
 
 
+def is_universal(directory: Path) -> bool:
+    """Return True for a directory that `ds_to_universal` made."""
+    return (directory / checkpoint_model.UNIVERSAL).is_dir()
+
+
 @torch.no_grad()
 def load(engine, directory: Path) -> dict:
     """Put a universal checkpoint of any ZeRO stage, world size and precision into an engine; returns client_state.

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds.checkpoint import store
+from relora_ds.training import watchdog
 from relora_ds.training.guard import GuardError
 from relora_ds.training.preemption import Preempted
 from relora_ds.training.preflight import check
@@ -80,13 +82,13 @@ def test_what_could_not_be_saved_is_not_called_saved(tmp_path):
         assert kind == "GuardError" and "could not be saved" in said and said.endswith("Nothing was saved")
 
 
-def train_and_die(overrides: list[str]) -> str:
-    """On a rank: train; rank 1 dies in step 14. Returns what the other one says."""
+def train_and_die(overrides: list[str], rank: int) -> None:
+    """On a rank: train; `rank` dies in step 14. The other one writes down what it says."""
     trainer = Trainer(check("tiny", overrides))
     forward = trainer._train_step
 
     def dying():
-        if trainer.account.step == 13 and dist.get_rank() == 1:
+        if trainer.account.step == 13 and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         forward()
 
@@ -97,12 +99,36 @@ def train_and_die(overrides: list[str]) -> str:
         (Path(trainer.run_dir) / "said").write_text(str(error))
 
 
-def test_a_rank_that_dies_is_named(tmp_path):
+@pytest.mark.parametrize(("rank", "words"), [
+    (0, ", which keeps the store that the ranks met at, does not answer"), (1, " does not answer")])
+def test_a_rank_that_dies_is_named(tmp_path, rank, words):
+    """Rank 0 takes the store with it, of which the others ask who is silent."""
     said = tmp_path / "r" / "said"
     pair = Mortal(2, mourning=120, until=lambda: said.is_file() and said.stat().st_size > 0)
     with pytest.raises(AssertionError, match="it died"):
-        pair.run(train_and_die, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"])
-    assert said.read_text().endswith(f"; rank 1 on {os.uname().nodename} does not answer")
+        pair.run(train_and_die, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=8"], rank)
+    assert said.read_text().endswith(f"; rank {rank} on {os.uname().nodename}{words}")
+
+
+def watch_and_die(said: Path) -> None:
+    """On a rank: rank 0 dies, and the other one's main thread never hears of it."""
+    on_stuck = lambda message, code: said.write_text(f"{code} {message}")  # noqa: E731
+    with mock.patch.object(watchdog, "_GRACE_S", 0.1):
+        watchdog.Watchdog(60, lambda: "step 5", on_stuck)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+
+def test_where_rank_0_has_died_nothing_can_hang(tmp_path):
+    pair = Mortal(2, mourning=60)
+    pair._until = lambda: pair._workers[1][0].exitcode is not None
+    with pytest.raises(AssertionError, match="it died"):
+        pair.run(watch_and_die, tmp_path / "said")
+    assert pair.exit_codes[1] == 1
+    assert (tmp_path / "said").read_text() == (
+        f"1 rank 0 on {os.uname().nodename}, which keeps the store that the ranks met at, has died, at step 5")
 
 
 def train_and_freeze(overrides: list[str], rank: int) -> None:
