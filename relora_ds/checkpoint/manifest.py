@@ -14,6 +14,7 @@ each directory is whole, and the bytes are there once for as long as one of them
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -28,12 +29,20 @@ _FILE = re.compile(r"(trained|frozen)_\d{5}\.safetensors|(generation_)?config\.j
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was written; the message names the file."""
+    """A checkpoint is provably not what was written; the message names the file."""
+
+
+class MissingError(DamagedError):
+    """A file of a checkpoint is not there."""
+
+
+class UnreadableError(ValueError):
+    """A checkpoint cannot be read now, or not by this version, which says nothing against it; names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """Attributes: size: bytes; sha256: of the contents; host: that wrote it, for those who look for it."""
+    """Attributes: size: bytes; sha256: of the contents; host: that wrote it, for messages."""
 
     size: int
     sha256: str
@@ -68,30 +77,41 @@ class Manifest:
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        DamagedError: it is missing, cut short, of another version, or names what is no file of a checkpoint.
+        DamagedError: it is missing, cut short, or names what is no file of a checkpoint.
+        UnreadableError: it cannot be read now, or a newer version of relora_ds wrote it.
     """
     path = directory / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("sha256") != _digest(content):
+        content = json.loads(_read_bytes(path))
+        saved_digest, version = content.pop("sha256"), content["format"]
+        if isinstance(version, int) and version > FORMAT:  # its digest may be another one, too
+            raise UnreadableError(f"{path} was written by a newer relora_ds (format {version}; this one reads "
+                                  f"{FORMAT}): update relora_ds")
+        if saved_digest != _digest(content):
             raise DamagedError(f"{path} is not what was written (its sha256 differs)")
-        version = content.pop("format")
-        if version != FORMAT:
+        if content.pop("format") != FORMAT:
             raise DamagedError(f"{path} has format {version}; this version of relora_ds reads {FORMAT}")
         listed = {name: File(**about) for name, about in content.pop("files").items()}
         found = Manifest(files=listed, **content)
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    except (DamagedError, UnreadableError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read as a manifest ({str(error).splitlines()[0]})") from error
     if strange := [name for name in listed if not _FILE.fullmatch(name)]:
         raise DamagedError(f"{path} names {strange[0]!r}, which is no file of a checkpoint")
     return found
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise MissingError(f"{path} is missing") from None
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read now: {error.strerror}") from error
 
 
 def _digest(content: dict) -> str:
@@ -103,17 +123,29 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def damage(directory: Path, name: str, file: File) -> str | None:
-    """What is wrong with one file of a checkpoint: one line, or None."""
+def is_needed(name: str) -> bool:
+    """Return True for a file without which a run cannot resume; the model's configuration is in the manifest, too."""
+    return name == NAME or name.endswith(".safetensors")
+
+
+def check(directory: Path, name: str, file: File, contents: bool = True) -> None:
+    """Check that one file of a checkpoint is what was written.
+
+    Args:
+        contents: False compares the sizes only.
+
+    Raises:
+        DamagedError: it is not. MissingError: it is not there. UnreadableError: that cannot be told now.
+    """
     path = directory / name
     try:
-        size = path.stat().st_size
-        if size != file.size:
-            return f"{path} has {size} bytes instead of {file.size}"
-        if files.sha256(path) != file.sha256:
-            return f"{path} is not what was written (its sha256 differs)"
+        with path.open("rb") as opened:  # a network disk may answer stat() from memory; what is opened is looked up
+            size = os.fstat(opened.fileno()).st_size
+            if size != file.size:
+                raise DamagedError(f"{path} has {size} bytes instead of {file.size}")
+            if contents and files.sha256(opened) != file.sha256:
+                raise DamagedError(f"{path} is not what was written (its sha256 differs)")
     except FileNotFoundError:
-        return f"{path} is missing (host {file.host} wrote it)"
+        raise MissingError(f"{path} is missing (host {file.host} wrote it)") from None
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    return None
+        raise UnreadableError(f"{path} cannot be read now: {error.strerror}") from error

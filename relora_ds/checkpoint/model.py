@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.manifest import Manifest
+from relora_ds.checkpoint.manifest import Manifest, is_needed
 from relora_ds.checkpoint.state import BUFFER, SavedTensors
 from relora_ds.zero import checkpoint_model
 from relora_ds.zero.checkpoint_model import SavedModel, merged_weight
@@ -102,7 +102,7 @@ def open_model(directory: Path) -> Iterator[OpenModel]:
         tensors = {**saved.trained, **saved.frozen}
         yield OpenModel(contents, list(saved.trained), list(saved.frozen), tensors.__getitem__)
         return
-    if found := store.verify(directory):
+    if found := store.verify(directory, is_needed):
         raise ValueError(found[0])
     about = manifest.read(directory)
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest
+from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.engine_state import engine_state, restore_engine_state
 from relora_ds.zero.frozen_master import Storage, assign_owners, frozen_shape
@@ -145,7 +145,7 @@ def restore(engine, directory: Path, manifest: Manifest) -> None:
         try:
             saved = SavedTensors(directory, manifest, stack)
             lack = saved.lacks(engine)
-        except DamagedError as error:  # the other ranks wait for word
+        except (DamagedError, UnreadableError) as error:  # the other ranks wait for word
             lack = str(error)
         lacking = [lack] * dist.get_world_size()
         dist.all_gather_object(lacking, lacking[0])
@@ -183,8 +183,10 @@ class SavedTensors:
                 continue
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise DamagedError(f"{path} cannot be read ({error})") from error
+            except SafetensorError as error:
+                raise DamagedError(f"{path} is no safetensors file ({error})") from error
+            except OSError as error:
+                raise UnreadableError(f"{path} cannot be read now: {error.strerror or error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
             for parameter, (start, stop) in json.loads((file.metadata() or {}).get(RANGES, "{}")).items():
                 self._ranges[parameter].append((start, stop, file))

@@ -4,10 +4,14 @@
 was put there by one rename.
 """
 
+import itertools
+import logging
 import os
 import re
 import shutil
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +19,22 @@ import torch.distributed as dist
 
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.files import write_text
-from relora_ds.checkpoint.manifest import LATEST, DamagedError, Manifest, tag_of
+from relora_ds.checkpoint.manifest import (
+    LATEST,
+    DamagedError,
+    File,
+    Manifest,
+    MissingError,
+    UnreadableError,
+    is_needed,
+    tag_of,
+)
+from relora_ds.zero.latest import named_by
 
+logger = logging.getLogger(__name__)
+
+LATE_S = 60  # for so long network disks may show an old state of what another host has written
+REPLACED = "replaced"  # beside the checkpoints: those that a run went back behind
 _NAME = re.compile(r"step_\d{8,}")  # not a copy that somebody put beside it
 
 
@@ -65,8 +83,8 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
             its newest intact one; or that of a checkpoint.
 
     Raises:
-        ResumeError: on every rank, where what was asked for is damaged or none; where every checkpoint is; or where the
-            ranks see different ones.
+        ResumeError: on every rank, where what was asked for is damaged or none; where every checkpoint is; where the
+            newest one that is not damaged cannot be read now; or where the ranks see different ones.
     """
     if not resume:
         return None
@@ -85,47 +103,78 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
     passed_over = [f"{name} is not on every host" for name in sorted({*sum(seen, [])} - common, reverse=True)]
     damaged: list[Path] = []
     for directory in (path for path in candidates if path.name in common):
-        about, reasons = None, []
-        try:
-            about = manifest.read(directory)
-        except DamagedError as error:
-            reasons = [str(error)]
-        if not any(_of_all_ranks(reasons)):
-            files = _of_all_ranks(sorted(about.files))
-            reasons = _damage(directory, about) if all(names == files[0] for names in files) else \
-                [f"{directory / manifest.NAME} lists other files on other hosts"]
-        if not (found := sum(_of_all_ranks(reasons), [])):
-            return Found(directory, about, (*_stray(directory.parent), *passed_over), tuple(damaged))
+        about, errors = _look(directory)
+        needed = [error for name, error in errors if is_needed(name)]
+        wrong = [error for error in needed if isinstance(error, DamagedError)]
+        if needed and not wrong:
+            raise ResumeError(f"resume: {needed[0]}. Nothing was changed; start again when it can be read, or go on "
+                              "from an older one with resume=RUN/checkpoints/step_…")
+        if not wrong:
+            minor = [f"{error}; a run can do without" for _, error in errors]
+            return Found(directory, about, (*minor, *_stray(directory.parent), *passed_over), tuple(damaged))
         damaged.append(directory)
-        passed_over.append(f"{directory} is damaged: {found[0]}")
+        passed_over.append(f"{directory} is damaged: {wrong[0]}")
     if passed_over:
         raise ResumeError(f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
                           "start again with overwrite=true")
     return None
 
 
-def verify(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each; by this process alone."""
+def _look(directory: Path) -> tuple[Manifest | None, list[tuple[str, ValueError]]]:
+    """Read all of a checkpoint; returns its manifest and, for every file that is not intact, why. Collective."""
+    about, errors = None, []
     try:
         about = manifest.read(directory)
-    except DamagedError as error:
+    except (DamagedError, UnreadableError) as error:
+        errors = [(manifest.NAME, error)]
+    if errors := sum(_of_all_ranks(errors), []):
+        return None, errors
+    listed = _of_all_ranks(sorted(about.files))
+    if any(names != listed[0] for names in listed):
+        return None, [(manifest.NAME, DamagedError(f"{directory / manifest.NAME} lists other files on other hosts"))]
+    return about, sum(_of_all_ranks(_damage(directory, about)), [])
+
+
+def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """What is wrong with a checkpoint, one line each; by this process alone.
+
+    only: judges the names of the files that are read.
+    """
+    try:
+        about = manifest.read(directory)
+    except (DamagedError, UnreadableError) as error:
         return [str(error)]
-    return [found for name, file in about.files.items() if (found := manifest.damage(directory, name, file))]
+    return [str(error) for name, file in about.files.items()
+            if only(name) and (error := _error(directory, name, file)) is not None]
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(run_dir: Path, keep_last: int, keep_every: int | None,
+          is_here: Callable[[str], bool] | None = None) -> list[Path]:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`; returns the deleted.
 
-    One that is damaged at first sight is not kept, and not counted.
+    One that is provably damaged, at first sight, is not kept and not counted. One that cannot be read now is neither
+    counted nor deleted.
+
+    Args:
+        is_here: whether a file of that name is on this host's disk, where hosts have disks of their own; None where
+            that is not known.
 
     Raises:
-        ValueError: all are; nothing is deleted.
+        ValueError: none is intact; nothing is deleted.
     """
-    found = directories(run_dir)
-    whole = [path for path in found if _looks_whole(path)]
+    found, whole, unclear = directories(run_dir), [], []
+    for path in found:
+        try:
+            _glance(path, is_here)
+            whole.append(path)
+        except UnreadableError as error:
+            unclear.append(path)
+            logger.warning("%s is neither counted nor deleted: %s", path.name, error)
+        except DamagedError:
+            continue
     if found and not whole:
         raise ValueError(f"{run_dir}: no checkpoint is intact, and none is deleted; see `checkpoint verify`")
-    kept = {path for path in whole if keep_every and _step_of(path) % keep_every == 0} | {*whole[-keep_last:]}
+    kept = {path for path in whole if keep_every and _step_of(path) % keep_every == 0} | {*whole[-keep_last:], *unclear}
     gone = [path for path in found if path not in kept]
     for path in gone:
         remove(path)
@@ -133,58 +182,110 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[Path]:
 
 
 def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None:
-    """Delete the checkpoints past `step`: they are of a future that will not be.
+    """Put aside the checkpoints past `step`, which the run will write anew; no data are deleted.
 
-    damaged: these are put aside as `step_....damaged` for somebody to look at.
+    They go to `checkpoints/replaced/`. damaged: these become `step_….damaged`.
     """
+    inner = run_dir / "checkpoints"
     for path in damaged:
-        if path.parent == run_dir / "checkpoints" and path.is_dir():
-            aside = path.with_name(f"{path.name}.damaged")
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.replace(path, aside)
-    if (run_dir / "checkpoints" / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
-        write_text(run_dir / "checkpoints" / LATEST, tag_of(step))
+        if path.parent == inner and path.is_dir():
+            os.replace(path, _free(path.with_name(f"{path.name}.damaged")))
+    if (inner / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
+        write_text(inner / LATEST, tag_of(step))
     for path in directories(run_dir):
         if _step_of(path) > step:
-            remove(path)
+            put_aside(path)
+
+
+def put_aside(path: Path) -> None:
+    """Move a checkpoint to the directory `replaced` beside it."""
+    (path.parent / REPLACED).mkdir(exist_ok=True)
+    aside = _free(path.parent / REPLACED / path.name)
+    os.replace(path, aside)
+    logger.warning("%s was moved to %s, because the run goes on from before it; delete it when you need it no more",
+                   path, aside)
+
+
+def _free(path: Path) -> Path:
+    """A name that nothing has: this one, or one with a number."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; what is left when that is interrupted is none."""
+    """Delete a checkpoint. An interrupted deletion never leaves a valid checkpoint behind."""
     hidden = path.with_name(f".{path.name}.old")
+    delete(hidden)
     os.replace(path, hidden)
-    shutil.rmtree(hidden)
+    delete(hidden)
 
 
-def _looks_whole(path: Path) -> bool:
-    """Whether nothing is wrong with a checkpoint that can be seen without reading all of it."""
-    try:
-        listed = manifest.read(path).files
-    except DamagedError:
-        return False
-    for name, file in listed.items():
-        if (path / name).is_file():
-            if (path / name).stat().st_size != file.size:
-                return False
-        elif file.host == socket.gethostname():  # else it may be on another host's disk
-            return False
-    return True
+def delete(path: Path) -> None:
+    """Delete a file, a directory or a symbolic link to one, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _glance(path: Path, is_here: Callable[[str], bool] | None) -> None:
+    """Look whether a checkpoint is whole, as far as can be seen without reading its weights.
+
+    Raises:
+        DamagedError: it is not. UnreadableError: that cannot be told now, or not on this host.
+    """
+    listed = {name: file for name, file in manifest.read(path).files.items()
+              if is_needed(name) and (is_here is None or is_here(name))}
+    errors = {name: error for name, file in listed.items() if (error := _error(path, name, file, contents=False))}
+    late = [name for name, error in errors.items() if _may_be_late(path, listed[name], error)]
+    if late:
+        raise UnreadableError(f"{errors[late[0]]}, or is not seen yet")
+    # Without a shared disk, nothing of other hosts is here.
+    hosts = {file.host for name, file in listed.items() if name not in errors}
+    elsewhere = [name for name, error in errors.items()
+                 if is_here is None and isinstance(error, MissingError) and listed[name].host not in hosts]
+    proofs = [error for name, error in errors.items() if name not in elsewhere and isinstance(error, DamagedError)]
+    if proofs:
+        raise proofs[0]
+    if errors:
+        raise UnreadableError(str(next(iter(errors.values()))))
+
+
+def _may_be_late(path: Path, file: File, error: ValueError) -> bool:
+    """Return True for a file that another host has just written: network disks show it some seconds later."""
+    young = abs(time.time() - path.stat().st_mtime) < LATE_S
+    return isinstance(error, DamagedError) and file.host != socket.gethostname() and young
 
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _damage(directory: Path, about: Manifest) -> list[str]:
+def _error(directory: Path, name: str, file: File, contents: bool = True) -> ValueError | None:
+    """What is wrong with one file of a checkpoint."""
+    try:
+        manifest.check(directory, name, file, contents)
+    except (DamagedError, UnreadableError) as error:
+        return error
+    return None
+
+
+def _damage(directory: Path, about: Manifest) -> list[tuple[str, ValueError]]:
     """What is wrong with this rank's share of the files: each is read by one of the ranks that see it. Collective."""
     names = sorted(about.files)
-    seen = _of_all_ranks([name for name in names if (directory / name).is_file()])
+    seen = _of_all_ranks([name for name in names if os.path.lexists(directory / name)])
     found = []
     for i, name in enumerate(names):
+        file = about.files[name]
         seers = [rank for rank, visible in enumerate(seen) if name in visible] or range(dist.get_world_size())
-        if seers[i % len(seers)] == dist.get_rank() and (reason := manifest.damage(directory, name, about.files[name])):
-            found.append(reason)
+        if seers[i % len(seers)] != dist.get_rank():
+            continue
+        error = _error(directory, name, file)
+        while error is not None and _may_be_late(directory, file, error):
+            time.sleep(1)
+            error = _error(directory, name, file)
+        if error is not None:
+            found.append((name, error))
     return found
 
 
@@ -196,7 +297,12 @@ def _of_all_ranks(value: list) -> list[list]:
 
 def _stray(directory: Path) -> list[str]:
     latest = directory / LATEST
-    name = latest.read_text().strip() if latest.is_file() else None
-    if name is None or (directory / name).is_dir():
+    if not os.path.lexists(latest) or named_by(latest) is not None:
         return []
-    return [f"{latest} names {name!r}, which is not there"]
+    try:
+        name = latest.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        return [f"{latest} cannot be read ({error})"]
+    if _NAME.fullmatch(name):
+        return [f"{latest} names {name!r}, which is not there"]
+    return [f"{latest} names no checkpoint beside it"]

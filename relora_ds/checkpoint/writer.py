@@ -1,24 +1,24 @@
 """Writes the checkpoints of one engine, in the background.
 
-    save      copies what changes to the CPU (the stall that training sees) and hands it to a thread
-    thread    writes this rank's files, waits for the others' word, and a leader makes it a checkpoint:
-              manifest, one rename of the directory, `latest`, and then deletes what is not kept
+    save      links what an earlier checkpoint has, copies what changes to the CPU (the stall that training sees) and
+              hands it to a thread
+    thread    writes this rank's files, waits for the others' word, and a leader makes it a checkpoint, if all its files
+              are there: manifest, one rename of the directory, `latest`, and then deletes what is not kept
 
 The threads of the ranks talk over a process group of their own. Whatever fails, on whatever rank, leaves the
 checkpoints before it as they are, and training goes on.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import logging
 import os
 import platform
-import shutil
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 
 from relora_ds.checkpoint import files
 from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifest, tag_of
+from relora_ds.checkpoint.sharing import Sharing, find_peers
 from relora_ds.checkpoint.state import RANGES, Captured, capture
-from relora_ds.checkpoint.store import remove
+from relora_ds.checkpoint.store import LATE_S, delete, put_aside
 from relora_ds.zero.plain_model import own_generation_config
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Written:
     """How a checkpoint went.
 
     Attributes:
-        step: that it is of.
+        step: the training step that it captures.
         bytes: of all its files; new_bytes: without those that an earlier checkpoint has too.
         stall_s, write_s: seconds that training waited, and that writing took in all.
         error: why there is none; None where there is.
@@ -57,27 +58,45 @@ class Written:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """The files of frozen weights that checkpoints of the same cycle share.
+
+    Attributes:
+        restarts: of the engine, when they were written.
+        directory: the checkpoint that has them.
+        files: as in its manifest.
+        marks: of those that are on this leader's disk: what tells that a file is still the one that was verified.
+    """
+
+    restarts: int
+    directory: Path
+    files: dict[str, File]
+    marks: dict[str, tuple[int, ...]]
+
+
 class CheckpointWriter:
     """The checkpoints of an engine in `directory`, one after the other. Collective: every rank has one.
 
     Args:
         after: called by a leader when a checkpoint is complete, to delete what is not kept.
         continues: a checkpoint with the frozen weights that the engine was restored from.
+        sharing: who sees `directory`, where that is known.
     """
 
     def __init__(self, engine, directory: Path, after: Callable[[], None] = lambda: None,
-                 continues: tuple[Path, Manifest] | None = None):
+                 continues: tuple[Path, Manifest] | None = None, sharing: Sharing | None = None):
         self._engine, self._directory, self._after = engine, directory, after
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a slow disk is no failure
-        self.leads, self._peers = _sharing(directory)
-        self._frozen = None  # (number of restarts, directory, files) of the newest checkpoint with frozen weights
+        self._sharing = sharing or find_peers(directory)
+        self._frozen: _Frozen | None = None  # of the newest checkpoint
         if continues is not None and _same_content(continues[1], engine):
             source, about = continues
-            self._frozen = (len(engine.restarts), source, _frozen_files(about.files))
-        if self.leads:
-            for leftover in (*directory.glob(".step_*"), *directory.glob("*.tmp"), *directory.glob(".*_rank_*")):
-                # The marks may be those of this start, which their ranks delete as well.
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            self._remember(source, about.files, len(engine.restarts))
+        if self._sharing.leads:
+            for leftover in (*directory.glob(".step_*"), *directory.glob(f"{LATEST}.*.tmp"),
+                             *directory.glob(".*_rank_*")):
+                delete(leftover)  # marks may be those of this start, which their ranks delete as well
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
         dist.barrier()
@@ -92,8 +111,9 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         restarts = len(self._engine.restarts)
-        known = self._frozen is not None and self._frozen[0] == restarts
-        captured = capture(self._engine, self._peers, with_frozen=not known)
+        temporary = self._directory / f".{tag_of(step)}"
+        is_linked = self._link(temporary, restarts)
+        captured = capture(self._engine, self._sharing.peers, with_frozen=not is_linked)
         stall = time.perf_counter() - started
         self._thread = threading.Thread(target=self._run, args=(step, run, captured, restarts, started, stall),
                                         name="checkpoint", daemon=True)  # a rank that fails does not wait for it
@@ -128,28 +148,73 @@ class CheckpointWriter:
         target = self._directory / tag_of(step)
         temporary = self._directory / f".{target.name}"
         mine, failed = _attempt(lambda: self._write_files(temporary, captured))
-        words = [None] * dist.get_world_size()
-        dist.all_gather_object(words, (mine, failed, captured.contents()), group=self._group)
+        words = self._words((mine, failed, captured.contents()))
         failed = next((error for _, error, _ in words if error), None) or captured.gaps([what for *_, what in words])
         listed = {name: file for own, *_ in words for name, file in (own or {}).items()}
         new = sum(file.size for file in listed.values())
         if captured.frozen is None:
-            listed |= self._frozen[2]
-        if failed is None and self.leads:
+            listed |= self._frozen.files
+        failed = failed or self._lacks(temporary, listed)
+        if failed is None and self._sharing.leads:
             about = Manifest(step, run, captured.engine, captured.model | {"restarts": restarts}, listed, _versions())
             _, failed = _attempt(lambda: self._complete(temporary, target, about))
-        dist.all_gather_object(words, failed, group=self._group)
-        failed = next(filter(None, words), None)
+        failed = next(filter(None, self._words(failed)), None)
         if failed is None:
-            self._frozen = (restarts, target, _frozen_files(listed))
+            self._remember(target, listed, restarts)
         else:
             self._frozen = None  # write them again, whatever has become of the files
-            if self.leads:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if self._sharing.leads:
+                _attempt(lambda: delete(temporary))
         self._done.append(Written(step, sum(file.size for file in listed.values()), new, stall,
                                   time.perf_counter() - started, failed))
-        if failed is None and self.leads and (error := _attempt(self._after)[1]):
+        if failed is None and self._sharing.leads and (error := _attempt(self._after)[1]):
             logger.warning("old checkpoints stay: %s", error)
+
+    def _words(self, mine: object) -> list:
+        """What every rank has to say. Collective among the threads that write, or between two saves."""
+        words = [None] * dist.get_world_size()
+        dist.all_gather_object(words, mine, group=self._group)
+        return words
+
+    def _remember(self, directory: Path, listed: dict[str, File], restarts: int) -> None:
+        """Have the next checkpoint share the frozen weights of this one."""
+        listed = {name: file for name, file in listed.items() if name.startswith(FROZEN)}
+        marks = {}
+        for name, file in listed.items() if self._sharing.leads else ():
+            with contextlib.suppress(OSError):  # it is on another host's disk, or gone: that is looked into later
+                mark = _mark(directory / name)
+                if mark[0] == file.size:
+                    marks[name] = mark
+        self._frozen = _Frozen(restarts, directory, listed, marks)
+
+    def _link(self, temporary: Path, restarts: int) -> bool:
+        """Link the files of frozen weights that an earlier checkpoint has, if they are all still there. Collective.
+
+        What cannot be linked (its checkpoint was moved, deleted or changed, or is on another file system) is written
+        again.
+        """
+        def link() -> list[str]:
+            if not self._sharing.leads:
+                return []
+            delete(temporary)
+            if not shares:
+                return []
+            temporary.mkdir()
+            for name, mark in self._frozen.marks.items():
+                os.link(self._frozen.directory / name, temporary / name)
+                if _mark(temporary / name) != mark:
+                    raise OSError(f"{self._frozen.directory / name} was changed")
+            return list(self._frozen.marks)
+
+        shares = self._frozen is not None and self._frozen.restarts == restarts
+        words = self._words(_attempt(link))
+        there = {name for names, _ in words for name in names or ()}
+        if shares and there == self._frozen.files.keys() and not any(error for _, error in words):
+            return True
+        if self._sharing.leads:
+            _attempt(lambda: delete(temporary))  # or the files would be written through the links
+        self._words(None)
+        return False
 
     def _write_files(self, directory: Path, captured: Captured) -> dict[str, File]:
         """Write what this rank has; returns it with sizes and checksums."""
@@ -170,12 +235,8 @@ class CheckpointWriter:
         save(TRAINED, captured.trained, {RANGES: json.dumps(captured.ranges)})
         if captured.frozen is not None:
             save(FROZEN, captured.frozen, {})
-        elif self.leads:
-            for name, file in self._frozen[2].items():
-                if (self._frozen[1] / name).is_file() or file.host == socket.gethostname():  # else another host has it
-                    files.link(self._frozen[1] / name, directory / name)
         module = self._engine.module
-        if self.leads and hasattr(getattr(module, "config", None), "save_pretrained"):
+        if self._sharing.leads and hasattr(getattr(module, "config", None), "save_pretrained"):
             module.config.save_pretrained(directory)
             add("config.json")
             if own_generation_config(module):
@@ -183,28 +244,47 @@ class CheckpointWriter:
                 add("generation_config.json")
         return written
 
+    def _lacks(self, directory: Path, listed: dict[str, File]) -> str | None:
+        """Which of the listed files no disk has, with its size; None where everything is there. Collective."""
+        def look() -> list[str]:
+            deadline = time.monotonic() + LATE_S
+            return [name for name, file in listed.items() if self._sharing.leads and self._sees(directory / name, file,
+                                                                                               deadline)]
+
+        words = self._words(_attempt(look))
+        missing = sorted(listed.keys() - {name for names, _ in words for name in names or ()})
+        return next((error for _, error in words if error), None) or (
+            f"{directory / missing[0]} is not there, or has another size than what was written" if missing else None)
+
+    def _sees(self, path: Path, file: File, deadline: float) -> bool:
+        """Return True for a file that is there with its size; what another host has written may be seen late."""
+        while True:
+            try:
+                if _mark(path)[0] == file.size:
+                    return True
+            except FileNotFoundError:
+                if not self._sharing.is_here(path.name):
+                    return False
+            if file.host == socket.gethostname() or time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+
     def _complete(self, temporary: Path, target: Path, about: Manifest) -> None:
         about.write(temporary)
         files.sync(temporary)
-        if target.exists():  # of a run that went back and came here again
-            remove(target)
+        if target.exists():  # of a run that went back and came here again, on a disk of this host's own
+            put_aside(target)
         os.replace(temporary, target)
         files.sync(self._directory)
-        files.write_text(self._directory / LATEST, target.name)
+        if error := _attempt(lambda: files.write_text(self._directory / LATEST, target.name))[1]:
+            logger.warning("%s was not written, and nothing needs it: %s", LATEST, error)
 
 
-def _sharing(directory: Path) -> tuple[bool, list[int]]:
-    """Whether this rank is the first that sees its directory, and which ranks see the same one. Collective."""
-    directory.mkdir(parents=True, exist_ok=True)
-    prefix = [f".{uuid.uuid4()}_rank_"]  # another start may have left its marks
-    dist.broadcast_object_list(prefix, 0)
-    mark = directory / f"{prefix[0]}{dist.get_rank()}"
-    mark.touch()
-    dist.barrier()
-    peers = sorted(int(path.name.removeprefix(prefix[0])) for path in directory.glob(f"{prefix[0]}*"))
-    dist.barrier()
-    mark.unlink(missing_ok=True)  # the leader clears up what other starts left, and may come first
-    return peers[0] == dist.get_rank(), peers
+def _mark(path: Path) -> tuple[int, ...]:
+    """Size, time of change and inode of a file; it is opened, because a network disk may answer stat() from memory."""
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns, about.st_ino
 
 
 def _attempt(work: Callable) -> tuple[object, str | None]:
@@ -221,10 +301,6 @@ def _same_content(about: Manifest, engine) -> bool:
     saved, now = about.model["frozen"], dataclasses.asdict(engine.frozen.storage)
     in_fp32 = [content["with_masters"] or content["dtype"] == "fp32" for content in (saved, now)]
     return about.model["restarts"] == len(engine.restarts) and (all(in_fp32) or saved == now)
-
-
-def _frozen_files(listed: dict[str, File]) -> dict[str, File]:
-    return {name: file for name, file in listed.items() if name.startswith(FROZEN)}
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ACTIONS = {
     "list": "the checkpoints of a run, with what their manifests say",
-    "verify": "read every file and compare it with its sha256; exit code 1 where one is damaged",
+    "verify": "read every file and compare it with its sha256; exit code 1 where one is damaged or cannot be read now",
     "prune": "delete all but the newest --keep-last, and those at multiples of --keep-every steps",
 }
 
@@ -46,7 +46,7 @@ def _list(found: list[Path]) -> int:
     for path in found:
         try:
             about = manifest.read(path)
-        except manifest.DamagedError as error:
+        except (manifest.DamagedError, manifest.UnreadableError) as error:
             damaged.append(f"{path.name}: {error}")
             continue
         run = about.run
