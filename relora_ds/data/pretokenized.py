@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relora_ds.data import manifest
+from relora_ds.data import manifest, tokenizer_files
 from relora_ds.data.cache import write_atomically
 from relora_ds.data.reading import DataWarning
 
@@ -47,7 +47,7 @@ def write(source: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> 
         if (source / "tokenizer").is_dir():
             shutil.copytree(source / "tokenizer", partial / "tokenizer")
         else:
-            tokenizer.save_pretrained(partial / "tokenizer")
+            tokenizer_files.save(tokenizer, partial / "tokenizer")
         metadata = _read(source)
         write_metadata(partial, metadata)
         if _read(partial)["fingerprint"] != metadata["fingerprint"]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from relora_ds.data import encoding, hub
+from relora_ds.data import encoding, hub, tokenizer_files
 from relora_ds.data.localfiles import first_line
 from relora_ds.remote_code import UntrustedCode, is_refusal
 
@@ -105,7 +105,7 @@ def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> Pre
     tokenizer = load(out_dir)
     verify(tokenizer, out_dir / "tokenizer.model")
     with tempfile.TemporaryDirectory() as saved:  # an exported model directory holds the re-saved form
-        tokenizer.save_pretrained(saved)
+        tokenizer_files.save(tokenizer, Path(saved))
         verify(load(saved), out_dir / "tokenizer.model")
     return tokenizer
 

@@ -13,6 +13,7 @@ from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
 from relora_ds.models.build import load_model
 from relora_ds.zero.engine import DTYPES
+from relora_ds.zero.saved_config import save_model
 
 FORMATS = ("hf", "peft")
 
@@ -49,7 +50,7 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
     if format == "peft":
         peft.save(saved, plain_model(tag, saved.base(), DTYPES[dtype], trust_remote_code), directory)
     else:
-        plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code).save_pretrained(directory)
+        save_model(plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code), directory)
     places = [directory, directory / peft.BASE] if format == "peft" else [directory]
     for place in places:
         if (tag.parent / TOKENIZER).is_dir():
@@ -80,7 +81,7 @@ def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code
     weights = () if dtype == "fp32" else ("*.safetensors*",)  # they are written below, in fewer files perhaps
     shutil.copytree(run_dir / "export", directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
     if dtype != "fp32":
-        load_model(run_dir / "export", DTYPES[dtype], trust_remote_code).save_pretrained(directory)
+        save_model(load_model(run_dir / "export", DTYPES[dtype], trust_remote_code), directory)
 
 
 def _about(tag: Path) -> dict:

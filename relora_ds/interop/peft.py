@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from relora_ds.models.build import load_model
 from relora_ds.zero.checkpoint_model import SavedModel
+from relora_ds.zero.saved_config import save_model
 
 BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
 _HASH = "sha256:"
@@ -101,7 +102,7 @@ def save(saved: SavedModel, base: PreTrainedModel, directory: Path) -> None:
                          "control, or the warm start); use --format hf")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{BASE}.", dir=directory) as temporary:
-        base.save_pretrained(temporary)
+        save_model(base, temporary)
         sha256, existing = weights_sha256(Path(temporary)), directory / BASE
         if not existing.exists():
             shutil.copytree(temporary, existing)

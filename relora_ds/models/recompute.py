@@ -14,6 +14,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -95,7 +96,7 @@ class _LargeOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _is_large(func, args):
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
-        if func._schema.is_mutable:
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
             self._keep_copies_of(_written(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -109,7 +110,7 @@ class _LargeOperators(TorchDispatchMode):
                 kept.version = kept.val._version
 
 
-def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
+def _written(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors that an operator changes in place."""
     arguments = func._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs

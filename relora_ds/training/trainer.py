@@ -16,9 +16,10 @@ from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.checkpoint.sharing import find_peers
 from relora_ds.checkpoint.state import problems, restore
 from relora_ds.checkpoint.writer import CheckpointWriter
-from relora_ds.data import TrainLoader
+from relora_ds.data import TrainLoader, tokenizer_files
 from relora_ds.data.agreement import require_same_tokens
 from relora_ds.interop.export import model_card
+from relora_ds.interop.sources import TOKENIZER
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model
 from relora_ds.training import identity, report
@@ -148,7 +149,7 @@ class Trainer:
                 self.set_status("running")  # before the old run's files go: what is left is a run, and not an ended one
                 self._claim.begin()
             (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-            self.plan.tokenizer.save_pretrained(self.run_dir / "checkpoints" / "tokenizer")  # for their export
+            tokenizer_files.save(self.plan.tokenizer, self.run_dir / "checkpoints" / TOKENIZER)  # for their export
             write_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
             if checkpoint is not None:
                 store.drop_after(self.run_dir, saved.step, checkpoint.damaged)
@@ -383,7 +384,7 @@ class Trainer:
                                    *count_parameters(self.engine.module))
         self.engine.save_merged(str(self.run_dir / "export"))
         if self.is_first:
-            self.plan.tokenizer.save_pretrained(self.run_dir / "export")
+            tokenizer_files.save(self.plan.tokenizer, self.run_dir / "export")
             write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
             write_json(self.run_dir / "summary.json", summary)
         self.view.close()

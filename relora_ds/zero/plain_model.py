@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from relora_ds.zero.saved_config import save_model
+
 
 def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load a collected state into an unwrapped model; names that are absent must be tied to one that is there.
@@ -34,7 +36,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def save_plain(module: nn.Module, state: dict[str, Tensor], directory: str, dtype: torch.dtype) -> None:
     """Write `state` as a transformers model of the class and config of `module`."""
-    plain_like(module, state).to(dtype).save_pretrained(directory)
+    save_model(plain_like(module, state).to(dtype), directory)
 
 
 def plain_like(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -46,6 +46,8 @@ def test_a_tokenizer_that_was_given_goes_along(tmp_path):
     prepared = prepare(settings(tmp_path / "b", tokenizer=str(given), max_tokens=5000))
     assert not (prepared.directory / "tokenizer").exists()
     write(prepared.directory, tokenizers.load(given), tmp_path / "c" / "tokens")
+    written = tmp_path / "c" / "tokens" / "tokenizer" / "tokenizer.model"  # llama.cpp's converter reads it
+    assert written.read_bytes() == (given / "tokenizer.model").read_bytes()
     shutil.rmtree(given)
     carried = prepare(other_machine(tmp_path / "c" / "tokens"))
     assert carried.fingerprint == prepared.fingerprint

@@ -68,6 +68,23 @@ def test_the_last_checkpoint_is_the_finished_run(checkpoints, tmp_path):
             assert (tmp_path / "tag" / name).read_text() == (tmp_path / "end" / name).read_text(), name
 
 
+def test_every_directory_has_the_files_that_other_programs_read(checkpoints, tmp_path):
+    """llama.cpp's converter takes the tokenizer from tokenizer.model; transformers 4 knows no `rope_parameters`."""
+    tag = checkpoints / "checkpoints" / "step_00000025"
+    export(checkpoints, tmp_path / "end")
+    export(checkpoints, tmp_path / "rounded", dtype="bf16")
+    export(tag, tmp_path / "hf")
+    export(tag, tmp_path / "peft", format="peft")
+    trained = data.prepare(load_recipe(str(checkpoints / "recipe.yaml")).data).tokenizer_dir / "tokenizer.model"
+    models = [checkpoints / "export", *(tmp_path / name for name in ("end", "rounded", "hf", "peft/base"))]
+    for directory in (*models, checkpoints / "checkpoints" / "tokenizer", tmp_path / "peft"):
+        assert (directory / "tokenizer.model").read_bytes() == trained.read_bytes(), directory
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        assert (config["add_bos_token"], config["add_eos_token"], config["legacy"]) == (False, False, False), directory
+    for directory in models:
+        assert json.loads((directory / "config.json").read_text())["rope_theta"] == 10_000, directory
+
+
 @pytest.mark.parametrize("stage, options", [
     (1, ["frozen_dtype=int8"]), (3, ["frozen_dtype=nf4", "frozen_double_quant=true"]),
     (3, ["frozen_dtype=int8", "frozen_placement=replicated", "frozen_master=none"])])
