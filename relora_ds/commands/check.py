@@ -62,7 +62,23 @@ def _head(resolved, vocabulary: str) -> list[str]:
         f"{recipe.train.micro_batch_size} x {ranks} x accumulation {resolved.accumulation}",
         f"run: {recipe.total_steps:,} steps x {recipe.tokens_per_step:,} tokens = "
         f"{human_count(recipe.total_steps * recipe.tokens_per_step)} tokens",
-        vocabulary, *_fp8(resolved), *(f"WARNING: {warning}" for warning in warnings), ""]
+        *_corpus(recipe), vocabulary, *_fp8(resolved), *(f"WARNING: {warning}" for warning in warnings), ""]
+
+
+def _corpus(recipe) -> list[str]:
+    """How often the run reads its corpus, as far as that is known."""
+    from relora_ds.data.preparation import known_extent
+    from relora_ds.training.epochs import epochs_line, short_corpus
+    try:
+        extent = known_extent(recipe.data, recipe.trust_remote_code)
+    except ValueError:  # what `train` would say about it
+        extent = None
+    if extent is not None and extent.sequences:
+        return [epochs_line(recipe, extent.sequences),
+                *(f"WARNING: {text}" for text in short_corpus(recipe, extent.tokens, extent.sequences))]
+    tokens, most = recipe.total_steps * recipe.tokens_per_step, recipe.data.max_tokens
+    least = f"at least {tokens / most:.2f}; " if most and tokens > most else ""
+    return [f"epochs: {least}exactly known after the corpus is tokenized"]
 
 
 def _fp8(resolved) -> list[str]:

@@ -97,6 +97,14 @@ def open_corpus(data: DataConfig) -> Corpus:
     return Corpus(data.source, sha256, is_streamed, limit, open_splits)
 
 
+def is_hashed(data: DataConfig) -> bool:
+    """Whether `open_corpus` need not read files to hash them: their hashes are remembered."""
+    validation = validation_setting(data)
+    named = [*([text_files(data)] if data.source == "text" else []),
+             *([localfiles.find(validation, "data.validation")] if isinstance(validation, str) else [])]
+    return all(manifest.is_remembered(files, cache_root(data)) for files in named)
+
+
 def is_datasets_id(source: str) -> bool:
     """Whether `data.source` is for `datasets.load_dataset`: org/name, or a path."""
     return "/" in str(source)

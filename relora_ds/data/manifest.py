@@ -30,8 +30,7 @@ def sha256_of(files: Sequence[Path], cache_root: Path, afresh: bool = False) -> 
     afresh: read the files, whatever is remembered. Where `cache_root` cannot be written nothing is remembered. Raises
     OSError for a file that cannot be read.
     """
-    names = [str(file.resolve()) for file in files]
-    manifest = cache_root / "manifests" / f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()}.json"
+    names, manifest = _names(files), _manifest_of(files, cache_root)
     with _locked_if_writable(manifest) as is_writable:
         known = {} if afresh else _read(manifest)
         changed = [name for name in names if known.get(name, [None])[0] != _state(name)]
@@ -47,6 +46,12 @@ def sha256_of(files: Sequence[Path], cache_root: Path, afresh: bool = False) -> 
     return hashes
 
 
+def is_remembered(files: Sequence[Path], cache_root: Path) -> bool:
+    """Whether `sha256_of` would read none of the files."""
+    known = _read(_manifest_of(files, cache_root))
+    return all(known.get(name, [None])[0] == _state(name) for name in _names(files))
+
+
 def sha256_of_file(name: str | Path) -> str:
     """sha256 of the contents."""
     digest = hashlib.sha256()
@@ -54,6 +59,14 @@ def sha256_of_file(name: str | Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    return [str(file.resolve()) for file in files]
+
+
+def _manifest_of(files: Sequence[Path], cache_root: Path) -> Path:
+    return cache_root / "manifests" / f"{hashlib.sha256(chr(0).join(_names(files)).encode()).hexdigest()}.json"
 
 
 @contextlib.contextmanager

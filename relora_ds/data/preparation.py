@@ -96,6 +96,34 @@ def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) ->
         padding=None if data.packing else Padding(metadata["eos_id"], metadata["pad_id"]))
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much training text a corpus holds: tokens, and rows of `data.seq_len` or of documents."""
+
+    tokens: int
+    sequences: int
+
+
+def known_extent(data: DataConfig, trust_remote_code: bool = False) -> Extent | None:
+    """What a run will find, if that is known without reading the corpus: it was tokenized before. Writes nothing.
+
+    Raises ValueError for a corpus or tokenizer that cannot be opened.
+    """
+    if data.source == "pretokenized":
+        metadata = pretokenized.read_metadata(data.path)
+    else:
+        is_here = data.tokenizer is None or Path(data.tokenizer).expanduser().is_dir()
+        if not is_here or not (cache_root(data) / "tokens").is_dir() or not corpora.is_hashed(data):
+            return None
+        given = None if data.tokenizer is None else tokenizer.load(data.tokenizer, trust_remote_code)
+        directory = cache_root(data) / "tokens" / _sha256(_key(data, corpora.open_corpus(data), given))
+        if not (directory / pretokenized.METADATA).is_file():
+            return None
+        metadata = pretokenized.read_metadata(directory)
+    tokens = min(metadata["train_tokens"], data.max_tokens or metadata["train_tokens"])
+    return Extent(tokens, tokens // data.seq_len if data.packing else metadata["train_documents"])
+
+
 def _tokenized(data: DataConfig, trust_remote_code: bool) -> tuple[Path, Path | str]:
     """(the cache entry, built if need be; where its tokenizer is)."""
     corpus = corpora.open_corpus(data)

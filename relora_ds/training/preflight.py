@@ -31,6 +31,7 @@ from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import method_of
 from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
+from relora_ds.training.epochs import short_corpus
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
 from relora_ds.zero import ds_config
@@ -84,11 +85,20 @@ class Plan(Resolved):
 
     Attributes:
         model_config: of the full network, fitted to the tokenizer.
+        num_sequences: rows of the training corpus; None where there is none.
     """
 
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
+    num_sequences: int | None = None
+
+    def warnings(self) -> list[str]:
+        """Add what is to be said about the corpus."""
+        found = super().warnings()
+        if self.num_sequences is not None:
+            found += short_corpus(self.recipe, len(self.data.train), self.num_sequences)
+        return found
 
 
 def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None,
@@ -155,13 +165,14 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
                               tokenizer.eos_token_id, tokenizer.pad_token_id, recipe.trust_remote_code)
         if found := method_of(recipe).problems(meta_model(config)) + _init_from_problems(recipe, config):
             raise RecipeError(found, name_or_path)
-        TrainLoader(prepared.train, recipe.data.seq_len, recipe.batch_sequences, recipe.train.micro_batch_size,
-                    0, resolved.world_size, recipe.seed, prepared.padding)
+        loader = TrainLoader(prepared.train, recipe.data.seq_len, recipe.batch_sequences,
+                             recipe.train.micro_batch_size, 0, resolved.world_size, recipe.seed, prepared.padding)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(str(error).splitlines(), name_or_path) from error
-    return Plan(**vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config)
+    return Plan(**vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config,
+                num_sequences=loader.num_sequences)
 
 
 def _model_problems(recipe: Recipe) -> list[str]:

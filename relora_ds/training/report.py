@@ -11,6 +11,7 @@ from relora_ds.lowrank.schedule import scheduled_restarts
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.training.accounting import Account
 from relora_ds.training.console import View, human_bytes, human_count
+from relora_ds.training.epochs import epochs_line
 from relora_ds.training.evaluation import Evaluation
 from relora_ds.training.phases import Phase
 from relora_ds.training.preflight import Plan
@@ -28,7 +29,7 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
              f"{ranks} ({device}), {plan.precision}, ZeRO stage {stage}",
              f"data: {len(plan.data.train):,} training and {len(plan.data.validation):,} validation tokens, "
              f"vocabulary {plan.data.vocab_size:,}; {recipe.batch_sequences} x {recipe.data.seq_len} tokens a step",
-             *_frozen_weights(plan)]
+             epochs_line(recipe, plan.num_sequences), *_frozen_weights(plan)]
     for phase in phases:
         steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
         if phase.method.relora is not None:
