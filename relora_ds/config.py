@@ -53,6 +53,7 @@ class ReLoRAConfig:
 
     r, lora_alpha, lora_dropout, target_modules: PEFT's names and meanings; `s = lora_alpha / r`. `target_modules` is
         "all-linear" (every linear layer but the output head) or a list of module names or name suffixes.
+    exclude_modules: names or name suffixes of linears to leave out of `target_modules`, as in PEFT.
     trainable_modules: what trains at full rank beside A and B; None = embeddings, output head and norms.
     restart_every: applied optimizer steps between restarts; None = never (plain LoRA on a frozen W).
     restart_warmup_steps: length of the linear re-warm-up after a restart, in steps.
@@ -72,6 +73,7 @@ class ReLoRAConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    exclude_modules: list[str] | None = None
     trainable_modules: list[str] | None = None
     restart_every: int | None = None
     restart_warmup_steps: int = 100

@@ -57,6 +57,9 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
     if targets != "all-linear" and not _is_names(targets):
         found.append(f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
                      "suffixes; use e.g. all-linear or [q_proj, v_proj]")
+    if config.exclude_modules is not None and not _is_names(config.exclude_modules, empty=True):
+        found.append(f"relora.exclude_modules: {config.exclude_modules!r} is not a list of module names; use e.g. "
+                     "[dt_proj, shared_expert_gate], or null for none")
     if config.trainable_modules is not None and not _is_names(config.trainable_modules, empty=True):
         found.append(f"relora.trainable_modules: {config.trainable_modules!r} is not a list of module names; use e.g. "
                      "[embed_tokens, lm_head, norm], or null for embeddings, head and norms")

@@ -6,7 +6,6 @@ beside them (`trainable_modules`: by default embeddings, head and norms), and th
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,17 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DENSE, format_of
 from relora_ds.lowrank.linear import ReLoRALinear, initial_A, initial_B
 from relora_ds.lowrank.storage import shape_problems
+from relora_ds.lowrank.targets import (
+    ALL_LINEAR,
+    as_list,
+    find_targets,
+    generic,
+    matches,
+    named_places,
+    output_head,
+    replace_modules,
+    summary,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +63,33 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
     Raises:
         ValueError: every problem at once: targets that match nothing or are no `nn.Linear`, a rank above
             a target's smaller side, a weight that `frozen_dtype` cannot store or that is shared with another module,
-            a model wrapped before.
+            a target that computes something else than `nn.Linear` or is not called, a model wrapped before.
     """
     found = problems(model, config, base=base)
     if found:
         raise ValueError("\n".join(found))
-    targets = target_linears(model, config)
-    for name, linear in targets.items():
-        layer = ReLoRALinear(
-            linear.in_features, linear.out_features, linear.weight if base else None, linear.bias,
+    for warning in warnings(model, config):
+        logger.warning(warning)
+    return wrap_quietly(model, config, seed=seed, base=base)
+
+
+def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = True) -> nn.Module:
+    """Wrap a model as `wrap` does, without its warnings, for callers that show `warnings` themselves."""
+    found = problems(model, config, base=base)
+    if found:
+        raise ValueError("\n".join(found))
+    layers = {}
+    for name, linear in target_linears(model, config).items():
+        rows, columns = linear.weight.shape  # a subclass may call them otherwise
+        layers[name] = layer = ReLoRALinear(
+            columns, rows, linear.weight if base else None, linear.bias,
             r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
             dtype=linear.weight.dtype, device=linear.weight.device)
         _initialise(layer, name, seed, base)
-        _replace(model, name, layer)
+    replace_modules(model, layers)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # no fast path in evaluation, which reads weights instead of calling
     _choose_what_trains(model, config)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _refuse_to_save
@@ -74,11 +98,13 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
 
 def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Put plain `nn.Linear`s back, with the given merged weights `{module name: [out, in]}`; in place."""
+    linears = {}
     for name, layer in lowrank_layers(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linears[name] = linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None,
+                                           device="meta")
         linear.weight = nn.Parameter(weights[name])
         linear.bias = layer.bias
-        _replace(model, name, linear)
+    replace_modules(model, linears)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     vars(model).pop("save_pretrained", None)
@@ -96,12 +122,8 @@ def merge_and_unwrap(model: nn.Module) -> nn.Module:
 
 
 def target_linears(model: nn.Module, config: ReLoRAConfig) -> dict[str, nn.Linear]:
-    """The linears that `target_modules` names. "all-linear" is every `nn.Linear` but the output head (PEFT's rule)."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if config.target_modules == "all-linear":
-        head = _output_head(model)
-        return {name: module for name, module in linears.items() if module is not head}
-    return {name: module for name, module in linears.items() if _matches(name, _as_list(config.target_modules))}
+    """Return the linears that get a low-rank update, by their first name; see `targets.find_targets`."""
+    return find_targets(model, config).linears
 
 
 def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> list[str]:
@@ -113,41 +135,123 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
     format = format_of(config.frozen_dtype, "fp32") if base and not found else DENSE
     if lowrank_layers(model):
         found.append("model: it is wrapped already; wrap a fresh model, or merge_and_unwrap it first")
-    targets = target_linears(model, config)
-    wanted = _as_list(config.target_modules)
-    if config.target_modules == "all-linear":
+    found_targets = find_targets(model, config)
+    targets, unfit, excluded = found_targets.linears, found_targets.unfit, found_targets.excluded
+    wanted, modules = as_list(config.target_modules), list(named_places(model))
+    if config.target_modules == ALL_LINEAR:
         others = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_conv1d(module)})
     else:
-        others = sorted(name for name, module in model.named_modules()
-                        if _is_conv1d(module) and _matches(name, wanted))
+        others = sorted(names[0] for names, module in modules if _is_conv1d(module) and matches(names, wanted))
+        found += _unfit_problems(unfit)
         for pattern in wanted:
-            if not any(_matches(name, [pattern]) for name, _ in model.named_modules()):
+            if not any(matches(names, [pattern]) for names, _ in modules):
                 found.append(f"relora.target_modules: {pattern!r} matches no module; the model's linears are "
                              f"{', '.join(_linear_suffixes(model)) or 'none'}")
-            elif not any(_matches(name, [pattern]) for name in targets) and not others:
+            elif not others and not any(isinstance(module, nn.Linear) and matches(names, [pattern])
+                                        for names, module in modules):
                 found.append(f"relora.target_modules: {pattern!r} matches no nn.Linear; name the linears themselves")
     if others:
         found.append(f"relora.target_modules: the projections {', '.join(others)} are transformers' Conv1D (GPT-2's), "
                      "not nn.Linear; relora_ds wraps nn.Linear only: choose a model family that uses it")
-    elif not targets and config.target_modules == "all-linear":
-        found.append("relora.target_modules: 'all-linear' matches nothing: the model has no nn.Linear beside its head")
-    for name, linear in targets.items():
-        smaller = min(linear.in_features, linear.out_features)
-        if config.r > smaller:
-            found.append(f"relora.r: {config.r} exceeds the smaller side of {name} "
-                         f"({linear.out_features}x{linear.in_features}); use r <= {smaller}")
+    elif not targets and excluded:
+        found.append(f"relora.exclude_modules: {config.exclude_modules} leaves nothing of relora.target_modules "
+                     f"{config.target_modules!r}; name fewer modules")
+    elif not targets and config.target_modules == ALL_LINEAR:
+        found += _unfit_problems(unfit) or [
+            "relora.target_modules: 'all-linear' matches nothing: the model has no nn.Linear beside its head"]
+    found += _rank_problems(targets, config)
     found += shape_problems({name: linear.weight.shape for name, linear in targets.items()}, format)
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, linear in targets.items():
         if uses[id(linear.weight)] > 1:
             found.append(f"relora.target_modules: the weight of {name} is shared with another module and cannot be "
                          "frozen and merged for one of them; leave it out")
-    for pattern in _as_list(config.trainable_modules):
-        if pattern not in DEFAULT_TRAINABLE_MODULES and \
-                not any(_matches(name, [pattern]) for name, _ in model.named_modules()):
+    for pattern in as_list(config.exclude_modules):
+        if not any(matches(names, [pattern]) for names, _ in modules):
+            found.append(f"relora.exclude_modules: {pattern!r} matches no module; the model's linears are "
+                         f"{', '.join(_linear_suffixes(model)) or 'none'}")
+    for pattern in as_list(config.trainable_modules):
+        if pattern not in DEFAULT_TRAINABLE_MODULES and not any(matches(names, [pattern]) for names, _ in modules):
             found.append(f"relora.trainable_modules: {pattern!r} matches no module; use module names or "
                          f"{', '.join(DEFAULT_TRAINABLE_MODULES)}")
     return found
+
+
+def _unfit_problems(unfit: dict[str, str]) -> list[str]:
+    return [f"relora.target_modules: {text}; leave it out, for instance with {remedy}"
+            for text, remedy in _unfit_texts(unfit)]
+
+
+def _unfit_texts(unfit: dict[str, str]) -> list[tuple[str, str]]:
+    """Return for each reason that linears cannot be wrapped `(names and reason, the option that leaves them out)`."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unfit.items():
+        reasons.setdefault(reason, []).append(name)
+    return [(f"{summary(names)} {reason}", f"relora.exclude_modules=[{', '.join(_last_names(names))}]")
+            for reason, names in reasons.items()]
+
+
+def _last_names(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _rank_problems(targets: dict[str, nn.Linear], config: ReLoRAConfig) -> list[str]:
+    """Return one message for the targets of each kind whose smaller side is below the rank."""
+    small: dict[str, list[str]] = {}
+    for name, linear in targets.items():
+        if config.r > min(linear.weight.shape):
+            small.setdefault(generic(name), []).append(name)
+    found = []
+    for names in small.values():
+        rows, columns = targets[names[0]].weight.shape
+        found.append(f"relora.r: {config.r} exceeds the smaller side of {summary(names)} ({rows}x{columns}); use "
+                     f"r <= {min(rows, columns)}, or leave it out with "
+                     f"relora.exclude_modules=[{', '.join(_last_names(names))}]")
+    return found
+
+
+def warnings(model: nn.Module, config: ReLoRAConfig) -> list[str]:
+    """Return what wrapping a plain model with a config that has no problems leaves out or does not do."""
+    targets, found = find_targets(model, config), []
+    if config.target_modules == ALL_LINEAR:
+        found += [f"relora.target_modules: {text}. It is left out and gets no low-rank update; {remedy} says so"
+                  for text, remedy in _unfit_texts(targets.unfit)]
+    if config.exclude_modules and not targets.excluded:
+        found.append(f"relora.exclude_modules: {config.exclude_modules} has no effect: relora.target_modules names "
+                     "none of them")
+    return found + _frozen_warning(model, config, targets.linears)
+
+
+def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: dict[str, nn.Linear]) -> list[str]:
+    """Return a message on the parameters that have no low-rank update and do not train either."""
+    weights = {id(linear.weight): name for name, linear in targets.items()}
+    trains = weights.keys() | {id(linear.bias) for linear in targets.values()} | _trained_whole(model, config)
+    frozen, sizes = {}, {}
+    for names, module in named_places(model):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            sizes[id(parameter)] = parameter.numel()
+            if id(parameter) not in trains:
+                frozen.setdefault(id(parameter), f"{names[0]}.{leaf}".removeprefix("."))
+    if not frozen:
+        return []
+    share = 100 * sum(sizes[key] for key in frozen) / sum(sizes.values())
+    return [f"{share:.3g} % of the parameters are frozen for good, because neither relora.target_modules nor "
+            f"relora.trainable_modules names them: {summary(list(frozen.values()))}"]
+
+
+def _trained_whole(model: nn.Module, config: ReLoRAConfig) -> set[int]:
+    """Return the ids of the parameters that `trainable_modules` names; a target's own weight may be among them."""
+    patterns = config.trainable_modules
+    patterns = list(DEFAULT_TRAINABLE_MODULES) if patterns is None else as_list(patterns)
+    head, chosen = output_head(model), set()
+    for names, module in named_places(model):
+        if isinstance(module, ReLoRALinear):
+            continue
+        kinds = {"embeddings": isinstance(module, nn.Embedding), "head": module is head,
+                 "norms": "norm" in type(module).__name__.lower()}
+        if matches(names, patterns) or any(kinds.get(pattern, False) for pattern in patterns):
+            chosen |= {id(parameter) for parameter in module.parameters()}
+    return chosen
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
@@ -195,43 +299,15 @@ def _initialise(layer: ReLoRALinear, name: str, seed: int, base: bool) -> None:
 
 
 def _choose_what_trains(model: nn.Module, config: ReLoRAConfig) -> None:
-    patterns = config.trainable_modules
-    patterns = list(DEFAULT_TRAINABLE_MODULES) if patterns is None else _as_list(patterns)
+    chosen = _trained_whole(model, config)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(id(parameter) in chosen)
     for layer in lowrank_layers(model).values():
         for parameter in (layer.lora_A, layer.lora_B, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(True)
-    head = _output_head(model)
-    for name, module in _outside_layers(model):
-        kinds = {"embeddings": isinstance(module, nn.Embedding), "head": module is head,
-                 "norms": "norm" in type(module).__name__.lower()}
-        if _matches(name, patterns) or any(kinds.get(pattern, False) for pattern in patterns):
-            for parameter in module.parameters():
-                parameter.requires_grad_(True)
-    for layer in lowrank_layers(model).values():  # a pattern may have named a parent of wrapped layers
-        if layer.weight is not None:
+        if layer.weight is not None:  # a pattern may have named a parent of wrapped layers
             layer.weight.requires_grad_(False)
-    frozen = [name for name, module in _outside_layers(model)
-              for p in module.parameters(recurse=False) if not p.requires_grad]
-    if frozen and config.trainable_modules is None:
-        logger.warning("frozen for good, because neither target_modules nor trainable_modules names them: %s",
-                       ", ".join(frozen))
-
-
-def _outside_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if not isinstance(module, ReLoRALinear))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get is not None else None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -240,14 +316,3 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _linear_suffixes(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-
-
-def _as_list(names: str | list[str] | None) -> list[str]:
-    if names is None:
-        return []
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    """PEFT's rule: a pattern is a whole module name or its last components."""
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)

@@ -22,6 +22,10 @@ class Method:
         """Why the method cannot train `model` (on meta), one message each; asked before anything is built."""
         return []
 
+    def warnings(self, model: nn.Module) -> list[str]:
+        """Return what training `model` (on meta) with this method leaves out; asked where there are no problems."""
+        return []
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Surgery on the module tree; returns the model to train. Works on meta too, for counting."""
         return model

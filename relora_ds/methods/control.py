@@ -4,7 +4,7 @@ import logging
 
 from torch import nn
 
-from relora_ds.lowrank.wrap import count_parameters, problems, wrap
+from relora_ds.lowrank.wrap import count_parameters, problems, wrap_quietly
 from relora_ds.methods.base import Method
 from relora_ds.models.build import build_model, meta_model
 from relora_ds.models.control import control_config
@@ -36,5 +36,5 @@ class Control(Method):
 
     def _shape(self, model: nn.Module):
         """`(configuration, trainable parameters of the ReLoRA run)`."""
-        num_trainable, _ = count_parameters(wrap(meta_model(model.config), self.recipe.relora))
+        num_trainable, _ = count_parameters(wrap_quietly(meta_model(model.config), self.recipe.relora))
         return control_config(model.config, num_trainable), num_trainable

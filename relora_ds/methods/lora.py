@@ -8,7 +8,7 @@ import dataclasses
 
 from torch import nn
 
-from relora_ds.lowrank.wrap import problems, wrap
+from relora_ds.lowrank.wrap import problems, warnings, wrap_quietly
 from relora_ds.methods.base import Method
 
 
@@ -22,8 +22,11 @@ class LoRA(Method):
     def problems(self, model: nn.Module) -> list[str]:
         return problems(model, self.relora, base=self._has_base)
 
+    def warnings(self, model: nn.Module) -> list[str]:
+        return warnings(model, self.relora)
+
     def prepare(self, model: nn.Module) -> nn.Module:
-        return wrap(model, self.relora, seed=self.recipe.seed, base=self._has_base)
+        return wrap_quietly(model, self.relora, seed=self.recipe.seed, base=self._has_base)
 
     @property
     def _has_base(self) -> bool:

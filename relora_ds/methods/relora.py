@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from relora_ds.lowrank.wrap import problems, wrap
+from relora_ds.lowrank.wrap import problems, warnings, wrap_quietly
 from relora_ds.methods.base import Method
 
 
@@ -16,8 +16,11 @@ class ReLoRA(Method):
     def problems(self, model: nn.Module) -> list[str]:
         return problems(model, self.relora)
 
+    def warnings(self, model: nn.Module) -> list[str]:
+        return warnings(model, self.relora)
+
     def prepare(self, model: nn.Module) -> nn.Module:
-        return wrap(model, self.relora, seed=self.recipe.seed)
+        return wrap_quietly(model, self.relora, seed=self.recipe.seed)
 
     def after_step(self, engine) -> None:
         engine.restart_if_due()

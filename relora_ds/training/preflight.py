@@ -76,7 +76,7 @@ class Resolved:
                          "configuration of stages 0 to 2")
         if relora is not None:
             found += storage_warnings(relora, self.precision, self.stage)
-        return found
+        return found + method_of(recipe).warnings(_guessed_model(recipe))
 
 
 @dataclasses.dataclass(frozen=True)
