@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from relora_ds import recipe_loading, recipe_validation, recipe_values
+from relora_ds import recipe_checks, recipe_loading, recipe_validation, recipe_values
 
 PACKAGE_DIR = Path(__file__).parent
 # The one copy of the DeepSpeed configurations: inside an installed package, beside the package in a checkout.
@@ -326,7 +326,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     if batch % (micro * world_size) == 0:
         return batch // (micro * world_size)
     name, unit = recipe_validation.batch_field(recipe)
-    sizes = recipe_validation.nearest_multiples(batch, micro * world_size)
+    sizes = recipe_checks.nearest_multiples(batch, micro * world_size)
     remedies = [f"{name}={size * unit}" for size in sizes]
     smaller = [m for m in range(micro - 1, 0, -1) if batch % (m * world_size) == 0][:1]
     remedies += [f"train.micro_batch_size={m}" for m in smaller]
@@ -368,7 +368,7 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
         recipe.run_dir = f"runs/{Path(name_or_path).stem}"
     if readable:  # without a file, whatever it would have set is missing, and the rest means nothing
         messages = recipe.problems(check_files)
-        problems += [m for m in messages if not any(recipe_validation.mentions(m, key) for key in untrusted)]
+        problems += [m for m in messages if not any(recipe_checks.mentions(m, key) for key in untrusted)]
     return recipe, problems
 
 
@@ -385,6 +385,6 @@ def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, lis
         return path, []
     if name_or_path in recipe_names():
         return PACKAGE_DIR / "recipes" / f"{name_or_path}.yaml", []
-    hint = recipe_validation.nearest(Path(name_or_path).stem, recipe_names())
+    hint = recipe_checks.nearest(Path(name_or_path).stem, recipe_names())
     return None, [f"no file {str(path)!r}, and no shipped recipe of that name{hint}; "
                   f"shipped: {', '.join(recipe_names())}"]

@@ -5,14 +5,23 @@ nothing stops at the first problem. Every message names each field that it judge
 fields whose value it could not read in the first place).
 """
 
-import difflib
-import glob
-import math
-import os
-import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from relora_ds.recipe_checks import (
+    MAX_COUNT,
+    MAX_TOKENS,
+    choice,
+    either,
+    integer,
+    is_int,
+    is_names,
+    nearest,
+    nearest_multiples,
+    number,
+    tenth,
+)
+from relora_ds.recipe_files import missing_files, text_problems
 
 if TYPE_CHECKING:
     from relora_ds.config import Recipe, ReLoRAConfig
@@ -27,6 +36,9 @@ FROZEN_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8")
 FROZEN_MASTERS = ("cpu", "device", "none")
 FROZEN_PLACEMENTS = ("auto", "replicated", "sharded")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "cheap")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+MAX_VOCABULARY = 10**7
+MAX_RESTARTS = 100_000  # their list is kept, saved and drawn
 ON_SPIKE = ("report", "skip", "rollback")
 DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized")  # and org/name of the hub
 
@@ -34,33 +46,38 @@ DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized"
 def relora_problems(config: "ReLoRAConfig") -> list[str]:
     """Problems of the `relora` section alone. Also checks types: users construct ReLoRAConfig in Python."""
     found = [
-        _integer("relora.r", config.r, 1, example=128),
-        _number("relora.lora_alpha", config.lora_alpha, "above 0", lambda x: x > 0, example=32),
-        _number("relora.lora_dropout", config.lora_dropout, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.0),
-        _integer("relora.restart_every", config.restart_every, 1, example=5000, optional=True),
-        _integer("relora.restart_warmup_steps", config.restart_warmup_steps, 0, example=100),
-        _number("relora.reset_ratio", config.reset_ratio, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.99),
-        _choice("relora.optimizer_reset", config.optimizer_reset, OPTIMIZER_RESETS),
-        _choice("relora.restart_init", config.restart_init, RESTART_INITS),
-        _choice("relora.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES),
-        _choice("relora.frozen_master", config.frozen_master, FROZEN_MASTERS),
-        _choice("relora.frozen_placement", config.frozen_placement, FROZEN_PLACEMENTS),
+        integer("relora.r", config.r, 1, example=128),
+        number("relora.lora_alpha", config.lora_alpha, "above 0", lambda x: x > 0, example=32),
+        number("relora.lora_dropout", config.lora_dropout, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.0),
+        integer("relora.restart_every", config.restart_every, 1, example=5000, optional=True),
+        integer("relora.restart_warmup_steps", config.restart_warmup_steps, 0, example=100),
+        number("relora.reset_ratio", config.reset_ratio, "inside [0, 1)", lambda x: 0 <= x < 1, example=0.99),
+        choice("relora.optimizer_reset", config.optimizer_reset, OPTIMIZER_RESETS),
+        choice("relora.restart_init", config.restart_init, RESTART_INITS),
+        choice("relora.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES),
+        choice("relora.frozen_master", config.frozen_master, FROZEN_MASTERS),
+        choice("relora.frozen_placement", config.frozen_placement, FROZEN_PLACEMENTS),
     ]
     every, ramp = config.restart_every, config.restart_warmup_steps
-    if _is_int(every) and _is_int(ramp) and 1 <= every <= ramp:
+    if is_int(every) and is_int(ramp) and 1 <= every <= ramp:
         found.append(f"relora.restart_every: {every} is not above relora.restart_warmup_steps {ramp}, so the learning "
-                     f"rate would never recover; use e.g. relora.restart_warmup_steps={_tenth(every)}")
+                     f"rate would never recover; use e.g. relora.restart_warmup_steps={tenth(every)}")
     if config.restart_init == "gradient" and config.lora_dropout:
         found.append(f"relora.restart_init: gradient needs the layer's own input, and relora.lora_dropout "
                      f"{config.lora_dropout} hides it; use relora.lora_dropout=0")
+    for name in ("target_modules", "exclude_modules", "trainable_modules"):
+        names = getattr(config, name)
+        twice = sorted({one for one in names if names.count(one) > 1}) if isinstance(names, list) else []
+        if twice and is_names(names):
+            found.append(f"relora.{name}: {', '.join(twice)} is given twice; remove one")
     targets = config.target_modules
-    if targets != "all-linear" and not _is_names(targets):
+    if targets != "all-linear" and not is_names(targets):
         found.append(f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
                      "suffixes; use e.g. all-linear or [q_proj, v_proj]")
-    if config.exclude_modules is not None and not _is_names(config.exclude_modules, empty=True):
+    if config.exclude_modules is not None and not is_names(config.exclude_modules, empty=True):
         found.append(f"relora.exclude_modules: {config.exclude_modules!r} is not a list of module names; use e.g. "
                      "[dt_proj, shared_expert_gate], or null for none")
-    if config.trainable_modules is not None and not _is_names(config.trainable_modules, empty=True):
+    if config.trainable_modules is not None and not is_names(config.trainable_modules, empty=True):
         found.append(f"relora.trainable_modules: {config.trainable_modules!r} is not a list of module names; use e.g. "
                      "[embed_tokens, lm_head, norm], or null for embeddings, head and norms")
     return [message for message in found if message]
@@ -77,18 +94,20 @@ def recipe_problems(recipe: "Recipe", preset_names: list[str], ds_config_names: 
         *_optim_problems(recipe),
         *_data_problems(recipe),
         *_interval_problems(recipe),
-        *(_missing_files(recipe, ds_config_names) if check_files else ()),
+        *(missing_files(recipe, ds_config_names) if check_files else ()),
     ]
-    return [message for message in found if message]
+    unusable = list(text_problems(recipe))  # nothing else is said about such text
+    fields = [message.partition(":")[0] for message in unusable]
+    return unusable + [message for message in found if message and message.partition(":")[0] not in fields]
 
 
 def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
-    yield _choice("method", recipe.method, METHODS)
-    yield _choice("precision", recipe.precision, PRECISIONS)
-    yield _choice("lora.base", recipe.lora.base, LORA_BASES)
-    yield _choice("activation_checkpointing", recipe.activation_checkpointing, ACTIVATION_CHECKPOINTING)
-    yield _integer("seed", recipe.seed, 0, example=0)
-    yield _integer("warm_start_steps", recipe.warm_start_steps, 0, example=0)
+    yield choice("method", recipe.method, METHODS)
+    yield choice("precision", recipe.precision, PRECISIONS)
+    yield choice("lora.base", recipe.lora.base, LORA_BASES)
+    yield choice("activation_checkpointing", recipe.activation_checkpointing, ACTIVATION_CHECKPOINTING)
+    yield integer("seed", recipe.seed, 0, example=0, most=2**64 - 1)
+    yield integer("warm_start_steps", recipe.warm_start_steps, 0, example=0)
     if recipe.resume is True:
         yield "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"
     elif recipe.overwrite and recipe.resume == "auto":  # what a path has to do with run_dir takes a look at both
@@ -115,7 +134,12 @@ def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
 
 def _model_problems(recipe: "Recipe", preset_names: list[str]) -> Iterator[str | None]:
     model = recipe.model
-    yield _choice("model.init", model.init, INITS)
+    yield choice("model.init", model.init, INITS)
+    if "/" not in model.attn_implementation:
+        yield choice("model.attn_implementation", model.attn_implementation, ATTENTION)
+    elif not recipe.trust_remote_code:
+        yield (f"model.attn_implementation: {model.attn_implementation} is a kernel of the Hugging Face hub, which is "
+               "code; use sdpa, or trust_remote_code=true if you trust it")
     if model.preset is None and model.name_or_path is None:
         yield (f"model.preset and model.name_or_path: neither is set; set one of them, e.g. "
                f"model.preset={preset_names[0]}")
@@ -135,7 +159,9 @@ def _amount_problems(recipe: "Recipe") -> Iterator[str | None]:
     amounts = [("train.steps", train.steps), ("train.tokens", train.tokens),
                ("train.batch_sequences", train.batch_sequences), ("train.batch_tokens", train.batch_tokens),
                ("train.micro_batch_size", train.micro_batch_size), ("data.seq_len", recipe.data.seq_len)]
-    broken = [message for name, value in amounts if (message := _integer(name, value, 1, example=8, optional=True))]
+    broken = [message for name, value in amounts if (message := integer(
+        name, value, 1, example=8, optional=name != "data.seq_len" and "micro" not in name,
+        most=MAX_TOKENS if name == "train.tokens" else MAX_COUNT))]
     yield from broken
     for (one, first), (other, second) in (amounts[0:2], amounts[2:4]):
         if first is None and second is None:
@@ -148,7 +174,10 @@ def _amount_problems(recipe: "Recipe") -> Iterator[str | None]:
         return
     batch = _batch_problem(recipe)
     yield batch
-    if not batch:
+    if not batch and recipe.total_steps > MAX_COUNT:
+        yield (f"train.tokens: {train.tokens} are {recipe.total_steps} steps of {recipe.tokens_per_step} tokens, above "
+               f"{MAX_COUNT}; use fewer, or a larger batch")
+    elif not batch:
         yield from _phase_problems(recipe)
 
 
@@ -157,51 +186,56 @@ def _batch_problem(recipe: "Recipe") -> str | None:
     if train.batch_tokens is not None and train.batch_tokens % seq_len:
         sizes = nearest_multiples(train.batch_tokens, seq_len * train.micro_batch_size)
         return (f"train.batch_tokens: {train.batch_tokens} is not a multiple of data.seq_len {seq_len}; use "
-                f"{_either('train.batch_tokens', sizes)} (train.micro_batch_size {train.micro_batch_size})")
+                f"{either('train.batch_tokens', sizes)} (train.micro_batch_size {train.micro_batch_size})")
     if recipe.batch_sequences % train.micro_batch_size:
         name, unit = batch_field(recipe)
         sizes = [size * unit for size in nearest_multiples(recipe.batch_sequences, train.micro_batch_size)]
         return (f"{name}: {recipe.batch_sequences * unit} ({recipe.batch_sequences} sequences of data.seq_len "
                 f"{seq_len}) is not a multiple of train.micro_batch_size {train.micro_batch_size}; use "
-                f"{_either(name, sizes)}, or another micro-batch")
+                f"{either(name, sizes)}, or another micro-batch")
     return None
 
 
 def _phase_problems(recipe: "Recipe") -> Iterator[str | None]:
     optim, total, warm = recipe.optim, recipe.total_steps, recipe.warm_start_steps
+    if max(warm, optim.warmup_steps, optim.warm_start_warmup_steps or 0) > MAX_COUNT:
+        return
     length = "train.steps" if recipe.train.steps is not None else "train.tokens, in steps:"
     low_rank = recipe.method in ("lora", "relora")
     if low_rank and recipe.full_rank_steps >= total:
         yield (f"warm_start_steps: {warm} leaves no low-rank steps of {length} {total}; use e.g. "
-               f"warm_start_steps={_tenth(total)}")
+               f"warm_start_steps={tenth(total)}")
         return
     num_steps = recipe.low_rank_steps if low_rank else total
     what = f"{num_steps} low-rank steps (warm_start_steps {warm}, {length} {total})" if low_rank \
         else f"{total} steps ({length} {total})"
     if optim.warmup_steps >= num_steps:
         yield (f"optim.warmup_steps: {optim.warmup_steps} is not below the {what}; use e.g. "
-               f"optim.warmup_steps={_tenth(num_steps)}")
+               f"optim.warmup_steps={tenth(num_steps)}")
     every = recipe.relora.restart_every
     if recipe.method == "relora" and every is not None and 1 <= every <= optim.warmup_steps:
         yield (f"relora.restart_every: {every} is not above optim.warmup_steps {optim.warmup_steps}, so the first "
-               f"restart would fall into the warm-up; use e.g. optim.warmup_steps={_tenth(every)}")
+               f"restart would fall into the warm-up; use e.g. optim.warmup_steps={tenth(every)}")
+    elif recipe.num_restarts > MAX_RESTARTS:
+        yield (f"relora.restart_every: {every} gives {recipe.num_restarts} restarts, above {MAX_RESTARTS}; use e.g. "
+               f"relora.restart_every={-(-num_steps // 100)}")
     ramp = optim.warm_start_warmup_steps
     if low_rank and warm and ramp is not None and ramp >= total:
         yield (f"optim.warm_start_warmup_steps: {ramp} is not below the whole run's {total} steps; use e.g. "
-               f"optim.warm_start_warmup_steps={_tenth(warm)}")
+               f"optim.warm_start_warmup_steps={tenth(warm)}")
 
 
 def _optim_problems(recipe: "Recipe") -> Iterator[str | None]:
     optim = recipe.optim
-    yield _number("optim.lr", optim.lr, "above 0", lambda x: x > 0, example=0.001)
+    yield number("optim.lr", optim.lr, "above 0", lambda x: x > 0, example=0.001)
     if optim.warm_start_lr is not None:
-        yield _number("optim.warm_start_lr", optim.warm_start_lr, "above 0", lambda x: x > 0, example=0.001)
-    yield _integer("optim.warmup_steps", optim.warmup_steps, 0, example=500)
-    yield _integer("optim.warm_start_warmup_steps", optim.warm_start_warmup_steps, 0, example=500, optional=True)
-    yield _number("optim.min_lr_ratio", optim.min_lr_ratio, "inside [0, 1]", lambda x: 0 <= x <= 1, example=0.1)
-    yield _number("optim.eps", optim.eps, "above 0", lambda x: x > 0, example=1e-8)
-    yield _number("optim.weight_decay", optim.weight_decay, "0 or more", lambda x: x >= 0, example=0.0)
-    yield _number("optim.max_grad_norm", optim.max_grad_norm, "0 (no clipping) or more", lambda x: x >= 0, example=1.0)
+        yield number("optim.warm_start_lr", optim.warm_start_lr, "above 0", lambda x: x > 0, example=0.001)
+    yield integer("optim.warmup_steps", optim.warmup_steps, 0, example=500)
+    yield integer("optim.warm_start_warmup_steps", optim.warm_start_warmup_steps, 0, example=500, optional=True)
+    yield number("optim.min_lr_ratio", optim.min_lr_ratio, "inside [0, 1]", lambda x: 0 <= x <= 1, example=0.1)
+    yield number("optim.eps", optim.eps, "above 0", lambda x: x > 0, example=1e-8)
+    yield number("optim.weight_decay", optim.weight_decay, "0 or more", lambda x: x >= 0, example=0.0)
+    yield number("optim.max_grad_norm", optim.max_grad_norm, "0 (no clipping) or more", lambda x: x >= 0, example=1.0)
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas: {optim.betas} is not two numbers inside [0, 1); use e.g. [0.9, 0.999]"
 
@@ -217,54 +251,36 @@ def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
                f"it to the tokens of the run or less, e.g. data.max_tokens={recipe.train.tokens or 1_000_000_000}")
     if isinstance(data.validation, float) and not 0 < data.validation < 1:
         yield f"data.validation: {data.validation} is not inside (0, 1); use e.g. 0.05, or a path"
-    yield _integer("data.max_tokens", data.max_tokens, 1, example=1_000_000, optional=True)
-    yield _integer("data.vocab_size", data.vocab_size, 1, example=8192)
+    yield integer("data.max_tokens", data.max_tokens, 1, example=1_000_000, optional=True, most=MAX_TOKENS)
+    yield integer("data.vocab_size", data.vocab_size, 1, example=8192, most=MAX_VOCABULARY)
     if data.seq_len == 1:
         yield "data.seq_len: 1 leaves no next token to predict; use e.g. 256"
 
 
 def _keeps_the_switch(recipe: "Recipe") -> bool:
     intervals = (recipe.checkpoint.every, recipe.checkpoint.keep_every)
-    return recipe.full_rank_steps > 0 and all(_is_int(n) and n > 0 and recipe.full_rank_steps % n == 0
+    return recipe.full_rank_steps > 0 and all(is_int(n) and n > 0 and recipe.full_rank_steps % n == 0
                                               for n in intervals)
 
 
 def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
-    yield _integer("eval.every", recipe.eval.every, 1, example=500, optional=True)
-    yield _integer("eval.max_tokens", recipe.eval.max_tokens, 2, example=1_000_000, optional=True)
-    yield _integer("eval.samples", recipe.eval.samples, 0, example=1)
-    yield _integer("checkpoint.every", recipe.checkpoint.every, 1, example=500, optional=True)
-    yield _integer("checkpoint.keep_last", recipe.checkpoint.keep_last, 1, example=2)
-    yield _integer("checkpoint.keep_every", recipe.checkpoint.keep_every, 1, example=5000, optional=True)
-    yield _integer("log.every", recipe.log.every, 1, example=10)
-    yield _integer("guard.max_bad_steps", recipe.guard.max_bad_steps, 1, example=10)
-    yield _integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
-    yield _number("guard.spike_zscore", recipe.guard.spike_zscore, "above 0", lambda x: x > 0, example=8.0)
-    yield _choice("guard.on_spike", recipe.guard.on_spike, ON_SPIKE)
+    yield integer("eval.every", recipe.eval.every, 1, example=500, optional=True)
+    yield integer("eval.max_tokens", recipe.eval.max_tokens, 2, example=1_000_000, optional=True, most=MAX_TOKENS)
+    yield integer("eval.samples", recipe.eval.samples, 0, example=1, most=1000)
+    yield integer("checkpoint.every", recipe.checkpoint.every, 1, example=500, optional=True)
+    yield integer("checkpoint.keep_last", recipe.checkpoint.keep_last, 1, example=2)
+    yield integer("checkpoint.keep_every", recipe.checkpoint.keep_every, 1, example=5000, optional=True)
+    yield integer("log.every", recipe.log.every, 1, example=10)
+    yield integer("guard.max_bad_steps", recipe.guard.max_bad_steps, 1, example=10)
+    yield integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
+    yield number("guard.spike_zscore", recipe.guard.spike_zscore, "above 0", lambda x: x > 0, example=8.0)
+    yield choice("guard.on_spike", recipe.guard.on_spike, ON_SPIKE)
     if recipe.log.update_rank and not _keeps_the_switch(recipe):
         yield ("log.update_rank: true measures from the checkpoint at the end of the warm start, and the recipe keeps "
                "none; use warm_start_steps, and checkpoint.every and checkpoint.keep_every that divide it")
     if recipe.guard.on_spike == "rollback" and recipe.checkpoint.every is None:
         yield ("guard.on_spike: rollback needs checkpoints to go back to, and checkpoint.every is null; set it, e.g. "
                "checkpoint.every=1000")
-
-
-def _missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str]:
-    paths = {"resume": recipe.resume if recipe.resume not in (True, False, "auto") else None,
-             "data.path": recipe.data.path if recipe.data.source in ("text", "c4", "pretokenized") else None,
-             "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None}
-    init_from = None if recipe.resume else recipe.init_from  # a run that resumes has its weights
-    for name, value in (("init_from", init_from), ("model.name_or_path", recipe.model.name_or_path),
-                        ("data.source", recipe.data.source), ("data.tokenizer", recipe.data.tokenizer)):
-        if value and (value.startswith((".", "/", "~")) or value.endswith(".json")):  # else it may be a hub id
-            paths[name] = value
-    for name, path in paths.items():
-        expanded = os.path.expanduser(path or "")
-        if path and not os.path.exists(expanded) and not any(glob.iglob(expanded, recursive=True)):
-            yield f"{name}: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
-    if recipe.deepspeed not in ds_config_names and not Path(recipe.deepspeed).is_file():
-        yield (f"deepspeed: {recipe.deepspeed} is neither a file nor a shipped configuration"
-               f"{nearest(Path(recipe.deepspeed).stem, ds_config_names)}; shipped: {', '.join(ds_config_names)}")
 
 
 def recipe_warnings(recipe: "Recipe") -> list[str]:
@@ -342,60 +358,3 @@ def batch_field(recipe: "Recipe") -> tuple[str, int]:
     if recipe.train.batch_sequences is None:
         return "train.batch_tokens", recipe.data.seq_len
     return "train.batch_sequences", 1
-
-
-def nearest_multiples(value: int, step: int) -> list[int]:
-    """The positive multiples of `step` on both sides of `value`, smaller first."""
-    below = value // step * step
-    return [multiple for multiple in (below, below + step) if multiple > 0]
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    """' (did you mean …?)', or '' when nothing known is near."""
-    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-def mentions(message: str, key: str) -> bool:
-    """Whether `message` judges the field `key`."""
-    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message) is not None
-
-
-def _choice(name: str, value: object, known: tuple[str, ...]) -> str | None:
-    if value in known:
-        return None
-    return f"{name}: {value!r} is unknown{nearest(value, known)}; known: {', '.join(known)}"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_names(value: object, empty: bool = False) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value) \
-        and (empty or len(value) > 0)
-
-
-def _integer(name: str, value: object, least: int, example: int, optional: bool = False) -> str | None:
-    if (value is None and optional) or (_is_int(value) and value >= least):
-        return None
-    return f"{name}: {value!r} is not an integer of at least {least}; use e.g. {example}"
-
-
-def _number(name: str, value: object, wanted: str, accepts, example: float) -> str | None:
-    """`accepts`: the test for finite numbers; `wanted` says it in words ('inside [0, 1)')."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and accepts(value):
-        return None
-    if wanted.startswith("inside") and number:
-        return f"{name}: {value} is outside {wanted.removeprefix('inside ')}; use e.g. {example}"
-    return f"{name}: {value!r} is not a number {wanted}; use e.g. {example}"
-
-
-def _tenth(steps: int) -> int:
-    """A sensible warm-up for `steps` steps: a tenth of them, and fewer than them."""
-    return min(steps - 1, max(1, steps // 10))
-
-
-def _either(name: str, values: list[int]) -> str:
-    return " or ".join(f"{name}={value}" for value in values)

@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 # What each room may import of relora_ds, beside itself. A room is a folder of relora_ds or one of its modules;
 # the modules that read a recipe are one room.
-CONFIG_MODULES = ("config", "remote_code", "recipe_loading", "recipe_validation", "recipe_values")
+CONFIG_MODULES = ("config", "recipe_checks", "recipe_files", "recipe_loading", "recipe_validation",
+                  "recipe_values", "remote_code")
 BELOW_TRAINING = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop"}
 ALLOWED = {
     "__init__": set(),  # the public names are imported lazily, by name

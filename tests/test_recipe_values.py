@@ -12,7 +12,7 @@ RETYPED = ("2024_01_02", "2024-01-02", "0123", "010", "0x10", "0o17", "1e3", "1E
            "2001-12-14t21:59:43Z")
 SPECIAL = ("runs/exp #2", "#1", "a: b.txt", "x:", "- x", "?", "|", ">", "*.txt", "&x", "!x.txt", "%x", "@x", "`x`",
            "{a,b}.txt", "[x].txt", "a,b", "[a.txt,b.txt]", "x=y.txt", "'x' y", 'x "y"', "C:\\x\\new.txt", "a  b", " x",
-           "x ", "$HOME/x", "über/東京🙂", "a'b", "---", "...", "\u2028", "it''s", "a" * 200 + " b")
+           "x ", "$HOME/x", "über/東京🙂", "a'b", "---", "...", "a\u2028b", "it''s", "a" * 200 + " b")
 
 
 def field(recipe: Recipe, key: str) -> object:
@@ -53,12 +53,12 @@ def test_plain_words_in_a_file_stay_text(write, text):
     assert {recipe.run_dir, recipe.data.config, recipe.data.tokenizer, recipe.data.path} == {text}
 
 
-@pytest.mark.parametrize("text", RETYPED + SPECIAL + ("null", "~x", "1e400", "auto", "false"))
+@pytest.mark.parametrize("text", RETYPED + SPECIAL + ("null", "1e400", "auto", "false"))
 def test_text_survives_a_stored_recipe(tmp_path, text):
     recipe = read(f"run_dir='{text.replace(chr(39), 2 * chr(39))}'")
     for part, name in ((recipe.data, "path"), (recipe.data, "validation"), (recipe.data, "split"),
                        (recipe.data, "tokenizer"), (recipe.data, "text_column"), (recipe, "init_from")):
-        setattr(part, name, "x" if text == "~x" else text)
+        setattr(part, name, text)
     recipe.relora.trainable_modules = [text, "null", "on"]
     (tmp_path / "r.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     stored, _ = read_recipe(tmp_path / "r.yaml", check_files=False)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from relora_ds.config import ModelConfig, preset_names
-from relora_ds.recipe_validation import nearest
+from relora_ds.recipe_checks import nearest
 from relora_ds.remote_code import UntrustedCode, is_refusal
 
 __all__ = ["build_config", "build_model", "count_parameters", "from_config", "load_config", "load_model",
@@ -81,7 +81,7 @@ def _named_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfi
         return load_config(str(local) if local.exists() else name_or_path, trust_remote_code)
     except UntrustedCode as error:
         raise ValueError(f"model.name_or_path: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # OSError, ValueError, KeyError, ..., by what is wrong with it
         raise ValueError(f"model.name_or_path: {name_or_path!r} has no readable configuration; use a hub id, a "
                          f"directory with config.json, or a JSON file with model_type ({error})") from error
 
@@ -147,7 +147,16 @@ def build_model(config: PretrainedConfig, model: ModelConfig, seed: int,
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The network without storage (meta device), for counting and checks. Takes milliseconds at any size."""
     with torch.device("meta"):
-        return from_config(config, dtype=torch.float32)
+        try:
+            return from_config(config, dtype=torch.float32)
+        except Exception as error:  # whatever the code of a family raises
+            raise ValueError(cannot_build(config, error)) from error
+
+
+def cannot_build(config: PretrainedConfig, error: Exception) -> str:
+    """The message about a configuration of which transformers makes no network."""
+    return (f"model: transformers cannot build this {config.model_type} model ({type(error).__name__}: {error}); "
+            "correct its configuration")
 
 
 def count_parameters(config: PretrainedConfig) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from relora_ds.models.build import meta_model
+from relora_ds.models.build import cannot_build, meta_model
 
 MAX_POSITIONS = 128
 VOCAB_SIZE = 256
@@ -77,9 +77,9 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
         ValueError: transformers cannot build a model from `config` or from the small copy, or the small copy lacks
             a kind of module that the model has.
     """
-    modules = _modules(_built(config))
+    modules = _modules(meta_model(config))
     small = _shortened(config, _full_depth(config.to_dict()))
-    if missing := modules - _modules(_built(small)):
+    if missing := modules - _modules(meta_model(small)):
         raise ValueError(f"model: a {config.model_type} model cannot be scaled down without losing "
                          f"{', '.join(sorted(missing))}")
     return small
@@ -109,18 +109,7 @@ def _narrowed(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     try:
         return type(config).from_dict(_scaled_down(config.to_dict(), depth))
     except Exception as error:  # whatever the code of a family raises
-        raise ValueError(_cannot_build(config, error)) from error
-
-
-def _built(config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        return meta_model(config)
-    except Exception as error:  # whatever the code of a family raises
-        raise ValueError(_cannot_build(config, error)) from error
-
-
-def _cannot_build(config: PretrainedConfig, error: Exception) -> str:
-    return f"model: transformers cannot build this {config.model_type} model ({type(error).__name__}: {error})"
+        raise ValueError(cannot_build(config, error)) from error
 
 
 def _modules(model: PreTrainedModel) -> set[str]:
@@ -131,7 +120,7 @@ def _modules(model: PreTrainedModel) -> set[str]:
 def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
     """Return what distinguishes layers: modules, their switches, entries of the lists that have one for each layer."""
     kinds = _kinds_in_lists(config.to_dict())
-    for path, layers in _built(config).named_modules():
+    for path, layers in meta_model(config).named_modules():
         if isinstance(layers, nn.ModuleList):
             seen: set[int] = set()
             for layer in layers:

@@ -29,12 +29,12 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.interop.sources import config_of, locate
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import method_of
-from relora_ds.models import compilation, liger, recompute
+from relora_ds.models import attention, compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.training.epochs import short_corpus
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
-from relora_ds.zero import ds_config
+from relora_ds.zero import ds_config, ds_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +129,19 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
                   lambda: _init_from_problems(recipe), *([lambda: machine_problems(recipe)] if to_run else [])):
         # A field that the recipe's own checks found fault with is not reported twice.
         named = {p.partition(":")[0] for p in problems}
-        problems += [p for p in _errors_of(found) if p.partition(":")[0] not in named]
+        problems += [p for p in _errors_of(found) if p.partition(":")[0] not in named
+                     and not (problems and p.startswith("model: "))]  # it may be built from what is wrong
     if not any(p.startswith(("train.", "data.seq_len", "deepspeed")) for p in problems):
         try:
             accumulation = accumulation_steps(recipe, world_size)
         except RecipeError as error:
             problems += error.problems
-        settings = ds_config.load(_ds_config_path(recipe.deepspeed))
-        problems += ds_config.problems(
-            settings, precision=None if recipe.precision == "auto" else precision,
-            micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation or None,
-            max_grad_norm=recipe.optim.max_grad_norm, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas),
-            eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay)
+        settings, found = _deepspeed_of(recipe, precision, accumulation)
+        problems += found
         if recipe.precision == "auto":
             precision = ds_config.precision_of(settings) or precision
     problems += _errors_of(lambda: storage_problems(recipe.relora, precision))
+    problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
         raise RecipeError(problems, name_or_path)
     return Resolved(recipe, settings, precision, world_size, accumulation, restarted=restarted)
@@ -175,15 +173,32 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
                 num_sequences=loader.num_sequences)
 
 
+def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[dict, list[str]]:
+    """(the DeepSpeed configuration, what is wrong with it)."""
+    try:
+        settings = ds_config.load(_ds_config_path(recipe.deepspeed))
+    except ValueError as error:
+        return {}, [str(error)]
+    return settings, ds_config.problems(
+        settings, precision=None if recipe.precision == "auto" else precision,
+        micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation or None,
+        max_grad_norm=recipe.optim.max_grad_norm, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas),
+        eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
+        batch_size=recipe.batch_sequences) or ds_types.problems(settings)
+
+
 def _model_problems(recipe: Recipe) -> list[str]:
     """What is wrong between network and method, found on a network without storage (its vocabulary is a guess)."""
     model = _guessed_model(recipe)
-    return method_of(recipe).problems(model) + recompute.problems(model, recipe.activation_checkpointing)
+    return attention.problems(model, recipe.model.attn_implementation) + method_of(recipe).problems(model) + \
+        recompute.problems(model, recipe.activation_checkpointing)
 
 
 def machine_problems(recipe: Recipe) -> list[str]:
     """What this machine lacks that the recipe asks for."""
     found = compilation.problems() if recipe.compile else []
+    if recipe.model.attn_implementation not in attention.EVERYWHERE:
+        found += attention.machine_problems(_guessed_model(recipe).config, recipe.model.attn_implementation)
     return found + (liger.problems(_guessed_model(recipe)) if recipe.model.use_liger_kernel else [])
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from relora_ds.config import DS_CONFIG_DIR, ds_config_names
-from relora_ds.recipe_validation import nearest
+from relora_ds.recipe_checks import nearest
 
 AUTO = "auto"
 _ABSENT = object()
@@ -120,8 +120,11 @@ def load(config: str | Path | dict) -> dict:
                              f"{nearest(path.stem, ds_config_names())}; shipped: {', '.join(ds_config_names())}")
         path = DS_CONFIG_DIR / f"{config}.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except ValueError as error:
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates,
+                              parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ValueError(f"deepspeed: {path} cannot be read ({error.strerror}); name a file that can") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"deepspeed: {path} is not valid JSON ({error}); correct the file") from error
     if not isinstance(settings, dict):
         raise ValueError(f"deepspeed: {path} holds a {type(settings).__name__}, not an object; correct the file")
@@ -134,6 +137,10 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
         keys = [key for key, _ in pairs]
         raise ValueError(f"key given twice: {', '.join(sorted(key for key in found if keys.count(key) > 1))}")
     return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def precision_of(config: dict) -> str | None:
@@ -154,13 +161,14 @@ def _precision_sections(config: dict) -> dict[str, str]:
 def problems(config: dict, *, precision: str | None = None, micro_batch_size: int | None = None,
              accumulation: int | None = None, max_grad_norm: float | None = None, lr: float | None = None,
              betas: tuple[float, float] | None = None, eps: float | None = None,
-             weight_decay: float | None = None) -> list[str]:
+             weight_decay: float | None = None, batch_size: int | None = None) -> list[str]:
     """Everything in `config` that is not supported, or contradicts the arguments (None = not compared).
 
     One line each: `deepspeed <key>: <value> <why>; <remedy>`. [] when it can run.
     """
     expected = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
+        "train_batch_size": (batch_size, "the recipe's batch of"),
         "gradient_accumulation_steps": (accumulation, "the recipe's accumulation"),
         "gradient_clipping": (max_grad_norm, "optim.max_grad_norm"),
         "optimizer.params.lr": (lr, "optim.lr"),
@@ -254,6 +262,8 @@ def _optimizer_problems(config: dict) -> list[str]:
         return ["optimizer.params.adam_w_mode: false is not available (L2 instead of weight decay); remove it"]
     ignored = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused")
     params = _get(config, "optimizer.params", {})
+    if not isinstance(params, dict):
+        return [f"optimizer.params: {_show(params)} is not an object; remove it, optim.* sets its values"]
     return [f"optimizer.params.{key}: {_show(value)} is not available; remove it" for key, value in params.items()
             if key not in ignored and (key, value) not in (("amsgrad", False), ("bias_correction", True))]
 
@@ -292,7 +302,7 @@ def resolve(config: dict, *, precision: str, micro_batch_size: int | None, accum
     if "bfloat16" in settings:
         settings["bf16"] = settings.pop("bfloat16")
     for name in _SECTIONS_WITH_AUTO:
-        settings[name] = _without_autos(settings.get(name) or {})
+        settings[name] = without_autos(settings.get(name) or {})
     _fill(settings, "gradient_clipping", float(max_grad_norm))  # DeepSpeed 0.19 clips at 1.0 when it is absent
     _resolve_batch(settings, micro_batch_size, accumulation, world_size)
     for name in ("bf16", "fp16"):
@@ -344,8 +354,9 @@ def _fill(settings: dict, key: str, value):
     return settings[key]
 
 
-def _without_autos(section: dict) -> dict:
-    return {key: _without_autos(value) if isinstance(value, dict) else value
+def without_autos(section: dict) -> dict:
+    """A section without the values that DeepSpeed is to choose."""
+    return {key: without_autos(value) if isinstance(value, dict) else value
             for key, value in section.items() if value != AUTO}
 
 

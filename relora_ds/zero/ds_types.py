@@ -1,0 +1,29 @@
+"""Whether the values of a DeepSpeed configuration have the types that DeepSpeed reads, by its own models."""
+
+import json
+
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
+from relora_ds.zero.ds_config import without_autos
+
+_MODELS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "bfloat16": DeepSpeedBF16Config,
+           "fp16": DeepSpeedFP16Config}
+
+
+def problems(config: dict) -> list[str]:
+    """One line each: `deepspeed <key>: <value> <why>`. [] also for sections that are no objects, see `ds_config`."""
+    found = []
+    for section, model in _MODELS.items():
+        if not isinstance(config.get(section), dict):
+            continue
+        try:
+            model(**without_autos(config[section]))
+        except ValidationError as error:
+            for one in error.errors():
+                key = ".".join(str(part) for part in (section, *one["loc"]))
+                reason = one["msg"][:1].lower() + one["msg"][1:]
+                found.append(f"deepspeed {key}: {json.dumps(one['input'], default=str)[:200]} ({reason}); correct it, "
+                             "or remove it")
+    return found
