@@ -28,6 +28,11 @@ def cache_root(data: DataConfig) -> Path:
     return Path(data.cache_dir or os.environ.get("RELORA_DS_CACHE") or "~/.cache/relora_ds").expanduser()
 
 
+def local_directory() -> Path:
+    """Where this user's processes on this host meet if the cache does not serve; not created here."""
+    return Path(tempfile.gettempdir()) / f"relora_ds-{os.getuid()}"
+
+
 # What a file system without locks answers, such as a network disk that is mounted without them.
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
@@ -100,7 +105,7 @@ def write_atomically(path: Path, text: str) -> None:
 @contextmanager
 def _local_lock(path: Path) -> Iterator[None]:
     """Lock a file of this host's temporary directory instead: the processes that take turns are all on this host."""
-    directory = Path(tempfile.gettempdir()) / f"relora_ds-{os.getuid()}"
+    directory = local_directory()
     directory.mkdir(mode=0o700, exist_ok=True)
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     with open(directory / f"{name}.lock", "a") as lock:

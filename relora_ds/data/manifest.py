@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from relora_ds.data.cache import locked, write_atomically
+from relora_ds.data.cache import local_directory, locked, write_atomically
 
 # The coarsest clock of a file system in use is FAT's, 2 s.
 GRANULARITY_NS = 2_000_000_000
@@ -27,11 +27,11 @@ GRANULARITY_NS = 2_000_000_000
 def sha256_of(files: Sequence[Path], cache_root: Path, afresh: bool = False) -> list[str]:
     """sha256 of the contents of each file, in order. Processes of one host wait for the first that hashes.
 
-    afresh: read the files, whatever is remembered. Where `cache_root` cannot be written nothing is remembered. Raises
-    OSError for a file that cannot be read.
+    afresh: read the files, whatever is remembered. Where `cache_root` cannot be written, what is remembered is in this
+    host's temporary directory. Raises OSError for a file that cannot be read.
     """
-    names, manifest = _names(files), _manifest_of(files, cache_root)
-    with _locked_if_writable(manifest) as is_writable:
+    names = _names(files)
+    with _locked_manifest(files, cache_root) as (manifest, is_writable):
         known = {} if afresh else _read(manifest)
         changed = [name for name in names if known.get(name, [None])[0] != _state(name)]
         if not changed:
@@ -70,15 +70,18 @@ def _manifest_of(files: Sequence[Path], cache_root: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked_if_writable(manifest: Path) -> Iterator[bool]:
-    """Lock the manifest; without a lock, and False, in a cache that is read-only or somebody else's."""
+def _locked_manifest(files: Sequence[Path], cache_root: Path) -> Iterator[tuple[Path, bool]]:
+    """(the manifest of the files, locked; whether it can be written: no place may be)."""
     with contextlib.ExitStack() as stack:
-        is_writable = True
-        try:
-            stack.enter_context(locked(manifest))
-        except (OSError, ValueError):
-            is_writable = False
-        yield is_writable
+        for root in (cache_root, local_directory()):
+            manifest = _manifest_of(files, root)
+            try:
+                stack.enter_context(locked(manifest))
+            except (OSError, ValueError):  # a cache that is read-only, or somebody else's
+                continue
+            yield manifest, True
+            return
+        yield manifest, False
 
 
 def _hash(name: str) -> tuple[list[int] | None, str]:

@@ -107,10 +107,17 @@ def test_an_entry_without_checksums_is_used_as_before(root, builds):
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint and builds == []
 
 
-def test_a_cache_that_cannot_be_written_is_used(root, builds, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_used_and_read_once(root, builds, monkeypatch, tmp_path):
+    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
     first = prepare(settings(root, seq_len=16))
     shutil.rmtree(root / "manifests")
     (root / "manifests").write_text("")  # no directory can be made here, not even by root
+    (tmp_path / "elsewhere").write_text("")
+    assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
+    (tmp_path / "elsewhere").unlink()
+    assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
+    monkeypatch.setattr(manifest, "sha256_of_file", lambda name: pytest.fail(f"{name} was read"))
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint and builds == []
 
 
