@@ -28,6 +28,13 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return added | {token_id: str(token) for token_id, token in named if token_id is not None and str(token)}
 
 
+def separates_at_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a character that is not in the vocabulary gives the token that separates documents."""
+    private_use = "\U000f1234"  # in no vocabulary but those of bytes
+    return tokenizer.unk_token_id == tokenizer.eos_token_id and tokenizer.eos_token_id in tokenizer(
+        f"a {private_use}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 class TextEncoder:
     """Encode texts with a tokenizer: no special tokens added, none read out of a text.
 

@@ -18,6 +18,7 @@ import io
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ import sentencepiece
 
 from relora_ds.data import encoding, hub, tokenizer_files
 from relora_ds.data.localfiles import first_line
+from relora_ds.data.reading import DataWarning
 from relora_ds.remote_code import UntrustedCode, is_refusal
 
 if TYPE_CHECKING:
@@ -146,6 +148,13 @@ def load(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTraine
         raise ValueError(
             f"data.tokenizer: {name!r} has no end-of-sequence token; set eos_token in its "
             f"tokenizer_config.json, documents are separated by it"
+        )
+    if encoding.separates_at_unknown(tokenizer):
+        warnings.warn(
+            f"data.tokenizer: {name!r} has {tokenizer.eos_token!r} for unknown characters and to separate documents; "
+            f"a text with an unknown character will be refused, give it an unk_token of its own",
+            DataWarning,
+            stacklevel=2,
         )
     return tokenizer
 

@@ -13,6 +13,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from relora_ds.data import encoding, prepare
 from relora_ds.data import tokenizer as tokenizer_module
+from relora_ds.data.reading import DataWarning
 from relora_ds.data.rows import PaddedRows
 from tests.data.settings import settings
 
@@ -164,6 +165,8 @@ def test_unknown_characters_must_not_end_documents(tmp_path):
     given = fast(models.BPE({piece: number for number, piece in enumerate(["<e>", *LETTERS])}, [], unk_token="<e>"),
                  special=["<e>", "<e>", "<e>"], pre_tokenizer=pre_tokenizers.WhitespaceSplit())
     given.save_pretrained(tmp_path / "given")
+    with pytest.warns(DataWarning, match="data.tokenizer: '.*given' has '<e>' for unknown characters and to separate"):
+        tokenizer_module.load(tmp_path / "given")
     assert tokenizer_module.encode(given, [PLAIN])
     path = corpus_of(tmp_path, [PLAIN] * 30 + ["snow ☃ man"])
     with pytest.raises(ValueError, match=r"data.tokenizer: '.*given' has '<e>' for unknown characters and to sepa"
