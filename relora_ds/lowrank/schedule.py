@@ -31,9 +31,6 @@ def lr_multiplier(step: int, *, total_steps: int, warmup_steps: int = 0, restart
     Returns:
         A factor in [0, 1].
     """
-    if restarts is None:
-        restarts = scheduled_restarts(total_steps, restart_every)
-
     def base(k: int) -> float:
         if k < warmup_steps:
             return k / warmup_steps
@@ -41,9 +38,11 @@ def lr_multiplier(step: int, *, total_steps: int, warmup_steps: int = 0, restart
         progress = min(1.0, (k - warmup_steps) / span)
         return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    num_past = bisect_right(restarts, step)
-    if num_past:
-        last = restarts[num_past - 1]
-        if step - last < restart_warmup_steps:
-            return (step - last) / restart_warmup_steps * base(last + restart_warmup_steps)
+    if restarts is None:  # the last one of the schedule, without the list of all
+        last = max(0, min(step, total_steps - 1)) // restart_every * restart_every if restart_every else 0
+    else:
+        num_past = bisect_right(restarts, step)
+        last = restarts[num_past - 1] if num_past else 0
+    if last and step - last < restart_warmup_steps:
+        return (step - last) / restart_warmup_steps * base(last + restart_warmup_steps)
     return base(step)

@@ -3,6 +3,7 @@
 All of it comes from the functions that training itself calls: `phases_of`, `scheduled_restarts`, `lr_multiplier`.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from relora_ds.config import Recipe
@@ -63,13 +64,14 @@ def curve(recipe: Recipe, width: int = 72) -> list[float]:
     A restart's trough is short and would not be seen in a mean.
     """
     phases = phases_of(recipe)
-    total, restarts = recipe.total_steps, {step for phase in phases for step in restarts_of(phase)}
+    total, restarts = recipe.total_steps, [step for phase in phases for step in restarts_of(phase)]
     width = min(width, total)
     columns = []
     for i in range(width):
         steps = range(i * total // width, (i + 1) * total // width)
         rates = [learning_rate(recipe, _phase_at(phases, step), step) for step in _sampled(steps)]
-        columns.append(0.0 if restarts.intersection(steps) else sum(rates) / len(rates))
+        has_restart = bisect_left(restarts, steps.start) < bisect_left(restarts, steps.stop)
+        columns.append(0.0 if has_restart else sum(rates) / len(rates))
     return columns
 
 

@@ -66,3 +66,9 @@ def test_the_marks_stand_below_the_columns_of_their_steps(steps):
 def test_the_drawing_is_as_high_as_its_values():
     assert draw([0.0, 0.5, 1.0], height=2) == ["  █", " ██"]
     assert draw([0.0, 0.0]) == ["  "] * 6
+
+
+def test_a_run_of_very_many_steps_and_restarts_is_drawn_at_once():
+    recipe = load_recipe("tiny", ["train.steps=1e9", "relora.restart_every=1e4", "relora.restart_warmup_steps=10"])
+    assert recipe.num_restarts == 99_999
+    assert len(events(recipe)) > 99_999 and len(curve(recipe)) == 72
