@@ -28,20 +28,23 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return added | {token_id: str(token) for token_id, token in named if token_id is not None and str(token)}
 
 
+def reads_names(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer by itself, without `TextEncoder`, gives a control token for the name of one."""
+    control = control_tokens(tokenizer)
+    found = _ids(tokenizer, [f"a {name} a" for name in control.values()])  # some strip the spaces of a text
+    return any(token_id in ids for token_id, ids in zip(control, found, strict=True))
+
+
 def separates_at_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a character that is not in the vocabulary gives the token that separates documents."""
     private_use = "\U000f1234"  # in no vocabulary but those of bytes
-    return tokenizer.unk_token_id == tokenizer.eos_token_id and tokenizer.eos_token_id in tokenizer(
-        f"a {private_use}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer.unk_token_id == tokenizer.eos_token_id in _ids(tokenizer, [f"a {private_use}"])[0]
 
 
 class TextEncoder:
     """Encode texts with a tokenizer: no special tokens added, none read out of a text.
 
     The unknown token alone may come out of a text, where a character is not in the vocabulary.
-
-    Attributes:
-        reads_names: whether the tokenizer by itself gives a control token for the name of one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,9 +55,6 @@ class TextEncoder:
         if self._unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             self._forbidden.discard(self._unknown)
         self._tokenizer = copy.copy(tokenizer)
-        # Letters around them: a tokenizer may strip spaces.
-        self.reads_names = any(token_id in ids for token_id, ids in zip(
-            self._control, self._ids([f"a {name} a" for name in self._control.values()]), strict=True))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if twin := None if backend is None else _without_control_tokens(backend, self._control):
             self._tokenizer._tokenizer = twin
@@ -72,8 +72,7 @@ class TextEncoder:
         return found
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True,
-                               return_attention_mask=False, verbose=False)["input_ids"]
+        return _ids(self._tokenizer, texts)
 
     def _in_parts(self, text: str) -> list[int]:
         """Token ids of a text that is cut behind the first character of each name in it, so that no part holds one."""
@@ -99,6 +98,13 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     if tokenizer not in _encoders:
         _encoders[tokenizer] = TextEncoder(tokenizer)
     return _encoders[tokenizer]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                     verbose=False)["input_ids"]
 
 
 def _without_control_tokens(backend: Tokenizer, control: dict[int, str]) -> Tokenizer | None:

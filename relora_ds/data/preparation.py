@@ -149,7 +149,7 @@ def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBas
         state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
         tokenizer_key = {"sha256": hashlib.sha256(state.encode()).hexdigest(), "eos_id": given.eos_token_id,
                          "pad_id": given.pad_token_id}
-        if encoding.encoder_of(given).reads_names:  # entries of versions that gave control tokens for their names
+        if encoding.reads_names(given):  # entries of versions that gave control tokens for their names
             tokenizer_key["names_are_text"] = True
     return {"format": FORMAT_VERSION, "source": data.source, "corpus": corpus.sha256, "text_column": data.text_column,
             "max_tokens": data.max_tokens, "tokenizer": tokenizer_key}

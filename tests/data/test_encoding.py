@@ -97,7 +97,7 @@ def test_no_text_gives_a_control_token(kind):
     assert set(CONTROL) == set(control.values())
     for text, ids in zip(TEXTS, tokenizer_module.encode(given, TEXTS), strict=True):
         assert ids and not (control.keys() - {given.unk_token_id}) & set(ids), text
-    assert encoding.encoder_of(given).reads_names
+    assert encoding.reads_names(given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +106,18 @@ def test_all_other_text_gives_the_ids_that_it_gave(kind):
     for text in (PLAIN, "the 東 < fox > /", "  the\n\nfox ", ""):
         expected = given(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert tokenizer_module.encode(given, [text]) == [expected], text
+
+
+def test_special_tokens_of_a_user_are_text_too():
+    given = unigram()
+    given.add_special_tokens({"additional_special_tokens": [
+        tokenizers.AddedToken("fox", lstrip=True, rstrip=True), tokenizers.AddedToken("<end>", normalized=True),
+        tokenizers.AddedToken("dog", single_word=True)]})
+    control = encoding.control_tokens(given)
+    assert {"fox", "<end>", "dog"} <= set(control.values())
+    for ids in tokenizer_module.encode(given, ["the  fox  jumps", "the<end>", "lazy dog", "dogfox"]):
+        assert ids and not control.keys() & set(ids)
+    assert tokenizer_module.encode(given, []) == []
 
 
 def test_the_name_of_the_unknown_token_is_text():
