@@ -18,7 +18,8 @@ from relora_ds.checkpoint.run_files import metrics_in
 
 # {pattern of a name: None for a file, else the same for what is in that directory}. All that a run writes.
 _TOKENIZER = {
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|processor_config)\.json": None,
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|processor_config|tekken)\.json": None,
+    r"\.tokenizer_config\.json\..+": None,  # being written
     r"chat_template\.jinja|merges\.txt|vocab\.\w+|[\w.-]+\.(model|spm|tiktoken)": None,
     r"additional_chat_templates": {r".+\.jinja": None},
     r"\w+\.py": None,  # the code of a model or tokenizer that is not transformers' own
@@ -84,7 +85,7 @@ def look(run_dir: Path) -> Contents:
 
 def is_run(run_dir: Path) -> bool:
     """Whether at least one file has the contents that a run writes; damaged ones beside it do not matter."""
-    status, summary = (read_object(run_dir / name) for name in ("status.json", "summary.json"))
+    status, summary = (_json(run_dir / name) for name in ("status.json", "summary.json"))
     return ({"state", "step", "exit_code"} <= status.keys() or {"method", "step", "verdict"} <= summary.keys()
             or {"method", "seed", "run_dir", "model", "relora", "train", "data", "guard"} <= _recipe(run_dir).keys()
             or {"kind", "step", "t", "phase"} <= _first_metric(run_dir).keys()
@@ -95,7 +96,7 @@ def saved_before(run_dir: Path) -> str | None:
     """What shows that a run without checkpoints has had some, or ended; None where nothing does."""
     if (run_dir / "summary.json").exists():
         return "it has a summary.json"
-    if (state := read_object(run_dir / "status.json").get("state")) in ("done", "preempted"):
+    if (state := _json(run_dir / "status.json").get("state")) in ("done", "preempted"):
         return f"its status.json says {state}"
     if (run_dir / "export").is_dir() and any((run_dir / "export").iterdir()):
         return "it has an export"
@@ -188,8 +189,8 @@ def _head(path: Path) -> str:
     return ""
 
 
-def read_object(path: Path) -> dict:
-    """Read a JSON object; {} where the file is missing, damaged or something else."""
+def _json(path: Path) -> dict:
+    """A JSON object; {} where the file is missing, damaged or something else."""
     return _as_object(_head(path))
 
 

@@ -9,6 +9,7 @@ import contextlib
 import glob
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -212,7 +213,8 @@ def _places(field: str, value: str) -> Iterator[Path]:
     if os.path.lexists(path) or field in ("data.cache_dir", "RELORA_DS_CACHE"):  # else a name, or not there yet
         yield path.resolve()
     if field in ("data.path", "data.validation"):
-        with contextlib.suppress(ValueError, OSError):  # reported by its own check
+        with contextlib.suppress(ValueError, OSError), warnings.catch_warnings():  # reported by its own check
+            warnings.simplefilter("ignore")
             yield from (file.resolve() for file in localfiles.find(value, field))
     elif path.is_dir():
         for directory, subdirectories, files in os.walk(path):

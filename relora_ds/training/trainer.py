@@ -13,6 +13,7 @@ from torch import Tensor
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.files import write_json, write_text
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
+from relora_ds.checkpoint.run_files import read_json
 from relora_ds.checkpoint.sharing import find_peers
 from relora_ds.checkpoint.state import problems, restore
 from relora_ds.checkpoint.writer import CheckpointWriter
@@ -31,7 +32,6 @@ from relora_ds.training.journal import Journal
 from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preemption import Preempted, StopRequest
 from relora_ds.training.preflight import Plan
-from relora_ds.training.run_contents import read_object
 from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.training.watchdog import Watchdog
@@ -117,7 +117,7 @@ class Trainer:
         """Replace status.json: rank 0, or whichever rank failed first. Nothing happens before the directory is ours."""
         path = self.run_dir / "status.json"
         if self.is_open and (self.is_first or state == "failed"):
-            if state == "failed" and read_object(path).get("state") == "failed":
+            if state == "failed" and read_json(path).get("state") == "failed":
                 return  # what failed first is the reason, what follows from it is not
             try:
                 write_json(path, {

@@ -78,6 +78,13 @@ def test_everything_that_a_run_writes_is_known(a_run):
     assert {path.name for path in a_run.iterdir()} == {"recipe.yaml", "status.json", NAME, ".nfs0001"}
 
 
+@pytest.mark.parametrize("name", ["status.json", "recipe.yaml", "summary.json", "metrics.jsonl", "checkpoints"])
+def test_one_file_is_enough_to_know_a_run(a_run, tmp_path, name):
+    (tmp_path / "other").mkdir()
+    os.rename(a_run / name, tmp_path / "other" / name)
+    assert run_contents.look(tmp_path / "other") == run_contents.Contents(True, True)
+
+
 @pytest.mark.parametrize("name", ["notes.md", "seed1/recipe.yaml", "checkpoints/best/model.pt", "export/eval.json",
                                   "checkpoints/step_00000003/notes.md", "tensorboard/mine/events", "export/notes.md",
                                   "checkpoints/tokenizer/words.csv", "checkpoints/step_00000003-copy/manifest.json"])
@@ -151,7 +158,10 @@ def test_a_damaged_status_or_recipe_is_still_of_the_run(a_run, damage):
 
 
 def test_a_deletion_that_is_interrupted_leaves_a_run(a_run, monkeypatch):
-    """Whatever has gone by then: it is a run, it can be overwritten, and nothing in it passes for a checkpoint."""
+    """Whatever has gone by then: it is a run, nothing half of it passes for a checkpoint, and it can be overwritten, or
+    resumed by the same job's next start.
+    """
+    (a_run / "status.json").write_text(json.dumps({**status(a_run), "state": "running"}))  # what is done first
     deleted = []
 
     class Stop(Exception):
@@ -178,6 +188,7 @@ def test_a_deletion_that_is_interrupted_leaves_a_run(a_run, monkeypatch):
                 break
         found = run_contents.look(directory)
         assert found.is_run and not found.foreign
+        assert not problems(recipe_of(directory, "overwrite=true")) and not problems(recipe_of(directory, "resume=auto"))
         for checkpoint in store.directories(directory):
             assert not store.verify(checkpoint)
         number += 1
