@@ -188,7 +188,8 @@ def test_a_deletion_that_is_interrupted_leaves_a_run(a_run, monkeypatch):
                 break
         found = run_contents.look(directory)
         assert found.is_run and not found.foreign
-        assert not problems(recipe_of(directory, "overwrite=true")) and not problems(recipe_of(directory, "resume=auto"))
+        for how in ("overwrite=true", "resume=auto"):
+            assert not problems(recipe_of(directory, how))
         for checkpoint in store.directories(directory):
             assert not store.verify(checkpoint)
         number += 1
