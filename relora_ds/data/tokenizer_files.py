@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,25 @@ def save(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     write_atomically(directory / CONFIG_FILE,
                      json.dumps(_config(tokenizer, config, given), indent=2, ensure_ascii=False) + "\n")
+
+
+def misread(directory: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
+            trust_remote_code: bool = False) -> str | None:
+    """Return a warning where `AutoTokenizer` gives other ids than `tokenizer` for the model in `directory`, else None.
+
+    For some families transformers 5 takes the family's own class, whatever tokenizer_config.json names: Qwen2's turns
+    a sentencepiece vocabulary into a byte-level one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the tokenizer's class raises: the run and its model are as they should be
+        return f"{directory}: AutoTokenizer cannot load the tokenizer: {error}"
+    if all(found(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts):
+        return None
+    return (f"{directory}: AutoTokenizer reads the tokenizer as {type(found).__name__}, because of the model's family, "
+            f"and gives other ids than the run trained with; load it with PreTrainedTokenizerFast.from_pretrained")
 
 
 def _config(tokenizer: PreTrainedTokenizerBase, saved: dict, given: dict) -> dict:

@@ -19,6 +19,7 @@ from relora_ds.checkpoint.state import problems, restore
 from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.data import TrainLoader, tokenizer_files
 from relora_ds.data.agreement import require_same_tokens
+from relora_ds.data.tokenizer import SAMPLES
 from relora_ds.interop.export import model_card
 from relora_ds.interop.sources import TOKENIZER
 from relora_ds.lowrank.wrap import count_parameters
@@ -385,6 +386,9 @@ class Trainer:
         self.engine.save_merged(str(self.run_dir / "export"))
         if self.is_first:
             tokenizer_files.save(self.plan.tokenizer, self.run_dir / "export")
+            if problem := tokenizer_files.misread(self.run_dir / "export", self.plan.tokenizer, SAMPLES,
+                                                  self.recipe.trust_remote_code):
+                self.view.warn(problem)
             write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
             write_json(self.run_dir / "summary.json", summary)
         self.view.close()

@@ -129,3 +129,14 @@ def test_a_tokenizer_without_files_is_saved(tmp_path, monkeypatch):
     tokenizer_files.save(given, tmp_path / "export")
     assert AutoTokenizer.from_pretrained(tmp_path / "export")("a b")["input_ids"] == given("a b")["input_ids"]
     assert not (tmp_path / "export" / "vocab.json").exists()
+
+
+@pytest.mark.parametrize("family, is_misread", [("llama", False), ("gpt_neox", False), ("qwen2", True)])
+def test_a_family_whose_own_class_reads_other_ids_is_named(tmp_path, family, is_misread):
+    trained = tokenizers.train(TEXTS, 600, tmp_path / "trained")
+    tokenizer_files.save(trained, tmp_path / "export")
+    (tmp_path / "export" / "config.json").write_text(json.dumps({"model_type": family}))
+    problem = tokenizer_files.misread(tmp_path / "export", trained, ["Hello world"])
+    assert ("as Qwen2Tokenizer" in (problem or "")) == is_misread
+    remedy = PreTrainedTokenizerFast.from_pretrained(tmp_path / "export")
+    assert remedy(TEXTS)["input_ids"] == trained(TEXTS)["input_ids"]
