@@ -1,5 +1,6 @@
 """A run or a checkpoint as a directory that Hugging Face's libraries load."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,15 @@ from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.model import read_model
 from relora_ds.checkpoint.run_files import read_metrics, read_text
+from relora_ds.data import tokenizer
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
 from relora_ds.models.build import load_model
+from relora_ds.remote_code import is_refusal
 from relora_ds.zero.engine import DTYPES
 from relora_ds.zero.saved_config import save_model
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("hf", "peft")
 
@@ -52,14 +57,25 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
     else:
         save_model(plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code), directory)
     places = [directory, directory / peft.BASE] if format == "peft" else [directory]
+    if has_tokenizer := (tag.parent / TOKENIZER).is_dir():
+        _try_tokenizer(tag.parent / TOKENIZER, trust_remote_code)
     for place in places:
-        if (tag.parent / TOKENIZER).is_dir():
+        if has_tokenizer:
             shutil.copytree(tag.parent / TOKENIZER, place, dirs_exist_ok=True)
     about = {"total_parameters": sum(value.numel() for value in saved.base().values()), "restarts": len(saved.restarts),
              **_about(tag)}
     write_text(directory / "README.md",
                      model_card(about, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft"))
     return tag
+
+
+def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
+    """Warn of a tokenizer that cannot be loaded. One whose code is not trusted is copied, too: nothing of it runs."""
+    try:
+        tokenizer.load(directory, trust_remote_code)
+    except ValueError as error:
+        if not is_refusal(error.__cause__):
+            logger.warning("the tokenizer beside the checkpoint cannot be used (%s); save yours into the export", error)
 
 
 def merged_state(checkpoint: Path | str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 `init_from`, `python -m relora_ds export` and `python -m relora_ds eval` all name a model in these ways.
 """
 
+import logging
 import os
 import pickle
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from relora_ds.checkpoint import store
+from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.manifest import LATEST
 from relora_ds.checkpoint.model import is_checkpoint, read_model
 from relora_ds.checkpoint.run_files import read_json
@@ -22,6 +23,8 @@ from relora_ds.models.build import from_config, load_config, load_model
 from relora_ds.remote_code import UntrustedCode
 from relora_ds.zero.latest import named_by
 from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # beside the checkpoints of a run
 
@@ -101,7 +104,8 @@ def config_of(source: str, trust_remote_code: bool = False, field: str = "init_f
         peft.verify(Path(path))
         path = str(Path(path) / peft.BASE)
     with _clear_errors(source, field):
-        return load_config(path, trust_remote_code)
+        return _saved_config(Path(path), trust_remote_code) if kind == "checkpoint" else \
+            load_config(path, trust_remote_code)
 
 
 def model_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PreTrainedModel:
@@ -133,15 +137,40 @@ def tokenizer_of(source: str, field: str = "init_from") -> str:
 def plain_model(checkpoint: Path, state: dict[str, Tensor], dtype: torch.dtype,
                 trust_remote_code: bool = False) -> PreTrainedModel:
     """The plain model of a checkpoint's configuration, with the weights `state`."""
-    if not (checkpoint / "config.json").is_file():
-        raise ValueError(f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
-                         "relora_ds.interop.export.merged_state and save the tensors yourself")
     with _clear_errors(str(checkpoint), "checkpoint"):
-        config = export_config(load_config(checkpoint, trust_remote_code))
+        config = export_config(_saved_config(checkpoint, trust_remote_code))
     model = from_config(config, dtype=dtype)
-    if (checkpoint / "generation_config.json").is_file():
+    if (damage := _damage(checkpoint, "generation_config.json")) is not None:
+        logger.warning("%s; the model is without it", damage)
+    elif _lists(checkpoint, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return load_plain(model, state)
+
+
+def _saved_config(checkpoint: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration beside a checkpoint's weights or, where that file is damaged, the one in the manifest."""
+    if not _lists(checkpoint, "config.json"):
+        raise ValueError(f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
+                         "relora_ds.interop.export.merged_state and save the tensors yourself")
+    if (damage := _damage(checkpoint, "config.json")) is not None:
+        logger.warning("%s; the configuration in %s serves", damage, manifest.NAME)
+        values = dict(manifest.read(checkpoint).model["config"])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    return load_config(checkpoint, trust_remote_code)
+
+
+def _lists(checkpoint: Path, name: str) -> bool:
+    """Return True if a checkpoint consists of a small file of this name, among others."""
+    if (checkpoint / manifest.NAME).is_file():
+        return name in manifest.read(checkpoint).files
+    return (checkpoint / name).is_file()
+
+
+def _damage(checkpoint: Path, name: str) -> str | None:
+    """What is wrong with a small file of a run's checkpoint; of DeepSpeed's format that is not known."""
+    if not (checkpoint / manifest.NAME).is_file():
+        return None
+    return next(iter(store.verify(checkpoint, lambda listed: listed == name)), None)
 
 
 @contextmanager

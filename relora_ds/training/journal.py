@@ -148,7 +148,7 @@ class Journal:
         start = Path(self._recipe.run_dir) / "checkpoints" / tag_of(self._phase.start)
         ranks = update_ranks(self._engine, start)
         if ranks is None:
-            self._view.warn(f"log.update_rank: not every rank sees {start}, from where the update is measured; it "
+            self._view.warn(f"log.update_rank: not every rank can read {start}, from where the update is measured; it "
                             "needs a run_dir that all hosts share")
         return ranks
 

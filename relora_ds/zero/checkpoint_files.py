@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +32,40 @@ STORED, INTENDED, LOST = "stored/", "intended/", "lost/"
 
 
 def save_frozen(save_dir: str, tag: str, frozen: FrozenWeights) -> None:
-    """Write what this rank owns into `save_dir/tag`. Collective."""
+    """Write what this rank owns into `save_dir/tag`. Collective.
+
+    Raises:
+        OSError: on every rank, where one of them could not write; what was there before stays.
+    """
     if not frozen.layers:
         return
     directory = Path(save_dir) / tag
-    directory.mkdir(parents=True, exist_ok=True)
-    if dist.get_rank() == 0:
-        for old in directory.glob(MASTERS_GLOB):
-            old.unlink()  # of a larger world: a stale master must never be found
-    dist.barrier()
+    path = directory / _PATTERN.format(rank=dist.get_rank())
+    temporary = path.with_suffix(".tmp")
     tensors = dict(frozen.masters)
     if frozen.storage.replicated and not frozen.with_masters:
         tensors |= {STORED + name: frozen.layers[name].weight for name in frozen.owned()}
     for name, ledger in frozen.ledgers.items():
         tensors |= {INTENDED + name: ledger.intended, LOST + name: ledger.lost}
-    path = directory / _PATTERN.format(rank=dist.get_rank())
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+
+    def write() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary)
+
+    def take_over() -> None:
+        os.replace(temporary, path)
+        if dist.get_rank() == 0:
+            now = {_PATTERN.format(rank=rank) for rank in range(dist.get_world_size())}
+            for old in directory.glob(MASTERS_GLOB):
+                if old.name not in now:
+                    old.unlink()  # of a larger world: a stale master must never be found
+
+    try:
+        together("save_checkpoint", write)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the disk may be full
+        raise
+    together("save_checkpoint", take_over)
 
 
 def read_owned(directory: Path, frozen: FrozenWeights, prefix: str = "") -> dict[str, Tensor]:

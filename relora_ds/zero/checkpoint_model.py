@@ -13,6 +13,7 @@ classes that DeepSpeed's files need are named below.
 
 import dataclasses
 import json
+import logging
 import os
 import pickle
 from collections.abc import Iterator
@@ -33,7 +34,10 @@ from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import Storage, frozen_shape
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = "relora_model.json"
+_KEYS = {"stage", "bf16", "world_size", "relora", "layers", "frozen", "parameters"}
 UNIVERSAL = "zero"  # the directory in a universal checkpoint with what trains
 
 
@@ -141,16 +145,32 @@ def read_description(directory: Path) -> dict:
         raise ValueError(f"{directory}: no checkpoint that a relora_ds engine wrote (it has no {DESCRIPTION}); name "
                          "the directory of one step, such as RUN/checkpoints/step_00005000")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or not about.keys() >= _KEYS:
+            raise ValueError("it is no description of a model")
+        return about
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); use another checkpoint") from error
 
 
-def problems(directory: Path, engine) -> list[str]:
-    """Why an engine cannot load the checkpoint in `directory`: nothing, or what it would trip over half-way."""
-    if not (directory / DESCRIPTION).is_file():
-        return []
-    about, relora = read_description(directory), engine.relora
+def agreed_description(directory: Path) -> dict | None:
+    """What `save_description` wrote, as rank 0 reads it; None where it is missing or, with a warning, damaged.
+
+    Collective.
+    """
+    about: list = [None]
+    if dist.get_rank() == 0 and (directory / DESCRIPTION).is_file():
+        try:
+            about = [read_description(directory)]
+        except ValueError as error:
+            logger.warning("load_checkpoint: %s; whether it fits this engine is not checked", error)
+    dist.broadcast_object_list(about, 0)
+    return about[0]
+
+
+def problems(about: dict, engine) -> list[str]:
+    """Why an engine cannot load a checkpoint of this description: nothing, or what it would trip over half-way."""
+    relora = engine.relora
     saved, now = Storage(**about["frozen"]), engine.frozen.storage
 
     def layout(stage: int) -> str:  # stages 1 and 2 keep the same files
@@ -165,11 +185,6 @@ def problems(directory: Path, engine) -> list[str]:
         found.append(f"relora.frozen_dtype was {saved}, is {now}, and without fp32 masters (frozen_master: none) what "
                      "was rounded once would be rounded again; go on as it was begun")
     return found
-
-
-def storage_in(directory: Path) -> Storage | None:
-    """How a checkpoint stores the frozen weights; None where nothing describes it."""
-    return Storage(**read_description(directory)["frozen"]) if (directory / DESCRIPTION).is_file() else None
 
 
 def read_model(directory: Path) -> SavedModel:

@@ -30,6 +30,7 @@ from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.start import align_ranks, device_of_rank, init_distributed
+from relora_ds.zero.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ class ReLoRAEngine(DeepSpeedEngine):
                              "are training state; leave it False")
         tag = str(tag if tag is not None else f"global_step{self.global_steps}")
         checkpoint_files.save_frozen(save_dir, tag, self.frozen)
-        checkpoint_model.save_description(save_dir, tag, self)
+        together("save_checkpoint", lambda: checkpoint_model.save_description(save_dir, tag, self))
         return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
@@ -264,13 +265,10 @@ class ReLoRAEngine(DeepSpeedEngine):
                 raise ValueError(f"load_checkpoint: {[*args, *kwargs]} with a universal checkpoint, of which all is "
                                  "loaded; leave it out")
             return str(directory), universal.load(self, directory)
-        found = [checkpoint_model.problems(directory, self) if dist.get_rank() == 0 else []]
-        dist.broadcast_object_list(found, 0)
-        if found[0]:
-            raise ValueError(f"load_checkpoint: {directory} is of another engine: {'; '.join(found[0])}")
-        about = [checkpoint_model.storage_in(directory) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(about, 0)
-        saved, stored = about[0], None
+        about = checkpoint_model.agreed_description(directory)
+        if about is not None and (found := checkpoint_model.problems(about, self)):
+            raise ValueError(f"load_checkpoint: {directory} is of another engine: {'; '.join(found)}")
+        saved, stored = None if about is None else Storage(**about["frozen"]), None
         masters = self._masters_in(directory, saved)
         if masters is None and self.frozen.storage.replicated:  # DeepSpeed's files hold parameters only
             stored = checkpoint_files.read_owned(directory, self.frozen, checkpoint_files.STORED)

@@ -15,6 +15,7 @@ from rich.console import Console
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.run_files import read_json, read_metrics
 from relora_ds.figures.record import method_text, read_runs
+from relora_ds.interop.export import export
 from relora_ds.interop.sources import find_checkpoint, is_finished
 from relora_ds.training import metrics
 from relora_ds.training.console import View
@@ -172,6 +173,18 @@ def test_what_reads_a_run_whose_small_files_are_damaged(copy, caplog):
     assert method_text(copy) == "unknown" and "recipe.yaml is not a readable YAML recipe" in caplog.text
     assert is_finished(copy)
     assert find_checkpoint(copy).name == "step_00000014"
+
+
+def test_an_export_where_what_is_beside_the_weights_is_damaged(copy, whole, tmp_path, caplog):
+    tag = copy / "checkpoints" / "step_00000012"
+    for name in ("config.json", "generation_config.json"):  # the second one is no part of this checkpoint
+        (tag / name).write_bytes(GARBAGE)
+    damage_small_files(copy)
+    for source, out in ((copy, "out"), (whole, "expected")):
+        export(source, tmp_path / out, checkpoint=tag.name)
+    assert "the tokenizer beside the checkpoint cannot be used" in caplog.text and "config.json has " in caplog.text
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 
 
 def away(directory: Path, latest: Path) -> None:

@@ -1,0 +1,22 @@
+"""Work that may fail on one rank: all of them hear of it, and none waits for the one that is gone."""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+
+def together(what: str, work: Callable[[], None]) -> None:
+    """Call `work`, which must not be collective, on every rank. Collective.
+
+    Raises:
+        OSError: on every rank, where one of them failed; begins with `what`.
+    """
+    said: list[str | None] = [None] * dist.get_world_size()
+    failed = None
+    try:
+        work()
+    except Exception as error:  # the other ranks wait for word, whatever it is
+        failed = f"{what}: rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    dist.all_gather_object(said, failed)
+    if failed := next(filter(None, said), None):
+        raise OSError(failed)
