@@ -30,11 +30,13 @@ def read_json(path: Path) -> dict:
 def read_metrics(run_dir: Path) -> list[dict]:
     """Read all lines of a run's metrics.jsonl. Damaged ones are left out, with a warning.
 
-    A last line that was cut off is left out without one: it may still be being written.
+    A last line that was cut off is left out without one: it may still be being written. A run that begins has none.
     """
     path = run_dir / METRICS
     try:
         return metrics_in(path)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         logger.warning("%s cannot be read: %s", path, error.strerror or error)
         return []

@@ -4,6 +4,7 @@
 was put there by one rename.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -149,7 +150,7 @@ def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> 
 
 
 def prune(run_dir: Path, keep_last: int, keep_every: int | None,
-          is_here: Callable[[str], bool] | None = None) -> list[Path]:
+          is_here: Callable[[str], bool] | None = None, thorough: bool = False) -> list[Path]:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`; returns the deleted.
 
     One that is provably damaged, at first sight, is not kept and not counted. One that cannot be read now is neither
@@ -158,14 +159,17 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None,
     Args:
         is_here: whether a file of that name is on this host's disk, where hosts have disks of their own; None where
             that is not known.
+        thorough: read the weights of those that are kept as the newest: a flipped bit is seen in no size.
 
     Raises:
         ValueError: none is intact; nothing is deleted.
     """
     found, whole, unclear = directories(run_dir), [], []
-    for path in found:
+    for path in reversed(found):
         try:
             _glance(path, is_here)
+            if thorough and len(whole) < keep_last:
+                _read_all(path)
             whole.append(path)
         except UnreadableError as error:
             unclear.append(path)
@@ -174,7 +178,7 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None,
             continue
     if found and not whole:
         raise ValueError(f"{run_dir}: no checkpoint is intact, and none is deleted; see `checkpoint verify`")
-    kept = {path for path in whole if keep_every and _step_of(path) % keep_every == 0} | {*whole[-keep_last:], *unclear}
+    kept = {path for path in whole if keep_every and _step_of(path) % keep_every == 0} | {*whole[:keep_last], *unclear}
     gone = [path for path in found if path not in kept]
     for path in gone:
         remove(path)
@@ -249,6 +253,14 @@ def _glance(path: Path, is_here: Callable[[str], bool] | None) -> None:
         raise proofs[0]
     if errors:
         raise UnreadableError(str(next(iter(errors.values()))))
+
+
+def _read_all(path: Path) -> None:
+    """Compare the contents of all files that are here with their hashes. Errors: as those of `_glance`."""
+    for name, file in manifest.read(path).files.items():
+        with contextlib.suppress(MissingError):  # `_glance` has judged what is missing
+            if is_needed(name):
+                manifest.check(path, name, file)
 
 
 def _may_be_late(path: Path, file: File, error: ValueError) -> bool:
