@@ -13,7 +13,7 @@ from relora_ds.checkpoint import store
 from relora_ds.checkpoint.store import ResumeError
 from relora_ds.config import load_recipe
 from relora_ds.train import main
-from relora_ds.training import run_contents
+from relora_ds.training import run_contents, run_directory
 from relora_ds.training.lock import NAME, lock
 from relora_ds.training.preflight import check
 from relora_ds.training.requeue import FIRST_START
@@ -302,15 +302,18 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(a_run):
 
 
 def as_rank(overrides: list[str], run_dir: str, arrives: str) -> str:
-    """Start; when the tokens are ready, somebody else has used the directory. Returns why this start is refused."""
-    plan = check("tiny", overrides)
-    dist.barrier()  # each rank has looked
-    if dist.get_rank() == 0:
+    """Start; just before the directory is locked, somebody else uses it. Returns why this start is refused."""
+    def arrive_first(directory):
         shutil.copytree(arrives, run_dir, dirs_exist_ok=True)
-    try:
-        Trainer(plan).fit()
-    except ResumeError as error:
-        return str(error)
+        return lock(directory)
+
+    plan = check("tiny", overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "lock", arrive_first)
+        try:
+            Trainer(plan).fit()
+        except ResumeError as error:
+            return str(error)
     return ""
 
 
