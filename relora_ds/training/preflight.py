@@ -29,6 +29,7 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.interop.sources import config_of, locate
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import method_of
+from relora_ds.methods.proof import Proof, prove
 from relora_ds.models import attention, compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.training.epochs import short_corpus
@@ -46,6 +47,7 @@ class Resolved:
         precision: fp32, bf16 or fp16.
         accumulation: micro-steps per optimizer step.
         restarted: what the recipe means otherwise because the job was restarted, see `training.requeue`.
+        model_warnings: what wrapping leaves out of the model, and what could not be proven.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Resolved:
     world_size: int
     accumulation: int
     restarted: str | None = dataclasses.field(default=None, kw_only=True)
+    model_warnings: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     @property
     def stage(self) -> int:
@@ -76,7 +79,7 @@ class Resolved:
                          "configuration of stages 0 to 2")
         if relora is not None:
             found += storage_warnings(relora, self.precision, self.stage)
-        return found + method_of(recipe).warnings(_guessed_model(recipe))
+        return found + list(self.model_warnings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,11 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
         raise RecipeError(problems, name_or_path)
-    return Resolved(recipe, settings, precision, world_size, accumulation, restarted=restarted)
+    proof = _proof(recipe, precision)
+    if proof.problems:
+        raise RecipeError(proof.problems, name_or_path)
+    return Resolved(recipe, settings, precision, world_size, accumulation, restarted=restarted,
+                    model_warnings=(*method_of(recipe).warnings(_guessed_model(recipe)), *proof.warnings))
 
 
 def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
@@ -202,10 +209,20 @@ def machine_problems(recipe: Recipe) -> list[str]:
     return found + (liger.problems(_guessed_model(recipe)) if recipe.model.use_liger_kernel else [])
 
 
+def _proof(recipe: Recipe, precision: str) -> Proof:
+    """Try a small copy of the network."""
+    method = method_of(recipe)
+    return prove(_guessed_config(recipe), method.relora, base=recipe.method != "lora" or recipe.lora.base != "none",
+                 precision=precision, attention=recipe.model.attn_implementation)
+
+
 def _guessed_model(recipe: Recipe) -> PreTrainedModel:
-    config = build_config(dataclasses.replace(recipe.model, init="random"), recipe.data.vocab_size,
-                          recipe.data.seq_len, trust_remote_code=recipe.trust_remote_code)
-    return meta_model(config)
+    return meta_model(_guessed_config(recipe))
+
+
+def _guessed_config(recipe: Recipe) -> PretrainedConfig:
+    return build_config(dataclasses.replace(recipe.model, init="random"), recipe.data.vocab_size,
+                        recipe.data.seq_len, trust_remote_code=recipe.trust_remote_code)
 
 
 def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) -> list[str]:
