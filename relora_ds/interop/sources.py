@@ -19,7 +19,8 @@ from relora_ds.checkpoint.manifest import LATEST
 from relora_ds.checkpoint.model import is_checkpoint, read_model
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.interop import peft
-from relora_ds.models.build import from_config, load_config, load_model
+from relora_ds.models.build import from_config, load_config, load_model, meta_model
+from relora_ds.models.ties import tied_as_stored
 from relora_ds.remote_code import UntrustedCode
 from relora_ds.zero.latest import named_by
 from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
@@ -104,8 +105,10 @@ def config_of(source: str, trust_remote_code: bool = False, field: str = "init_f
         peft.verify(Path(path))
         path = str(Path(path) / peft.BASE)
     with _clear_errors(source, field):
-        return _saved_config(Path(path), trust_remote_code) if kind == "checkpoint" else \
-            load_config(path, trust_remote_code)
+        if kind == "checkpoint":
+            return _saved_config(Path(path), trust_remote_code)
+        config = load_config(path, trust_remote_code)
+    return tied_as_stored(config, meta_model(config), path)
 
 
 def model_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PreTrainedModel:

@@ -25,6 +25,7 @@ from relora_ds.lowrank.targets import (
     replace_modules,
     summary,
 )
+from relora_ds.lowrank.ties import align_tie_flag
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
         base: False drops the frozen weights: `y = s·B·A·x`, the paper's LoRA baseline.
 
     Returns:
-        The same model.
+        The same model. Its `config.tie_word_embeddings` agrees with its parameters, see `ties.align_tie_flag`.
 
     Raises:
         ValueError: every problem at once: targets that match nothing or are no `nn.Linear`, a rank above
@@ -68,7 +69,8 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
     found = problems(model, config, base=base)
     if found:
         raise ValueError("\n".join(found))
-    for warning in warnings(model, config):
+    changed = align_tie_flag(model)
+    for warning in [*warnings(model, config), *([changed] if changed else [])]:
         logger.warning(warning)
     return wrap_quietly(model, config, seed=seed, base=base)
 

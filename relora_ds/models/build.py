@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from relora_ds.config import ModelConfig, preset_names
+from relora_ds.models.ties import tied_as_stored
 from relora_ds.recipe_checks import nearest
 from relora_ds.remote_code import UntrustedCode, is_refusal
 
@@ -59,6 +60,7 @@ def build_config(model: ModelConfig, vocab_size: int, seq_len: int, bos_id: int 
                          f"data.seq_len={longest} or another model")
     if model.init == "pretrained":
         _check_vocabulary(model, text, vocab_size)
+        tied_as_stored(config, meta_model(config), model.name_or_path)
     else:
         for part in (config, text):
             part.vocab_size = vocab_size
@@ -78,12 +80,17 @@ def _preset_config(name: str, seq_len: int) -> PretrainedConfig:
 def _named_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
     local = Path(name_or_path).expanduser()
     try:
-        return load_config(str(local) if local.exists() else name_or_path, trust_remote_code)
+        config = load_config(str(local) if local.exists() else name_or_path, trust_remote_code)
     except UntrustedCode as error:
         raise ValueError(f"model.name_or_path: {error}") from error
     except Exception as error:  # OSError, ValueError, KeyError, ..., by what is wrong with it
         raise ValueError(f"model.name_or_path: {name_or_path!r} has no readable configuration; use a hub id, a "
                          f"directory with config.json, or a JSON file with model_type ({error})") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        kind = ", an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else ""
+        raise ValueError(f"model.name_or_path: {name_or_path} is a {config.model_type} model{kind}, which is no causal "
+                         "language model of transformers; choose a decoder-only family such as LLaMA, Qwen or GPT-NeoX")
+    return config
 
 
 def load_config(name_or_path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -110,8 +117,17 @@ def load_config(name_or_path: str | Path, trust_remote_code: bool) -> Pretrained
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`; see `load_config`."""
-    return AutoModelForCausalLM.from_pretrained(name_or_path, config=load_config(name_or_path, trust_remote_code),
-                                                dtype=dtype, trust_remote_code=trust_remote_code)
+    return _loaded(name_or_path, config=load_config(name_or_path, trust_remote_code), dtype=dtype,
+                   trust_remote_code=trust_remote_code)
+
+
+def _loaded(name_or_path: str | Path, **options) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, which would give weights that are not there random values."""
+    model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name_or_path}: the weights of {len(missing)} parameters are missing (first: {missing[0]}); "
+                         "if it is the output head, tie_word_embeddings in config.json may have to be true")
+    return model
 
 
 def from_config(config: PretrainedConfig, **options) -> PreTrainedModel:
@@ -139,8 +155,8 @@ def build_model(config: PretrainedConfig, model: ModelConfig, seed: int,
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if model.init == "pretrained":
-            return AutoModelForCausalLM.from_pretrained(model.name_or_path, config=copy.deepcopy(config),
-                                                        trust_remote_code=trust_remote_code, **options)
+            return _loaded(model.name_or_path, config=copy.deepcopy(config), trust_remote_code=trust_remote_code,
+                           **options)
         return from_config(config, **options)
 
 

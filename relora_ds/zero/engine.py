@@ -5,6 +5,7 @@ The engine is DeepSpeed's own with its class specialised, so `isinstance(engine,
 """
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.reinit import GradientSketch
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
+from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config, universal
 from relora_ds.zero.collect import collect_merged
@@ -71,6 +73,8 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     if relora is None and lowrank_layers(model):
         raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
 
+    if (changed := align_tie_flag(model)) and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(changed)
     settings = ds_config.load(config)
     found = ds_config.problems(settings, precision=precision, micro_batch_size=micro_batch_size,
                                accumulation=gradient_accumulation_steps, max_grad_norm=max_grad_norm,

@@ -12,9 +12,16 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load a collected state into an unwrapped model; names that are absent must be tied to one that is there.
 
     Raises:
-        ValueError: naming the missing or unexpected weights, or those of another shape.
+        ValueError: naming the missing or unexpected weights, those of another shape, or two that differ and are tied in
+            the model.
     """
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
+    owners: dict[int, str] = {}
+    for name in state.keys() & tensors.keys():
+        other = owners.setdefault(id(tensors[name]), name)
+        if not torch.equal(state[other], state[name]):
+            raise ValueError(f"weights: {other} and {name} differ, but share one tensor in this model; set "
+                             "tie_word_embeddings to false in its configuration")
     aliases = {id(tensor) for name, tensor in tensors.items() if name in state}
     missing = [name for name, tensor in tensors.items() if name not in state and id(tensor) not in aliases]
     unexpected = sorted(set(state) - set(tensors))
