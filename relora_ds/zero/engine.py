@@ -20,6 +20,7 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.reinit import GradientSketch
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
+from relora_ds.lowrank.targets import summary
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config, universal
@@ -183,7 +184,20 @@ class ReLoRAEngine(DeepSpeedEngine):
             self.num_accumulated = 0
         super().step(lr_kwargs)
         if self.was_step_applied():
+            if self.t == 1:
+                self._warn_of_untrained()
             self.after_step(self)
+
+    def _warn_of_untrained(self) -> None:
+        """Name the low-rank layers whose B has no moment after the first step: nothing called them.
+
+        Experts may not have had a token yet. A rank looks at its own shards only, which needs no communication.
+        """
+        shards = {name: self.shards[f"{name}.lora_B"] for name in lowrank_layers(self.module) if "expert" not in name}
+        untrained = [name for name, shard in shards.items() if shard.exp_avg.numel() and not shard.exp_avg.any()]
+        if untrained:
+            logger.warning("no gradient reached the low-rank update of %s in the first step: it is not called, or its "
+                           "result is not used; leave it out with relora.exclude_modules", summary(untrained))
 
     def _backward_epilogue(self):
         # Our own count: DeepSpeed's micro_steps is not restored by a load, and counts calls of step(), which a loop
