@@ -23,7 +23,7 @@ from relora_ds.training.evaluation import evaluate
 from relora_ds.training.preflight import resolve
 
 REPOSITORY = Path(__file__).parents[2]
-VOCAB = 300
+VOCAB = 512
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 CONFIGS = {
     "falcon": FalconConfig(**SIZES),
