@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from relora_ds.data import encoding, hub, tokenizer_files
+from relora_ds.data import encoding, hub, tokenizer_class, tokenizer_files
 from relora_ds.data.localfiles import first_line
 from relora_ds.data.reading import DataWarning
 from relora_ds.remote_code import UntrustedCode, is_refusal
@@ -113,22 +113,20 @@ def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> Pre
 
 
 def load(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`, and the checks that it does not make.
+    """The tokenizer that the files at `name_or_path` describe, see tokenizer_class.py, after checks.
 
     trust_remote_code: whether code that comes with the tokenizer may run. It is never asked for on stdin.
 
     Raises ValueError: nothing there, code that is not trusted, no end-of-sequence token, or a vocabulary that was
     silently lost (transformers 5 builds a 3-token LlamaTokenizer where it does not find the vocabulary).
     """
-    from transformers import AutoTokenizer
-
     local = Path(name_or_path).expanduser()
     name = str(local) if local.is_dir() else str(name_or_path)
     # Without a connection the Hugging Face cache may hold it; asking the hub first would take most of a minute.
     reason = "" if local.is_dir() or hub.is_offline() else hub.why_unreachable(name, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=bool(reason), trust_remote_code=trust_remote_code
+        tokenizer = tokenizer_class.from_pretrained(
+            name, SAMPLES, local_files_only=bool(reason), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # OSError, ValueError, KeyError, …, by what is wrong with the directory
         if is_refusal(error):

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "tokenizer_config.json"
 # Beside those that the tokenizer's own class names: transformers 5 has one class for many vocabularies.
-_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model",
-                 "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json", "tekken.json",
-                 "tiktoken.model")
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model")
+_VOCABULARIES = (*SENTENCEPIECE, "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+                 "special_tokens_map.json", "tekken.json", "tiktoken.model")
 # What `save_pretrained` adds to a configuration that does not have it and that transformers 5 finds again by itself:
 # how the tokenizer happened to be loaded, and defaults. `add_prefix_space` makes transformers 4 rebuild a tokenizer
 # from a sentencepiece model, which need not be there.
@@ -39,14 +39,14 @@ _GENERIC_CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 def save(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write `tokenizer` to `directory`, with the vocabulary files of the directory or Hugging Face id it came from."""
     tokenizer.save_pretrained(directory)
-    origin = _origin(tokenizer.name_or_path)
+    source = origin(tokenizer.name_or_path)
     given = {}
-    if origin is not None:
+    if source is not None:
         for name in {*_VOCABULARIES, *tokenizer.vocab_files_names.values()} - {"tokenizer.json"}:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, directory / name)
-        if (origin / CONFIG_FILE).is_file():
-            given = json.loads((origin / CONFIG_FILE).read_text(encoding="utf-8"))
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        if (source / CONFIG_FILE).is_file():
+            given = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     write_atomically(directory / CONFIG_FILE,
                      json.dumps(_config(tokenizer, config, given), indent=2, ensure_ascii=False) + "\n")
@@ -102,7 +102,7 @@ def _text(token: str | dict) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _origin(name_or_path: str) -> Path | None:
+def origin(name_or_path: str) -> Path | None:
     """Return the directory with a tokenizer's files; of an id, the one in Hugging Face's cache. None: there is none."""
     if not name_or_path:
         return None
