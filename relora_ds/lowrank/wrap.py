@@ -164,10 +164,10 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
     found += _rank_problems(targets, config)
     found += shape_problems({name: linear.weight.shape for name, linear in targets.items()}, format)
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for name, linear in targets.items():
-        if uses[id(linear.weight)] > 1:
-            found.append(f"relora.target_modules: the weight of {name} is shared with another module and cannot be "
-                         "frozen and merged for one of them; leave it out")
+    if shared := [name for name, linear in targets.items() if uses[id(linear.weight)] > 1]:
+        found.append(f"relora.target_modules: the weight of {summary(shared)} is shared with another module and cannot "
+                     "be frozen and merged for one of them; leave it out, for instance with "
+                     f"relora.exclude_modules=[{', '.join(_last_names(shared))}]")
     for pattern in as_list(config.exclude_modules):
         if not any(matches(names, [pattern]) for names, _ in modules):
             found.append(f"relora.exclude_modules: {pattern!r} matches no module; the model's linears are "

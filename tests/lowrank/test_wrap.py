@@ -150,5 +150,6 @@ def test_wrapping_twice_is_an_error():
 def test_a_weight_shared_between_modules_is_an_error():
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ValueError, match="shared with another module"):
+    with pytest.raises(ValueError, match=r"up_proj \(and 1 like it\) is shared with another module .*"
+                       r"relora.exclude_modules=\[up_proj\]"):
         wrap(model, CONFIG)

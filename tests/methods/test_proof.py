@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     BartConfig,
     BertConfig,
     BloomConfig,
@@ -121,11 +122,21 @@ def test_a_rare_expert_is_not_refused():
     assert prove(config, dataclasses.replace(CONFIG, exclude_modules=["shared_expert_gate"])).problems == []
 
 
-def test_what_cannot_be_tried_is_said(monkeypatch):
+def test_what_cannot_be_tried_is_refused_or_said(monkeypatch):
+    class OwnConfig(LlamaConfig):
+        """A model whose code is not transformers'."""
+
     monkeypatch.setattr(proof, "tiny_config", lambda config: (_ for _ in ()).throw(ValueError("no copy of this one")))
-    assert prove(LlamaConfig(), CONFIG).problems == []
-    (warning,) = prove(LlamaConfig(), CONFIG).warnings
+    (problem,) = prove(LlamaConfig(), CONFIG).problems
+    assert "llama models of this configuration cannot be run on text alone (ValueError: no copy of this one)" in problem
+    assert prove(OwnConfig(), CONFIG).problems == []
+    (warning,) = prove(OwnConfig(), CONFIG).warnings
     assert "no copy of this one" in warning
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+def test_a_family_that_amplifies_rounding_is_not_refused(family):
+    assert prove(CONFIG_MAPPING[family](), CONFIG).problems == []
 
 
 def test_targets_of_single_layers_are_tried_by_their_kind():
