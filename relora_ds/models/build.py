@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -64,9 +65,17 @@ def build_config(model: ModelConfig, vocab_size: int, seq_len: int, bos_id: int 
     else:
         for part in (config, text):
             part.vocab_size = vocab_size
-            part.bos_token_id, part.eos_token_id, part.pad_token_id = bos_id, eos_id, pad_id
+            _set_token_ids(part, bos_token_id=bos_id, eos_token_id=eos_id, pad_token_id=pad_id)
     config.use_cache = text.use_cache = False
     return config
+
+
+def _set_token_ids(config: PretrainedConfig, **ids: int | None) -> None:
+    for name, token_id in ids.items():
+        try:
+            setattr(config, name, token_id)
+        except StrictDataclassFieldValidationError:  # some families, such as Mllama, do not take None
+            setattr(config, name, 0)
 
 
 def _preset_config(name: str, seq_len: int) -> PretrainedConfig:

@@ -71,6 +71,12 @@ def test_a_nested_language_model_gets_the_vocabulary_and_its_limit(tmp_path):
         build_config(ModelConfig(name_or_path=str(tmp_path), init="pretrained"), vocab_size=300, seq_len=16)
 
 
+def test_a_family_without_a_start_token_that_must_have_one(tmp_path):
+    tiny_config(CONFIG_MAPPING["mllama"]()).save_pretrained(tmp_path)
+    config = build_config(ModelConfig(name_or_path=str(tmp_path)), vocab_size=50, seq_len=16, eos_id=3)
+    assert config.text_config.bos_token_id == 0 and config.text_config.pad_token_id is None
+
+
 def test_no_limit_of_positions(tmp_path):
     CONFIG_MAPPING["xlnet"]().save_pretrained(tmp_path)
     assert build_config(ModelConfig(name_or_path=str(tmp_path)), vocab_size=50, seq_len=4096).vocab_size == 50

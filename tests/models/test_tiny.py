@@ -46,6 +46,8 @@ def test_what_makes_layers_different_stays():
     small = tiny_config(CONFIG_MAPPING["gemma3n_text"]())
     first_shared = small.num_hidden_layers - small.num_kv_shared_layers
     assert set(small.layer_types[:first_shared]) == set(small.layer_types[first_shared:])
+    small = tiny_config(CONFIG_MAPPING["smollm3"]())
+    assert small.no_rope_layers == [1, 1, 1, 0]  # a list that no module's structure shows
     small = tiny_config(CONFIG_MAPPING["gpt_neox_japanese"]())
     assert small.num_hidden_layers == 2  # the last layer is of a kind of its own
 
