@@ -50,7 +50,8 @@ split_arguments "$@"
 
 # The names reach ssh, pdsh and the remote shell: none may look like an option, a pattern or a command there.
 host_name='^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*$'
-[[ -z $master_addr || $master_addr =~ $host_name ]] || fail "--master_addr: '$master_addr' is not an address or a host name"
+[[ -z $master_addr || $master_addr =~ $host_name ]] || fail "--master_addr: '$master_addr' is not an address or a host name;" \
+    "give those of the first machine"
 [[ $master_port =~ ^[1-9][0-9]{0,4}$ && $master_port -lt 65536 ]] ||
     fail "--master_port: '$master_port' is not a port; use a free one between 1 and 65535"
 [ -n "$hostfile" ] || fail "--hostfile FILE is needed; launch_scripts/hostfile.example shows one"

@@ -210,7 +210,7 @@ class Recipe:
     method: str = "relora"  # full | control | lora | relora
     seed: int = 0
     run_dir: str | None = None  # load_recipe fills in runs/<recipe name>
-    resume: str | bool = False  # False | "auto" (the newest checkpoint of run_dir, if any) | a checkpoint's path
+    resume: str | bool = False  # False | "auto": newest checkpoint in run_dir, if any | a checkpoint's or run's path
     overwrite: bool = False
     precision: str = "auto"  # fp32 | bf16 | fp16 | auto, see resolve_precision
     deepspeed: str = "zero1"  # a shipped configuration's name or a path
@@ -283,7 +283,7 @@ class Recipe:
         return recipe_validation.recipe_warnings(self)
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML, without `resume` and `overwrite`, which are of one start only.
+        """Return the resolved recipe as YAML, without `resume` and `overwrite`, which are of one start only.
 
         `load_recipe` of it gives an equal Recipe but for these two.
         """
@@ -373,7 +373,7 @@ def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
 
 
 def recipe_files(name_or_path: str | Path) -> list[Path]:
-    """The file of a recipe, and those that it extends; [] when there is none."""
+    """Return the file of a recipe and those that it extends; [] when there is none."""
     path, _ = _find(str(name_or_path))
     return recipe_loading.read_values(path, Recipe, _find, [])[2] if path else []
 

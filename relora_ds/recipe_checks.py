@@ -13,19 +13,19 @@ MAX_NUMBER, MIN_NUMBER = 1e9, 1e-30
 
 
 def nearest_multiples(value: int, step: int) -> list[int]:
-    """The positive multiples of `step` on both sides of `value`, smaller first."""
+    """Return the positive multiples of `step` on both sides of `value`, smaller first."""
     below = value // step * step
     return [multiple for multiple in (below, below + step) if multiple > 0]
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """' (did you mean …?)', or '' when nothing known is near."""
+    """Return ' (did you mean …?)', or '' when nothing known is near."""
     found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 def mentions(message: str, key: str) -> bool:
-    """Whether `message` judges the field `key`."""
+    """Return True if the message is about `key`."""
     return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message) is not None
 
 
@@ -75,12 +75,12 @@ def number(name: str, value: object, wanted: str, accepts: Callable[[float], boo
 
 
 def _short(value: object) -> str:
-    """Long integers with an exponent."""
+    """Return a value as text, long integers with an exponent."""
     return f"{Decimal(value).normalize():.6}" if is_int(value) and abs(value) >= 10**25 else str(value)
 
 
 def tenth(steps: int) -> int:
-    """A sensible warm-up for `steps` steps: a tenth of them, and fewer than them."""
+    """Return a sensible warm-up for `steps` steps: a tenth of them, and fewer than them."""
     return min(steps - 1, max(1, steps // 10))
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with the text and the paths of a recipe."""
+"""Check the text and the paths of a recipe."""
 
 import dataclasses
 import glob
@@ -18,7 +18,7 @@ MAX_NAME_BYTES = 255  # of one component of a path, on the usual file systems
 
 
 def text_problems(recipe: "Recipe") -> Iterator[str]:
-    """Text that no field takes: empty, with control characters, or a path that cannot be one."""
+    """Yield a message for text that no field takes: empty, with control characters, or a path that cannot be one."""
     for key, value in _texts(recipe):
         if not value.strip():
             yield f"{key}: {value!r} is empty; write a value, or null where there is to be none"

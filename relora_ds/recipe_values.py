@@ -71,7 +71,7 @@ def compose(content: bytes | str) -> yaml.MappingNode | None:
 
 
 def _structural_problems(root: yaml.Node) -> list[str]:
-    """What is valid YAML and no recipe; [] also means that the nodes form a tree, apart from shared scalars."""
+    """Return what is valid YAML and no recipe; [] also means that the nodes form a tree, apart from shared scalars."""
     found, seen, waiting = [], set(), [root]
     while waiting:
         node = waiting.pop()
@@ -140,7 +140,7 @@ def of_override(text: str, kind: object) -> Raw:
 
 
 def convert(raw: Raw, kind: object) -> object:
-    """The value of type `kind`, such as `str | None`.
+    """Return the value of type `kind`, such as `str | None`.
 
     Raises:
         ValueError: it is none; the message follows the value in a sentence.
@@ -164,12 +164,12 @@ def has_variable(raw: Raw) -> bool:
 
 
 def describe(kind: object) -> str:
-    """A field's type in words."""
+    """Return a field's type in words."""
     return " or ".join(_WORDS[option] for option in _options(kind))
 
 
 def show(raw: Raw) -> str:
-    """A value as an error message shows it: numbers, true, false and null bare, text in quotes."""
+    """Return a value as an error message shows it: numbers, true, false and null bare, text in quotes."""
     if isinstance(raw, list):
         return f"[{', '.join(map(show, raw))}]"
     if isinstance(raw, Nested):
@@ -181,7 +181,7 @@ def show(raw: Raw) -> str:
 
 
 def to_yaml(values: dict) -> str:
-    """Nested values of the types above as YAML that reads back as the same ones."""
+    """Return nested values of the types above as YAML that reads back as the same ones."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 

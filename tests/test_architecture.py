@@ -11,8 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 
-# What each room may import of relora_ds, beside itself. A room is a folder of relora_ds or one of its modules;
-# the modules that read a recipe are one room.
+# What each room may import of relora_ds, beside itself. A room is a folder of relora_ds or one of its modules; the
+# modules that read a recipe are one room, with `remote_code`, which several rooms share.
 CONFIG_MODULES = ("config", "recipe_checks", "recipe_files", "recipe_loading", "recipe_validation",
                   "recipe_values", "remote_code")
 BELOW_TRAINING = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop"}

@@ -190,6 +190,6 @@ def _validation_file(runs: Path, overrides: list[str]) -> Path:
 
 
 def _settings(recipe: Recipe) -> Recipe:
-    """A recipe without the paths that change when a directory of runs is moved, and without how it was started."""
+    """Return a recipe without the paths that change when a directory of runs is moved, and without how it started."""
     data = dataclasses.replace(recipe.data, validation=None)
     return dataclasses.replace(recipe, run_dir=None, resume=False, overwrite=False, data=data)

@@ -37,7 +37,7 @@ class MissingError(DamagedError):
 
 
 class UnreadableError(ValueError):
-    """A checkpoint cannot be read now, or not by this version, which says nothing against it; names the file."""
+    """A checkpoint cannot be read now, or not by this version; it may be intact. The message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The small files of a run directory, read. A damaged one costs a warning and what it says, never the run."""
+"""Read the small files of a run directory. A damaged one costs a warning and its contents, never the run."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s cannot be read (%s); what it says is taken for unknown", path, error)
+        logger.warning("%s cannot be read (%s); its contents are ignored", path, error)
         return {}
 
 

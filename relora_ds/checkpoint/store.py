@@ -137,7 +137,7 @@ def _look(directory: Path) -> tuple[Manifest | None, list[tuple[str, ValueError]
 
 
 def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """What is wrong with a checkpoint, one line each; by this process alone.
+    """Return what is wrong with a checkpoint, one line each, as this process alone sees it.
 
     only: judges the names of the files that are read.
     """
@@ -211,7 +211,7 @@ def put_aside(path: Path) -> None:
 
 
 def _free(path: Path) -> Path:
-    """A name that nothing has: this one, or one with a number."""
+    """Return a path at which there is nothing: this one, or one with a number."""
     names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
 
@@ -274,7 +274,7 @@ def _step_of(path: Path) -> int:
 
 
 def _error(directory: Path, name: str, file: File, contents: bool = True) -> ValueError | None:
-    """What is wrong with one file of a checkpoint."""
+    """Return what is wrong with one file of a checkpoint, or None."""
     try:
         manifest.check(directory, name, file, contents)
     except (DamagedError, UnreadableError) as error:

@@ -171,7 +171,7 @@ class CheckpointWriter:
             logger.warning("old checkpoints stay: %s", error)
 
     def _words(self, mine: object) -> list:
-        """What every rank has to say. Collective among the threads that write, or between two saves."""
+        """Gather a value from every rank. Collective among the threads that write, or between two saves."""
         words = [None] * dist.get_world_size()
         dist.all_gather_object(words, mine, group=self._group)
         return words

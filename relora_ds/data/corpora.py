@@ -144,7 +144,7 @@ def text_files(data: DataConfig) -> list[Path]:
 
 
 def _source(data: DataConfig, held_out: list[Path], held_out_contents: list) -> tuple[list, Callable[[], Splits]]:
-    """(what decides the documents, how to open them); `held_out`: files of validation text, and their contents."""
+    """Return (what decides the documents, how to open them). held_out: files of validation text; their contents."""
     if data.source == "wikitext2":  # pinned: the same text from wherever it is taken
         return [], lambda: _named(list(wikitext.articles(wikitext.ensure_files(cache_root(data)), split))
                                   for split in ("train", "valid"))

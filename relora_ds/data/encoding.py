@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """{id: name} of the tokens that a program inserts and a text never contains, the unknown token included."""
+    """Return {id: name} of the tokens that a program inserts and no text contains; the unknown token is one."""
     added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     return added | {token_id: str(token) for token_id, token in named if token_id is not None and str(token)}
 
 
 def reads_names(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer by itself, without `TextEncoder`, gives a control token for the name of one."""
+    """Return True if a tokenizer by itself, without `TextEncoder`, gives a control token for the name of one."""
     control = control_tokens(tokenizer)
     found = _ids(tokenizer, [f"a {name} a" for name in control.values()])  # some strip the spaces of a text
     return any(token_id in ids for token_id, ids in zip(control, found, strict=True))
 
 
 def separates_at_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a character that is not in the vocabulary gives the token that separates documents."""
+    """Return True if a character that is not in the vocabulary gives the token that separates documents."""
     private_use = "\U000f1234"  # in no vocabulary but those of bytes
     return tokenizer.unk_token_id == tokenizer.eos_token_id in _ids(tokenizer, [f"a {private_use}"])[0]
 
@@ -62,7 +62,7 @@ class TextEncoder:
         self._names = None if twin or not names else re.compile(names)  # the twin does not know them
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text. ValueError, quoting it, for a text that gives a control token all the same."""
+        """Return the token ids of each text. ValueError, quoting it, for a text that still gives a control token."""
         found = self._ids(texts)
         for number, (text, ids) in enumerate(zip(texts, found, strict=True)):
             if self._names is not None and self._names.search(text) and not set(self._control).isdisjoint(ids):
@@ -75,7 +75,7 @@ class TextEncoder:
         return _ids(self._tokenizer, texts)
 
     def _in_parts(self, text: str) -> list[int]:
-        """Token ids of a text that is cut behind the first character of each name in it, so that no part holds one."""
+        """Return the token ids of a text, cut behind the first character of each name in it: no part holds a name."""
         cuts = [0, *(match.start() + 1 for match in self._names.finditer(text)), len(text)]
         parts = [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if start < stop]
         return [token for ids in self._ids(parts) for token in ids]

@@ -79,7 +79,7 @@ def without(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
 
 
 def _below(directory: Path, field: str) -> list[Path]:
-    """The files of known suffixes below a directory; warns of what is left out."""
+    """Return the files of known suffixes below a directory; warn of what is left out."""
     found, left_out = [], []
 
     def unreadable(error: OSError) -> None:
@@ -107,14 +107,14 @@ def _below(directory: Path, field: str) -> list[Path]:
 
 
 def _names(files: Sequence[Path], directory: Path) -> str:
-    """The names of a few files, and of the rest how many of which endings."""
+    """Return the names of a few files and, of the rest, the number of each ending."""
     shown = [str(file.relative_to(directory)) for file in files[:MAX_NAMED]]
     endings = Counter(file.suffix.lower() or "without an ending" for file in files[MAX_NAMED:])
     return ", ".join(shown + [f"{count} more {ending}" for ending, count in endings.most_common()])
 
 
 def _identity(file: Path) -> object:
-    """What two names of one file have in common; hard links have the inode."""
+    """Return what two names of one file have in common: the inode of hard links, else the resolved path."""
     stat = file.stat()
     return (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 and stat.st_ino else file.resolve()
 
@@ -244,7 +244,7 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
 
 
 def _values(column: pyarrow.Array) -> list:
-    """The values of a column; in place of text that is not UTF-8, the error."""
+    """Return the values of a column; in place of text that is not UTF-8, the error."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -71,7 +71,7 @@ def _manifest_of(files: Sequence[Path], cache_root: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked_manifest(files: Sequence[Path], cache_root: Path) -> Iterator[tuple[Path, bool]]:
-    """(the manifest of the files, locked; whether it can be written: no place may be)."""
+    """Lock the manifest of the files; yields (its path, whether it can be written: there may be no such place)."""
     with contextlib.ExitStack() as stack:
         for root in (cache_root, local_directory()):
             manifest = _manifest_of(files, root)

@@ -105,7 +105,7 @@ class Extent:
 
 
 def known_extent(data: DataConfig, trust_remote_code: bool = False) -> Extent | None:
-    """What a run will find, if that is known without reading the corpus: it was tokenized before. Writes nothing.
+    """Return the extent of a corpus that was tokenized before; None for any other. Reads no text, writes nothing.
 
     Raises ValueError for a corpus or tokenizer that cannot be opened.
     """

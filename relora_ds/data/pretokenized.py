@@ -118,7 +118,7 @@ def verified_metadata(path: str | Path, cache_root: Path) -> dict:
 
 
 def _damage(directory: Path, metadata: dict, cache_root: Path, field: str) -> str | None:
-    """What is not as it was written, or None. ValueError, with `field`, for a file that cannot be read."""
+    """Return what is not as it was written, or None. ValueError, with `field`, for a file that cannot be read."""
     try:
         if problem := _size_problem(directory, metadata):
             return problem

@@ -72,7 +72,7 @@ def misread(directory: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence
 
 
 def _config(tokenizer: PreTrainedTokenizerBase, saved: dict, given: dict) -> dict:
-    """The tokenizer_config.json: what `save_pretrained` wrote, with the settings that the tokenizer was loaded with."""
+    """Return the tokenizer_config.json: what `save_pretrained` wrote, with the settings of the tokenizer's origin."""
     given = {key: value for key, value in given.items() if key not in ("auto_map", "chat_template")}  # `saved` has them
     config = {key: value for key, value in saved.items() if key not in _ADDED_BY_SAVING} | {
         key: value for key, value in given.items() if key not in _ADDED_BY_SAVING - {"add_prefix_space"}}

@@ -1,4 +1,4 @@
-"""What to do about bytes that are not UTF-8: an advice that fits the file."""
+"""Advise how to convert a file that is not UTF-8."""
 
 from __future__ import annotations
 

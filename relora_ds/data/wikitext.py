@@ -56,7 +56,7 @@ def articles(directory: Path, split: str) -> Iterator[str]:
 
 
 def read(directory: Path, split: str) -> str:
-    """The whole text of a split, 1 to 11 MB. Raises ValueError, naming the file, where it is damaged."""
+    """Return the whole text of a split, 1 to 11 MB. Raises ValueError, naming the file, where it is damaged."""
     file = directory / f"{split}.raw.gz"
     try:
         return gzip.decompress(file.read_bytes()).decode("utf-8")

@@ -95,7 +95,7 @@ def recipe_in(directory: Path) -> Recipe | None:
         return None
     recipe, problems = read_recipe(path, check_files=False)
     if unreadable := next((problem for problem in problems if problem.startswith(str(path))), None):
-        logger.warning("%s; what it says is taken for unknown", unreadable.splitlines()[0])
+        logger.warning("%s; its contents are ignored", unreadable.splitlines()[0])
         return None
     return recipe
 

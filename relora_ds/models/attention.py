@@ -11,7 +11,7 @@ _SUPPORT = {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", "flex": "
 
 
 def problems(model: PreTrainedModel, name: str) -> list[str]:
-    """Problems of `name` with the network, on any machine."""
+    """Return why the network cannot use `name`, on any machine."""
     kind = next((kind for kind in _SUPPORT if name.startswith(kind)), None)
     if kind is None or getattr(model, _SUPPORT[kind], False):  # eager, or a kernel of the hub
         return []
@@ -20,14 +20,14 @@ def problems(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def precision_problems(name: str, precision: str) -> list[str]:
-    """Problems of `name` with the run's precision."""
+    """Return why `name` cannot be used in the run's precision."""
     if not name.startswith("flash") or precision != "fp32":
         return []
     return [f"{FIELD}: {name} computes in 16 bit only, and the run's precision is fp32; use sdpa, or precision=bf16"]
 
 
 def machine_problems(config: PretrainedConfig, name: str) -> list[str]:
-    """What this machine lacks for `name`: a package, or a GPU."""
+    """Return what this machine lacks for `name`: a package, or a GPU."""
     try:
         with torch.device("meta"):
             from_config(config, dtype=torch.bfloat16, attn_implementation=name)

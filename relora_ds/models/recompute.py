@@ -111,7 +111,7 @@ class _LargeOperators(TorchDispatchMode):
 
 
 def _written(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors that an operator changes in place."""
+    """Return the tensors that an operator changes in place."""
     arguments = func._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
     values = [given.get(argument.name) for argument in arguments if argument.is_write]

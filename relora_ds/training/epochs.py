@@ -4,13 +4,13 @@ from relora_ds.config import Recipe
 
 
 def epochs_line(recipe: Recipe, num_sequences: int) -> str:
-    """Return a line that says it. num_sequences: rows of the training corpus."""
+    """Return a line with the number of epochs. num_sequences: rows of the training corpus."""
     taken = recipe.total_steps * recipe.batch_sequences
     return f"epochs: {taken / num_sequences:.2f} ({taken:,} sequences of a corpus of {num_sequences:,})"
 
 
 def short_corpus(recipe: Recipe, train_tokens: int, num_sequences: int) -> list[str]:
-    """Warn of a corpus that ends before data.max_tokens; []: it does not."""
+    """Return a warning for a corpus that ends before data.max_tokens, or nothing."""
     asked = recipe.data.max_tokens
     if asked is None or train_tokens >= asked:
         return []

@@ -184,7 +184,7 @@ class Journal:
 
 
 def _evaluations(run_dir: Path) -> list[tuple[int, str, Evaluation]]:
-    """The evaluations in metrics.jsonl; one that lacks a figure is left out with a warning."""
+    """Return the evaluations in metrics.jsonl; one that lacks a figure is left out with a warning."""
     found = []
     for line in read_metrics(run_dir):
         if line["kind"] != "eval":

@@ -77,7 +77,7 @@ def lock(run_dir: Path) -> Lock:
 
 
 def _open(path: Path) -> tuple[IO, bool]:
-    """(the open lock file, whether it did not exist before)."""
+    """Open the lock file; returns (the file, whether it did not exist before)."""
     try:
         return open(path, "x+", encoding="utf-8"), True
     except FileExistsError:

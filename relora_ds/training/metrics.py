@@ -58,7 +58,7 @@ class MetricsLog:
         self._board = _Board(run_dir / "tensorboard", None if resume_step is None else resume_step + 1)
 
     def write(self, kind: str, *, step: int, t: int, phase: str, **values) -> None:
-        """Append a line: `kind` is train, eval, restart, phase or checkpoint. Non-finite numbers become null."""
+        """Append a line: `kind` is train, eval, restart, phase, checkpoint or spike. Non-finite numbers become null."""
         if not self.enabled:
             return
         line = {"kind": kind, "step": step, "t": t, "phase": phase, "time": time.time(), **values}

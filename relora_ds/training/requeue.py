@@ -18,13 +18,13 @@ FIRST_START = {"SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0", "A
 
 
 def restarted_by(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The variable, with its value, that says that this is not the job's first start; None at the first one."""
+    """Return the variable, with its value, that marks this start as a repeated one; None at a job's first start."""
     return next((f"{name}={environment[name]}" for name, first in FIRST_START.items()
                  if environment.get(name, "") not in ("", first)), None)
 
 
 def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """(the recipe as this start means it, a line about what it means differently, or None).
+    """Return (the recipe as this start means it, a line about what it means differently or None).
 
     A restarted job resumes its own run: `resume=auto`. One that began from another run's checkpoint begins there again
     as long as it has saved none of its own.

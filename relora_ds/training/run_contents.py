@@ -84,7 +84,7 @@ def look(run_dir: Path) -> Contents:
 
 
 def is_run(run_dir: Path) -> bool:
-    """Whether at least one file has the contents that a run writes; damaged ones beside it do not matter."""
+    """Return True if at least one file has the contents that a run writes; damaged ones beside it do not matter."""
     status, summary = (_json(run_dir / name) for name in ("status.json", "summary.json"))
     return ({"state", "step", "exit_code"} <= status.keys() or {"method", "step", "verdict"} <= summary.keys()
             or {"method", "seed", "run_dir", "model", "relora", "train", "data", "guard"} <= _recipe(run_dir).keys()
@@ -93,7 +93,7 @@ def is_run(run_dir: Path) -> bool:
 
 
 def saved_before(run_dir: Path) -> str | None:
-    """What shows that a run without checkpoints has had some, or ended; None where nothing does."""
+    """Return what shows that a run without checkpoints has had some, or ended; None where nothing does."""
     if (run_dir / "summary.json").exists():
         return "it has a summary.json"
     if (state := _json(run_dir / "status.json").get("state")) in ("done", "preempted"):
@@ -163,12 +163,12 @@ _UNKNOWN = object()
 
 
 def _kind_of(name: str, ours: dict) -> object:
-    """None for a file, the patterns of a directory's contents, or _UNKNOWN."""
+    """Return None for a file, the patterns of a directory's contents, or _UNKNOWN."""
     return next((inner for pattern, inner in ours.items() if re.fullmatch(pattern, name)), _UNKNOWN)
 
 
 def _is_blank(entry: os.DirEntry) -> bool:
-    """Whether nothing is lost with it: an empty file or directory, or the lock of a start that wrote nothing else."""
+    """Return True if nothing is lost with it: it is empty, or the lock of a start that wrote nothing else."""
     if entry.is_symlink():
         return False
     if entry.is_dir():
@@ -179,7 +179,7 @@ def _is_blank(entry: os.DirEntry) -> bool:
 
 
 def _head(path: Path) -> str:
-    """The beginning of a file; "" where there is none that can be read."""
+    """Return the beginning of a file; "" where there is none that can be read."""
     try:
         if path.is_file():  # a pipe would wait for a writer
             with path.open(encoding="utf-8", errors="replace") as file:
@@ -190,7 +190,7 @@ def _head(path: Path) -> str:
 
 
 def _json(path: Path) -> dict:
-    """A JSON object; {} where the file is missing, damaged or something else."""
+    """Read a JSON object; {}, without a warning, where the file is missing, damaged or another program's."""
     return _as_object(_head(path))
 
 
@@ -211,5 +211,5 @@ def _recipe(run_dir: Path) -> dict:
 
 
 def _first_metric(run_dir: Path) -> dict:
-    """The first line of metrics.jsonl that is not damaged."""
+    """Return the first line of metrics.jsonl that is not damaged."""
     return next(filter(None, map(_as_object, _head(run_dir / "metrics.jsonl").splitlines())), {})

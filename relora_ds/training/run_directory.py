@@ -83,7 +83,7 @@ class Claim:
 
 
 def early_problems(recipe: Recipe, recipe_files: Sequence[Path] = ()) -> list[str]:
-    """Why this run cannot be in its run directory, as far as one look before anything is prepared can tell.
+    """Return why this run cannot be in its run directory, as far as one look before anything is prepared can tell.
 
     recipe_files: that the recipe was read from.
     """
@@ -98,7 +98,7 @@ def early_problems(recipe: Recipe, recipe_files: Sequence[Path] = ()) -> list[st
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """Why this run cannot begin, resume or overwrite what is in its run directory."""
+    """Return why this run cannot begin, resume or overwrite what is in its run directory."""
     run_dir = Path(recipe.run_dir)
     if reason := _unusable(run_dir):
         return [_cannot_be_written(recipe.run_dir, *reason)]
@@ -144,7 +144,7 @@ def _resume_problem(recipe: Recipe) -> str | None:
 
 
 def _resumes_in_place(recipe: Recipe) -> bool:
-    """Whether `resume` names the run in the run directory, or one of its checkpoints."""
+    """Return True if `resume` names the run in the run directory, or one of its checkpoints."""
     if not isinstance(recipe.resume, str) or recipe.resume == "auto":
         return False
     checkpoints = Path(recipe.run_dir) / "checkpoints"
@@ -153,7 +153,7 @@ def _resumes_in_place(recipe: Recipe) -> bool:
 
 
 def _unusable(run_dir: Path) -> tuple[Path, str] | None:
-    """(the place, what is wrong with it) where the run directory cannot be made or written."""
+    """Return (the place, what is wrong with it) where the run directory cannot be made or written."""
     place = run_dir.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
@@ -182,7 +182,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _inputs_inside(recipe: Recipe, recipe_files: Sequence[Path]) -> list[str]:
-    """What the run is to read from the very directory that `overwrite` empties first."""
+    """Return a message for each input in the directory that `overwrite` empties first."""
     run_dir = Path(recipe.run_dir).resolve()
     found = []
     for field, value in _inputs(recipe, recipe_files):
@@ -193,7 +193,7 @@ def _inputs_inside(recipe: Recipe, recipe_files: Sequence[Path]) -> list[str]:
 
 
 def _inputs(recipe: Recipe, recipe_files: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(field, path) of all that may be a local file or directory."""
+    """Yield (field, path) of all that may be a local file or directory."""
     yield from (("--config", str(path)) for path in recipe_files)
     data = recipe.data
     values = {"init_from": recipe.init_from, "resume": recipe.resume, "model.name_or_path": recipe.model.name_or_path,
@@ -206,7 +206,7 @@ def _inputs(recipe: Recipe, recipe_files: Sequence[Path]) -> Iterator[tuple[str,
 
 
 def _places(field: str, value: str) -> Iterator[Path]:
-    """Where an input really is: the path, what a glob matches, and what links in a directory point to."""
+    """Yield where an input really is: the path, what a glob matches, and what links in a directory point to."""
     path = Path(value).expanduser()
     if glob.has_magic(value):
         path = Path(re.split(r"[*?\[]", str(path))[0])

@@ -154,7 +154,7 @@ def read_description(directory: Path) -> dict:
 
 
 def agreed_description(directory: Path) -> dict | None:
-    """What `save_description` wrote, as rank 0 reads it; None where it is missing or, with a warning, damaged.
+    """Return what `save_description` wrote, as rank 0 reads it; None where it is missing or, with a warning, damaged.
 
     Collective.
     """

@@ -355,7 +355,7 @@ def _fill(settings: dict, key: str, value):
 
 
 def without_autos(section: dict) -> dict:
-    """A section without the values that DeepSpeed is to choose."""
+    """Return a section without the values that DeepSpeed is to choose."""
     return {key: without_autos(value) if isinstance(value, dict) else value
             for key, value in section.items() if value != AUTO}
 

@@ -1,4 +1,4 @@
-"""Whether the values of a DeepSpeed configuration have the types that DeepSpeed reads, by its own models."""
+"""Check the types of values in a DeepSpeed configuration with DeepSpeed's own models."""
 
 import json
 
@@ -13,7 +13,7 @@ _MODELS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config
 
 
 def problems(config: dict) -> list[str]:
-    """One line each: `deepspeed <key>: <value> <why>`. [] also for sections that are no objects, see `ds_config`."""
+    """Return one line each: `deepspeed <key>: <value> <why>`. Sections that are no objects are left to `ds_config`."""
     found = []
     for section, model in _MODELS.items():
         if not isinstance(config.get(section), dict):

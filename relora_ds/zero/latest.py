@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def named_by(pointer: Path) -> Path | None:
-    """The directory that a file like `latest` names.
+    """Return the directory that a file like `latest` names.
 
     Returns:
         None where the file is missing or damaged, or names anything but a directory beside it: a pointer that leads
@@ -25,7 +25,7 @@ def named_by(pointer: Path) -> Path | None:
 
 
 def newest_tag(load_dir: str, name: str, is_checkpoint: Callable[[Path], bool]) -> str | None:
-    """The checkpoint that the file `name` means where rank 0 looks, for every rank. Collective.
+    """Return the checkpoint that the file `name` names on rank 0's machine, to every rank. Collective.
 
     DeepSpeed writes that file on one machine only. Where it is damaged, the newest checkpoint beside it serves.
 

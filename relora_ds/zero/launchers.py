@@ -105,7 +105,7 @@ def _slurm(environment: Mapping[str, str]) -> _Place | None:
 
 
 def hosts_in(hostfile: Path) -> list[str]:
-    """The host names of a DeepSpeed hostfile, in its order.
+    """Return the host names of a DeepSpeed hostfile, in its order.
 
     Raises:
         ValueError: the file cannot be read, or a name is given twice or is none: launchers would take one that begins

@@ -57,7 +57,7 @@ def _rotary(parameters: dict) -> dict:
 
 
 def _number(value):
-    """Infinity, which transformers 5 writes as a dict that transformers 4 takes for one."""
+    """Return infinity for the dict that transformers 5 writes in its place; transformers 4 takes it for a dict."""
     if isinstance(value, list):
         return [_number(part) for part in value]
     return math.inf if value == {"__float__": "Infinity"} else value

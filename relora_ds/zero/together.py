@@ -1,4 +1,4 @@
-"""Work that may fail on one rank: all of them hear of it, and none waits for the one that is gone."""
+"""Run work that may fail on one rank: all ranks learn of a failure, and none waits for the rank that failed."""
 
 from collections.abc import Callable
 

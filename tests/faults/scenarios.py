@@ -239,25 +239,19 @@ def _first(*problems: str | bool | set | int | None) -> str | None:
 
 
 def main() -> int:
-    """Try every cell; print the table, and what is wrong."""
-    wrong, scratch = [], Path(tempfile.mkdtemp())
-    templates = make_templates(scratch)
-    for name in ACCIDENTS:
-        line = []
-        for action in ACTIONS:
-            with tempfile.TemporaryDirectory(dir=scratch) as directory:
-                problem = cell(name, action, templates, Path(directory))
-            line.append(action if problem is None else action.upper())
-            wrong += [f"{name} x {action}: {problem}"] if problem else []
-        print(f"{name:<42}{' '.join(line)}", flush=True)
-    for name in MISHAPS:
-        line = []
-        for ending in ENDINGS:
-            with tempfile.TemporaryDirectory(dir=scratch) as directory:
-                problem = meanwhile(name, ending, templates, Path(directory))
-            line.append(ending if problem is None else ending.upper())
-            wrong += [f"{name}, {ending}: {problem}"] if problem else []
-        print(f"{name:<42}{' '.join(line)}", flush=True)
+    """Try every cell; print the table, with failed cells in capitals, and what is wrong."""
+    wrong = []
+    with tempfile.TemporaryDirectory() as scratch:
+        templates = make_templates(Path(scratch))
+        for rows, columns, try_cell in ((ACCIDENTS, ACTIONS, cell), (MISHAPS, ENDINGS, meanwhile)):
+            for name in rows:
+                line = []
+                for column in columns:
+                    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+                        problem = try_cell(name, column, templates, Path(directory))
+                    line.append(column if problem is None else column.upper())
+                    wrong += [f"{name} x {column}: {problem}"] if problem else []
+                print(f"{name:<42}{' '.join(line)}", flush=True)
     print(*wrong, sep="\n")
     return 1 if wrong else 0
 

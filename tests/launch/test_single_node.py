@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from relora_ds.checkpoint import store
-from relora_ds.zero.launchers import hosts_in
+from relora_ds.training.requeue import FIRST_START
+from relora_ds.zero.launchers import HOST_NAME, hosts_in
 from tests.launch.scripts import SCRIPTS, run, start
 
 
@@ -107,6 +108,13 @@ def test_host_names_that_would_be_options_or_commands(tmp_path):
     for host, line in zip(HOSTS, lines, strict=True):
         assert line.startswith("error: hosts_") and f"'{host}' is not a host name or an address" in line
     assert not (tmp_path / "ran").exists()
+
+
+def test_multi_node_knows_what_the_package_knows():
+    """The shell script repeats the pattern of host names and the variables of restarted jobs."""
+    script = (SCRIPTS / "multi_node.sh").read_text(encoding="utf-8")
+    assert f"host_name='^{HOST_NAME.pattern}$'" in script
+    assert f"restarts='{'|'.join(FIRST_START)}'" in script
 
 
 def test_host_names_that_are_fine(tmp_path):
