@@ -17,11 +17,13 @@ INSTALL_REQUIRES = [
     "numpy",
     "protobuf",  # transformers reads sentencepiece tokenizers through it; tensorboard needs it too
     "pyarrow",
+    "pydantic",  # the types of DeepSpeed's configurations
     "pyyaml",
     "rich",
     "safetensors",
     "sentencepiece",
     "tensorboard",
+    "tokenizers",
     "tqdm",
 ]
 EXTRAS_REQUIRE = {
