@@ -183,7 +183,10 @@ def _weights_read_by(kind: type) -> frozenset[tuple[str, tuple[str, ...]]]:
 
 
 def _weights_read_in(node: ast.AST, flags: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Reads of `self.NAME.weight` below a node. flags: attributes of self that are true where the code runs."""
+    """Reads of `self.NAME.weight` below a node. flags: attributes of self that are true where the code runs.
+
+    `training` is none of them: a model may be wrapped in evaluation mode and train later.
+    """
     if isinstance(node, ast.Attribute) and node.attr in _DESCRIPTIVE:
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "hasattr"):
@@ -196,7 +199,7 @@ def _weights_read_in(node: ast.AST, flags: tuple[str, ...] = ()) -> Iterator[tup
         if isinstance(node, ast.If) and field == "body":
             tests = node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) \
                 else [node.test]
-            inner += tuple(flag for test in tests if (flag := _own_attribute(test)))
+            inner += tuple(flag for test in tests if (flag := _own_attribute(test)) not in (None, "training"))
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
                 yield from _weights_read_in(child, inner)

@@ -193,6 +193,24 @@ def test_a_mamba_keeps_the_projections_that_its_kernels_read():
     assert "x_proj" in frozen
 
 
+class ClampedWhileTraining(nn.Module):
+    """As Gemma 3n's altup."""
+
+    def __init__(self):
+        super().__init__()
+        self.coefficients, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if self.training and x.shape[0]:
+            return self.out(nn.functional.linear(x, self.coefficients.weight.clamp(-1, 1)))
+        return self.out(self.coefficients(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_that_only_training_reads_is_left_out_in_either_mode(training):
+    assert set(target_linears(ClampedWhileTraining().train(training), CONFIG)) == {"out"}
+
+
 def test_a_falcon_is_wrapped_whole():
     model = AutoModelForCausalLM.from_config(FalconConfig(
         vocab_size=67, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, use_cache=False))
