@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from relora_ds.training.guard import GuardError
     from relora_ds.training.preemption import Preempted
     from relora_ds.training.preflight import check
+    from relora_ds.training.requeue import remember_refusal
     from relora_ds.training.trainer import Trainer
     from relora_ds.zero.start import leave
     trainer = None
@@ -64,10 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         leave()
         return code
     except RecipeError as error:
+        remember_refusal()
         return _stop(trainer, is_first, str(error), EXIT_RECIPE)
     except GuardError as error:
         return _stop(trainer, is_first, str(error), EXIT_GUARD)
     except ResumeError as error:
+        if trainer.journal is None:  # else it had begun
+            remember_refusal()
         code = _stop(trainer, is_first, str(error), EXIT_RESUME)
         leave()  # every rank does
         return code

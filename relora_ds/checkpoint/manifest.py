@@ -28,6 +28,10 @@ TRAINED, FROZEN = "trained", "frozen"
 _FILE = re.compile(r"(trained|frozen)_\d{5}\.safetensors|(generation_)?config\.json")
 
 
+# All that may be in a checkpoint's directory: the manifest may be being written, a model may have code of its own.
+IN_CHECKPOINT = re.compile(rf"manifest\.json(\..+\.tmp)?|{_FILE.pattern}|\w+\.py")
+
+
 class DamagedError(ValueError):
     """A checkpoint is provably not what was written; the message names the file."""
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.manifest import (
+    IN_CHECKPOINT,
     LATEST,
     DamagedError,
     File,
@@ -154,7 +155,7 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None,
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`; returns the deleted.
 
     One that is provably damaged, at first sight, is not kept and not counted. One that cannot be read now is neither
-    counted nor deleted.
+    counted nor deleted. One that holds other people's files is not deleted.
 
     Args:
         is_here: whether a file of that name is on this host's disk, where hosts have disks of their own; None where
@@ -179,10 +180,22 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None,
     if found and not whole:
         raise ValueError(f"{run_dir}: no checkpoint is intact, and none is deleted; see `checkpoint verify`")
     kept = {path for path in whole if keep_every and _step_of(path) % keep_every == 0} | {*whole[:keep_last], *unclear}
-    gone = [path for path in found if path not in kept]
+    gone = [path for path in found if path not in kept and not _holds_more(path)]
     for path in gone:
         remove(path)
     return gone
+
+
+def _holds_more(path: Path) -> bool:
+    """Whether a checkpoint's directory has anything that no run writes there; says so."""
+    if path.is_symlink():  # only the link would be deleted
+        return False
+    with os.scandir(path) as entries:
+        foreign = sorted(entry.name for entry in entries if not entry.name.startswith(".nfs")
+                         and (entry.is_dir(follow_symlinks=False) or not IN_CHECKPOINT.fullmatch(entry.name)))
+    if foreign:
+        logger.warning("%s is not deleted: it holds %s, which no run writes; move that elsewhere", path, foreign[0])
+    return bool(foreign)
 
 
 def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None:

@@ -218,7 +218,9 @@ class CheckpointWriter:
 
     def _write_files(self, directory: Path, captured: Captured) -> dict[str, File]:
         """Write what this rank has; returns it with sizes and checksums."""
-        directory.mkdir(parents=True, exist_ok=True)
+        # Not a shared run directory itself: where that was moved away, another run may begin.
+        directory.parent.mkdir(parents=not self._sharing.is_shared, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         rank, written = dist.get_rank(), {}
 
         def add(name: str) -> None:

@@ -6,6 +6,7 @@ Every rank keeps a journal, because some of its figures are sums over all of the
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,16 +39,18 @@ class Journal:
 
     Args:
         resume_step: what metrics.jsonl has past this step is dropped; -1 for all of it.
+        may_write: whether the run directory is this run's now.
         spikes: judges the losses as they are collected, unless it does so before their steps are applied.
 
     Attributes:
         history: (step, phase, Evaluation) of all evaluations of the run.
     """
 
-    def __init__(self, plan: Plan, view: View, account: Account, spikes: LossSpikes, resume_step: int):
+    def __init__(self, plan: Plan, view: View, account: Account, spikes: LossSpikes, resume_step: int,
+                 may_write: Callable[[], bool]):
         self._recipe, self._account, self._view, self._spikes = plan.recipe, account, view, spikes
         run_dir, is_first = Path(plan.recipe.run_dir), dist.get_rank() == 0
-        self._metrics = MetricsLog(run_dir, enabled=is_first, resume_step=resume_step)
+        self._metrics = MetricsLog(run_dir, enabled=is_first, resume_step=resume_step, may_write=may_write)
         self._metrics.text("recipe", report.as_code(plan.recipe.to_yaml()), account.step)
         self._pending: list[Tensor] = []  # losses of this rank that no other knows of yet
         self._in_spike = False

@@ -34,11 +34,18 @@ class Lock:
         """Free the directory."""
         self._file.close()
 
+    def is_held(self) -> bool:
+        """Return False once the lock file is gone from its place: a directory that is moved takes it along."""
+        try:
+            return not self._file.closed and _is_at(self._path, self._file)
+        except OSError:  # the disk does not answer
+            return True
+
     def undo(self) -> None:
         """Free the directory and leave the lock file as it was before, or absent if it was."""
         if self._file.closed:
             return
-        if self._made:
+        if self._made and self.is_held():
             self._path.unlink(missing_ok=True)
         else:
             self._write(self._before)
@@ -87,7 +94,7 @@ def _open(path: Path) -> tuple[IO, bool]:
 def _is_at(path: Path, file: IO) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.checkpoint.files import write_text
@@ -45,10 +46,12 @@ class MetricsLog:
     Args:
         enabled: False on every rank but 0: all calls do nothing.
         resume_step: what an interrupted run wrote past this step is dropped, so that steps stay unique.
+        may_write: whether the directory is this run's now.
     """
 
-    def __init__(self, run_dir: Path, *, enabled: bool, resume_step: int | None = None):
-        self.enabled = enabled
+    def __init__(self, run_dir: Path, *, enabled: bool, resume_step: int | None = None,
+                 may_write: Callable[[], bool] = lambda: True):
+        self.enabled, self._may_write = enabled, may_write
         if not enabled:
             return
         self._path = run_dir / METRICS
@@ -67,7 +70,7 @@ class MetricsLog:
         self._chart(kind, step, values)
 
     def _write_out(self) -> None:
-        if not self._unwritten:
+        if not (self._unwritten and self._may_write()):
             return
         try:
             _append(self._path, "".join(self._unwritten).encode())
@@ -79,6 +82,8 @@ class MetricsLog:
 
     def _chart(self, kind: str, step: int, values: dict) -> None:
         tags = TENSORBOARD_TAGS.get(kind, {})
+        if not self._may_write():
+            return
         for name, value in values.items():
             tag = tags.get(name, f"{kind}/{name}")
             for key, number in (value if isinstance(value, dict) else {"": value}).items():
@@ -87,14 +92,15 @@ class MetricsLog:
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Add a text to TensorBoard only."""
-        if self.enabled:
+        if self.enabled and self._may_write():
             self._board.add("add_text", tag, markdown, step)
 
     def close(self) -> None:
         """Write out what is buffered."""
         if self.enabled:
             self._write_out()
-            self._board.close()
+            if self._may_write():
+                self._board.close()
 
 
 class _Board:

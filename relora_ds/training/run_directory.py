@@ -7,6 +7,7 @@ answer allows is done under the same lock.
 
 import contextlib
 import glob
+import logging
 import os
 import re
 import warnings
@@ -21,6 +22,8 @@ from relora_ds.training import run_contents
 from relora_ds.training.lock import lock
 from relora_ds.training.requeue import restarted_by
 from relora_ds.training.run_contents import Contents
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 5  # names in a message
 
@@ -44,6 +47,7 @@ class Claim:
         try:
             self._make()
             self._lock = lock(self._run_dir)
+            self._directory = os.stat(self._run_dir)
             if found := problems(recipe):
                 raise ValueError("\n".join(found))
         except OSError as error:
@@ -59,6 +63,31 @@ class Claim:
         self._has_begun = True
         if self._overwrite:
             run_contents.delete(self._run_dir)
+
+    def is_held(self) -> bool:
+        """Return False once the directory, or its lock file, was moved or deleted."""
+        return self._lock.is_held()
+
+    def renew(self) -> None:
+        """Make and lock the directory again if it is not held any more.
+
+        Raises:
+            ValueError: another run is, or was, where it had been.
+        """
+        if self.is_held():
+            return
+        self._lock.close()
+        self._make()
+        self._lock = lock(self._run_dir)
+        now = os.stat(self._run_dir)
+        if not os.path.samestat(now, self._directory):
+            found = run_contents.look(self._run_dir)
+            if found.is_begun or found.claimed:
+                raise ValueError(f"run_dir: {self._run_dir} was moved or deleted while its run trained, and another "
+                                 "run is there now; resume the moved one under its new name")
+            logger.warning("run_dir: %s was moved or deleted while its run trained; the run goes on in a new directory "
+                           "of that name", self._run_dir)
+        self._directory = now
 
     def close(self) -> None:
         """Free the directory."""

@@ -117,7 +117,7 @@ class Trainer:
     def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
         """Replace status.json: rank 0, or whichever rank failed first. Nothing happens before the directory is ours."""
         path = self.run_dir / "status.json"
-        if self.is_open and (self.is_first or state == "failed"):
+        if self.is_open and self._holds_run_dir() and (self.is_first or state == "failed"):
             if state == "failed" and read_json(path).get("state") == "failed":
                 return  # what failed first is the reason, what follows from it is not
             try:
@@ -170,7 +170,8 @@ class Trainer:
             self.watchdog = Watchdog(recipe.guard.watchdog_seconds, lambda: f"step {self.account.step}",
                                      lambda message, code: self.set_status("failed", message, code))
         self.journal = Journal(self.plan, self.view, self.account, self.spikes,
-                               resume_step=self.account.step if saved else -1)  # what left no checkpoint is forgotten
+                               resume_step=self.account.step if saved else -1,  # what left no checkpoint is forgotten
+                               may_write=self._holds_run_dir)
         self.prompts = first_documents(data.validation, data.eos_id, recipe.eval.samples, recipe.data.seq_len)
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
         for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
@@ -181,16 +182,28 @@ class Trainer:
         self.set_status("running")
 
     def _claim_run_dir(self) -> None:
-        """Lock the run directory on rank 0. Collective. ResumeError on every rank where it cannot be this run's."""
+        """Lock the run directory on rank 0, again if it was moved. Collective.
+
+        Raises:
+            ResumeError: on every rank, where it cannot be this run's.
+        """
         problem = [None]
         if self.is_first:
             try:
-                self._claim = Claim(self.recipe)
-            except ValueError as error:
+                if self._claim is None:
+                    self._claim = Claim(self.recipe)
+                else:
+                    self._claim.renew()
+            except (ValueError, OSError) as error:
                 problem = [str(error)]
         dist.broadcast_object_list(problem)
         if problem[0]:
+            self.is_open = False
             raise store.ResumeError(problem[0])
+
+    def _holds_run_dir(self) -> bool:
+        """Whether rank 0 may write there now: what has its name may be another run's, if ours was moved."""
+        return self._claim is None or self._claim.is_held()
 
     def _build(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
@@ -300,6 +313,7 @@ class Trainer:
         self._save()
 
     def _save(self) -> None:
+        self._claim_run_dir()
         self.journal.collect_losses()  # the window of losses is saved
         self.writer.save(self.account.step, {
             "phase": self.phase.name, "loader": self.loader.state_dict(), "account": self.account.state(),
@@ -376,6 +390,7 @@ class Trainer:
 
     def _finish(self) -> dict:
         """Export, summarise, say how it went. GuardError where the last state could not be saved."""
+        self._claim_run_dir()
         is_saved = self._is_saved()
         self._close_writer()
         if not self.journal.history or self.journal.history[-1][0] != self.account.step:  # resumed at the very end

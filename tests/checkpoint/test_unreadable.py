@@ -55,6 +55,14 @@ def of_newer_format(directory: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 7, "shards": []}))
 
 
+@pytest.mark.parametrize("name", ["notes.md", "hf/model.safetensors", "model.safetensors", "more/config.json"])
+def test_what_somebody_put_into_a_checkpoint_is_not_deleted(three, tmp_path, name, caplog):
+    (three[0] / name).parent.mkdir(exist_ok=True)
+    (three[0] / name).write_text("mine")
+    assert store.prune(tmp_path, 1, None) == [three[1]] and steps(tmp_path) == [1, 3]
+    assert "step_00000001 is not deleted: it holds" in caplog.text and (three[0] / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize(("damage", "words"), [
     (lock_manifest, "manifest.json cannot be read now: Too many levels of symbolic links"),
     (lock_weights, f"{TRAINED} cannot be read now: Too many levels of symbolic links"),

@@ -87,6 +87,8 @@ MISHAPS: dict[str, Callable[[Trainer, Path, ExitStack], None]] = {
     "metrics.jsonl is moved away": once(move("metrics.jsonl")),
     "the tokenizer is moved away": once(move("checkpoints/tokenizer")),
     "checkpoints is moved away": once(move("checkpoints")),
+    "the run is moved away": once(lambda run: run.rename(run.with_name("moved"))),
+    "the lock is deleted": once(lambda run: (run / "lock").unlink()),
     "latest is damaged": once(overwrite("checkpoints/latest")),
     "status.json is damaged": once(overwrite("status.json")),
     "recipe.yaml is moved away": once(move("recipe.yaml")),

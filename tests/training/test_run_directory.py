@@ -348,6 +348,45 @@ def test_the_checkpoint_is_found_under_the_lock(a_run, tmp_path):
     assert status(a_run)["state"] == "done"
 
 
+def moved_away(overrides: list[str], run_dir: str, arrives: str) -> str:
+    """Train; after 5 steps the run is moved away, and another one is where it was."""
+    trainer = Trainer(check("tiny", overrides))
+    step = trainer._train_step
+
+    def watched():
+        if trainer.account.step == 5:
+            trainer.writer.wait()
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.move(run_dir, f"{run_dir}_moved")
+                shutil.copytree(arrives, run_dir)
+            dist.barrier()
+        step()
+
+    trainer._train_step = watched
+    try:
+        trainer.fit()
+    except ResumeError as error:
+        trainer.set_status("failed", str(error), 4)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_run_that_was_moved_away_does_not_write_into_its_successor(finished, tmp_path, is_stopped):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, other)
+    if not is_stopped:  # it has just begun
+        for name in ("checkpoints", "summary.json", "export", "metrics.jsonl", "tensorboard"):
+            shutil.rmtree(other / name) if (other / name).is_dir() else (other / name).unlink()
+    overrides = [*SETTINGS, "checkpoint.every=4", f"run_dir={run}"]
+    for message in ranks(2).run(moved_away, overrides, str(run), str(other)):
+        assert message.startswith(f"run_dir: {run} was moved or deleted while its run trained, and another run is")
+    (other / NAME).write_bytes((run / NAME).read_bytes())
+    assert snapshot(run) == snapshot(other)
+    assert [path.name for path in store.directories(Path(f"{run}_moved"))] == ["step_00000004"]
+
+
 def together(overrides: list[str]) -> str:
     """On one of two ranks that are two starts of their own: try to get the directory, and tell how it went."""
     recipe = load_recipe("tiny", overrides)
@@ -418,6 +457,27 @@ def test_a_restarted_job_that_began_from_another_run(finished, a_run, tmp_path, 
     died_before_its_first_checkpoint(tmp_path / "new")
     plan = check("tiny", new)
     assert plan.recipe.resume == str(finished) and not problems(plan.recipe)
+
+
+@pytest.mark.parametrize("how", ["overwrite=true", "resume=false"])
+def test_an_attempt_of_torchrun_after_a_refused_one_is_refused_too(a_run, tmp_path, monkeypatch, refused, how):
+    (a_run / "notes.md").write_text("mine")
+    for attempt in range(3):
+        log = tmp_path / "logs" / f"attempt_{attempt}" / "0"
+        log.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(log / "error.json"))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        assert "run_dir: " in refused(a_run, f"run_dir={a_run}", "optim.lr=1e-3", how)
+
+
+def test_an_attempt_of_torchrun_after_a_refused_restart_is_a_restart(a_run, tmp_path, monkeypatch):
+    """The first attempt trained; what could not be resumed for a while must not be overwritten by the third."""
+    for attempt in (1, 2):
+        (tmp_path / f"attempt_{attempt}" / "0").mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_{attempt}" / "0" / "error.json"))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        assert main(["--config", "tiny", *SETTINGS, f"run_dir={a_run}", "optim.lr=no"]) == 2
+    assert check("tiny", [*SETTINGS, f"run_dir={a_run}", "overwrite=true"]).recipe.resume == "auto"
 
 
 # -- places that cannot be written -----------------------------------------------------------------------------------
