@@ -21,6 +21,7 @@ class Lock:
 
     def __init__(self, path: Path, file: IO, made: bool):
         self._path, self._file, self._made = path, file, made
+        self._about = os.fstat(file.fileno())
         self._before = _read(file)
         self._write(f"process {os.getpid()} on {socket.gethostname()}\n")
 
@@ -35,9 +36,12 @@ class Lock:
         self._file.close()
 
     def is_held(self) -> bool:
-        """Return False once the lock file is gone from its place: a directory that is moved takes it along."""
+        """Return False once the lock file is gone from its place: a directory that is moved takes it along.
+
+        After `close`, which leaves the file there, too: a run's last words come then.
+        """
         try:
-            return not self._file.closed and _is_at(self._path, self._file)
+            return _is_at(self._path, self._about)
         except OSError:  # the disk does not answer
             return True
 
@@ -78,7 +82,7 @@ def lock(run_dir: Path) -> Lock:
                     "one, wait for its end, or choose another run_dir") from None
         except OSError:
             pass
-        if _is_at(path, file):
+        if _is_at(path, os.fstat(file.fileno())):
             return Lock(path, file, made)
         file.close()  # another start made the file, locked it and removed it again
 
@@ -91,9 +95,9 @@ def _open(path: Path) -> tuple[IO, bool]:
         return open(path, "a+", encoding="utf-8", errors="replace"), False
 
 
-def _is_at(path: Path, file: IO) -> bool:
+def _is_at(path: Path, about: os.stat_result) -> bool:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(about, path.stat())
     except (FileNotFoundError, NotADirectoryError):
         return False
 
