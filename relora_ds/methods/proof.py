@@ -51,7 +51,7 @@ class _UnsupportedAttentionError(Exception):
 
 
 def prove(config: PretrainedConfig, relora: ReLoRAConfig | None, *, base: bool = True, precision: str = "fp32",
-          attention: str = "sdpa") -> Proof:
+          attention: str = "sdpa", next_token: bool = True) -> Proof:
     """Run a small copy of the model that `config` describes.
 
     Args:
@@ -60,6 +60,7 @@ def prove(config: PretrainedConfig, relora: ReLoRAConfig | None, *, base: bool =
         base: whether there are frozen weights under the low-rank updates.
         precision: that of the run, which decides how frozen weights are stored.
         attention: the recipe's `model.attn_implementation`; one that needs a GPU is replaced.
+        next_token: check the plain model as well: its loss is that of the next token, and text is all that it needs.
 
     Returns:
         Problems and warnings. Global random state and loggers stay as they are.
@@ -68,15 +69,16 @@ def prove(config: PretrainedConfig, relora: ReLoRAConfig | None, *, base: bool =
     transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _prove(config, relora, base, precision, attention if attention in ("sdpa", "eager") else "eager")
+            return _prove(config, relora, base, precision, attention if attention in ("sdpa", "eager") else "eager",
+                          next_token)
     except _UnsupportedAttentionError:
-        otherwise = prove(config, relora, base=base, precision=precision, attention="eager")
+        otherwise = prove(config, relora, base=base, precision=precision, attention="eager", next_token=next_token)
         if otherwise.problems:
             return otherwise
         return Proof([f"model.attn_implementation: {attention} is not supported by transformers' {config.model_type} "
                       "models; use model.attn_implementation=eager"])
     except _NotRunnableError as error:
-        if type(config).__module__.startswith("transformers."):  # not the small copy's fault: see tests/models
+        if next_token and type(config).__module__.startswith("transformers."):  # not the copy's fault: see tests/models
             return Proof([f"model.name_or_path: transformers' {config.model_type} models of this configuration cannot "
                           f"be run on text alone ({error}); correct the configuration, or choose a decoder-only family "
                           "such as LLaMA, Qwen or GPT-NeoX"])
@@ -87,7 +89,8 @@ def prove(config: PretrainedConfig, relora: ReLoRAConfig | None, *, base: bool =
         transformers_logging.set_verbosity(level)
 
 
-def _prove(config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, precision: str, attention: str) -> Proof:
+def _prove(config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, precision: str, attention: str,
+           next_token: bool) -> Proof:
     model = _small_model(config, attention)
     ids = _tokens(model, 0)
     try:
@@ -98,7 +101,7 @@ def _prove(config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, pr
             ahead = _distance(plain.logits[:, :-1], _run(model, later).logits[:, :-1])
     except Exception as error:  # whatever the code of a family raises
         raise _NotRunnableError(_first_line(error)) from error
-    if found := _language_model_problems(config, plain, ids, ahead):
+    if next_token and (found := _language_model_problems(config, plain, ids, ahead)):
         return Proof(found)
     if relora is None:
         return Proof()

@@ -1,0 +1,34 @@
+"""The public `wrap`: low-rank updates for a model, tried on a small copy of it first where there is one."""
+
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank import wrap as lowrank
+from relora_ds.methods.proof import prove
+
+
+def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = True) -> nn.Module:
+    """Replace the target linears by `ReLoRALinear`, in place, and freeze what does not train.
+
+    A causal language model of transformers is tried on a small copy first, in about a second: the same function after
+    wrapping, a gradient for every B, merged as live. How a loss is computed is left to the caller's loop.
+
+    Args, Returns: see `lowrank.wrap.wrap`.
+
+    Raises:
+        ValueError: every problem at once: those of `lowrank.wrap.wrap`, and linears that would not train or whose
+            update would be lost; the message names what leaves them out.
+    """
+    found = lowrank.problems(model, config, base=base)
+    if not found and _has_small_copy(model):
+        found = prove(model.config, config, base=base, attention="eager", next_token=False).problems
+    if found:
+        raise ValueError("\n".join(found))
+    return lowrank.wrap(model, config, seed=seed, base=base)
+
+
+def _has_small_copy(model: nn.Module) -> bool:
+    """Return True if the model is what its configuration alone would give."""
+    return isinstance(model, PreTrainedModel) and \
+        type(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
