@@ -213,10 +213,11 @@ def _phase_problems(recipe: "Recipe") -> Iterator[str | None]:
         yield (f"optim.warmup_steps: {optim.warmup_steps} is not below the {what}; use e.g. "
                f"optim.warmup_steps={tenth(num_steps)}")
     every = recipe.relora.restart_every
-    if recipe.method == "relora" and every is not None and 1 <= every <= optim.warmup_steps:
+    restarts = recipe.method == "relora" and every is not None and every >= 1
+    if restarts and every <= optim.warmup_steps:
         yield (f"relora.restart_every: {every} is not above optim.warmup_steps {optim.warmup_steps}, so the first "
                f"restart would fall into the warm-up; use e.g. optim.warmup_steps={tenth(every)}")
-    elif recipe.num_restarts > MAX_RESTARTS:
+    elif restarts and recipe.num_restarts > MAX_RESTARTS:
         yield (f"relora.restart_every: {every} gives {recipe.num_restarts} restarts, above {MAX_RESTARTS}; use e.g. "
                f"relora.restart_every={-(-num_steps // 100)}")
     ramp = optim.warm_start_warmup_steps

@@ -68,7 +68,7 @@ def ensure_directory(final: Path, is_complete: Callable[[Path], bool], build: Ca
     `build(partial)` fills a directory; it runs only where `is_complete(final)` is false. The directory is new and
     empty, unless a build before it was killed or raised and `is_worth_keeping(partial)` is true of what it left: then
     `build` gets that, and goes on from there. A `final` that exists but is not complete (a copy that was interrupted,
-    a file that somebody deleted) is replaced.
+    a file that somebody deleted, a link to nothing) is replaced.
     """
     if is_complete(final):
         return final
@@ -76,14 +76,14 @@ def ensure_directory(final: Path, is_complete: Callable[[Path], bool], build: Ca
         if is_complete(final):
             return final
         partial = final.parent / f".{final.name}.{socket.gethostname()}.partial"
-        if partial.exists() and not is_worth_keeping(partial):  # under the lock: its builder is dead
-            shutil.rmtree(partial)
+        if os.path.lexists(partial) and not is_worth_keeping(partial):  # under the lock: its builder is dead
+            _remove(partial)
         partial.mkdir(exist_ok=True)
         try:
             build(partial)
             _sync(partial)
-            if final.exists() and not is_complete(final):
-                shutil.rmtree(final)
+            if os.path.lexists(final) and not is_complete(final):
+                _remove(final)
             _rename(partial, final, is_complete)
         except BaseException:
             if not is_worth_keeping(partial):
@@ -111,6 +111,14 @@ def _local_lock(path: Path) -> Iterator[None]:
     with open(directory / f"{name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory; of a link only the link, and a file too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _rename(partial: Path, final: Path, is_complete: Callable[[Path], bool]) -> None:

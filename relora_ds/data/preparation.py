@@ -184,14 +184,17 @@ def _build(directory: Path, data: DataConfig, corpus: corpora.Corpus, given: Pre
 
 def _trained_tokenizer(directory: Path, data: DataConfig, corpus: corpora.Corpus, documents: Documents,
                        progress: tokenization.Progress) -> PreTrainedTokenizerBase:
-    if progress.has_tokenizer:
+    before = progress.tokenizer_sha256
+    if before and before == pretokenized.tokenizer_hashes(directory.parent):
         return tokenizer.load(directory)
     shutil.rmtree(directory, ignore_errors=True)
     texts = iter(documents)
     if corpus.is_streamed:
         texts = _beginning(texts, data.max_tokens)  # no token is less than a byte, so all of that will be needed
     given = tokenizer.train(texts, data.vocab_size, directory)
-    progress.has_tokenizer = True
+    progress.tokenizer_sha256 = pretokenized.tokenizer_hashes(directory.parent)
+    if before != progress.tokenizer_sha256:  # whatever is there are the ids of another one
+        progress.train, progress.validation = tokenization.SplitProgress(), tokenization.SplitProgress()
     return given
 
 

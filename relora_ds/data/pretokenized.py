@@ -61,12 +61,16 @@ def write(source: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> 
 def write_metadata(directory: Path, metadata: dict) -> None:
     """Write metadata.json for the tokens in `directory`: `metadata`, the files' hashes, fingerprint and checksum."""
     hashes = {split: manifest.sha256_of_file(directory / f"{split}.bin") for split in SPLITS}
-    tokenizer = {str(file.relative_to(directory)): manifest.sha256_of_file(file)
-                 for file in sorted((directory / "tokenizer").rglob("*")) if file.is_file()}
-    metadata = {**metadata, "sha256": hashes, "tokenizer_sha256": tokenizer,
+    metadata = {**metadata, "sha256": hashes, "tokenizer_sha256": tokenizer_hashes(directory),
                 "fingerprint": _fingerprint(metadata, hashes)}
-    metadata["checksum"] = _checksum(metadata)
+    metadata["checksum"] = checksum(metadata)
     write_atomically(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
+
+
+def tokenizer_hashes(directory: Path) -> dict[str, str]:
+    """{name below `directory`: sha256} of the files of its tokenizer."""
+    return {str(file.relative_to(directory)): manifest.sha256_of_file(file)
+            for file in sorted((directory / "tokenizer").rglob("*")) if file.is_file()}
 
 
 def is_intact(directory: Path, cache_root: Path) -> bool:
@@ -76,7 +80,7 @@ def is_intact(directory: Path, cache_root: Path) -> bool:
     """
     try:
         metadata = _read(directory)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
     except OSError as error:
         raise ValueError(_unreadable("data.cache_dir", directory / METADATA, error)) from None
@@ -126,7 +130,7 @@ def _damage(directory: Path, metadata: dict, cache_root: Path, field: str) -> st
         expected |= metadata.get("tokenizer_sha256", {})
         if metadata["fingerprint"] != _fingerprint(metadata, metadata["sha256"]):
             return f"{str(directory / METADATA)!r} is damaged (its fingerprint is of other tokens)"
-        if metadata.get("checksum", checksum := _checksum(metadata)) != checksum:
+        if metadata.get("checksum", computed := checksum(metadata)) != computed:
             return f"{str(directory / METADATA)!r} is damaged (its checksum differs)"
     except (KeyError, TypeError, AttributeError, ValueError):
         return f"{str(directory / METADATA)!r} is damaged"
@@ -135,7 +139,7 @@ def _damage(directory: Path, metadata: dict, cache_root: Path, field: str) -> st
         found = manifest.sha256_of(files, cache_root)
         if found != list(expected.values()):  # what is remembered may be damaged too
             found = manifest.sha256_of(files, cache_root, afresh=True)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         return f"{error.filename!r} is missing"
     except OSError as error:
         raise ValueError(_unreadable(field, error.filename or directory, error)) from None
@@ -170,8 +174,8 @@ def _fingerprint(metadata: dict, hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _checksum(metadata: dict) -> str:
-    """sha256 of all the rest of metadata.json."""
+def checksum(metadata: dict) -> str:
+    """sha256 of all entries but the checksum itself."""
     rest = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,8 +1,9 @@
 """Documents to token ids in one flat file, with all cores, and going on where a killed process stopped.
 
-The ids are committed piece by piece: `progress.json` says how many of the file's tokens are valid and at which document
-to go on. Whatever a killed process wrote beyond that is cut off. The ids of a document depend on nothing but its text,
-so where the pieces end, how often it was interrupted and how many cores took part leave no trace in the file.
+The ids are committed piece by piece: `progress.json` says how many of the file's tokens are valid, their sha256, and at
+which document to go on. Whatever a killed process wrote beyond that is cut off. The ids of a document depend on nothing
+but its text, so where the pieces end, how often it was interrupted and how many cores took part leave no trace in the
+file.
 
 The cores are used by the threads of the fast tokenizers (rayon), which work on a batch of documents at a time; what
 stays on one core, turning their result into Python's integers, was an eighth of the whole with a vocabulary of 8192.
@@ -12,9 +13,11 @@ Processes of our own would save that and cost the seconds and the memory of impo
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +28,8 @@ import numpy as np
 
 from relora_ds.data import tokenizer
 from relora_ds.data.cache import write_atomically
-from relora_ds.data.reading import Documents, Place
+from relora_ds.data.pretokenized import checksum
+from relora_ds.data.reading import DataWarning, Documents, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,27 +46,35 @@ PROGRESS = "progress.json"
 
 @dataclass
 class SplitProgress:
-    """What is committed of one split. words: separated by whitespace; bytes: of the UTF-8 text; of all documents."""
+    """What is committed of one split.
+
+    words: separated by whitespace; bytes: of the UTF-8 text; of all documents. sha256: of the committed tokens.
+    """
 
     tokens: int = 0
     documents: int = 0
     words: int = 0
     bytes: int = 0
+    sha256: str = ""
     place: list[int] = field(default_factory=lambda: list(Place()))
     is_done: bool = False
 
 
 @dataclass
 class Progress:
-    """What is committed in a directory. revision: of the corpus; another one cannot be gone on with."""
+    """What is committed in a directory.
+
+    revision: of the corpus; another one cannot be gone on with. tokenizer_sha256: of the files of a trained tokenizer.
+    """
 
     revision: str
-    has_tokenizer: bool = False
+    tokenizer_sha256: dict[str, str] = field(default_factory=dict)
     train: SplitProgress = field(default_factory=SplitProgress)
     validation: SplitProgress = field(default_factory=SplitProgress)
 
     def commit(self, directory: Path) -> None:
-        write_atomically(directory / PROGRESS, json.dumps(dataclasses.asdict(self)))
+        saved = dataclasses.asdict(self)
+        write_atomically(directory / PROGRESS, json.dumps({**saved, "checksum": checksum(saved)}))
 
 
 def dtype_of(given: PreTrainedTokenizerBase) -> np.dtype:
@@ -74,9 +86,11 @@ def progress_of(directory: Path, revision: str) -> Progress:
     """What an earlier process committed in `directory`; a fresh start where that is nothing, or of other contents."""
     try:
         saved = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
+        if saved.pop("checksum") != checksum(saved):
+            return Progress(revision)
         splits = {split: SplitProgress(**saved.pop(split)) for split in ("train", "validation")}
         found = Progress(**saved, **splits)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Progress(revision)
     return found if found.revision == revision else Progress(revision)
 
@@ -95,29 +109,38 @@ def write_tokens(directory: Path, split: str, documents: Documents, given: PreTr
     """
     from tqdm import tqdm
 
+    path = directory / f"{split}.bin"
     state: SplitProgress = getattr(progress, split)
+    digest = _hash(path, state.tokens * dtype.itemsize)
+    if state.tokens and state.sha256 != digest.hexdigest():
+        warnings.warn(f"data.cache_dir: {str(path)!r}, which was not finished, is not as it was written; it is made "
+                      f"again", DataWarning, stacklevel=2)
+        state, digest = SplitProgress(), hashlib.sha256()
+        setattr(progress, split, state)
     if state.is_done:
         return
     bar = tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, total=max_tokens, initial=state.tokens,
                disable=not sys.stderr.isatty())
-    with open(directory / f"{split}.bin", "ab") as file, bar, _all_cores():
+    with open(path, "ab") as file, bar, _all_cores():
         file.truncate(state.tokens * dtype.itemsize)
         num_ids = tokenizer.num_ids(given)
         uncommitted = 0  # characters
         for batch in _batches(documents, Place(*state.place)):
             ids, is_last = _encode(batch, given, state, max_tokens, whole_documents)
             assert not ids or max(ids) < num_ids, "a token id outside the vocabulary"
-            np.asarray(ids, dtype=dtype).tofile(file)
+            tokens = np.asarray(ids, dtype=dtype).tobytes()
+            file.write(tokens)
+            digest.update(tokens)
             bar.update(len(ids))
             if is_last:
                 break
             uncommitted += sum(len(text) for text, _ in batch)
             if uncommitted >= PIECE_CHARACTERS and batch[-1][1] is not None:
-                state.place, uncommitted = list(batch[-1][1]), 0
+                state.place, state.sha256, uncommitted = list(batch[-1][1]), digest.hexdigest(), 0
                 _sync(file)
                 progress.commit(directory)
         _sync(file)
-    state.is_done = True
+    state.is_done, state.sha256 = True, digest.hexdigest()
     progress.commit(directory)
 
 
@@ -185,6 +208,17 @@ def _all_cores() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _hash(file: Path, num_bytes: int) -> hashlib._Hash:
+    """The sha256 of the first `num_bytes` of a file, or of as many as there are; more can be added to it."""
+    digest = hashlib.sha256()
+    if num_bytes and file.is_file():
+        with open(file, "rb") as stream:
+            while block := stream.read(min(num_bytes, 1 << 20)):
+                digest.update(block)
+                num_bytes -= len(block)
+    return digest
 
 
 def _sync(file) -> None:

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from relora_ds.data import cache, gutenberg, manifest, preparation, prepare, pretokenized, wikitext
+from relora_ds.data import cache, gutenberg, manifest, preparation, prepare, pretokenized, tokenization, wikitext
 from relora_ds.data import tokenizer as tokenizers
 from tests.data.settings import settings
 
@@ -161,3 +161,48 @@ def test_books_and_articles_that_are_damaged_are_named(tmp_path):
     (tmp_path / "train.raw.gz").write_bytes(gzip.compress(b"text" * 999)[:-9])
     with pytest.raises(ValueError, match="data.source: '.*train.raw.gz' is damaged .*; delete its directory and run"):
         wikitext.read(tmp_path, "train")
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nothing", "a link to an incomplete entry"])
+def test_something_else_under_an_entrys_name_is_replaced(root, tmp_path, what):
+    first = prepare(settings(root, seq_len=16))
+    shutil.move(first.directory, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "train.bin").write_bytes(b"")
+    if what == "a file":
+        first.directory.write_text("")
+    else:
+        first.directory.symlink_to(tmp_path / ("elsewhere" if "incomplete" in what else "nothing"))
+    assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
+    assert (tmp_path / "elsewhere" / "train.bin").is_file()
+
+
+UNFINISHED = {
+    "train.bin": lambda b: b[:-20],
+    "train.bin zeroed": lambda b: bytes(200) + b[200:],
+    "tokenizer/tokenizer.model": lambda b: b[:-5] + bytes(5),
+    "progress.json": lambda b: b.replace(b'"words": ', b'"words": 1'),
+    "progress.json type": lambda b: b.replace(b'"tokens": ', b'"tokens": 1e'),
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_a_damaged_beginning_is_not_gone_on_from(tmp_path, monkeypatch, name):
+    expected = prepare(settings(tmp_path / "whole", seq_len=16))
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenization, "PIECE_CHARACTERS", 1)
+        write, calls = tokenization.Progress.commit, []
+
+        def stop(progress, directory):
+            write(progress, directory)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, "stopped")
+            calls.append(progress)
+
+        patch.setattr(tokenization.Progress, "commit", stop)
+        with pytest.raises(OSError, match="stopped"):
+            prepare(settings(tmp_path / "cache", seq_len=16))
+    [partial] = (tmp_path / "cache" / "tokens").glob(".*.partial")
+    file = partial / name.split()[0]
+    file.write_bytes(UNFINISHED[name](file.read_bytes()))
+    found = prepare(settings(tmp_path / "cache", seq_len=16))
+    assert found.fingerprint == expected.fingerprint and found.validation_words == expected.validation_words

@@ -114,7 +114,7 @@ def test_every_place_can_be_gone_on_from(tmp_path, monkeypatch, piece):
 
 
 def test_pieces_of_another_revision_are_thrown_away(tmp_path):
-    tokenization.Progress("old", True, tokenization.SplitProgress(tokens=5)).commit(tmp_path)
+    tokenization.Progress("old", {}, tokenization.SplitProgress(tokens=5)).commit(tmp_path)
     assert tokenization.progress_of(tmp_path, "old").train.tokens == 5
     assert tokenization.progress_of(tmp_path, "new") == tokenization.Progress("new")
     (tmp_path / "progress.json").write_text("{")
