@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _manifest_of(files: Sequence[Path], cache_root: Path) -> Path:
-    return cache_root / "manifests" / f"{hashlib.sha256(chr(0).join(_names(files)).encode()).hexdigest()}.json"
+    return cache_root / "manifests" / f"{hashlib.sha256(os.fsencode(chr(0).join(_names(files)))).hexdigest()}.json"
 
 
 @contextlib.contextmanager

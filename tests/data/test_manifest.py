@@ -61,3 +61,9 @@ def test_a_broken_manifest_is_forgotten(tmp_path, files):
     (written,) = (tmp_path / "cache" / "manifests").glob("*.json")
     written.write_text("{")
     assert manifest.sha256_of(files, tmp_path / "cache") == expected(files)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    file = tmp_path / os.fsdecode(b"\xff.txt")
+    file.write_text("text")
+    assert manifest.sha256_of([file], tmp_path / "cache") == expected([file])
