@@ -51,7 +51,7 @@ def metrics_in(path: Path) -> list[dict]:
         except (ValueError, RecursionError):
             line = None
         if _is_line(line):
-            found.append(line)
+            found.append({"phase": "", **line})
         else:
             num_damaged += bool(raw.strip()) and raw.endswith(b"\n")
     if num_damaged:
@@ -60,7 +60,7 @@ def metrics_in(path: Path) -> list[dict]:
 
 
 def _is_line(line: object) -> bool:
-    return (isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("phase"), str)
+    return (isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("phase", ""), str)
             and isinstance(line.get("step"), int) and 0 <= line["step"] < 1 << 53)
 
 

@@ -92,6 +92,14 @@ def is_run(run_dir: Path) -> bool:
             or any((path / manifest.NAME).is_file() for path in store.directories(run_dir / "checkpoints")))
 
 
+def run_around(directory: Path) -> Path | None:
+    """Return the run whose checkpoints, export or curves a directory is, or is in; None where there is none."""
+    inner = [name for name, what in _RUN.items() if what is not None]
+    places = directory.resolve()
+    return next((place.parent for place in (places, *places.parents) if place.name in inner and is_run(place.parent)),
+                None)
+
+
 def saved_before(run_dir: Path) -> str | None:
     """Return what shows that a run without checkpoints has had some, or ended; None where nothing does."""
     if (run_dir / "summary.json").exists():

@@ -132,6 +132,8 @@ def problems(recipe: Recipe) -> list[str]:
     if reason := _unusable(run_dir):
         return [_cannot_be_written(recipe.run_dir, *reason)]
     try:
+        if outer := run_contents.run_around(run_dir):
+            return [f"run_dir: {recipe.run_dir} lies in what the run {outer} writes; choose a directory outside of it"]
         contents = run_contents.look(run_dir)
         return [found for found in (_resume_problem(recipe), _contents_problem(recipe, contents)) if found]
     except OSError as error:

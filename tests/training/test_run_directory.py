@@ -258,6 +258,17 @@ def test_names_that_are_no_paths_are_not_taken_for_files_of_the_working_director
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/step_00000003", "export", "tensorboard/new"])
+@pytest.mark.parametrize("how", ["resume=auto", "overwrite=true", "seed=0"])
+def test_a_run_inside_what_another_run_writes(a_run, refused, inside, how):
+    message = refused(a_run, f"run_dir={a_run / inside}", how)
+    assert f"lies in what the run {a_run} writes; choose a directory outside of it" in message
+
+
+def test_a_run_beside_what_another_run_writes_is_that_runs_neighbour(a_run):
+    assert problems(recipe_of(a_run / "seed1")) == []
+
+
 def test_a_path_inside_the_run_directory_that_is_no_checkpoint_of_it(a_run, tmp_path, refused, monkeypatch):
     shutil.copytree(a_run, a_run / "old")
     (tmp_path / "link").symlink_to(a_run)
