@@ -28,13 +28,13 @@ class Accident:
     Attributes:
         cause: changes the files of a run.
         disk: a context in which a process then sees the run directory.
-        finished: it happens to a finished run, not to a stopped one.
+        of: the run that it happens to, a field of `scenarios.Templates`.
         may_refuse: the actions that may refuse to go on because of it. All others must do their work.
     """
 
     cause: Callable[[Path], object] = lambda run: None
     disk: Callable[[Path], AbstractContextManager] = nullcontext
-    finished: bool = False
+    of: str = "stopped"
     may_refuse: frozenset[str] = frozenset()
 
     @property
@@ -242,7 +242,8 @@ def _open_fails(where: Callable[[Path, bool], bool], number: int) -> Iterator[No
 
 ACCIDENTS = {
     "nothing": Accident(),
-    "nothing, the run is finished": Accident(finished=True),
+    "nothing, the run is finished": Accident(of="finished"),
+    "rank 0 was killed in a save": Accident(of="killed"),
     # checkpoints
     "newest: weights cut short": Accident(truncate_weights, may_refuse=frozenset({"export"})),
     "newest: a bit flipped": Accident(flip_weights, may_refuse=frozenset({"export"})),
@@ -260,7 +261,7 @@ ACCIDENTS = {
                                                     may_refuse=frozenset({"resume", "requeue"}))
        for times in (1, 2, 3, 4)},
     "finished, all checkpoints deleted": Accident(
-        lose_all_checkpoints, finished=True, may_refuse=frozenset({"resume", "requeue", "prune", "verify"})),
+        lose_all_checkpoints, of="finished", may_refuse=frozenset({"resume", "requeue", "prune", "verify"})),
     "stopped, all checkpoints deleted": Accident(
         lose_all_checkpoints, may_refuse=frozenset({"resume", "requeue", "prune", "verify", "export"})),
     # small files
@@ -280,7 +281,7 @@ ACCIDENTS = {
     "recipe: lost": Accident(lose("recipe.yaml")),
     "recipe and status: cut short": Accident(
         lambda run: [write_bytes(name, b"{")(run) for name in ("recipe.yaml", "status.json")]),
-    "summary: cut short": Accident(write_bytes("summary.json", b"{"), finished=True),
+    "summary: cut short": Accident(write_bytes("summary.json", b"{"), of="finished"),
     "tokenizer: cut short": Accident(write_bytes("checkpoints/tokenizer/tokenizer.json", b"{"),
                                      may_refuse=frozenset({"export"})),
     "tokenizer: lost": Accident(lose("checkpoints/tokenizer")),
@@ -288,7 +289,7 @@ ACCIDENTS = {
     # what is not ours
     "a note in the run": Accident(foreign("notes.md"), may_refuse=frozenset({"overwrite"})),
     "a note beside the checkpoints": Accident(foreign("checkpoints/notes.md"), may_refuse=frozenset({"overwrite"})),
-    "a folder in the export": Accident(foreign("export/mine/a.txt"), finished=True,
+    "a folder in the export": Accident(foreign("export/mine/a.txt"), of="finished",
                                        may_refuse=frozenset({"overwrite"})),
     "a run in the run": Accident(inner_run, may_refuse=frozenset({"overwrite"})),
     # the machine

@@ -2,7 +2,7 @@
 
     python -m tests.faults.scenarios          # the whole table
 
-Every cell starts from a copy of the same run, stopped by SIGTERM after about 14 of its 24 steps, or finished.
+Every cell starts from a copy of the same run: stopped by SIGTERM after about 14 of its 24 steps, killed, or finished.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from relora_ds.training.preemption import Preempted
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.faults.accidents import ACCIDENTS, Accident
+from tests.faults.kills import Mortal, train_and_die
 from tests.faults.mishaps import FOREIGN_SOURCE, MISHAPS
 from tests.ranks import ranks
 from tests.training.runs import losses, status
@@ -53,17 +54,24 @@ REQUEUED = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"}
 
 @dataclass(frozen=True)
 class Templates:
-    """Attributes: stopped, finished: the same run, after SIGTERM and at its end."""
+    """Attributes: stopped, killed, finished: the same run, after SIGTERM, after kill -9 of rank 0, and at its end."""
 
     stopped: Path
+    killed: Path
     finished: Path
 
 
 def make_templates(directory: Path) -> Templates:
-    made = Templates(directory / "stopped", directory / "finished")
+    made = Templates(directory / "stopped", directory / "killed", directory / "finished")
     for run, stop in ((made.finished, None), (made.stopped, STOP)):
         code, message = _on_ranks([f"run_dir={run}"], stop=stop)
         assert code == (0 if stop is None else 75), message
+    pair = Mortal(2)
+    with contextlib.suppress(AssertionError):  # it died
+        pair.run(train_and_die, [f"run_dir={made.killed}", *SETTINGS], rank=0, place="a save: before the manifest",
+                 after=2)
+    pair.stop()
+    assert [path.name for path in store.directories(made.killed)] == ["step_00000006"]
     return made
 
 
@@ -121,7 +129,7 @@ def whole_checkpoints(run: Path) -> set[str]:
 def cell(name: str, action: str, templates: Templates, directory: Path) -> str | None:
     """One cell of the table in an empty directory: what is wrong with it, or None."""
     accident, run = ACCIDENTS[name], directory / "run"
-    shutil.copytree(templates.finished if accident.finished else templates.stopped, run, symlinks=True)
+    shutil.copytree(getattr(templates, accident.of), run, symlinks=True)
     accident.cause(run)
     before, checkpoints = contents(run), whole_checkpoints(run)
     if action in TRAINING:
