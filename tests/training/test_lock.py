@@ -6,7 +6,11 @@ import os
 import pytest
 
 from relora_ds.checkpoint.store import ResumeError
+from relora_ds.train import EXIT_GUARD, _stop
+from relora_ds.training.guard import GuardError
 from relora_ds.training.lock import NAME, lock
+from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
 from tests.training.runs import run, status, train
 
@@ -35,6 +39,25 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path, how):
         assert contents(directory) == before
     assert run(directory, "train.steps=20", "checkpoint.every=10", how)["step"] == 20
     assert status(directory)["state"] == "done" and (directory / NAME).exists()
+
+
+def fail(overrides: list[str]) -> None:
+    """On a rank: what train.py does with a run that a guard ends."""
+    trainer = Trainer(check("tiny", overrides))
+
+    def bad_step():
+        raise GuardError("a step went wrong")
+
+    trainer._train_step = bad_step
+    with pytest.raises(GuardError) as caught:
+        trainer.fit()
+    _stop(trainer, False, str(caught.value), EXIT_GUARD)
+
+
+def test_the_last_status_is_written_after_the_directory_is_free(tmp_path):
+    ranks(1).run(fail, [f"run_dir={tmp_path / 'run'}"])
+    last = status(tmp_path / "run")
+    assert (last["state"], last["exit_code"]) == ("failed", 3) and last["reason"].startswith("a step went wrong")
 
 
 def test_a_lock_that_is_undone_leaves_what_was_there(tmp_path):
