@@ -76,6 +76,7 @@ def test_it_is_not_called_damaged(three, tmp_path, damage, words, caplog, capsys
         assert words in said and "Nothing was changed" in said and "resume=RUN/checkpoints/step_" in said
     assert contents(tmp_path) == before
     assert ranks(1).run(found, tmp_path, str(three[1])) == ["step_00000002"]
+    capsys.readouterr()  # warnings too, where an earlier test has set up the console
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step_00000002: intact" and words in second
