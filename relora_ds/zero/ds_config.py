@@ -314,7 +314,9 @@ def resolve(config: dict, *, precision: str, micro_batch_size: int | None, accum
     for key, value in {"steps_per_print": 10**12,  # the trainer logs
                        "wall_clock_breakdown": False,
                        "zero_allow_untested_optimizer": True,
-                       "zero_force_ds_cpu_optimizer": False}.items():  # torch's AdamW: no compiled op
+                       "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: no compiled op
+                       # It waits for the GPU at the beginning and the end of every micro-step, for a line of its own.
+                       "timers": {"throughput": {"enabled": False}}}.items():
         settings.setdefault(key, value)
     return settings
 

@@ -126,6 +126,15 @@ def test_sizes_follow_what_trains():
     assert sizes(10**10) == (50_000_000, 100_000)
 
 
+def test_deepspeeds_throughput_timer_is_off_unless_it_is_asked_for():
+    """It waits for the GPU twice in every micro-step."""
+    from deepspeed.utils.config import get_timers_config
+
+    assert not get_timers_config(resolve("zero1")).enabled
+    asked = {"zero_optimization": {"stage": 1}, "timers": {"throughput": {"synchronized": False}}}
+    assert get_timers_config(resolve(asked)).enabled and not get_timers_config(resolve(asked)).synchronized
+
+
 def test_load(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
