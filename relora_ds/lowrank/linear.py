@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from relora_ds.lowrank.formats import DENSE, Format
 from relora_ds.lowrank.kernels import FrozenLinearFunction, lowrank_linear
+from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.reinit import GradientSketch
 from relora_ds.lowrank.seeding import keyed_generator
 
@@ -106,7 +107,8 @@ class ReLoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """`W + s·B·A` in fp32, `[out_features, in_features]`; a new tensor."""
-        update = self.lora_B.float() @ self.lora_A.float() * self.scaling
+        with exact_products():
+            update = self.lora_B.float() @ self.lora_A.float() * self.scaling
         if self.weight is None:
             return update
         return update.add_(self.format.dequantize(self.weight, self.weight_shape, torch.float32))

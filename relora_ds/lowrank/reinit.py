@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.seeding import keyed_generator
 
 ROW_NORM = math.sqrt(1 / 3)  # of Kaiming-uniform rows with a=√5, whose entries have the variance 1 / (3 · in)
@@ -49,7 +50,8 @@ class GradientSketch:
         if self._omega is None:
             omega = torch.randn(len(self.values), g.shape[1], generator=keyed_generator(self._key))
             self._omega = omega.to(g.device)
-        self.values.addmm_(self._omega @ g.float().t(), rows.float())
+        with exact_products():
+            self.values.addmm_(self._omega @ g.float().t(), rows.float())
 
 
 def dominant_rows(sketch: Tensor, r: int) -> Tensor | None:

@@ -1,0 +1,48 @@
+"""Products of what is merged, in full fp32.
+
+A process may have fp32 products computed in less: TF32 on CUDA (`TrainingArguments(tf32=True)`,
+`torch.set_float32_matmul_precision("high")`, NVIDIA's containers by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), bf16 on CPUs
+that have it, 16 bit under autocast. An update s·B·A so computed has a relative error of about 5e-4 or more, which the
+masters would take over at every restart.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Have fp32 products computed in fp32, in the whole process, for as long as it lasts."""
+    restore = _choose_fp32()
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        restore()
+
+
+def _choose_fp32() -> Callable[[], None]:
+    """Choose fp32; returns what goes back to the choice before."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return functools.partial(torch.set_float32_matmul_precision, before)
+    # The older functions refuse to be asked once the newer ones were used, and these know all that those have chosen.
+    before = [(backend.matmul, _own_precision(backend.matmul, parent)) for backend, parent in (
+        (torch.backends.cuda, torch.backends.cudnn), (torch.backends.mkldnn, torch.backends.mkldnn))]
+    _set_precisions([(matmul, "ieee") for matmul, _ in before])
+    return functools.partial(_set_precisions, before)
+
+
+def _own_precision(matmul, parent) -> str:
+    """Of a backend's products; "none" where they follow the backend's choice for all operations."""
+    chosen = matmul.fp32_precision
+    return "none" if chosen == parent.fp32_precision else chosen
+
+
+def _set_precisions(choices: list[tuple[object, str]]) -> None:
+    for matmul, precision in choices:
+        matmul.fp32_precision = precision
