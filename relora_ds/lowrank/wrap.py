@@ -37,6 +37,11 @@ def lowrank_layers(model: nn.Module) -> dict[str, ReLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ReLoRALinear)}
 
 
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also while ZeRO-3 has it partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """`(trainable, all)` weights; shared parameters count once.
 
@@ -44,7 +49,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     layers = [layer for layer in lowrank_layers(model).values() if layer.weight is not None]
     stored = {id(layer.weight) for layer in layers}
-    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters() if id(p) not in stored]
+    sizes = [(p.requires_grad, full_shape(p).numel()) for p in model.parameters() if id(p) not in stored]
     frozen = sum(layer.weight_shape.numel() for layer in layers)
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes) + frozen
 
@@ -82,7 +87,7 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
         raise ValueError("\n".join(found))
     layers = {}
     for name, linear in target_linears(model, config).items():
-        rows, columns = linear.weight.shape  # a subclass may call them otherwise
+        rows, columns = full_shape(linear.weight)  # a subclass may call them otherwise
         layers[name] = layer = ReLoRALinear(
             columns, rows, linear.weight if base else None, linear.bias,
             r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
@@ -162,7 +167,7 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
         found += _unfit_problems(unfit) or [
             "relora.target_modules: 'all-linear' matches nothing: the model has no nn.Linear beside its head"]
     found += _rank_problems(targets, config)
-    found += shape_problems({name: linear.weight.shape for name, linear in targets.items()}, format)
+    found += shape_problems({name: full_shape(linear.weight) for name, linear in targets.items()}, format)
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     if shared := [name for name, linear in targets.items() if uses[id(linear.weight)] > 1]:
         found.append(f"relora.target_modules: the weight of {summary(shared)} is shared with another module and cannot "
@@ -201,11 +206,11 @@ def _rank_problems(targets: dict[str, nn.Linear], config: ReLoRAConfig) -> list[
     """Return one message for the targets of each kind whose smaller side is below the rank."""
     small: dict[str, list[str]] = {}
     for name, linear in targets.items():
-        if config.r > min(linear.weight.shape):
+        if config.r > min(full_shape(linear.weight)):
             small.setdefault(generic(name), []).append(name)
     found = []
     for names in small.values():
-        rows, columns = targets[names[0]].weight.shape
+        rows, columns = full_shape(targets[names[0]].weight)
         found.append(f"relora.r: {config.r} exceeds the smaller side of {summary(names)} ({rows}x{columns}); use "
                      f"r <= {min(rows, columns)}, or leave it out with "
                      f"relora.exclude_modules=[{', '.join(_last_names(names))}]")
@@ -231,7 +236,7 @@ def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: dict[str, n
     frozen, sizes = {}, {}
     for names, module in named_places(model):
         for leaf, parameter in module.named_parameters(recurse=False):
-            sizes[id(parameter)] = parameter.numel()
+            sizes[id(parameter)] = full_shape(parameter).numel()
             if id(parameter) not in trains:
                 frozen.setdefault(id(parameter), f"{names[0]}.{leaf}".removeprefix("."))
     if not frozen:
