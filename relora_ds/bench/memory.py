@@ -158,7 +158,7 @@ class _Meter:
 
     def now(self) -> int:
         gc.collect()
-        return (torch.cuda.memory_allocated(self.device) if self.device else _status("VmRSS")) - self.base
+        return (torch.cuda.memory_allocated(self.device) if self.device else resident("VmRSS")) - self.base
 
     def reset(self) -> None:
         gc.collect()
@@ -166,17 +166,23 @@ class _Meter:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS: proc_pid_clear_refs(5)
+            forget_peak()
 
     def peak(self) -> tuple[int, int | None]:
         """Since `reset`: allocated or resident, and reserved."""
         if self.device:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - self.base, torch.cuda.max_memory_reserved(self.device)
-        return _status("VmHWM") - self.base, None
+        return resident("VmHWM") - self.base, None
 
 
-def _status(field: str) -> int:
+def forget_peak() -> None:
+    """Make VmHWM what VmRSS is: proc_pid_clear_refs(5)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in the host's memory: now (VmRSS), or at most since `forget_peak` (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

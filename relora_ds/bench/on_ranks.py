@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 
 
-def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int) -> dict:
+def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int,
+                 environment: dict[str, str] | None = None) -> dict:
     """The result of `module.measure(arguments)`, which every rank calls.
 
     Where a launcher has started this process it is one of the ranks (torchrun, srun, mpirun, deepspeed --module); else
-    torchrun starts `num_ranks` here.
+    torchrun starts `num_ranks` here, with the variables of `environment`.
 
     Raises:
         ValueError: the ranks failed, and have said why.
@@ -30,7 +31,8 @@ def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int) -> 
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m",
              __name__, module, json.dumps(values), str(out)],
-            env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)), **os.environ},
+            env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)), **os.environ,
+                 **(environment or {})},
             stdin=subprocess.DEVNULL, stdout=2)
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # torchrun ends its ranks then
         try:
