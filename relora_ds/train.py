@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
+    from relora_ds.zero import accelerator
+    if found := accelerator.problems():  # before DeepSpeed is imported for a device that it has no packages for
+        return _stop(None, is_first, "; ".join(found), EXIT_ERROR)
     from relora_ds.checkpoint.store import ResumeError
     from relora_ds.training.guard import GuardError
     from relora_ds.training.preemption import Preempted

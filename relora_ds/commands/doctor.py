@@ -62,7 +62,8 @@ def _link(arguments: argparse.Namespace) -> tuple[dict, list[str]]:
     from relora_ds.planning.advice import advise
     from relora_ds.planning.link import measure
     from relora_ds.training.preflight import resolve
-    from relora_ds.zero.start import device_of_rank, init_distributed
+    from relora_ds.zero.accelerator import device_of_rank
+    from relora_ds.zero.start import init_distributed
     name = arguments.config or ("llama_130m_relora" if "llama_130m_relora" in recipe_names() else "quickstart")
     resolved = resolve(name, arguments.overrides, 1, to_run=False)  # it is the recommendation that splits the batch
     init_distributed()

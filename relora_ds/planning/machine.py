@@ -101,7 +101,9 @@ def _devices(found: Findings) -> None:
     import torch
 
     from relora_ds.lowrank.formats import multiplies_fp8
+    from relora_ds.zero import accelerator
     found.facts.append(("devices", "CUDA of torch", str(torch.version.cuda)))
+    found.essential += accelerator.problems()
     if not torch.cuda.is_available():
         found.facts.append(("devices", "GPUs", "none: training runs on the CPU"))
         if shutil.which("nvidia-smi"):
@@ -111,13 +113,10 @@ def _devices(found: Findings) -> None:
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         fp8 = "yes" if multiplies_fp8(torch.device("cuda", index)) else "no"
-        bf16 = "yes" if about.major >= 8 else "no"
+        bf16 = "yes" if about.major >= 8 or torch.version.hip else "no"
         found.facts.append(("devices", f"GPU {index}", f"{about.name}, {about.total_memory / 1e9:.1f} GB, capability "
                                                        f"{about.major}.{about.minor}, bf16 {bf16}, fp8 {fp8}"))
     found.facts.append(("devices", "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
-    chosen = os.environ.get("DS_ACCELERATOR", "")
-    if chosen not in ("", "cuda"):
-        found.others.append(f"DS_ACCELERATOR: {chosen} keeps DeepSpeed off the GPUs of this machine; unset it")
 
 
 def _backends(found: Findings) -> None:

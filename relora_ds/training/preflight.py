@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_ds import data
@@ -35,7 +34,7 @@ from relora_ds.models.build import build_config, meta_model
 from relora_ds.training.epochs import short_corpus
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
-from relora_ds.zero import ds_config, ds_types
+from relora_ds.zero import accelerator, ds_config, ds_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +121,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
             not any(problem.startswith("train.") for problem in problems):
         raise RecipeError(problems, name_or_path)  # it could not be read at all, and whatever follows means nothing
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
-    if cuda_bf16 is None:
-        cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = resolve_precision(recipe.precision, cuda_bf16)
+    precision = resolve_precision(recipe.precision, accelerator.computes_bf16() if cuda_bf16 is None else cuda_bf16)
     accumulation, settings = 0, {}
     if to_run and not problems:
         problems += early_problems(recipe, recipe_files(name_or_path))
@@ -144,6 +141,7 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
         if recipe.precision == "auto":
             precision = ds_config.precision_of(settings) or precision
     problems += _errors_of(lambda: storage_problems(recipe.relora, precision))
+    problems += accelerator.precision_problems(precision) if to_run else []
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
         raise RecipeError(problems, name_or_path)

@@ -16,13 +16,14 @@ from relora_ds.training.evaluation import Evaluation
 from relora_ds.training.phases import Phase
 from relora_ds.training.preflight import Plan
 from relora_ds.training.samples import Sample
+from relora_ds.zero.accelerator import is_cuda
 from relora_ds.zero.restart import RestartReport
 
 
 def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str]:
     """What is going to happen."""
     recipe = plan.recipe
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = torch.cuda.get_device_name() if is_cuda() else "CPU"
     stage = plan.deepspeed.get("zero_optimization", {}).get("stage", 0)
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     lines = [f"relora_ds: {model_name(recipe)} on {recipe.data.source}, method {recipe.method}; "

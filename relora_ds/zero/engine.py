@@ -23,7 +23,8 @@ from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.targets import summary
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
-from relora_ds.zero import checkpoint_files, checkpoint_model, ds_config, universal
+from relora_ds.zero import accelerator, checkpoint_files, checkpoint_model, ds_config, universal
+from relora_ds.zero.accelerator import device_of_rank
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
 from relora_ds.zero.latest import newest_tag
@@ -32,7 +33,7 @@ from relora_ds.zero.randomness import drops_values_only, seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
-from relora_ds.zero.start import align_ranks, device_of_rank, init_distributed
+from relora_ds.zero.start import align_ranks, init_distributed
 from relora_ds.zero.together import together
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
             count.
         config: a shipped name ("zero1"), a path, or a DeepSpeed config dict. "auto" values are filled
             from the arguments below; `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps`
-            default to 1, clipping to 1.0, precision to bf16 on CUDA and fp32 elsewhere.
+            default to 1, clipping to 1.0, precision to bf16 on GPUs that have it, else fp32.
         relora: the config that the model was wrapped with. With `restart_every`, `engine.step()` restarts.
         lr, total_steps, warmup_steps, min_lr_ratio: the schedule, see `relora_ds.lr_multiplier`; steps are
             applied optimizer steps, counted from here.
@@ -83,13 +84,14 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     if found:
         raise ValueError("\n".join(found))
     init_distributed()
-    precision = precision or ds_config.precision_of(settings) or ("bf16" if torch.cuda.is_available() else "fp32")
-    if relora is not None and (found := storage_problems(relora, precision)):
+    precision = precision or ds_config.precision_of(settings) or ("bf16" if accelerator.computes_bf16() else "fp32")
+    found = accelerator.precision_problems(precision)
+    if found := found + (storage_problems(relora, precision) if relora is not None else []):
         raise ValueError("\n".join(found))
     settings = ds_config.resolve(
         settings, precision=precision, micro_batch_size=micro_batch_size, accumulation=gradient_accumulation_steps,
         world_size=dist.get_world_size(), max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
-        num_trainable=count_parameters(model)[0], cpu=not torch.cuda.is_available())
+        num_trainable=count_parameters(model)[0], cpu=not accelerator.is_cuda())
     stage = settings["zero_optimization"]["stage"]
 
     model.float()  # masters are fp32 at every stage, and without a cast of DeepSpeed's the parameters are their own

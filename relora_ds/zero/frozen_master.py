@@ -18,6 +18,7 @@ from relora_ds.lowrank.formats import DTYPES, format_named, multiplies_fp8
 from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.storage import format_at, has_masters, is_sharded, shape_problems
+from relora_ds.zero import accelerator
 from relora_ds.zero.shards import write_partition
 
 
@@ -196,4 +197,4 @@ def _all_ranks_multiply_fp8(device: torch.device) -> bool:
 
 def _on_host(weight: Tensor) -> Tensor:
     master = weight.detach().to("cpu", torch.float32, copy=True)
-    return master.pin_memory() if torch.cuda.is_available() else master
+    return master.pin_memory() if accelerator.is_cuda() else master

@@ -7,22 +7,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from relora_ds.zero import accelerator
+from relora_ds.zero.accelerator import device_of_rank
 from relora_ds.zero.agreement import checksum
 from relora_ds.zero.launchers import set_rank
 
 
 def init_distributed() -> None:
-    """Start the process group if there is none: from the launcher's environment, or one rank without any launcher."""
+    """Start the process group if there is none: from the launcher's environment, or one rank without any launcher.
+
+    Raises:
+        ValueError: this rank has no device that it can compute on.
+    """
     set_rank()
-    if torch.cuda.is_available():
+    if found := accelerator.problems():
+        raise ValueError("\n".join(found))
+    if accelerator.is_cuda():
         torch.cuda.set_device(device_of_rank())  # or every rank's first collective would run on GPU 0
     else:
         # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
         from deepspeed.ops import __compatible_ops__
         __compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized() and (store := _store_after_a_restart()) is not None:
-        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]),
+        dist.init_process_group(accelerator.backend(), store=store, rank=int(os.environ["RANK"]),
                                 world_size=int(os.environ["WORLD_SIZE"]))
     if dist.is_initialized():
         if not deepspeed.comm.is_initialized():
@@ -31,7 +38,7 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=accelerator.backend(), verbose=False)
 
 
 def _store_after_a_restart() -> dist.Store | None:
@@ -53,13 +60,6 @@ def leave() -> None:
     """Leave the process group, when the process has nothing more to do in it."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def device_of_rank() -> torch.device:
-    """The device that this rank computes on."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
 
 
 @torch.no_grad()

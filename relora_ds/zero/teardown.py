@@ -8,6 +8,8 @@ import gc
 
 import torch
 
+from relora_ds.zero import accelerator
+
 
 class ReleasedEngine(torch.nn.Module):
     """What is left of an engine after `release`: DeepSpeed's own class would run its destructor on the empty shell."""
@@ -43,6 +45,6 @@ def release(engine) -> None:
     engine.__class__ = ReleasedEngine
     del module, optimizer, basic
     gc.collect()
-    if torch.cuda.is_available():
+    if accelerator.is_cuda():
         torch.cuda.empty_cache()
 
