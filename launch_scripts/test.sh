@@ -4,6 +4,8 @@
 #   bash launch_scripts/test.sh                     everything but the slow tests
 #   bash launch_scripts/test.sh --all               the slow ones too: minutes, downloads, the DeepSpeed launcher
 #   bash launch_scripts/test.sh tests/zero -k restart
+#
+# Where there are GPUs, those in tests/cuda run on them; all others run on the CPU as they do elsewhere.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

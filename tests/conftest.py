@@ -3,6 +3,10 @@ import sys
 
 import pytest
 
+from tests.devices import hide_gpus
+
+hide_gpus()  # before a test imports torch
+
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -5,6 +5,8 @@
 The processes come from a forkserver that has torch, deepspeed and the trainer imported already. They
 live as long as the test session and run one case after another over one gloo process group. A case that
 raises fails the test with the rank's traceback; one that hangs is killed.
+
+They see no GPU. Those of `Ranks(n, prepare)` are fresh processes, in which `prepare()` comes before all imports.
 """
 
 import atexit
@@ -17,14 +19,18 @@ import time
 import traceback
 from collections.abc import Callable
 
+from tests.devices import hide_gpus
 from tests.ports import free_port
 
+hide_gpus()
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "deepspeed", "relora_ds.training.trainer", "torch.utils.tensorboard",
                                  "transformers.models.llama.modeling_llama"])
 
 
-def _serve(rank: int, world_size: int, port: int, pipe) -> None:
+def _serve(prepare: Callable[[], object] | None, rank: int, world_size: int, port: int, pipe) -> None:
+    if prepare is not None:
+        prepare()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import logging
@@ -49,10 +55,10 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
 
 
 class Ranks:
-    """`world_size` rank processes."""
+    """`world_size` rank processes; `prepare`: see above, an importable function."""
 
-    def __init__(self, world_size: int):
-        self.world_size = world_size
+    def __init__(self, world_size: int, prepare: Callable[[], object] | None = None):
+        self.world_size, self._prepare = world_size, prepare
         self._workers: list = []
 
     def run(self, case: Callable, *args, timeout: float = 600, **kwargs) -> list:
@@ -92,9 +98,10 @@ class Ranks:
         # Not daemons: a case may start children of its own (a DataLoader's workers).
         atexit.register(self.stop)
         port = free_port()
+        context = _context if self._prepare is None else multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, self.world_size, port, theirs))
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(self._prepare, rank, self.world_size, port, theirs))
             process.start()
             theirs.close()
             self._workers.append((process, ours))

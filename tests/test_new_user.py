@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices import GUARD
+
 REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
@@ -61,7 +63,8 @@ def user(tmp_path_factory):
     clean = {name: value for name, value in os.environ.items()
              if name not in ("PYTHONPATH", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
     clean |= {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "PIP_CONSTRAINT": str(constraint),
-              "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+              "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1",
+              "PYTHONPATH": str(GUARD)}
 
     def run(*command: str, expect: int = 0) -> str:
         done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=900)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import relora_ds
 from relora_ds import ReLoRACallback
+from tests.devices import GUARD
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import batch, llama
@@ -325,7 +326,7 @@ def test_the_example_runs_under_the_launcher(tmp_path):
     (tmp_path / "ds_configs").symlink_to(root / "ds_configs")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29617"]
     done = subprocess.run([*launcher, str(EXAMPLE)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(root)}, check=False)
+                          env={**os.environ, "PYTHONPATH": f"{GUARD}:{root}"}, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert not any("lora" in name for name, _ in
                    AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").named_parameters())
