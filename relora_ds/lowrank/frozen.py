@@ -8,13 +8,16 @@ fp32 and only the stored copy is rounded, once, from the whole sum.
 import torch
 from torch import Tensor
 
+from relora_ds.lowrank.precision import exact_products
+
 _LEDGER_SAMPLE = 1 << 12  # weights of a layer
 
 
 def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`base += scaling · lora_B · lora_A`, in place. All fp32: `[out, in]`, `[r, in]`, `[out, r]`."""
     assert base.dtype == lora_A.dtype == lora_B.dtype == torch.float32
-    return base.addmm_(lora_B, lora_A, alpha=scaling)
+    with exact_products():
+        return base.addmm_(lora_B, lora_A, alpha=scaling)
 
 
 def round_unbiased(value: Tensor, generator: torch.Generator) -> Tensor:

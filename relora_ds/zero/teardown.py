@@ -1,7 +1,7 @@
 """Free everything that an engine holds, so that the next one can be built in the same process.
 
 `engine.destroy()` frees nothing by itself: two forward hooks on the root module keep the engine alive,
-the optimizer's flat buffers hang on it, and ZeRO-3 leaves partitioned weights behind in the module.
+the optimizer's flat buffers hang on it, and ZeRO-3 leaves weights behind in the module, partitioned ones as whole.
 """
 
 import gc
@@ -19,7 +19,7 @@ class ReleasedEngine(torch.nn.Module):
 
 
 def release(engine) -> None:
-    """Free an engine's flat buffers, moments, masters and module; the module's parameters are empty afterwards.
+    """Free an engine's flat buffers, moments, masters and module; the module's parameters and buffers are empty afterwards.
 
     Collect what shall survive first (`engine.collect_merged()`).
     """
@@ -33,8 +33,10 @@ def release(engine) -> None:
         # Through these attributes a parameter that somebody still holds would keep its flat partition alive.
         for name in [n for n in vars(parameter) if n.startswith(("ds_", "_hp_", "_z3_")) or n == "_zero_optimizer"]:
             delattr(parameter, name)
-        # ZeRO-3's hook classes stay registered for good and hold the module: let them hold nothing.
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    # ZeRO-3's hook classes stay registered for good and hold the module: let them hold nothing. Replicated frozen weights
+    # are buffers.
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
     engine.shards.__dict__.clear()
     engine.frozen.__dict__.clear()
     basic.state.clear()

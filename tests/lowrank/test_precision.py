@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.reinit import GradientSketch
@@ -65,11 +66,15 @@ def merge() -> None:
     layer.merged_weight()
 
 
+def add_update() -> None:
+    add_update_(torch.randn(7, 5), torch.randn(2, 5), torch.randn(7, 2), 2.0)
+
+
 def sketch() -> None:
     GradientSketch(2, 5, "key").add(torch.randn(3, 7, dtype=torch.bfloat16), torch.randn(3, 5, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("multiply", [merge, sketch])
+@pytest.mark.parametrize("multiply", [merge, add_update, sketch])
 @pytest.mark.parametrize("under_autocast", [False, True])
 def test_what_is_merged_is_multiplied_in_fp32(multiply, under_autocast, chosen):
     with Products() as products, torch.autocast("cpu", enabled=under_autocast, dtype=torch.bfloat16):

@@ -28,10 +28,10 @@ def _watch(engine) -> dict[str, weakref.ref]:
     return watched
 
 
-def build_and_release(stage, precision, offload=False) -> tuple[list[str], int, int]:
+def build_and_release(stage, precision, offload=False, **relora) -> tuple[list[str], int, int]:
     """(names of tensors that are still alive, live bytes before and after)."""
     before = live_bytes()
-    engine = cases.build(stage, precision=precision, offload=offload)
+    engine = cases.build(stage, precision=precision, offload=offload, relora=cases.relora_config(**relora))
     cases.train_step(engine, 0)
     cases.logits(engine)
     watched = _watch(engine)
@@ -44,6 +44,15 @@ def build_and_release(stage, precision, offload=False) -> tuple[list[str], int, 
     (0, "fp32", False), (0, "bf16", False), (1, "bf16", False), (1, "fp32", True), (2, "bf16", False),
     (3, "fp32", False), (3, "bf16", False), (3, "bf16", True)])
 def test_nothing_survives_a_release(stage, precision, offload):
-    for alive, before, after in ranks(2).run(build_and_release, stage, precision, offload):
+    _check(ranks(2).run(build_and_release, stage, precision, offload))
+
+
+@pytest.mark.parametrize("frozen_dtype", ["auto", "int8"])
+def test_frozen_weights_that_are_buffers_do_not_survive_it(frozen_dtype):
+    _check(ranks(2).run(build_and_release, 3, "bf16", frozen_placement="replicated", frozen_dtype=frozen_dtype))
+
+
+def _check(results) -> None:
+    for alive, before, after in results:
         assert alive == []
         assert after - before < 2048
