@@ -18,7 +18,7 @@ from relora_ds.lowrank.formats import DTYPES, format_named, multiplies_fp8
 from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.storage import format_at, has_masters, is_sharded, shape_problems
-from relora_ds.zero import accelerator
+from relora_ds.zero.pinned import MasterStore
 from relora_ds.zero.shards import write_partition
 
 
@@ -111,8 +111,10 @@ class FrozenWeights:
         self.storage = Storage(self.format.name, next((n for n, dtype in DTYPES.items() if dtype == stored_dtype), ""),
                                replicated, self.with_masters)
         self.ledgers = {name: MergeLedger(self.layers[name].weight.numel()) for name in self.owned()}
-        self.masters: dict[str, Tensor] = {}
-        self._masters_on_host = relora.frozen_master == "cpu"
+        on_host = relora.frozen_master == "cpu"
+        self.masters = MasterStore(
+            {name: self.layers[name].weight_shape for name in self.owned() if self.with_masters},
+            torch.device("cpu") if on_host else device, pinned=on_host and device.type == "cuda")
         for name, layer in self.layers.items():
             weight = layer.weight.detach()
             if self.with_masters and self.owners[name] == dist.get_rank():
@@ -130,15 +132,15 @@ class FrozenWeights:
         """The fp32 value to merge into: a new tensor on the owner, None elsewhere. Collective."""
         mine = self.owners[name] == dist.get_rank()
         if self.with_masters:
-            return self.masters[name].to(device, copy=True) if mine else None
+            return self.masters.read(name, device) if mine else None
         weight = self.layers[name].weight
         with GatheredParameters([weight], enabled=is_partitioned(weight)):
             return self.dequantize(name, weight.detach().to(device, copy=True)) if mine else None
 
     def keep(self, name: str, value: Tensor) -> None:
-        """On the owner: make `value`, fp32, the new master. The old tensor is not touched: it may be being saved."""
+        """On the owner: make `value`, fp32, the new master. What `masters.hold` gave out stays as it is."""
         if self.with_masters:
-            self.masters[name] = _on_host(value) if self._masters_on_host else value.to(self.device, copy=True)
+            self.masters.put(name, value)
 
     def quantize(self, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The stored copy of an fp32 weight `[out, in]`. generator: round without bias where the format can (bf16)."""
@@ -193,8 +195,3 @@ def _all_ranks_multiply_fp8(device: torch.device) -> bool:
     able = torch.tensor(int(multiplies_fp8(device)), device=device)
     dist.all_reduce(able, op=dist.ReduceOp.MIN)
     return bool(able)
-
-
-def _on_host(weight: Tensor) -> Tensor:
-    master = weight.detach().to("cpu", torch.float32, copy=True)
-    return master.pin_memory() if accelerator.is_cuda() else master

@@ -25,13 +25,13 @@ Read = Callable[[str], Tensor]  # the tensor of that name in a checkpoint
 @torch.no_grad()
 def frozen_state(engine) -> dict[str, Tensor]:
     """What this rank has to write, on the CPU; nothing that happens later changes it. Collective."""
-    frozen, host, state = engine.frozen, torch.device("cpu"), {}
+    frozen, host = engine.frozen, torch.device("cpu")
+    state = {f"{name}.weight": master.to(host) for name, master in frozen.masters.hold().items()}
     for name, layer in frozen.layers.items():
         mine = frozen.owners[name] == dist.get_rank()
         if frozen.with_masters:
-            if mine:  # a merge makes a new master: this one stays as it is
-                state[f"{name}.weight"] = frozen.masters[name].to(host)
-        elif frozen.storage.exact:
+            continue
+        if frozen.storage.exact:
             if (value := frozen.read(name, host)) is not None:
                 state[f"{name}.weight"] = value
         else:
