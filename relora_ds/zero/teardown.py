@@ -19,7 +19,7 @@ class ReleasedEngine(torch.nn.Module):
 
 
 def release(engine) -> None:
-    """Free an engine's flat buffers, moments, masters and module; the module's parameters and buffers are empty afterwards.
+    """Free an engine's flat buffers, moments, masters and module; parameters and buffers are empty afterwards.
 
     Collect what shall survive first (`engine.collect_merged()`).
     """
@@ -33,8 +33,8 @@ def release(engine) -> None:
         # Through these attributes a parameter that somebody still holds would keep its flat partition alive.
         for name in [n for n in vars(parameter) if n.startswith(("ds_", "_hp_", "_z3_")) or n == "_zero_optimizer"]:
             delattr(parameter, name)
-    # ZeRO-3's hook classes stay registered for good and hold the module: let them hold nothing. Replicated frozen weights
-    # are buffers.
+    # ZeRO-3's hook classes stay registered for good and hold the module: let them hold nothing, buffers included, as
+    # replicated frozen weights are.
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
     engine.shards.__dict__.clear()
