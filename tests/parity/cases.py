@@ -1,4 +1,4 @@
-"""What runs on the ranks in the parity and restart tests."""
+"""What runs on the ranks in the parity and restart tests, on the engine's device; what they return is on the CPU."""
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ def build(stage, *, precision="fp32", accumulation=1, offload=False, family="lla
 
 def train_step(engine, step: int) -> float:
     """One optimizer step on this rank's part of the global batch; returns the global loss."""
-    tokens = batch(step, GLOBAL_BATCH)
+    tokens = batch(step, GLOBAL_BATCH).to(engine.device)
     accumulation = engine.gradient_accumulation_steps()
     mine = tokens.chunk(dist.get_world_size())[dist.get_rank()]
     total = 0.0
@@ -53,7 +53,7 @@ def train_step(engine, step: int) -> float:
         engine.backward(loss)
         engine.step()
         total += loss.item() / accumulation
-    mean = torch.tensor(total, dtype=torch.float64)
+    mean = torch.tensor(total, dtype=torch.float64, device=engine.device)
     dist.all_reduce(mean)
     return mean.item() / dist.get_world_size()
 
@@ -109,7 +109,7 @@ def reference_losses(optimizer_reset: str, family: str = "llama", **model_change
 def gathered_state(engine) -> dict[str, dict[str, torch.Tensor]]:
     """Full masters and moments of everything that trains, on every rank."""
     names = engine.shards.names
-    return {what: {n: v.clone() for n, v in engine.shards.gather(names, what).items()}
+    return {what: {n: v.to("cpu", copy=True) for n, v in engine.shards.gather(names, what).items()}
             for what in ("master", "exp_avg", "exp_avg_sq")}
 
 
@@ -119,7 +119,7 @@ def stored_weights(engine) -> dict[str, torch.Tensor]:
     found = {}
     for name, layer in lowrank_layers(engine.module).items():
         with GatheredParameters([layer.weight], enabled=hasattr(layer.weight, "ds_tensor")):
-            found[name] = layer.weight.detach().clone()
+            found[name] = layer.weight.detach().to("cpu", copy=True)
     return found
 
 
@@ -130,7 +130,7 @@ def forward_copies(engine) -> dict[str, torch.Tensor]:
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
-                found[name] = parameter.detach().clone()
+                found[name] = parameter.detach().to("cpu", copy=True)
     return found
 
 
@@ -138,6 +138,6 @@ def logits(engine, step: int = 999) -> torch.Tensor:
     """Logits of a fixed batch, in eval mode."""
     engine.eval()
     with torch.no_grad():
-        value = engine(input_ids=batch(step, 4)).logits.float().clone()
+        value = engine(input_ids=batch(step, 4).to(engine.device)).logits.to("cpu", torch.float32, copy=True)
     engine.train()
     return value

@@ -28,9 +28,9 @@ def frozen_masters(engine) -> dict[str, torch.Tensor]:
     for name, layer in lowrank_layers(engine.module).items():
         value = engine.frozen.read(name, engine.device)
         if value is None:
-            value = torch.empty(layer.out_features, layer.in_features)
+            value = torch.empty(layer.out_features, layer.in_features, device=engine.device)
         dist.broadcast(value, engine.frozen.owners[name])
-        masters[name] = value
+        masters[name] = value.cpu()
     return masters
 
 
@@ -59,7 +59,8 @@ def restart_by_hand(stage, precision, reset="magnitude_joint", after_evaluation=
     before, stored_before, masters_before = (cases.gathered_state(engine), cases.stored_weights(engine),
                                              frozen_masters(engine))
     steps_before = engine.shards.adam_steps()
-    engine.drift_probe = lambda: engine.module(input_ids=cases.batch(999, 4)).logits.clone()
+    probe = cases.batch(999, 4).to(engine.device)
+    engine.drift_probe = lambda: engine.module(input_ids=probe).logits.clone()
     logits_before = cases.logits(engine)
     if not after_evaluation:
         engine.empty_partition_cache()
@@ -75,13 +76,14 @@ def restart_by_hand(stage, precision, reset="magnitude_joint", after_evaluation=
         intended = masters_before[name].double() + cases.SCALING * B.double() @ A.double()
         if frozen_master != "none":
             assert (masters[name] - intended).abs().max() <= 1e-6 * intended.abs().max()
-            assert torch.equal(stored[name], engine.frozen.quantize(masters[name])), \
-                f"{name}: stored copy is not the quantized master"
+            quantized = engine.frozen.quantize(masters[name].to(engine.device)).cpu()
+            assert torch.equal(stored[name], quantized), f"{name}: stored copy is not the quantized master"
         elif frozen_dtype == "auto":
             assert (stored[name].double() - intended).abs().max() <= 2**-7 * intended.abs().max()
         else:
-            merged = masters_before[name] + torch.zeros_like(masters[name]).addmm_(B, A, alpha=cases.SCALING)
-            assert torch.equal(stored[name], engine.frozen.quantize(merged))
+            W, B, A = (value.to(engine.device) for value in (masters_before[name], B, A))
+            merged = W + torch.zeros_like(W).addmm_(B, A, alpha=cases.SCALING)
+            assert torch.equal(stored[name], engine.frozen.quantize(merged).cpu())
         assert not torch.equal(stored[name], stored_before[name])
     drift = ((logits_after - logits_before).norm() / logits_before.norm()).item()
     exact = precision == "fp32" and frozen_dtype in ("auto", "fp32")
