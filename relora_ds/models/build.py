@@ -11,22 +11,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.config import ModelConfig, preset_names
+from relora_ds.models.loading import from_config, load_config, load_model, load_weights
+from relora_ds.models.random_weights import RandomWeights
 from relora_ds.models.ties import tied_as_stored
+from relora_ds.models.whole_weights import WholeWeights
+from relora_ds.models.without_values import build_without_values, persistent_buffers, set_value
 from relora_ds.recipe_checks import nearest
-from relora_ds.remote_code import UntrustedCode, is_refusal
+from relora_ds.remote_code import UntrustedCode
 
-__all__ = ["build_config", "build_model", "count_parameters", "from_config", "load_config", "load_model",
-           "meta_model", "preset_names"]
+__all__ = ["build_config", "build_model", "count_parameters", "from_config", "initial_weights", "load_config",
+           "load_model", "meta_model", "model_without_values", "preset_names"]
 
 # What all presets share. 1024 positions at least, as in the papers' configurations; rotary positions cost nothing.
 _PRESET_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02,
@@ -102,49 +99,6 @@ def _named_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfi
     return config
 
 
-def load_config(name_or_path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
-    """`AutoConfig.from_pretrained`; the result refers to code that comes with the model only where that is trusted.
-
-    Raises:
-        UntrustedCode: code would have to run that is not trusted.
-        Exception: those of transformers.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if is_refusal(error):
-            raise UntrustedCode(str(name_or_path)) from error
-        raise
-    if not trust_remote_code:
-        auto_map = vars(config).pop("auto_map", None) or {}
-        if AutoModelForCausalLM.__name__ in auto_map and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UntrustedCode(str(name_or_path))
-        if "/" in str(config._attn_implementation):  # a kernel of the hub
-            config._attn_implementation = None
-    return config
-
-
-def load_model(name_or_path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`; see `load_config`."""
-    return _loaded(name_or_path, config=load_config(name_or_path, trust_remote_code), dtype=dtype,
-                   trust_remote_code=trust_remote_code)
-
-
-def _loaded(name_or_path: str | Path, **options) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, which would give weights that are not there random values."""
-    model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name_or_path}: the weights of {len(missing)} parameters are missing (first: {missing[0]}); "
-                         "if it is the output head, tie_word_embeddings in config.json may have to be true")
-    return model
-
-
-def from_config(config: PretrainedConfig, **options) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_config`, with the model's own code where `load_config` left a reference to it."""
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=hasattr(config, "auto_map"),
-                                            **options)
-
-
 def _check_vocabulary(model: ModelConfig, config: PretrainedConfig, vocab_size: int) -> None:
     padding = config.vocab_size - vocab_size
     if not 0 <= padding < _MAX_VOCAB_PADDING:
@@ -159,14 +113,35 @@ def build_model(config: PretrainedConfig, model: ModelConfig, seed: int,
 
     The same seed gives the same weights on every rank, and the global random state is left as it was.
     """
-    options = {"dtype": torch.float32, "attn_implementation": model.attn_implementation}
-    # devices=[] and the CPU generator alone: torch.manual_seed would also reseed every CUDA device.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if model.init == "pretrained":
-            return _loaded(model.name_or_path, config=copy.deepcopy(config), trust_remote_code=trust_remote_code,
-                           **options)
-        return from_config(config, **options)
+    if model.init == "pretrained":
+        return load_weights(model.name_or_path, config=copy.deepcopy(config), trust_remote_code=trust_remote_code,
+                            dtype=torch.float32, attn_implementation=model.attn_implementation)
+    network = model_without_values(config, model)
+    weights = initial_weights(config, model, seed, trust_remote_code)
+    buffers = persistent_buffers(network)
+    for name, parameter in network.named_parameters():
+        set_value(parameter, weights.read(name))
+    for name, buffer in buffers.items():
+        buffer.copy_(weights.read(name))
+    return network
+
+
+def model_without_values(config: PretrainedConfig, model: ModelConfig | None = None) -> PreTrainedModel:
+    """The network with its parameters on the meta device, and its buffers with the values that they begin with.
+
+    Args:
+        model: gives the attention; None: the one that `config` names.
+    """
+    options = {} if model is None else {"attn_implementation": model.attn_implementation}
+    return build_without_values(config, dtype=torch.float32, **options)
+
+
+def initial_weights(config: PretrainedConfig, model: ModelConfig, seed: int, trust_remote_code: bool = False):
+    """What `build_model` fills the network with, one tensor at a time: a source of weights as an engine takes it."""
+    if model.init == "pretrained":
+        return WholeWeights(model_without_values(config, model),
+                            lambda: build_model(config, model, seed, trust_remote_code))
+    return RandomWeights(config, seed)
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -65,14 +65,20 @@ class Trace(TorchDispatchMode):
         finally:
             self._call = before
 
-    def calls(self, parameter: Tensor) -> list[Call] | None:
-        """The calls that give a parameter its value, in order; None: it also comes from elsewhere."""
-        own = self._id(parameter)
-        writes = self._writes.get(own, [])
-        first = max((i for i, write in enumerate(writes) if write.fills and own not in write.inputs), default=None)
-        if first is None or any(write.inputs - {own} for write in writes[first:]):
-            return None
-        return list(dict.fromkeys(write.call for write in writes[first:]))
+    def calls(self, parameter: Tensor) -> list[Call]:
+        """The calls that give a parameter its value, in order; none where it also comes from elsewhere."""
+        last = self._last_writes(parameter)
+        return [] if self.mixes(parameter) else list(dict.fromkeys(write.call for write in last))
+
+    def mixes(self, parameter: Tensor) -> bool:
+        """Return True if the value of a parameter depends on other tensors without values."""
+        return any(write.inputs - {self._id(parameter)} for write in self._last_writes(parameter))
+
+    def _last_writes(self, parameter: Tensor) -> list[Write]:
+        """The writes that a parameter's value depends on; none where it is never filled."""
+        own, writes = self._id(parameter), self._writes.get(self._id(parameter), [])
+        fills = [number for number, write in enumerate(writes) if write.fills and own not in write.inputs]
+        return writes[fills[-1]:] if fills else []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

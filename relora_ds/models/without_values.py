@@ -1,10 +1,16 @@
 """Models whose parameters have shapes and no values: they cost no memory, whatever their size."""
 
+import logging
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from relora_ds.models.loading import from_config
+
+logger = logging.getLogger(__name__)
 
 _register_parameter = nn.Module.register_parameter
 
@@ -13,23 +19,24 @@ _register_parameter = nn.Module.register_parameter
 def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]]:
     """Move every parameter to the meta device as soon as a module has it. Buffers are computed as ever.
 
-    Parameters keep their identity, so that those which are tied in a constructor stay tied.
+    Parameters keep their identity, so that those which a constructor ties stay tied.
 
     Args:
         keep: those that keep their values, by their number in the order of registration.
 
     Yields:
-        The parameters in this order; it fills while modules are built.
+        The parameters in this order; the list fills while modules are built.
     """
     registered: list[nn.Parameter] = []
+    seen: set[int] = set()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         _register_parameter(module, name, parameter)
-        if parameter is None or parameter.is_meta:
+        if parameter is None or parameter.is_meta or id(parameter) in seen:
             return
         if len(registered) not in keep:
-            meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            torch.utils.swap_tensors(parameter, meta)
+            set_value(parameter, parameter.detach().to("meta"))
+        seen.add(id(parameter))
         registered.append(parameter)
 
     nn.Module.register_parameter = register
@@ -37,3 +44,39 @@ def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]
         yield registered
     finally:
         nn.Module.register_parameter = _register_parameter
+
+
+def set_value(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter another tensor, on whatever device; it stays the same object for all that refer to it."""
+    other = nn.Parameter(value, parameter.requires_grad)
+    vars(other).update(vars(parameter))  # the marks that some families set on their parameters
+    torch.utils.swap_tensors(parameter, other)
+
+
+def build_without_values(config: PretrainedConfig, **options) -> PreTrainedModel:
+    """`from_config` with every parameter on the meta device and every buffer as it would be.
+
+    Code of a family that computes with its parameters while it builds them cannot do without: such a model is built
+    whole first.
+    """
+    try:
+        with parameters_on_meta():
+            return from_config(config, **options)
+    except Exception as error:  # whatever an operation on the meta device raises in the code of a family
+        model = from_config(config, **options)  # a configuration of which no model can be made fails here, too
+        logger.warning("%s computes with its parameters while it is built (%s), so every rank builds it whole for a "
+                       "moment", type(model).__name__, str(error).split("\n")[0])
+    for parameter in model.parameters():
+        set_value(parameter, parameter.detach().to("meta"))
+    return model
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are saved with a model, by name."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's weights consist of: its parameters, tied ones once, and persistent buffers."""
+    return {**dict(model.named_parameters()), **persistent_buffers(model)}
