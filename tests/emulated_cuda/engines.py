@@ -1,0 +1,65 @@
+"""What runs on the emulated ranks: engines, from their building to their release."""
+
+import gc
+
+import torch
+import torch.distributed as dist
+
+import relora_ds
+from relora_ds.checkpoint.state import capture
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.wrap import wrap
+from relora_ds.zero.teardown import release
+from tests.parity.cases import ds_settings
+from tests.small_models import batch, llama
+
+EVERY = 3  # steps between restarts
+
+
+def live_bytes() -> int:
+    """Bytes on this rank's GPU."""
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
+def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, relora=None):
+    """An engine on a small LLaMA, whose sizes every format can store."""
+    config = ReLoRAConfig(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1, **(relora or {}))
+    model = wrap(llama(hidden_size=32, intermediate_size=48, num_hidden_layers=layers), config, seed=0)
+    engine, *_ = relora_ds.initialize(
+        model=model, config=ds_settings(stage, precision, offload, **(zero or {})), relora=config, lr=1e-2,
+        total_steps=12, warmup_steps=1, precision=precision, micro_batch_size=6)
+    return engine
+
+
+def train(engine, steps: range) -> float:
+    """Some steps, the restarts that are due among them; returns the last one's loss."""
+    for step in steps:
+        tokens = batch(step, 12).chunk(2)[dist.get_rank() % 2]
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+    return loss.item()
+
+
+def live_and_let_go(stage: int, **how) -> dict:
+    """All that happens to an engine; returns what is left of it on this rank's GPU, in bytes, and what it did."""
+    before = live_bytes()
+    result = _live(build(stage, **how))
+    return result | {"left": live_bytes() - before}
+
+
+def _live(engine) -> dict:
+    probe = batch(99, 2).to(engine.device)
+    engine.drift_probe = lambda: engine.module(input_ids=probe).logits
+    loss = train(engine, range(2 * EVERY + 1))
+    engine.eval()
+    with torch.no_grad():
+        engine(input_ids=probe)
+    merged = engine.collect_merged()
+    captured = capture(engine, [0, 1], with_frozen=True)
+    on_gpu = [name for tensors in (merged, captured.trained, captured.frozen)
+              for name, tensor in tensors.items() if tensor.is_cuda]
+    result = {"loss": loss, "restarts": list(engine.restarts), "collected on the GPU": on_gpu}
+    release(engine)
+    return result

@@ -1,0 +1,26 @@
+"""Engines at every stage, on emulated GPUs: steps, restarts, collecting, checkpoints, release."""
+
+import pytest
+
+from tests.emulated_cuda import engines
+from tests.emulated_cuda.pool import emulated_ranks
+
+CASES = {
+    "stage 0": dict(stage=0),
+    "stage 1": dict(stage=1),
+    "stage 2, A from gradients": dict(stage=2, relora=dict(restart_init="gradient")),
+    "stage 3, A orthogonal": dict(stage=3, relora=dict(restart_init="orthogonal")),
+    "optimizer offloaded": dict(stage=1, offload=True),
+    "nf4, sharded": dict(stage=3, relora=dict(frozen_dtype="nf4", lora_dropout=0.1)),
+    "int8, replicated": dict(stage=3, relora=dict(frozen_dtype="int8", frozen_placement="replicated")),
+    "fp8, which multiplies": dict(stage=1, relora=dict(frozen_dtype="fp8", frozen_master="device")),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_engine_from_its_building_to_its_release(case):
+    for result in emulated_ranks().run(engines.live_and_let_go, **case):
+        assert result["restarts"] == [engines.EVERY, 2 * engines.EVERY]
+        assert result["loss"] < 5
+        assert result["collected on the GPU"] == []
+        assert result["left"] <= 64
