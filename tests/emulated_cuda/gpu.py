@@ -4,7 +4,7 @@
         ...                                   # any code; tensors "on cuda" lie in host memory
 
 Tensors are plain ones whose storages carry a mark: the device that they pretend to be on (`memory`). What Python asks
-of tensors is patched (`tensors`), and every operator that runs is looked at (`operators`): CUDA's and NCCL's demands are
+of tensors is patched (`tensors`), every operator that runs is looked at (`operators`): CUDA's and NCCL's demands are
 checked (`rules`), what makes the host wait is counted (`syncs`). Process groups are gloo's underneath (`groups`).
 
 It knows nothing of time, streams, CUDA's kernels and their rounding, NCCL's timeouts, or fragmented memory. Tensors
