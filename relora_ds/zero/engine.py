@@ -25,6 +25,7 @@ from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import accelerator, checkpoint_files, checkpoint_model, ds_config, universal
 from relora_ds.zero.accelerator import device_of_rank
+from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
 from relora_ds.zero.latest import newest_tag
@@ -156,6 +157,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         """The steps `t` after which restarts took place."""
         return self.lr_scheduler.restarts
 
+    @skip_search
     def forward(self, *inputs, **kwargs):
         # A DataLoader's batches are on the host; DeepSpeed does not move them.
         inputs = [_to(value, self.device) for value in inputs]

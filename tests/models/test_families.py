@@ -4,14 +4,16 @@ Either wrapping keeps the model's function, every B trains, merging gives the li
 compute the same loss; or the family is refused by name before anything is built. `families.py` lists what is refused.
 """
 
+import inspect
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from relora_ds.config import ModelConfig, RecipeError, ReLoRAConfig
@@ -70,6 +72,7 @@ def test_a_family_trains_or_is_refused_by_name(variant, tmp_path):
     config.use_cache = False
     model = build_model(config, ModelConfig(attn_implementation=attention), seed=0)
     assert_language_model(model)
+    assert_positions_count_up(model)
     assert_wrapping_is_right(model, ReLoRAConfig(r=4, lora_alpha=4, exclude_modules=exclude or None),
                              LEFT_OUT.get(variant, []))
 
@@ -111,6 +114,20 @@ def assert_language_model(model: PreTrainedModel) -> None:
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 7) % 240
     assert difference(output.logits[:, :-1], run(model, changed).logits[:, :-1]) < 1e-5, "it sees later tokens"
+
+
+@torch.no_grad()
+def assert_positions_count_up(model: PreTrainedModel) -> None:
+    """Assert that rows without positions are one document each, whatever their tokens (see zero/attention_mask.py)."""
+    ids, found = tokens(), []
+    special = [getattr(model.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    for place, token in enumerate(token for token in special if isinstance(token, int) and 0 <= token < 240):
+        ids[:, 5 * place:5 * place + 2] = ids[:, -2:] = token
+    search = inspect.unwrap(masking_utils.find_packed_sequence_indices)
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices",
+                           lambda positions: found.append(search(positions))):
+        model(input_ids=ids)
+    assert all(documents is None for documents in found), "it counts positions anew within a row"
 
 
 def assert_wrapping_is_right(model: PreTrainedModel, config: ReLoRAConfig, left_out: list[str]) -> None:
