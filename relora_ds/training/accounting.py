@@ -21,10 +21,9 @@ class Account:
     full_rank_payload: float = 0.0
     full_rank_wire: float = 0.0
 
-    def count_step(self, tokens: int, seconds: float, traffic: "StepTraffic") -> None:
-        """Add what a step took, applied or not."""
+    def count_step(self, tokens: int, traffic: "StepTraffic") -> None:
+        """Add what a step used, applied or not; its seconds are the `StepClock`'s to add."""
         self.tokens += tokens
-        self.seconds += seconds
         self.bytes_payload += traffic.payload
         self.bytes_wire += traffic.wire
         self.full_rank_payload += traffic.full_rank[0]

@@ -18,6 +18,7 @@ from relora_ds.checkpoint.writer import Written
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import report
 from relora_ds.training.accounting import Account, StepTraffic
+from relora_ds.training.clock import StepClock
 from relora_ds.training.console import View
 from relora_ds.training.evaluation import Evaluation
 from relora_ds.training.guard import LossSpikes, Spike
@@ -58,11 +59,9 @@ class Journal:
         dist.broadcast_object_list(history, 0)
         self.history: list[tuple[int, str, Evaluation]] = history[0]
 
-    def phase(self, engine: ReLoRAEngine, phase: Phase, traffic: StepTraffic) -> None:
+    def phase(self, engine: ReLoRAEngine, phase: Phase, traffic: StepTraffic, clock: StepClock) -> None:
         """A phase begins, or goes on."""
-        self._engine, self._phase, self._traffic = engine, phase, traffic
-        self._step_seconds: list[float] = []
-        self._typical_seconds: float | None = None
+        self._engine, self._phase, self._traffic, self._clock = engine, phase, traffic, clock
         trainable, total = count_parameters(engine.module)
         self._view.line(report.phase_line(phase, self._account.step, trainable, total))
         self._write("phase", trainable_parameters=trainable, total_parameters=total)
@@ -78,33 +77,26 @@ class Journal:
         """The run has gone back to a checkpoint; what was written of the steps that it took back is gone."""
         self._write("spike", **vars(spike), rolled_back_from=from_step)
 
-    def step(self, loss: Tensor, lr: float, seconds: float, sampled: bool) -> None:
-        """An applied step. Collective where it is logged.
+    def step(self, loss: Tensor, lr: float) -> None:
+        """An applied step. Collective where it is logged, and the device is waited for.
 
-        Args:
-            loss: of this rank, nats per token.
-            sampled: its collectives were counted, which takes time: its seconds are no measure of the others'.
+        loss: of this rank, nats per token.
         """
         account, recipe, engine = self._account, self._recipe, self._engine
         self._pending.append(loss)
-        if not sampled:
-            self._step_seconds.append(seconds)
         # After a restart every step goes into the metrics: its first updates are where a bad reset shows.
         after_restart = bool(engine.restarts) and 0 < engine.t - engine.restarts[-1] <= UPDATE_METRIC_STEPS
         shown = account.step % recipe.log.every == 0 or account.step == recipe.total_steps
         figures = ""
         if shown or after_restart:
-            extra = {}
+            seconds, extra = self._clock.mean_seconds(), {}
             if after_restart:
                 extra["max_update_over_lr"] = max_update_over_lr(
                     engine.shards, [n for n in engine.shards.names if n.endswith("lora_A")],
                     betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, device=engine.device)
-            if self._step_seconds:  # else the newest step was sampled, or ended with a restart
-                self._typical_seconds, self._step_seconds = sum(self._step_seconds) / len(self._step_seconds), []
-            typical = self._typical_seconds or seconds
             line = {"loss": self.collect_losses(), "lr": lr,
                     "grad_norm": float(engine.get_global_grad_norm()), "tokens": account.tokens,
-                    "tokens_per_s": recipe.tokens_per_step / typical, "step_s": seconds,
+                    "tokens_per_s": recipe.tokens_per_step / seconds, "step_s": self._clock.newest,
                     "bytes_payload": self._traffic.payload, "bytes_wire": self._traffic.wire,
                     "total_bytes_wire": account.bytes_wire, "full_rank_bytes_wire": account.full_rank_wire,
                     "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}

@@ -143,6 +143,12 @@ def model_name(recipe: Recipe) -> str:
     return recipe.model.preset or str(recipe.model.name_or_path)
 
 
+def begin_peak_memory(device: torch.device) -> None:
+    """What `peak_memory` is the peak of begins here, on a GPU; a CPU knows only the process's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: allocated at the most on a GPU, resident at the most on a CPU."""
     if device.type == "cuda":

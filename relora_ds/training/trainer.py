@@ -17,7 +17,7 @@ from relora_ds.checkpoint.run_files import read_json
 from relora_ds.checkpoint.sharing import find_peers
 from relora_ds.checkpoint.state import problems, restore
 from relora_ds.checkpoint.writer import CheckpointWriter
-from relora_ds.data import TrainLoader, tokenizer_files
+from relora_ds.data import tokenizer_files
 from relora_ds.data.agreement import require_same_tokens
 from relora_ds.data.tokenizer import SAMPLES
 from relora_ds.interop.export import model_card
@@ -26,13 +26,16 @@ from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model
 from relora_ds.training import identity, report
 from relora_ds.training.accounting import Account, StepTraffic
+from relora_ds.training.batches import train_batches
+from relora_ds.training.clock import StepClock
 from relora_ds.training.console import View
-from relora_ds.training.evaluation import evaluate
+from relora_ds.training.evaluation import evaluate, rehearse
 from relora_ds.training.guard import BadSteps, GuardError, LossSpikes, RollBack, Spike
 from relora_ds.training.journal import Journal
 from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preemption import Preempted, StopRequest
 from relora_ds.training.preflight import Plan
+from relora_ds.training.probe import drift_probe
 from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.training.watchdog import Watchdog
@@ -41,7 +44,6 @@ from relora_ds.zero.start import init_distributed
 from relora_ds.zero.teardown import release
 from relora_ds.zero.traffic import count_traffic
 
-DRIFT_PROBE_SEQUENCES = 4
 MAX_ROLLBACKS = 3  # to the same checkpoint
 
 
@@ -59,6 +61,8 @@ class Trainer:
         self.run_dir = Path(self.recipe.run_dir)
         self.account = Account()
         self.bad_steps = BadSteps(self.recipe.guard)
+        # An evaluation's batches are no larger than those of training.
+        self._batches = {"seq_len": self.recipe.data.seq_len, "micro_batch_size": self.recipe.train.micro_batch_size}
         self.engine = self.writer = self.sharing = self.journal = self.stop = self.watchdog = self._claim = None
         self._last_evaluated = self._last_saved = None
         self._rolled_back: list[tuple[int, int, Spike]] = []  # to which step, from which one, why
@@ -159,12 +163,8 @@ class Trainer:
         if checkpoint is not None:
             self.account, self._last_saved = Account(**saved.run["account"]), saved.step
         data, recipe = self.plan.data, self.recipe
-        self.loader = TrainLoader(data.train, recipe.data.seq_len, recipe.batch_sequences,
-                                  recipe.train.micro_batch_size, dist.get_rank(), dist.get_world_size(), recipe.seed,
-                                  data.padding)
+        self.loader = train_batches(self.plan, saved.run["loader"] if saved else None)
         self.spikes = LossSpikes(recipe.guard, saved.run["losses"] if saved else ())
-        if saved:
-            self.loader.load_state_dict(saved.run["loader"])
         if self.stop is None:
             self.stop = StopRequest()
             self.watchdog = Watchdog(recipe.guard.watchdog_seconds, lambda: f"step {self.account.step}",
@@ -226,15 +226,14 @@ class Trainer:
             self.sharing = find_peers(self.run_dir / "checkpoints")
         self.writer = CheckpointWriter(self.engine, self.run_dir / "checkpoints", self._prune_checkpoints,
                                        checkpoint and (checkpoint.directory, checkpoint.manifest), self.sharing)
-        length = self.recipe.data.seq_len
-        rows = min(DRIFT_PROBE_SEQUENCES, self.recipe.train.micro_batch_size, len(self.plan.data.validation) // length)
-        probe = torch.from_numpy(self.plan.data.validation[:rows * length].astype("int64")).view(rows, length).to(
-            self.engine.device)
-        self.engine.drift_probe = (lambda: self.engine.module(input_ids=probe).logits) if len(probe) else None
         self.engine.module.register_forward_pre_hook(self.watchdog.beat)
+        report.begin_peak_memory(self.engine.device)  # else a phase would go on from the peak of the one before
+        self.engine.drift_probe = drift_probe(self.engine, self.plan.data.validation, **self._batches)
+        rehearse(self.engine, self.plan.data, **self._batches, device=self.engine.device)
         self.traffic = StepTraffic(self.engine, self.full_rank_elements)
+        self.clock = StepClock(self.engine.device, self.account)
         self._last_evaluated = None
-        self.journal.phase(self.engine, phase, self.traffic)
+        self.journal.phase(self.engine, phase, self.traffic, self.clock)
         if checkpoint is not None:
             if self._rolled_back:
                 self.journal.rollback(*self._rolled_back[-1][1:])
@@ -250,21 +249,20 @@ class Trainer:
         engine, account = self.engine, self.account
         lr, restarts_before = engine.get_lr()[0], len(engine.restarts)
         sampling = self.traffic.wants_sample()
-        started = time.perf_counter()
         loss, spike = torch.zeros((), dtype=torch.float64, device=engine.device), None
-        with count_traffic() if sampling else nullcontext() as sample:
-            for micro_batch in self.loader.next_step():
-                output = engine(**{name: value.to(engine.device) for name, value in micro_batch.items()})
-                loss += output.loss.detach().double() / self.plan.accumulation
+        with self.clock.step(sampling), count_traffic() if sampling else nullcontext() as sample:
+            for micro_batch in self.loader.next_step(is_last=account.step + 1 >= self.recipe.total_steps):
+                batch = {name: value.to(engine.device, non_blocking=True) for name, value in micro_batch.items()}
+                micro_loss = engine(**batch).loss  # and nothing else of the output: its logits are large
+                loss += micro_loss.detach().double() / self.plan.accumulation
                 if self.spikes.screens and engine.is_gradient_accumulation_boundary():
                     spike = self._screen(loss)
                 # A step with a spike goes the way of one that is not finite: no rank applies it, at any stage.
-                engine.backward(output.loss if spike is None else output.loss * math.nan)
+                engine.backward(micro_loss if spike is None else micro_loss * math.nan)
                 engine.step()
-        seconds = time.perf_counter() - started
         restarted = len(engine.restarts) > restarts_before
         self.traffic.record(sample, is_regular=engine.was_step_applied() and not restarted)
-        account.count_step(self.recipe.tokens_per_step, seconds, self.traffic)
+        account.count_step(self.recipe.tokens_per_step, self.traffic)
         if not engine.was_step_applied():
             account.skipped += 1
             self.journal.skipped_step(spike)
@@ -279,7 +277,7 @@ class Trainer:
         if restarted:
             account.restarts += 1
             self.journal.restart()
-        self.journal.step(loss, lr, seconds, sampling)
+        self.journal.step(loss, lr)
 
     def _screen(self, loss: Tensor) -> Spike | None:
         """Judge a step's loss before its step is applied. Collective."""
@@ -299,8 +297,8 @@ class Trainer:
         if not due or self._last_evaluated == step:
             return
         self._last_evaluated = step
-        result = evaluate(self.engine, self.plan.data, seq_len=self.recipe.data.seq_len,
-                          micro_batch_size=self.recipe.train.micro_batch_size, device=self.engine.device,
+        self.clock.drain()  # what the device still does is the step's
+        result = evaluate(self.engine, self.plan.data, **self._batches, device=self.engine.device,
                           max_tokens=None if step == self.phase.stop else self.recipe.eval.max_tokens)
         samples = draw_samples(self.engine, self.plan.tokenizer, self.prompts, seq_len=self.recipe.data.seq_len,
                                seed=self.recipe.seed, device=self.engine.device)
@@ -313,6 +311,7 @@ class Trainer:
         self._save()
 
     def _save(self) -> None:
+        self.clock.drain()
         self._claim_run_dir()
         self.journal.collect_losses()  # the window of losses is saved
         self.writer.save(self.account.step, {

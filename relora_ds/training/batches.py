@@ -1,0 +1,18 @@
+"""The batches that this rank trains on."""
+
+import torch.distributed as dist
+
+from relora_ds.data import Prefetched, TrainLoader
+from relora_ds.training.preflight import Plan
+from relora_ds.zero.start import device_of_rank
+
+
+def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
+    """From `state` (of a loader's `state_dict`) on, or from the beginning; made ahead where a GPU computes."""
+    recipe, data = plan.recipe, plan.data
+    loader = TrainLoader(data.train, recipe.data.seq_len, recipe.batch_sequences, recipe.train.micro_batch_size,
+                         dist.get_rank(), dist.get_world_size(), recipe.seed, data.padding)
+    if state is not None:
+        loader.load_state_dict(state)
+    on_gpu = device_of_rank().type == "cuda"
+    return Prefetched(loader, ahead=on_gpu, pin=on_gpu)
