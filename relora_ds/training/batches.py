@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from relora_ds.data import Prefetched, TrainLoader
 from relora_ds.training.preflight import Plan
-from relora_ds.zero.start import device_of_rank
+from relora_ds.zero.accelerator import is_cuda
 
 
 def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
@@ -14,5 +14,4 @@ def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
                          dist.get_rank(), dist.get_world_size(), recipe.seed, data.padding)
     if state is not None:
         loader.load_state_dict(state)
-    on_gpu = device_of_rank().type == "cuda"
-    return Prefetched(loader, ahead=on_gpu, pin=on_gpu)
+    return Prefetched(loader, ahead=is_cuda(), pin=is_cuda())
