@@ -19,8 +19,6 @@ from relora_ds.checkpoint.state import problems, restore
 from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.data import tokenizer_files
 from relora_ds.data.agreement import require_same_tokens
-from relora_ds.data.tokenizer import SAMPLES
-from relora_ds.interop.export import model_card
 from relora_ds.interop.sources import TOKENIZER
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model
@@ -36,6 +34,7 @@ from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preemption import Preempted, StopRequest
 from relora_ds.training.preflight import Plan
 from relora_ds.training.probe import drift_probe
+from relora_ds.training.results import write_results
 from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.training.watchdog import Watchdog
@@ -87,7 +86,7 @@ class Trainer:
             saved = store.directories(self.run_dir)
             raise GuardError(f"{error}. " + (f"Saved is {saved[-1]}" if saved else "Nothing was saved")) from error
         except RuntimeError as error:
-            # A rank that died says nothing itself.
+            # A rank that died says nothing itself. (NCCL's own thread ends the process, and nothing is raised.)
             if self.watchdog is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise RuntimeError(f"{error}; {self.watchdog.blame()}") from error
             raise
@@ -229,10 +228,9 @@ class Trainer:
         self.engine.module.register_forward_pre_hook(self.watchdog.beat)
         report.begin_peak_memory(self.engine.device)  # else a phase would go on from the peak of the one before
         self.engine.drift_probe = drift_probe(self.engine, self.plan.data.validation, **self._batches)
-        rehearse(self.engine, self.plan.data, **self._batches, device=self.engine.device)
         self.traffic = StepTraffic(self.engine, self.full_rank_elements)
         self.clock = StepClock(self.engine.device, self.account)
-        self._last_evaluated = None
+        self._last_evaluated, self._has_rehearsed = None, False
         self.journal.phase(self.engine, phase, self.traffic, self.clock)
         if checkpoint is not None:
             if self._rolled_back:
@@ -294,6 +292,9 @@ class Trainer:
         if restarts and restarts[-1] == self.engine.t:  # a cycle has just ended
             began = self.phase.start + (restarts[-2] if len(restarts) > 1 else 0)
             due = due or every is None or step // every == began // every
+        if not self._has_rehearsed:  # after the first step: now memory holds all that it will, and ZeRO-3 its trace
+            self._has_rehearsed = True
+            rehearse(self.engine, self.plan.data, **self._batches, device=self.engine.device)
         if not due or self._last_evaluated == step:
             return
         self._last_evaluated = step
@@ -397,14 +398,8 @@ class Trainer:
             self._evaluate_if_due()
         summary = report.summarise(self.plan, self.account, self.journal.history[-1][2],
                                    *count_parameters(self.engine.module))
-        self.engine.save_merged(str(self.run_dir / "export"))
-        if self.is_first:
-            tokenizer_files.save(self.plan.tokenizer, self.run_dir / "export")
-            if problem := tokenizer_files.misread(self.run_dir / "export", self.plan.tokenizer, SAMPLES,
-                                                  self.recipe.trust_remote_code):
-                self.view.warn(problem)
-            write_text(self.run_dir / "export" / "README.md", model_card(summary, self.recipe.to_yaml()))
-            write_json(self.run_dir / "summary.json", summary)
+        if problem := write_results(self.engine, self.plan, summary):
+            self.view.warn(problem)
         self.view.close()
         report.closing(self.view, self.run_dir, self.journal.history, summary)
         self.journal.close()
