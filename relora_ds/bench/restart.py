@@ -25,7 +25,6 @@ HELP = "the pause of a restart, by network, ZeRO stage, storage format and place
 
 FORMATS = [name for name in VARIANTS if name.startswith("ours") and name != "ours, LoRA alone"]
 EVERY = (1000, 5000)  # relora.restart_every that the pause is shared out over
-PROBE_SEQUENCES = 4
 SHARED = ("r", "vocab_size", "seq_len", "micro_batch_size", "precision")  # of all Specs
 
 
@@ -82,12 +81,13 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def _time(spec: Spec, arguments: argparse.Namespace) -> dict:
+    from relora_ds.training.probe import SEQUENCES, drift_probe
     from relora_ds.zero.teardown import release
     from relora_ds.zero.traffic import count_traffic, time_collectives
     micro_steps = arguments.tokens_per_step / (spec.micro_batch_size * spec.seq_len * dist.get_world_size())
     engine = build(spec)
-    probe = torch.zeros(PROBE_SEQUENCES, spec.seq_len, dtype=torch.long, device=engine.device)
-    engine.drift_probe = lambda: engine.module(input_ids=probe).logits
+    engine.drift_probe = drift_probe(engine, np.zeros(SEQUENCES * spec.seq_len), seq_len=spec.seq_len,
+                                     micro_batch_size=SEQUENCES)
     pauses, own, steps = [], [], []
     step(engine, spec, 0)
     with count_traffic() as traffic:
