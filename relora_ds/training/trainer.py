@@ -135,6 +135,8 @@ class Trainer:
     def _find_checkpoint(self) -> store.Found | None:
         """Start the process group, lock the run directory, find the checkpoint to resume from. Nothing is written."""
         init_distributed()
+        self.watchdog = Watchdog(self.recipe.guard.watchdog_seconds, lambda: f"step {self.account.step}",
+                                 lambda message, code: self.set_status("failed", message, code))
         self.is_first = dist.get_rank() == 0
         self.view = View(self.is_first, self.recipe.total_steps)
         require_same_tokens(self.plan.data.fingerprint)  # so every rank has looked at the directory and is here
@@ -166,8 +168,6 @@ class Trainer:
         self.spikes = LossSpikes(recipe.guard, saved.run["losses"] if saved else ())
         if self.stop is None:
             self.stop = StopRequest()
-            self.watchdog = Watchdog(recipe.guard.watchdog_seconds, lambda: f"step {self.account.step}",
-                                     lambda message, code: self.set_status("failed", message, code))
         self.journal = Journal(self.plan, self.view, self.account, self.spikes,
                                resume_step=self.account.step if saved else -1,  # what left no checkpoint is forgotten
                                may_write=self._holds_run_dir)
@@ -206,10 +206,11 @@ class Trainer:
 
     def _build(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
-        self._beat()
+        self.watchdog.beat()
         self._close_writer()
         handover = hand_over(self.engine, self.plan, phase) if self.engine is not None else None
         self.engine, self.phase = build_engine(self.plan, phase, handover, checkpoint is not None), phase
+        self.watchdog.watch(self.engine.module)
         if checkpoint is not None:
             if found := problems(checkpoint.manifest, self.engine):
                 raise store.ResumeError(f"resume: {checkpoint.directory} is of another network: {'; '.join(found)}")
@@ -220,12 +221,11 @@ class Trainer:
 
     def _enter(self, phase: Phase, checkpoint: store.Found | None) -> None:
         """Begin to train and to measure with a new engine."""
-        self._beat()
+        self.watchdog.beat()
         if self.sharing is None:  # once, while the disk has room
             self.sharing = find_peers(self.run_dir / "checkpoints")
         self.writer = CheckpointWriter(self.engine, self.run_dir / "checkpoints", self._prune_checkpoints,
                                        checkpoint and (checkpoint.directory, checkpoint.manifest), self.sharing)
-        self.engine.module.register_forward_pre_hook(self.watchdog.beat)
         report.begin_peak_memory(self.engine.device)  # else a phase would go on from the peak of the one before
         self.engine.drift_probe = drift_probe(self.engine, self.plan.data.validation, **self._batches)
         self.traffic = StepTraffic(self.engine, self.full_rank_elements)
@@ -381,10 +381,6 @@ class Trainer:
         for done in finished:
             if done.error is None:
                 self._last_saved = done.step
-
-    def _beat(self) -> None:
-        if self.watchdog is not None:
-            self.watchdog.beat()
 
     # -- the end -----------------------------------------------------------------------------------------------
 

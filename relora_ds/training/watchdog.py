@@ -1,10 +1,10 @@
 """Notices a run that stands still, says which rank it waits for, and ends it.
 
-A rank that hangs leaves the others waiting in a collective, for ever or for the half hour of torch's timeout. So each
-rank has a thread that tells the others, over the store that they met at, how far its rank has come. Where a rank has
-not moved for `guard.watchdog_seconds`, its thread looks who is silent or behind, and ends the process: a main thread
-in a collective cannot be woken. Where the store itself is gone, because the process that kept it has died, the process
-ends within a minute.
+A rank that hangs leaves the others waiting in a collective until a timeout, of which NCCL's ends the process without a
+word. So each rank has a thread that tells the others, over the store that they met at, how far its rank has come.
+Where a rank has not moved for `guard.watchdog_seconds`, its thread looks who is silent or behind, and ends the
+process: a main thread in a collective cannot be woken. Timeouts are set to longer than that. Where the store itself is
+gone, because the process that kept it has died, the process ends within a minute.
 """
 
 import json
@@ -18,7 +18,10 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
+
+from relora_ds.zero.start import set_timeouts
 
 EXIT_ERROR, EXIT_GUARD = 1, 3
 _LAST_WORDS_S = 10  # for what is said at the end: the disk or the terminal may be what stands still
@@ -36,6 +39,8 @@ class Watchdog:
 
     def __init__(self, seconds: float, where: Callable[[], str], on_stuck: Callable[[str, int], None]):
         self._seconds, self._where, self._on_stuck = seconds, where, on_stuck
+        self._timeout = timedelta(days=1, seconds=seconds)  # what is slow is no failure while the watchdog says nothing
+        set_timeouts(self._timeout)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._every = min(5.0, seconds / 4)
         self._progress, self._closed = 0, threading.Event()
@@ -49,6 +54,11 @@ class Watchdog:
         self._watcher.start()
         # A thread of its own: it stands still where the store does.
         threading.Thread(target=self._talk, name="watchdog's talk", daemon=True).start()
+
+    def watch(self, module: nn.Module) -> None:
+        """Count the forwards of an engine's module as progress. Call it when the engine exists, with its groups."""
+        module.register_forward_pre_hook(self.beat)
+        set_timeouts(self._timeout)
 
     def beat(self, *_) -> None:
         """The rank has come further."""

@@ -1,11 +1,14 @@
 """Before an engine exists: the process group, and the same initial values on every rank."""
 
 import os
+from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from relora_ds.zero import accelerator
 from relora_ds.zero.accelerator import device_of_rank
@@ -15,6 +18,9 @@ from relora_ds.zero.launchers import set_rank
 
 def init_distributed() -> None:
     """Start the process group if there is none: from the launcher's environment, or one rank without any launcher.
+
+    Ranks that do not come are waited for as long as DeepSpeed does: 10 minutes, or DEEPSPEED_TIMEOUT of them. So are
+    those that do not come to a collective, until `set_timeouts` says otherwise.
 
     Raises:
         ValueError: this rank has no device that it can compute on.
@@ -30,7 +36,7 @@ def init_distributed() -> None:
         __compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized() and (store := _store_after_a_restart()) is not None:
         dist.init_process_group(accelerator.backend(), store=store, rank=int(os.environ["RANK"]),
-                                world_size=int(os.environ["WORLD_SIZE"]))
+                                world_size=int(os.environ["WORLD_SIZE"]), timeout=default_pg_timeout)
     if dist.is_initialized():
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed()
@@ -54,6 +60,16 @@ def _store_after_a_restart() -> dist.Store | None:
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"relora_ds/attempt_{attempt}", store)
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Set how long collectives wait for their ranks, in every process group that exists.
+
+    DeepSpeed's collectives run in groups of its own, which have PyTorch's 10 minutes over NCCL whatever the timeout of
+    the world's is. Neither library has a public function for it.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def leave() -> None:
