@@ -9,9 +9,24 @@ usage() {
     exit 0
 }
 
-# count_ranks: set `gpus`, `cores` and `ranks`, which is one for each GPU, or two on the CPU.
+# count_ranks: set `gpus`, `cores` and `ranks`, which is one for each GPU, or two on the CPU. Ends where the ranks could
+# not compute on what is here; DeepSpeed, which takes seconds to import, is asked only where PyTorch sees reason to.
 count_ranks() {
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$("$PYTHON" - "$ROOT" <<'PYTHON'
+import os
+import sys
+
+import torch
+
+seen = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+if seen not in ("cuda", "cpu") or os.environ.get("DS_ACCELERATOR", seen) != seen:
+    sys.path.insert(0, sys.argv[1])
+    from relora_ds.zero import accelerator
+    if found := accelerator.problems():
+        sys.exit(f"error: {found[0]}")
+print(torch.cuda.device_count())
+PYTHON
+    ) || exit 1
     cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     ranks=$((gpus > 0 ? gpus : cores < 2 ? 1 : 2))
 }

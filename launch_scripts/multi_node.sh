@@ -20,11 +20,13 @@
 # checkpoint (resume=auto), unless the recipe or the command line sets resume or overwrite. The exit code is the one
 # of the run.
 #
-# The network: with NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPU) name the interface that joins the machines,
-# if the run hangs at its start or takes a slow cable: NCCL_SOCKET_IFNAME=eth1 bash launch_scripts/multi_node.sh ...
-# Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, TORCH_*, HF_* (but not HF_TOKEN: log in there),
-# RELORA_DS_*, PYTHON*, OMP_NUM_THREADS, those that say that a job was restarted, and all in the files ~/.deepspeed_env
-# and ./.deepspeed_env of this machine, one NAME=VALUE a line.
+# The network: if the run hangs at its start or takes a slow cable, name the interface that joins the machines:
+# NCCL_SOCKET_IFNAME=eth1 bash launch_scripts/multi_node.sh ... on GPUs, GLOO_SOCKET_IFNAME=eth1 on CPUs. Ranks on GPUs
+# talk over gloo too, and take NCCL's interface for it unless GLOO_SOCKET_IFNAME names another.
+# Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, UCX_*, FI_*, TORCH_*, PYTORCH_*, CUDA_* (but not
+# CUDA_VISIBLE_DEVICES), CUBLAS_*, HSA_*, TRITON_*, DEEPSPEED_*, DS_ACCELERATOR, HF_* (but not HF_TOKEN: log in there),
+# TRANSFORMERS_*, RELORA_DS_*, PYTHON*, OMP_NUM_THREADS, those that say that a job was restarted, and all in the files
+# ~/.deepspeed_env and ./.deepspeed_env of this machine, one NAME=VALUE a line.
 # With --no_ssh each machine has its own environment and its own files. The environment comes before the files.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
@@ -61,10 +63,11 @@ hosts=() slots=()
 while read -r host count || [ -n "$host" ]; do
     [[ $host == '' || $host == '#'* ]] && continue
     [[ $count =~ ^slots=([1-9][0-9]{0,4})([[:space:]]|$) ]] || fail "$hostfile: '$host $count' is not NAME slots=RANKS"
+    count=${BASH_REMATCH[1]}
     [[ $host =~ $host_name ]] || fail "$hostfile: '$host' is not a host name or an address; they begin with a letter or" \
         "digit and hold only letters, digits and . _ - : %"
     [[ " ${hosts[*]-} " != *" $host "* ]] || fail "$hostfile: '$host' is named twice; give it one line with all its slots"
-    hosts+=("$host") slots+=("${BASH_REMATCH[1]}")
+    hosts+=("$host") slots+=("$count")
 done <"$hostfile"
 [ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: it names no machine"
 if [ -n "$ssh" ]; then
@@ -110,12 +113,17 @@ if [ -n "$ssh" ]; then
     names=$(cut -d= -f1 <<<"$variables")
     restarts='SLURM_RESTART_COUNT|TORCHELASTIC_RESTART_COUNT|AWS_BATCH_JOB_ATTEMPT|BATCH_TASK_RETRY_ATTEMPT|LSB_RESTART|RESTARTED'
     # Everybody on the other machines could read a token in the list of processes.
-    env | grep -v '^HF_TOKEN=' | grep -E "^(NCCL_|GLOO_|TORCH_|HF_|RELORA_DS_|(OMP_NUM_THREADS|$restarts)=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
+    # CUDA_VISIBLE_DEVICES is each machine's own.
+    prefixes='NCCL_|GLOO_|UCX_|FI_|TORCH_|PYTORCH_|CUDA_([^V]|V[^I])|HSA_|CUBLAS_|TRITON_|DEEPSPEED_|HF_|TRANSFORMERS_|RELORA_DS_'
+    env | grep -v '^HF_TOKEN=' | grep -E "^($prefixes|DS_ACCELERATOR=|(OMP_NUM_THREADS|$restarts)=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
     options+=(--force_multi --no_ssh_check ${master_addr:+--master_addr "$master_addr"})
     say "over ssh: ${hosts[*]}"
 else
     if [ "$gpus" -eq 0 ]; then
         export DS_ACCELERATOR=cpu
+    elif [ "${slots[$node_rank]}" -gt "$gpus" ]; then
+        fail "$hostfile: ${hosts[$node_rank]} has slots=${slots[$node_rank]}, but PyTorch sees $gpus GPU(s) here, and" \
+            "each rank needs one; give it slots=$gpus on all machines"
     fi
     master_addr=${master_addr:-${hosts[0]}}
     options+=(--no_ssh --node_rank "$node_rank" --master_addr "$master_addr")

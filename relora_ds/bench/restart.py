@@ -46,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "paper's at 60M)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="(default: %(default)s)")
     parser.add_argument("--restarts", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="N",
-                        help="processes of this machine, where no launcher started this one (default: 1 2)")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="N",
+                        help="processes of this machine, where no launcher started this one (default: 1 2; on a "
+                             "machine with one GPU 1)")
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -56,8 +57,9 @@ def run(arguments: argparse.Namespace) -> dict:
     set_rank()
     launched = "RANK" in os.environ  # with as many ranks as there are then
     require(_specs(arguments))
+    ranks = arguments.ranks or ([1] if torch.cuda.device_count() == 1 else [1, 2])
     results = [run_on_ranks("relora_ds.bench.restart", arguments, n)
-               for n in (arguments.ranks[:1] if launched else arguments.ranks)]
+               for n in (ranks[:1] if launched else ranks)]
     return {**results[0], "rows": [row for result in results for row in result["rows"]]}
 
 

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from relora_ds.checkpoint.sharing import Sharing, find_peers
 from relora_ds.checkpoint.state import RANGES, Captured, capture
 from relora_ds.checkpoint.store import LATE_S, delete, put_aside
 from relora_ds.zero.plain_model import own_generation_config
+from relora_ds.zero.start import host_group
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
     def __init__(self, engine, directory: Path, after: Callable[[], None] = lambda: None,
                  continues: tuple[Path, Manifest] | None = None, sharing: Sharing | None = None):
         self._engine, self._directory, self._after = engine, directory, after
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a slow disk is no failure
+        self._group = host_group()
         self._sharing = sharing or find_peers(directory)
         self._frozen: _Frozen | None = None  # of the newest checkpoint
         if continues is not None and _same_content(continues[1], engine):

@@ -6,11 +6,12 @@ it has; they stop at the step at which all know it, which is one or two later.
 
 import os
 import signal
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from relora_ds.zero.start import host_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -29,7 +30,7 @@ class StopRequest:
     def __init__(self):
         self.heard: str | None = None
         self._command = _deepspeed_command()
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # on the host: no device waits for it
+        self._group = host_group()  # no device waits for it
         self._asked = self._work = None
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 

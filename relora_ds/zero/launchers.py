@@ -19,6 +19,7 @@ FIRST_PORT, NUM_PORTS = 61000, 4500
 # The same pattern as in launch_scripts/multi_node.sh.
 HOST_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")
 TORCH_PORT = 29500  # what torchrun and DeepSpeed take
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,15 @@ class _Place:
     rank: str
     world_size: str
     local_rank: str | None
+    local_size: str | None
     first_host: str | None  # where rank 0 is
     port: int
 
 
 def set_rank(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the variables of `srun` or `mpirun`.
+
+    So is LOCAL_WORLD_SIZE, where they say how many processes this node has, and these share its GPUs.
 
     Nothing changes where RANK is set, or where only one process was started: so in the batch script of a job of many
     tasks, and in an interactive shell. A MASTER_ADDR or MASTER_PORT that is set is kept.
@@ -57,6 +61,8 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> None:
                              "their node's they are; set LOCAL_RANK for each, or start with torchrun or deepspeed")
     else:
         environment["LOCAL_RANK"] = place.local_rank
+    if place.local_size is not None:
+        environment["LOCAL_WORLD_SIZE"] = place.local_size
     if not environment.get("MASTER_ADDR"):
         if place.first_host is None:
             raise ValueError(f"{place.launcher} started {place.world_size} processes on several nodes but does not "
@@ -70,7 +76,7 @@ def _open_mpi(environment: Mapping[str, str]) -> _Place | None:
     if size == "1":
         return None
     return _Place("Open MPI's mpirun", environment["OMPI_COMM_WORLD_RANK"], size,
-                  environment.get("OMPI_COMM_WORLD_LOCAL_RANK"),
+                  environment.get("OMPI_COMM_WORLD_LOCAL_RANK"), environment.get("OMPI_COMM_WORLD_LOCAL_SIZE"),
                   "127.0.0.1" if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size else None, TORCH_PORT)
 
 
@@ -80,6 +86,7 @@ def _mpich(environment: Mapping[str, str]) -> _Place | None:
     if size == "1" or ("MPI_LOCALRANKID" not in environment and _slurm(environment)):
         return None
     return _Place("mpiexec", environment["PMI_RANK"], size, environment.get("MPI_LOCALRANKID"),
+                  environment.get("MPI_LOCALNRANKS"),
                   "127.0.0.1" if environment.get("MPI_LOCALNRANKS") == size else None, TORCH_PORT)
 
 
@@ -97,11 +104,20 @@ def _slurm(environment: Mapping[str, str]) -> _Place | None:
     nodes = environment.get("SLURM_STEP_NODELIST")
     # SLURM_LAUNCH_NODE_IPADDR is where `srun` was typed, which may be a login node.
     host = "127.0.0.1" if environment.get("SLURM_STEP_NUM_NODES") == "1" else nodes and first_host(nodes)
-    local_rank = environment.get("SLURM_LOCALID")
-    if local_rank and re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")):
-        local_rank = "0"  # `--gpus-per-task=1`: each task sees one GPU, which is its number 0
+    local_rank, local_size = environment.get("SLURM_LOCALID"), _tasks_of_node(environment)
+    if local_rank and any(re.fullmatch(r"[^,]+", environment.get(name, "")) for name in VISIBLE_DEVICES):
+        local_rank, local_size = "0", None  # `--gpus-per-task=1`: each task sees one GPU, which is its number 0
     port = FIRST_PORT + (int(environment.get("SLURM_JOB_ID", 0)) + 1000 * step) % NUM_PORTS
-    return _Place("srun", environment["SLURM_PROCID"], size, local_rank, host or None, port)
+    return _Place("srun", environment["SLURM_PROCID"], size, local_rank, local_size, host or None, port)
+
+
+def _tasks_of_node(environment: Mapping[str, str]) -> str | None:
+    """The tasks of this node in SLURM_STEP_TASKS_PER_NODE, whose `4(x2),3` are three nodes."""
+    counts = [count for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?",
+                                                   environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+              for _ in range(int(nodes or 1))]
+    node = int(environment.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else None
 
 
 def hosts_in(hostfile: Path) -> list[str]:

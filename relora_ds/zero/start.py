@@ -1,6 +1,7 @@
 """Before an engine exists: the process group, and the same initial values on every rank."""
 
 import os
+import socket
 from datetime import timedelta
 
 import deepspeed
@@ -26,6 +27,7 @@ def init_distributed() -> None:
         ValueError: this rank has no device that it can compute on.
     """
     set_rank()
+    _name_gloo_interface()
     if found := accelerator.problems():
         raise ValueError("\n".join(found))
     if accelerator.is_cuda():
@@ -60,6 +62,31 @@ def _store_after_a_restart() -> dist.Store | None:
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"relora_ds/attempt_{attempt}", store)
+
+
+def _name_gloo_interface() -> None:
+    """Let gloo take the interface that NCCL is told to take. Ranks on GPUs talk over both.
+
+    NCCL also understands beginnings of names and exclusions; gloo's names are whole ones.
+    """
+    names = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if names and set(names.split(",")) <= {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names)
+
+
+def host_group() -> dist.ProcessGroup:
+    """Make a group of all ranks for tensors on the host, which wait for each other for a day. Collective.
+
+    Raises:
+        RuntimeError: gloo cannot join the ranks.
+    """
+    try:
+        group = dist.new_group(backend="gloo", timeout=default_pg_timeout)  # to join them
+    except RuntimeError as error:
+        raise RuntimeError(f"the ranks cannot talk over gloo, as they do on GPUs too: {error}; name the network "
+                           "interface that joins their machines in GLOO_SOCKET_IFNAME") from error
+    distributed_c10d._set_pg_timeout(timedelta(days=1), group)  # a slow disk is no failure
+    return group
 
 
 def set_timeouts(timeout: timedelta) -> None:

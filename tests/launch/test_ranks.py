@@ -9,6 +9,7 @@ from relora_ds.zero.launchers import first_host, set_rank
 from tests.launch.scripts import ROOT, run, start
 from tests.training.runs import losses, status
 
+LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # What Slurm 22.05 and Open MPI 4.1 set, as seen in processes of theirs, and what MPICH documents: the variables that
@@ -61,6 +62,21 @@ def test_the_ranks_of_a_launcher(environment, ranks):
 ])
 def test_one_process_stays_one_rank(environment):
     assert ranks_of(environment) == tuple(environment.get(name) for name in RANKS)
+
+
+@pytest.mark.parametrize(("environment", "local"), [
+    (OPEN_MPI, ("1", "2")), (MPICH, ("3", "4")), (SRUN, ("1", None)),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, ("1", "4")),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, ("1", "3")),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "3"}, ("0", None)),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "HIP_VISIBLE_DEVICES": "3"}, ("0", None)),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "ROCR_VISIBLE_DEVICES": "3"}, ("0", None)),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "ROCR_VISIBLE_DEVICES": "0,1,2,3"}, ("1", "4")),
+])
+def test_the_ranks_that_share_the_gpus_of_a_node(environment, local):
+    environment = dict(environment)
+    set_rank(environment)
+    assert tuple(environment.get(name) for name in LOCAL) == local
 
 
 def test_what_a_launcher_has_set_stays():

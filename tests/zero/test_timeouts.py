@@ -1,6 +1,7 @@
 """How long collectives wait for a rank that does not come."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
 from relora_ds.training.watchdog import Watchdog
-from relora_ds.zero.start import set_timeouts
+from relora_ds.zero.start import _name_gloo_interface, host_group, set_timeouts
 from tests.ports import free_port
 from tests.ranks import ranks
 from tests.small_models import llama
@@ -68,6 +69,35 @@ def waiting_for_nobody() -> float:
 
 def test_collectives_heed_it():
     assert 1 < ranks(2).run(waiting_for_nobody)[0] < 60
+
+
+def test_a_group_on_the_host_waits_for_slow_disks_and_names_what_could_join_it():
+    assert ranks(2).run(timeout_of_a_host_group) == [DAY, DAY]
+    with (mock.patch.object(dist, "new_group", side_effect=RuntimeError("connectFullMesh failed")),
+          pytest.raises(RuntimeError, match="connectFullMesh failed; name the .*interface .*GLOO_SOCKET_IFNAME")):
+        host_group()
+
+
+def timeout_of_a_host_group() -> timedelta:
+    group = host_group()
+    try:
+        return group._get_backend(torch.device("cpu")).options._timeout
+    finally:
+        dist.destroy_process_group(group)
+
+
+@pytest.mark.parametrize(("nccl", "gloo", "taken"), [
+    ("eth1", None, "eth1"), ("=eth1", None, "eth1"), ("eth0,eth1", None, "eth0,eth1"), ("eth1", "eth0", "eth0"),
+    ("eth", None, None), ("^eth0", None, None), ("eth1,eth7", None, None), (None, None, None)])
+def test_gloo_takes_the_interface_of_nccl_where_its_name_is_whole(monkeypatch, nccl, gloo, taken):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "eth1")])
+    for name, value in (("NCCL_SOCKET_IFNAME", nccl), ("GLOO_SOCKET_IFNAME", gloo)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    _name_gloo_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 
 
 START = """
