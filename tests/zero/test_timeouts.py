@@ -91,13 +91,13 @@ def timeout_of_a_host_group() -> timedelta:
     ("eth", None, None), ("^eth0", None, None), ("eth1,eth7", None, None), (None, None, None)])
 def test_gloo_takes_the_interface_of_nccl_where_its_name_is_whole(monkeypatch, nccl, gloo, taken):
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "eth1")])
-    for name, value in (("NCCL_SOCKET_IFNAME", nccl), ("GLOO_SOCKET_IFNAME", gloo)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    _name_gloo_interface()
-    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    said = {"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": gloo}
+    with mock.patch.dict(os.environ):
+        for name in said:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in said.items() if value is not None})
+        _name_gloo_interface()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
 START = """
