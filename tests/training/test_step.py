@@ -1,15 +1,21 @@
 """What a training step leaves alive, and what it waits for."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from relora_ds.training import batches, probe, report
+from relora_ds.training.accounting import Account
+from relora_ds.training.clock import StepClock
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
+from relora_ds.zero.engine import initialize
+from relora_ds.zero.teardown import release
+from tests.peak_bytes import PeakBytes
 from tests.ranks import ranks
-from tests.small_models import llama
+from tests.small_models import batch, llama
 from tests.training.runs import losses, train
 
 SETTINGS = ["train.steps=24", "eval.samples=1", "train.batch_sequences=8", "train.micro_batch_size=2"]
@@ -37,6 +43,32 @@ def test_logits_are_gone_before_the_next_ones_are_made(stage, tmp_path):
     """In steps, evaluations, samples and the drift's probe."""
     alive, = ranks(1).run(logits_alive, [f"run_dir={tmp_path / 'run'}", f"deepspeed={stage}", *SETTINGS])
     assert len(alive) > 4 * 24 and set(alive) == {0}
+
+
+def bytes_a_logit(rows=4, length=32, vocab_size=8192) -> float:
+    """On a rank: the most bytes of the trainer's steps, per logit, of a bf16 model that is little else than logits."""
+    model = llama(vocab_size=vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    engine, *_ = initialize(model, "zero1", lr=1e-3, total_steps=9, precision="bf16", micro_batch_size=rows)
+    ids, account, nothing = batch(0, rows, vocab_size, length), Account(), lambda *_, **__: None
+    traffic = SimpleNamespace(wants_sample=lambda: False, record=nothing, payload=0, wire=0, full_rank=(0, 0))
+    trainer = SimpleNamespace(
+        engine=engine, account=account, traffic=traffic, clock=StepClock(engine.device, account),
+        loader=SimpleNamespace(next_step=lambda is_last: [{"input_ids": ids, "labels": ids}]),
+        plan=SimpleNamespace(accumulation=1), spikes=SimpleNamespace(screens=False), phase=SimpleNamespace(start=0),
+        bad_steps=SimpleNamespace(record=nothing), journal=SimpleNamespace(step=nothing),
+        recipe=SimpleNamespace(total_steps=9, tokens_per_step=1))
+    Trainer._train_step(trainer)
+    with PeakBytes() as memory:
+        for _ in range(3):
+            Trainer._train_step(trainer)
+    release(engine)
+    return memory.peak / (rows * length * vocab_size)
+
+
+def test_a_step_takes_the_bytes_of_one_micro_batch_of_logits():
+    """The loss in fp32 and its gradient; the logits of the micro-batch before would be 2 more."""
+    found, = ranks(1).run(bytes_a_logit)
+    assert 12 < found < 12.5
 
 
 def train_ahead(overrides: list[str]) -> dict:
