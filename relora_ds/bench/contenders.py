@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from relora_ds.config import RecipeError, preset_names
 
@@ -170,10 +171,7 @@ def step(engine, spec: Spec, number: int, clock: Callable[[], float] = time.perf
     clock: read after every part.
     """
     found = Seconds()
-    generator = torch.Generator().manual_seed(1_000_000 * dist.get_rank() + number)
-    for i in range(spec.accumulation):
-        tokens = torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator)
-        tokens = tokens.to(engine.device)
+    for i, tokens in enumerate(_micro_batches(spec, number, engine.device)):
         started = clock()
         loss = engine(input_ids=tokens, labels=tokens).loss
         after_forward = clock()
@@ -186,3 +184,21 @@ def step(engine, spec: Spec, number: int, clock: Callable[[], float] = time.perf
         found.backward += after_backward - after_forward
         found.optimizer += clock() - after_backward
     return found
+
+
+def seconds_of_steps(engine, spec: Spec, number: int, count: int) -> float:
+    """Of one of `count` optimizer steps in a row. A device is waited for at the end of all, as in training."""
+    batches = [tokens for i in range(count) for tokens in _micro_batches(spec, number + i, engine.device)]
+    started = synchronized()
+    for tokens in batches:
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+    return (synchronized() - started) / count
+
+
+def _micro_batches(spec: Spec, number: int, device: torch.device) -> list[Tensor]:
+    """The tokens of this rank's step `number`, on the device."""
+    generator = torch.Generator().manual_seed(1_000_000 * dist.get_rank() + number)
+    return [torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator).to(device)
+            for _ in range(spec.accumulation)]

@@ -68,7 +68,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     rows = []
     for spec in _specs(arguments):
         rows.append({"preset": spec.preset, "stage": spec.stage, "variant": spec.variant, "master": spec.master,
-                     "world_size": dist.get_world_size(), **_time(spec, arguments)})
+                     "world_size": dist.get_world_size(),
+                     **time_restarts(spec, arguments.tokens_per_step, arguments.restarts)})
         if dist.get_rank() == 0:
             print(f"{dist.get_world_size()} ranks, {spec.preset}, stage {spec.stage}, {spec.variant}, masters "
                   f"{spec.master}: {statistics.median(rows[-1]['pauses_s']):.3f} s", file=sys.stderr, flush=True)
@@ -82,11 +83,12 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
             itertools.product(arguments.presets, arguments.stages, arguments.variants, arguments.masters)]
 
 
-def _time(spec: Spec, arguments: argparse.Namespace) -> dict:
+def time_restarts(spec: Spec, tokens_per_step: int, restarts: int) -> dict:
+    """On every rank: seconds of each pause, with and without the drift, of a step, and the bytes of one restart."""
     from relora_ds.training.probe import SEQUENCES, drift_probe
     from relora_ds.zero.teardown import release
     from relora_ds.zero.traffic import count_traffic, time_collectives
-    micro_steps = arguments.tokens_per_step / (spec.micro_batch_size * spec.seq_len * dist.get_world_size())
+    micro_steps = tokens_per_step / (spec.micro_batch_size * spec.seq_len * dist.get_world_size())
     engine = build(spec)
     engine.drift_probe = drift_probe(engine, np.zeros(SEQUENCES * spec.seq_len), seq_len=spec.seq_len,
                                      micro_batch_size=SEQUENCES)
@@ -94,7 +96,7 @@ def _time(spec: Spec, arguments: argparse.Namespace) -> dict:
     step(engine, spec, 0)
     with count_traffic() as traffic:
         engine.restart()
-    for number in range(1, arguments.restarts + 1):
+    for number in range(1, restarts + 1):
         with time_collectives() as spent:  # with a clock that stands still in collectives
             parts = step(engine, spec, number, lambda: synchronized() - sum(spent().values()))
             communicated = sum(spent().values()) * (1 if spec.stage < 2 else micro_steps)

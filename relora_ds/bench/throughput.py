@@ -1,8 +1,9 @@
 """Tokens per second of a training step, where its time goes, and how much of what the device can do that is.
 
 Every contender is timed at every micro-batch size. On a CPU, whose clock and neighbours change, all of them are in
-memory and take their steps in turns; on CUDA one after the other is measured, alone in memory. At stage 3 gathers run
-beside compute: what is waited for them is a part of forward and backward.
+memory and take their steps in turns; on CUDA one after the other is measured, alone in memory, several steps at a time:
+the device is waited for at their end, as in training where a step is logged. Peak memory is that of these steps. At
+stage 3 gathers run beside compute: what is waited for them is a part of forward and backward.
 
     speed       full rank's seconds / this one's, at the same micro-batch: the median over pairs of steps, on a CPU of
                 the same turn
@@ -30,6 +31,7 @@ from relora_ds.bench.contenders import (
     build,
     flops_per_token,
     require,
+    seconds_of_steps,
     step,
     synchronized,
 )
@@ -48,6 +50,7 @@ CONTENDERS = {**{name: {"variant": name} for name in VARIANTS},
               "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"}}
 SHARED = ("preset", "r", "vocab_size", "seq_len", "precision", "stage")  # of all Specs
 WARM_STEPS = 2
+STEPS_AT_A_TIME = {"cuda": 5, "cpu": 1}
 MATMUL = {"cuda": 8192, "cpu": 2048}  # size of the square matrices that show what the device can do
 
 
@@ -79,14 +82,15 @@ def run(arguments: argparse.Namespace) -> dict:
 def measure(arguments: argparse.Namespace) -> dict:
     """On every rank: all contenders at all sizes."""
     shared = {name: getattr(arguments, name) for name in SHARED}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     rows = []
     for size in arguments.micro_batch_size:
-        contenders = [_Contender(name, _spec(name, size, arguments)) for name in arguments.variants]
+        contenders = [Contender(name, _spec(name, size, arguments)) for name in arguments.variants]
         for group in [contenders] if device == "cpu" else [[one] for one in contenders]:
-            rows += _time(group, arguments.repeats)
+            rows += time_in_turns(group, arguments.repeats)
     return {**shared, "device": device, "world_size": dist.get_world_size(), "repeats": arguments.repeats,
-            "threads": torch.get_num_threads(), "peak_flops": _peak_flops(shared["precision"], device), "rows": rows}
+            "threads": torch.get_num_threads(), "peak_flops": measured_peak_flops(shared["precision"], device),
+            "rows": rows}
 
 
 def _spec(name: str, micro_batch_size: int, arguments: argparse.Namespace) -> Spec:
@@ -94,7 +98,7 @@ def _spec(name: str, micro_batch_size: int, arguments: argparse.Namespace) -> Sp
     return Spec(micro_batch_size=micro_batch_size, **shared, **CONTENDERS[name])
 
 
-class _Contender:
+class Contender:
     """An engine that takes steps. Built when it warms up."""
 
     def __init__(self, name: str, spec: Spec):
@@ -111,6 +115,12 @@ class _Contender:
         self._number += 1
         return step(self._engine, self.spec, self._number, clock)
 
+    def seconds_of_a_step(self) -> float:
+        """Of some steps in a row."""
+        count = STEPS_AT_A_TIME[_device()]
+        self._number += count
+        return seconds_of_steps(self._engine, self.spec, self._number, count)
+
     def close(self) -> None:
         if self._engine is not None:
             from relora_ds.zero.teardown import release
@@ -118,14 +128,14 @@ class _Contender:
             self._engine = None
 
 
-def _time(group: list[_Contender], repeats: int) -> list[dict]:
+def time_in_turns(group: list[Contender], repeats: int) -> list[dict]:
     """The rows of contenders that take turns."""
     try:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         for one in group:
             one.warm_up()
-        turns = [[one.step().total for one in group] for _ in range(repeats)]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        turns = [[one.seconds_of_a_step() for one in group] for _ in range(repeats)]
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         return [_row(one, list(steps), peak) for one, steps in zip(group, zip(*turns, strict=True), strict=True)]
     except torch.OutOfMemoryError:  # is a result too
@@ -141,7 +151,7 @@ def _time(group: list[_Contender], repeats: int) -> list[dict]:
             torch.cuda.empty_cache()
 
 
-def _row(one: _Contender, steps: list[float], peak: int | None) -> dict:
+def _row(one: Contender, steps: list[float], peak: int | None) -> dict:
     parts = [_parts(one) for _ in range(3)]
     seconds, spec = statistics.median(steps), one.spec
     tokens_per_s = spec.micro_batch_size * spec.seq_len * dist.get_world_size() / seconds
@@ -154,7 +164,11 @@ def _row(one: _Contender, steps: list[float], peak: int | None) -> dict:
             | {"data": _data_seconds(spec)}}
 
 
-def _parts(contender: _Contender) -> dict[str, float]:
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parts(contender: Contender) -> dict[str, float]:
     """Of a step in which every part and every collective of DeepSpeed's is waited for."""
     from relora_ds.zero.traffic import time_collectives
     with time_collectives() as spent:  # with a clock that stands still in collectives
@@ -178,7 +192,7 @@ def _data_seconds(spec: Spec) -> float:
     return statistics.median(times)
 
 
-def _peak_flops(precision: str, device: str) -> float:
+def measured_peak_flops(precision: str, device: str) -> float:
     """Per second, of a large matrix product: in the run's precision, or in fp32 where a CPU is faster in that."""
     found, size = [], MATMUL[device]
     for dtype in {DTYPES[precision], *((torch.float32,) if device == "cpu" else ())}:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(arguments.module.markdown(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return arguments.module.exit_code(result) if hasattr(arguments.module, "exit_code") else 0
 
 
 def _require_counts(arguments: argparse.Namespace) -> None:

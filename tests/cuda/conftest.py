@@ -1,3 +1,5 @@
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,3 +13,17 @@ def pytest_collection_modifyitems(items):
     if here and not number_of_gpus():
         for item in here:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def pytest_runtest_logreport(report):
+    """A line for each test, where `bench gpu-check` wants to know."""
+    path = os.environ.get("RELORA_DS_TEST_REPORT")
+    if path is None or not (report.when == "call" or report.failed or report.skipped):
+        return
+    entry = {"name": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+    if report.failed:
+        entry["error"] = report.longreprtext[-2000:]
+    elif report.skipped:
+        entry["skipped"] = report.longrepr[2].removeprefix("Skipped: ")
+    with open(path, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
