@@ -34,12 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="microseconds between them (default: %(default)s)")
     parser.add_argument("--tflops", type=float, default=150,
                         help="what a GPU reaches while it trains, not its data sheet's; assumed (default: %(default)s)")
+    parser.add_argument("--ranks-per-host", type=int, default=8, metavar="N",
+                        help="at most; for the memory of a host (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every item")
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe_name, overrides = recipe_of(arguments)
     require_ranks(*arguments.world_size)
+    require_ranks(arguments.ranks_per_host, option="--ranks-per-host")
     from relora_ds.training.console import quieten_libraries
     quieten_libraries()
     from relora_ds.planning.cost import activations_of
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, vocabulary = network_of(resolved.recipe)
     methods = _methods(resolved.recipe)
     activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
-    entries = [_entry(resolved, name, method, config, stage, world_size, activations[name])
+    entries = [_entry(resolved, name, method, config, stage, world_size, activations[name], arguments.ranks_per_host)
                for stage in arguments.stages for world_size in arguments.world_size
                for name, method in methods.items()]
     clusters = _clusters(arguments, resolved, methods, config)
@@ -64,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
                          indent=2))
     else:
         print("\n".join(_as_text(resolved, list(methods), vocabulary, activations, entries)
+                        + _host_as_text(own, entries, arguments.ranks_per_host)
                         + _choices_as_text(resolved, frozen, kept) + _clusters_as_text(arguments, clusters)))
     return 0
 
@@ -106,8 +110,10 @@ def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, 
     return found
 
 
-def _entry(resolved, name: str, method, config, stage: int, world_size: int, activations: int | None) -> dict:
+def _entry(resolved, name: str, method, config, stage: int, world_size: int, activations: int | None,
+           ranks_per_host: int) -> dict:
     from relora_ds.planning.cost import cost
+    from relora_ds.planning.host import HOST_MOMENTS
     from relora_ds.planning.memory import DEVICE, HOST, KEPT, peak, total
     result = cost(resolved, method, config, stage=stage, world_size=world_size)
     payload, wire = result.step or (None, None)
@@ -117,6 +123,8 @@ def _entry(resolved, name: str, method, config, stage: int, world_size: int, act
         "trainable": result.shapes.num_trainable, "frozen": result.shapes.num_frozen,
         "state_device_bytes": total(result.items, DEVICE, KEPT), "state_host_bytes": total(result.items, HOST, KEPT),
         "peak_device_bytes": None if activations is None else peak(result.items, activations),
+        "host_bytes": {when: min(world_size, ranks_per_host) * total(result.items, HOST, KEPT, when)
+                       for when in (KEPT, *HOST_MOMENTS)},
         "step_payload_bytes": payload, "step_wire_bytes": wire, "restart_payload_bytes": restart_payload,
         "restart_wire_bytes": restart_wire, "items": [vars(item) for item in result.items]}
 
@@ -151,6 +159,18 @@ def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, ent
         lines.append(f"  -: the batch of {recipe.batch_sequences} cannot be split into micro-batches of "
                      f"{recipe.train.micro_batch_size} over {', '.join(map(str, impossible))} ranks")
     return lines
+
+
+def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[str]:
+    """What all ranks of a host hold in its memory, by moment."""
+    own = [entry for entry in entries if entry["method"] == name]
+    rows = [["stage", "ranks", *own[0]["host_bytes"]]]
+    rows += [[str(entry["stage"]), str(entry["world_size"]), *map(_bytes, entry["host_bytes"].values())]
+             for entry in own]
+    return ["", f"{name}: memory of a host, its ranks (at most {ranks_per_host}) together",
+            *rows_as_text(rows, num_left=2), "",
+            "  kept: between steps. build, switch from a warm start, restart, checkpoint: the peak then",
+            "  libraries, data and pretrained weights that have to be converted come on top"]
 
 
 def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | None]) -> list[str]:

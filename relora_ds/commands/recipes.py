@@ -22,11 +22,11 @@ def recipe_of(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     return names[0], [word for word in arguments.words if "=" in word]
 
 
-def require_ranks(*world_sizes: int | None) -> None:
-    """ValueError where one of `--world-size` is below 1; None is one that was not given."""
-    for size in world_sizes:
+def require_ranks(*numbers: int | None, option: str = "--world-size") -> None:
+    """ValueError where one of `option` is below 1; None is one that was not given."""
+    for size in numbers:
         if size is not None and size < 1:
-            raise ValueError(f"--world-size: {size} is no number of ranks; use 1 or more")
+            raise ValueError(f"{option}: {size} is no number of ranks; use 1 or more")
 
 
 def planned_bf16() -> bool | None:

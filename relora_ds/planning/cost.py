@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from relora_ds.config import RecipeError, accumulation_steps
-from relora_ds.methods import Method
-from relora_ds.planning import memory
+from relora_ds.methods import Full, Method
+from relora_ds.planning import host, memory
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
-from relora_ds.planning.storage import format_here
+from relora_ds.planning.storage import format_here, storage_of
 from relora_ds.planning.traffic import restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
 
@@ -21,7 +21,7 @@ class Cost:
     Attributes:
         accumulation: micro-steps per optimizer step; None where the recipe's batch cannot be split over so many
             ranks (`items` are those of one micro-step then).
-        items: see `memory.state`.
+        items: see `memory.state` and `host.moments`.
         step: of one optimizer step; None where `accumulation` is.
         restart: of one restart; None for a method that merges nothing.
     """
@@ -54,6 +54,10 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
                                world_size=world_size)
     items = memory.state(shapes, zero, method.relora, precision=precision, world_size=world_size,
                          accumulation=accumulation or 1)
+    items += host.moments(
+        shapes, storage_of(shapes, method.relora, precision=precision, stage=stage), method.relora,
+        world_size=world_size, after_warm_start=0 < recipe.full_rank_steps < recipe.total_steps
+        and not isinstance(method, Full))
     step = restart = None
     if accumulation is not None:
         step = step_bytes(shapes, zero, method.relora, precision=precision, accumulation=accumulation,

@@ -91,9 +91,10 @@ def state(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision:
     else:
         items = _stage_3(shapes, storage, zero, e, world_size)
     if storage.with_masters:
-        items.append(Item("fp32 masters of the frozen weights", _most_owned(shapes, world_size, lambda n: MASTER * n),
+        items.append(Item("fp32 masters of the frozen weights", masters_bytes(shapes, world_size),
                           HOST if relora.frozen_master == "cpu" else DEVICE))
-    items.append(Item("ledgers of the merges", _most_owned(shapes, world_size, _ledger_bytes), HOST))
+    ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))
+    items.append(Item("ledgers of the merges", ledgers, HOST))
     return [item for item in items if item.size]
 
 
@@ -112,7 +113,7 @@ def _stage_0(shapes: Shapes, storage: Storage, e: int) -> list[Item]:
 
 def _stage_1_and_2(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int,
                    accumulation: int) -> list[Item]:
-    groups = [_share(sum(group), world_size) for group in shapes.groups]
+    groups = [share(sum(group), world_size) for group in shapes.groups]
     mine, trainable = sum(groups), shapes.num_trainable
     offloaded = _device_of(zero, "offload_optimizer") == HOST
     # Stage 1 accumulates whole gradients and reduces them once; stage 2 keeps only its own from the first on.
@@ -137,13 +138,13 @@ def _stage_1_and_2(shapes: Shapes, storage: Storage, zero: dict, e: int, world_s
 
 def _stage_3(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int) -> list[Item]:
     trainable = [size for group in shapes.groups for size in group]
-    mine = sum(_share(size, world_size) for size in trainable)
-    frozen = sum(s.element_size * _share(s.numel, world_size) for s in storage.all if s.sharded)
+    mine = sum(share(size, world_size) for size in trainable)
+    frozen = sum(s.element_size * share(s.numel, world_size) for s in storage.all if s.sharded)
     gathered = gathered_by_stage_3(shapes, storage, zero, e)
     # What may be alive at once is counted in elements, of one byte or of several.
     live = min(1.0, int(zero["stage3_max_live_parameters"]) / max(1, gathered.elements))
     optimizer, weights = _device_of(zero, "offload_optimizer"), _device_of(zero, "offload_param")
-    largest_group = min(max(_share(sum(group), world_size) for group in shapes.groups),
+    largest_group = min(max(share(sum(group), world_size) for group in shapes.groups),
                         int(zero.get("sub_group_size", 1_000_000_000)))
     items = [
         *_weights(e * mine, frozen, weights),
@@ -171,16 +172,21 @@ def _device_of(zero: dict, key: str) -> str:
     return HOST if (zero.get(key) or {}).get("device") == "cpu" else DEVICE
 
 
-def _share(size: int, world_size: int) -> int:
+def share(size: int, world_size: int) -> int:
     """One rank's piece, padded."""
     return -(-size // world_size)
 
 
-def _most_owned(shapes: Shapes, world_size: int, num_bytes: Callable[[int], int]) -> int:
-    """Bytes of the rank that has most, where the owner of a frozen weight of n elements has `num_bytes(n)`."""
+def masters_bytes(shapes: Shapes, world_size: int) -> int:
+    """fp32 masters of frozen weights, of the rank that has most."""
+    return most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())
+
+
+def most_owned(shapes: Shapes, world_size: int, num_bytes: Callable[[str], int]) -> int:
+    """Bytes of the rank that has most, where the owner of the frozen weight of a layer has `num_bytes(layer)`."""
     load, sizes = [0] * world_size, {name: shape.numel() for name, shape in shapes.merged.items()}
     for name, owner in assign_owners(sizes, world_size).items():
-        load[owner] += num_bytes(sizes[name])
+        load[owner] += num_bytes(name)
     return max(load)
 
 

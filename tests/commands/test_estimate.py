@@ -32,10 +32,31 @@ def test_json_holds_what_the_account_says(capsys):
 
 def test_the_table(capsys):
     code, text = estimate(capsys, "quickstart", "--world-size", "1", "3", "--stages", "1", "3")
-    rows = [line.split() for line in text.splitlines()]
     assert code == 0
-    assert [row[:2] for row in rows if row and row[0] in ("1", "3")] == [["1", "1"], ["1", "3"], ["3", "1"], ["3", "3"]]
+    for table in text.split("memory of a host"):
+        rows = [line.split()[:2] for line in table.splitlines() if line.startswith(("  1 ", "  3 "))]
+        assert rows == [["1", "1"], ["1", "3"], ["3", "1"], ["3", "3"]]
     assert "cannot be split into micro-batches of 8 over 3 ranks" in text and "full: state" in text
+
+
+def test_the_memory_of_a_host(capsys):
+    changes = ["llama_1b_relora", "data.tokenizer=null", "data.vocab_size=32000", "precision=bf16"]
+    code, text = estimate(capsys, *changes, "--world-size", "1", "8", "16", "--stages", "1", "3", "--json")
+    assert code == 0
+    entries = [entry for entry in json.loads(text)["estimates"] if entry["method"] == "relora"]
+    for entry in entries:
+        frozen, trains = entry["frozen"], entry["trainable"]
+        host, hosts = entry["host_bytes"], -(-entry["world_size"] // 8)
+        assert host["kept"] == pytest.approx(4 * frozen / hosts, rel=0.03)  # masters, once over all ranks
+        ranks, embedding = min(8, entry["world_size"]), 32_000 * 2048
+        assert host["build"] - host["kept"] == ranks * 4 * embedding
+        plain = frozen + 2 * embedding + 49 * 2048
+        assert host["switch"] - host["build"] == pytest.approx(4 * plain / hosts, rel=1e-6)
+        assert host["restart"] == pytest.approx(2 * host["kept"], rel=0.02)
+        assert host["checkpoint"] - host["kept"] == pytest.approx(12 * trains / hosts, rel=1e-6)
+    _, text = estimate(capsys, *changes, "--world-size", "16", "--stages", "1", "--ranks-per-host", "4")
+    row, = (line.split() for line in text.split("memory of a host")[1].splitlines() if line.startswith("  1 "))
+    assert row[:4] == ["1", "16", "1.23", "GB"]  # of 4 of the 16 ranks
 
 
 def test_clusters(capsys):
@@ -95,7 +116,8 @@ def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["tiny", "--world-size", "0"], "--world-size"), (["tiny", "relora.r=0"], "relora.r"), ([], "one recipe"),
+    (["tiny", "--world-size", "0"], "--world-size"), (["tiny", "--ranks-per-host", "0"], "--ranks-per-host: 0"),
+    (["tiny", "relora.r=0"], "relora.r"), ([], "one recipe"),
     (["tiny", "--cluster", "8"], "'8' is no cluster"), (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
     (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0")])
 def test_bad_input(capsys, arguments, words):

@@ -1,0 +1,40 @@
+"""Bytes of the host's memory that a rank takes at certain moments, besides what it keeps there.
+
+Over all ranks of a run it is one fp32 copy of the network at the switch, and one of its frozen weights where a restart
+comes while a checkpoint is still being written. Weights that transformers has to convert as it loads them are read
+whole by one rank, which is not counted here.
+"""
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.planning.memory import HOST, MASTER, MOMENTS, Item, masters_bytes, most_owned, share
+from relora_ds.planning.network import Shapes
+from relora_ds.planning.storage import Storage
+
+BUILD = "build"  # of an engine
+SWITCH = "switch"  # from the warm start
+RESTART = "restart"
+CHECKPOINT = "checkpoint"  # until it is written
+HOST_MOMENTS = (BUILD, SWITCH, RESTART, CHECKPOINT)
+
+
+def moments(shapes: Shapes, storage: Storage, relora: ReLoRAConfig | None, *, world_size: int,
+            after_warm_start: bool) -> list[Item]:
+    """What the rank with the most of it holds on the host for a while."""
+    largest = max([*map(max, shapes.groups), *shapes.frozen, *(shape.numel() for shape in shapes.merged.values())])
+    items = [Item("a whole tensor as it is read", MASTER * largest, HOST, BUILD),
+             Item("copies of masters and moments", (MASTER + MOMENTS) * _mine(shapes, world_size), HOST, CHECKPOINT)]
+    if after_warm_start:
+        weights = shapes.num_trainable - sum(shapes.factors) + shapes.num_frozen
+        items += [Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, SWITCH),
+                  Item("a whole tensor as it is read", MASTER * largest, HOST, SWITCH)]
+    masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
+    if masters and relora.frozen_master == "cpu":
+        items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))
+    elif shapes.merged:
+        stored = most_owned(shapes, world_size, lambda name: storage.merged[name].num_bytes)
+        items.append(Item("copies of the frozen weights", masters or stored, HOST, CHECKPOINT))
+    return items
+
+
+def _mine(shapes: Shapes, world_size: int) -> int:
+    return sum(share(sum(group), world_size) for group in shapes.groups)
