@@ -75,6 +75,11 @@ MUTANTS = [
     Mutant("flipped_bits_unseen", ("tests/checkpoint/test_damage.py::test_every_file_of_the_newest_checkpoint",),
            "assert"),
     Mutant("universal_forgets_merges", ("tests/zero/test_universal.py",), '["losses"] == '),
+    # The training step.
+    Mutant("logits_kept_alive",
+           ("tests/training/test_step.py::test_a_step_takes_the_bytes_of_one_micro_batch_of_logits",), "< 12.5"),
+    Mutant("state_of_the_batch_ahead",
+           ("tests/data/test_prefetch.py::test_batches_and_states_are_those_of_the_loader[True]",), "assert"),
     # Guards.
     Mutant("non_finite_merge_goes_on", (f"{GUARD}::test_a_merge_that_is_not_finite_is_refused[1-fp32]",), "in 1 of"),
     Mutant("spike_applied", (f"{GUARD}::test_skip[1]",), "assert"),
