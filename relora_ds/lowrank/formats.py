@@ -17,6 +17,7 @@ A dense copy of a packed weight lives for one product. Nothing here keeps it.
 
 import functools
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -169,15 +170,16 @@ class FP8(Packed):
         if not self._in_fp8(rows, shape):
             return super().multiply(rows, stored, shape)
         codes, scale, _ = self.unpack(stored, shape)
-        return _scaled_product(rows, codes.t(), scale.t())
+        return _scaled_product(*_quantized_rows(rows), codes.t(), scale.t(), rows.dtype, fast=True)
 
     def multiply_transposed(self, grad, stored, shape):
         if not self._in_fp8(grad, shape):
             return super().multiply_transposed(grad, stored, shape)
         _, scale, transposed = self.unpack(stored, shape)
-        # W's scales belong to the dimension that is summed over: they go to the gradient's columns.
+        # W's scales belong to the dimension that is summed over: they go to the gradient's columns. Codes of Wᵀ with
+        # scales of their own would do without, but be of another W than forward's, and in every step the same other.
         ones = torch.ones(1, shape[1], device=grad.device)
-        return _scaled_product(grad * scale.t(), transposed.t(), ones, grad.dtype)
+        return _scaled_product(*_quantized_rows(grad, scale.t()), transposed.t(), ones, grad.dtype, fast=False)
 
     def _keeps_both(self, shape: torch.Size) -> bool:
         return self.both_layouts and all(size % ALIGNMENT == 0 for size in shape)
@@ -282,7 +284,12 @@ def _aligned(length: int) -> int:
 
 def _row_scale(value: Tensor, largest: float) -> Tensor:
     """fp32 `[rows, 1]`; a row of zeros has a scale too, that nothing is divided by zero."""
-    return (value.abs().amax(dim=1, keepdim=True).float() / largest).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (_largest(value) / largest).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row, fp32 `[rows, 1]`; in one pass, where `abs()` would write a copy first."""
+    return torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).float()
 
 
 def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -296,11 +303,31 @@ def _scaled_e4m3_bits(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     return bits.view(torch.float16).to(dtype).mul_(scale * 2**8)
 
 
-def _scaled_product(rows: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`rows · (codes · scale)` in fp8: rows `[n, k]` quantized here, codes `[k, m]` by columns, scale fp32 `[1, m]`."""
-    row_scale = _row_scale(rows, FP8.LARGEST)
-    return torch._scaled_mm((rows / row_scale).to(torch.float8_e4m3fn), codes, scale_a=row_scale, scale_b=scale,
-                            out_dtype=dtype or rows.dtype, use_fast_accum=True)
+def _quantized_rows(rows: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round rows of 16 bit `[n, k]` to e4m3; nothing wider is made of them.
+
+    Args:
+        columns: `[1, k]`, multiplied to every row before.
+
+    Returns:
+        The codes, which lie in memory row by row as CUDA's product wants them, however `rows` lie; and the rows'
+        scales, fp32 `[n, 1]`.
+    """
+    own = None if columns is None else rows * columns.to(rows.dtype)
+    rows = rows if own is None else own
+    largest = _largest(rows).clamp_(min=FP8.LARGEST * 2**-126)  # the inverse of a row of zeros would be infinite
+    inverse = (FP8.LARGEST / largest).to(rows.dtype)  # rounded first, that the scale is the inverse of what multiplies
+    codes = torch.mul(rows, inverse, out=own).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    return codes, inverse.float().reciprocal_()
+
+
+def _scaled_product(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, *,
+                    fast: bool) -> Tensor:
+    """`(rows · row_scale) · (codes · scale)`: e4m3 by rows `[n, k]` and by columns `[k, m]`; fp32 `[n, 1]`, `[1, m]`.
+
+    fast: add up in fewer bits than fp32's; gradients are not (NVIDIA's TransformerEngine does the same).
+    """
+    return torch._scaled_mm(rows, codes, scale_a=row_scale, scale_b=scale, out_dtype=dtype, use_fast_accum=fast)
 
 
 @functools.cache

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora_ds.lowrank import formats
+from relora_ds.lowrank import formats, kernels
 from relora_ds.lowrank.formats import DENSE, FP8, Packed, format_named, format_of, multiplies_fp8
 from relora_ds.lowrank.linear import ReLoRALinear
+from tests.emulated_cuda.rules import check_scaled_mm
 
 PACKED = ["fp32", "bf16", "fp16", "int8", "fp8", "fp8_both_layouts", "nf4", "nf4_double"]
 # Half the largest gap between neighbouring codes, relative to the largest magnitude that shares the scale; nf4's scales
@@ -140,7 +141,10 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() == self.name:
-            self.found.append(args)
+            self.found.append((func, args, kwargs))
+        if func.namespace == "relora_ds":  # kernels in Python: look inside
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -150,7 +154,7 @@ def test_nf4_does_not_depend_on_where_rows_end(name):
     value = _weight(32, 86)  # rows of a block and a third
     with _Calls("bitsandbytes::dequantize_4bit") as calls:
         found = _round_trip(name, value)
-    assert [args[4] for args in calls.found] == [[32 * 86 // 64, 64]]
+    assert [args[4] for _, args, _ in calls.found] == [[32 * 86 // 64, 64]]
     assert torch.equal(found, _round_trip(name, value.view(-1, 64)).view(32, 86))
 
 
@@ -214,7 +218,11 @@ def _multiplies_on_cpu() -> bool:
     return True
 
 
-@pytest.mark.skipif(not _multiplies_on_cpu(), reason="this torch does not multiply fp8 by row on a CPU")
+needs_fp8_products = pytest.mark.skipif(not _multiplies_on_cpu(),
+                                        reason="this torch does not multiply fp8 by row on a CPU")
+
+
+@needs_fp8_products
 @pytest.mark.parametrize("rows", [0, 1, 24])
 def test_products_in_fp8(rows):
     """Rounding to e4m3 costs at most 1/16 of a number, 2.6 % of many; of a sum of many independent ones, as much."""
@@ -249,3 +257,78 @@ def test_fp8_multiplies_dequantized_where_its_kernels_cannot():
     with _Calls("aten::_scaled_mm") as calls:
         format.multiply(torch.ones(1, 16), stored, square.shape)  # fp32 rows stay fp32
     assert calls.found == []
+
+
+LIE = {"by rows": lambda x: x, "by columns": lambda x: x.t().contiguous().t(),
+       "apart": lambda x: torch.cat([x, x], 1)[:, :x.shape[1]], "one row of many": lambda x: x[:1],
+       "one row": lambda x: x.flatten().as_strided((1, x.shape[1]), (1, 1))}
+
+
+def _layer_in_fp8(x, g) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """The products of a layer's forward and backward; its result and its input's gradient."""
+    format, x = format_named("fp8_both_layouts"), x.detach().requires_grad_()
+    A, B = (torch.zeros(size, dtype=torch.bfloat16) for size in ((4, x.shape[-1]), (g.shape[-1], 4)))
+    stored = format.quantize(_weight(g.shape[-1], x.shape[-1]), torch.bfloat16)
+    with _Calls("aten::_scaled_mm") as calls:
+        y = kernels.lowrank_linear(x, stored, A, B, None, 1.0, format)
+        y.backward(g)
+    return calls.found, y, x.grad
+
+
+@needs_fp8_products
+@pytest.mark.parametrize("how", LIE)
+def test_fp8_operands_lie_in_memory_as_cuda_wants_them(how, monkeypatch):
+    """A CPU multiplies them however they lie."""
+    monkeypatch.setattr(kernels, "SLOW_ON_CPU", set())
+    batch = [torch.linspace(-1, 1, 24 * size).view(24, size).bfloat16() for size in (48, 64)]
+    lying = [LIE[how](each) for each in batch]
+    products, *results = _layer_in_fp8(*lying)
+    assert [args[7:] for _, args, _ in products] == [(True,), ()]  # use_fast_accum: not for gradients
+    for product in products:
+        check_scaled_mm(*product)
+    _, *expected = _layer_in_fp8(*(each.clone(memory_format=torch.contiguous_format) for each in lying))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+class _Wide(TorchDispatchMode):
+    """The largest number of elements of an fp32 tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and not func.is_view:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@needs_fp8_products
+def test_fp8_makes_no_fp32_copy_of_activations_and_gradients():
+    format, value = format_named("fp8_both_layouts"), _weight(64, 48)
+    stored = format.quantize(value, torch.bfloat16)
+    x, g = torch.randn(32, 48).bfloat16(), torch.randn(32, 64).bfloat16()
+    with _Wide() as wide:
+        format.multiply(x, stored, value.shape)
+        format.multiply_transposed(g, stored, value.shape)
+    assert 0 < wide.largest <= 64  # scales
+
+
+@needs_fp8_products
+@pytest.mark.parametrize("number", [0.0, 1e-38, 1e-30, 3e38])
+def test_products_in_fp8_of_tiny_and_huge_numbers(number):
+    format = format_named("fp8_both_layouts")
+    stored = format.quantize(torch.eye(16), torch.bfloat16)
+    rows = torch.full((2, 16), number).bfloat16()
+    for product in (format.multiply, format.multiply_transposed):
+        torch.testing.assert_close(product(rows, stored, torch.Size([16, 16])), rows, rtol=0.07, atol=1e-37)
+
+
+@needs_fp8_products
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_products_in_fp8_do_not_hide_what_is_not_finite(bad):
+    format = format_named("fp8_both_layouts")
+    stored = format.quantize(_weight(16, 32), torch.bfloat16)
+    x = torch.ones(3, 32).bfloat16()
+    x[1, 5] = bad
+    y = format.multiply(x, stored, torch.Size([16, 32]))
+    assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
