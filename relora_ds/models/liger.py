@@ -2,6 +2,9 @@
 
 Its kernels take the place of the modules' forward functions; names, parameters and wrapped linears stay. The loss comes
 straight from the last hidden states: the logits, tokens x vocabulary, are never whole in memory while a model trains.
+
+That loss reads the head's weight and does not call the head. At ZeRO stage 3 DeepSpeed gathers what is read so within
+its engine's forward, and takes it for a parameter of the module that reads it from then on, in backward too.
 """
 
 import torch

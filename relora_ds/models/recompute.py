@@ -25,7 +25,8 @@ PRODUCTS = {"relora_ds::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::
              "aten::_grouped_mm"}
 ATTENTION = {"aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
               "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-              "aten::_scaled_dot_product_fused_attention_overrideable", "flash_attn::_flash_attn_forward"}
+              "aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward",
+              "aten::_efficient_attention_forward"}
 
 
 def problems(model: PreTrainedModel, mode: str) -> list[str]:
@@ -71,7 +72,7 @@ def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         keep = _is_large(op, args)
-        if keep and mode == "selective" and op.name() not in ATTENTION:
+        if keep and mode == "selective" and not _is_attention(op):
             keep = next(products[context.is_recompute]) % 2 == 0
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -121,4 +122,11 @@ def _written(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
 def _is_large(op, args) -> bool:
     if op.name() == "relora_ds::linear":
         return args[1] is not None  # without W there is s·B·h alone
-    return op.name() in PRODUCTS or op.name() in ATTENTION
+    return op.name() in PRODUCTS or _is_attention(op)
+
+
+def _is_attention(op) -> bool:
+    # Libraries of attention kernels have namespaces of their own, by version and build: flash_attn, flash_attn_3,
+    # _vllm_flash_attn3_1a2b3c4 (from the hub), torch_attn.
+    namespace, found, _ = op.name().partition("::")
+    return op.name() in ATTENTION or bool(found and ("attn" in namespace or "attention" in namespace))

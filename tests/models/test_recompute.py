@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import SelectiveCheckpointContext
+from torch.utils.checkpoint import SelectiveCheckpointContext, checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from relora_ds import ReLoRAConfig, wrap
@@ -187,10 +187,39 @@ def test_a_model_that_does_not_support_it_is_refused():
         recompute.apply(model, "cheap")
 
 
-@pytest.mark.parametrize("name", sorted(recompute.PRODUCTS | recompute.ATTENTION - {"flash_attn::_flash_attn_forward"}))
+@pytest.mark.parametrize("name", sorted(recompute.PRODUCTS | recompute.ATTENTION))
 def test_torch_has_the_operators(name):
     library, _, operator = name.partition("::")
     assert getattr(getattr(torch.ops, library), operator).default.name() == name
+
+
+class Attends(torch.nn.Module):
+    """A layer whose attention is an operator of a library."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, x):
+        return (self.operator(x.sin()) + 1).cos()
+
+
+@pytest.mark.parametrize("mode", ["selective", "cheap"])
+@pytest.mark.parametrize("namespace, executed", [
+    ("flash_attn", 1), ("flash_attn_3", 1), ("_vllm_flash_attn3_1a2b3c4", 1), ("sageattention", 1), ("other", 2)])
+def test_attention_of_other_libraries_is_not_repeated(namespace, executed, mode):
+    calls = []
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return x * 2
+
+    operator = torch.library.custom_op(f"{namespace}::{mode}_varlen_fwd", attend, mutates_args=())
+    operator.register_autograd(lambda context, grad: grad * 2)
+    x = torch.randn(3, requires_grad=True)
+    checkpoint(Attends(operator), x, use_reentrant=False, context_fn=lambda: recompute._contexts(mode)).sum().backward()
+    assert len(calls) == executed
+    torch.testing.assert_close(x.grad, -(2 * x.sin() + 1).sin() * 2 * x.cos())
 
 
 def test_the_repetition_is_asked_the_same_where_torch_asks_again():
