@@ -32,8 +32,7 @@ def round_unbiased(value: Tensor, generator: torch.Generator) -> Tensor:
         generator: on the device of `value`.
     """
     noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
-    bits = value.contiguous().view(torch.int32) + noise
-    return (bits & ~0xFFFF).view(torch.float32)
+    return noise.add_(value.contiguous().view(torch.int32)).bitwise_and_(~0xFFFF).view(torch.float32)
 
 
 class MergeLedger:
@@ -54,7 +53,11 @@ class MergeLedger:
         self.intended.zero_()
         self.lost.zero_()
 
+    def sample(self, value: Tensor) -> Tensor:
+        """Its places of a full-size tensor: 1-D, a copy."""
+        return value.flatten()[::self._stride].clone()
+
     def add(self, intended: Tensor, lost: Tensor) -> None:
-        """Of one merge, full size: the update, and what the stored copy has more or less than it."""
-        self.intended += intended.flatten()[::self._stride].cpu()
-        self.lost += lost.flatten()[::self._stride].cpu()
+        """Of one merge, samples on the CPU: the update, and what the stored copy has more or less than it."""
+        self.intended += intended
+        self.lost += lost

@@ -48,13 +48,15 @@ def kth_largest_magnitude(values: Sequence[Tensor], keep: Sequence[int],
     num_tensors = len(values)
     prefix = torch.zeros(num_tensors, dtype=torch.int32, device=device)
     wanted = torch.tensor(keep, dtype=torch.int64, device=device)
+    nothing = wanted == 0
     for shift, bits in _DIGITS:
         histogram = torch.zeros(num_tensors, 1 << bits, dtype=torch.int32, device=device)
         for i, piece in enumerate(values):
             pattern = _magnitude_bits(piece)
-            pattern = pattern[(pattern >> (shift + bits)) == (prefix[i] >> (shift + bits))]
+            counts = (pattern >> (shift + bits)) == (prefix[i] >> (shift + bits))
             digit = (pattern >> shift) & ((1 << bits) - 1)
-            histogram[i] = torch.bincount(digit, minlength=1 << bits).to(torch.int32)
+            # Weighted by 0 or 1, as an index by a mask or bincount would have the host wait for a GPU.
+            histogram[i].scatter_add_(0, digit.to(torch.int64), counts.to(torch.int32))
         reduce(histogram)
         # Entries whose digit is at least d, counted from the largest digit down.
         at_least = histogram.to(torch.int64).flip(1).cumsum(1).flip(1)
@@ -63,7 +65,6 @@ def kth_largest_magnitude(values: Sequence[Tensor], keep: Sequence[int],
         above = torch.where(digit == (1 << bits) - 1, 0, above)
         wanted = wanted - above
         prefix = prefix | (digit.to(torch.int32) << shift)
-    nothing = torch.tensor(keep, device=device) == 0
     return torch.where(nothing, torch.iinfo(torch.int32).max, prefix), torch.where(nothing, 0, wanted)
 
 

@@ -24,10 +24,9 @@ def checksum(piece: Tensor, start: int = 0) -> Tensor:
     bits = piece.detach().contiguous().view(_BITS[piece.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
     for at in range(0, bits.numel(), _CHUNK):
-        chunk = bits[at:at + _CHUNK].to(torch.int64)
-        first = start + at
-        index = torch.arange(first, first + chunk.numel(), device=piece.device)
-        total += (chunk * (2 * index + 1)).sum()
+        chunk = bits[at:at + _CHUNK].to(torch.int64, copy=True)
+        first = 2 * (start + at) + 1
+        total += chunk.mul_(torch.arange(first, first + 2 * chunk.numel(), 2, device=piece.device)).sum()
     return total
 
 
@@ -79,21 +78,23 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
     dist.all_reduce(known)
     wrong |= (known > 0) & (expected != common)
 
-    stale = torch.tensor([int(_is_stale(shards, name)) for name in names], device=device)
+    stale = torch.zeros_like(own)
+    for i, name in enumerate(names):
+        if is_lora_parameter(name):
+            stale[i] = _is_stale(shards, name)
     dist.all_reduce(stale)
     wrong |= stale > 0
+    wrong, common = torch.stack([wrong.to(torch.int64), common]).cpu()
     if wrong.any():
         first = names[int(wrong.nonzero()[0])]
         raise RuntimeError(f"restart: the ranks do not agree on {first}, or its master and stored copy differ; "
                            "training cannot go on from here. Resume from the last checkpoint and report this")
-    return hashlib.sha256(common.cpu().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(common.numpy().tobytes()).hexdigest()[:16]
 
 
-def _is_stale(shards: ShardView, name: str) -> bool:
-    """Whether this rank's master of a LoRA factor is not what forward reads."""
-    if not is_lora_parameter(name):
-        return False
+def _is_stale(shards: ShardView, name: str) -> Tensor:
+    """Whether this rank's master of a LoRA factor is not what forward reads: a bool scalar."""
     shard = shards[name]
     piece, start = shards.forward_copy(name)
     seen = piece[shard.start - start:shard.stop - start]
-    return not torch.equal(shard.master.to(seen.device, seen.dtype), seen)
+    return (shard.master.to(seen.device, seen.dtype) != seen).any()

@@ -148,9 +148,9 @@ class FrozenWeights:
             value = round_unbiased(value, generator)
         return self.format.quantize(value, self.dtype)
 
-    def can_store(self, value: Tensor) -> bool:
-        """Whether an fp32 weight is finite and stays so in its stored copy (fp16 ends at 65504)."""
-        return bool(torch.isfinite(value.to(self.format.floating_dtype(self.dtype) or value.dtype)).all())
+    def can_store(self, value: Tensor) -> Tensor:
+        """Whether an fp32 weight is finite and stays so in its stored copy (fp16 ends at 65504): a bool scalar."""
+        return torch.isfinite(value.to(self.format.floating_dtype(self.dtype) or value.dtype)).all()
 
     def dequantize(self, name: str, stored: Tensor) -> Tensor:
         """The fp32 weight `[out, in]` that a stored copy stands for."""

@@ -45,7 +45,8 @@ def prune_moments(shards: ShardView, names: list[str], how: str, reset_ratio: fl
     if shards.partitioned:
         dist.all_reduce(pruned)
     total = sum(shard.numel for shard in mine)
-    return pruned[0].item() / total, pruned[1].item() / total
+    fraction_m, fraction_v = (number / total for number in pruned.tolist())
+    return fraction_m, fraction_v
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ Before anything is overwritten, the owners make sure that what they would merge 
 Everything here is written against `ShardView` and `FrozenWeights` and knows no ZeRO stage.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -26,9 +27,13 @@ from relora_ds.lowrank.reinit import dominant_rows, orthogonal_A
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.agreement import checksum, verify
-from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.frozen_master import FrozenWeights, assign_owners
 from relora_ds.zero.moments import prune_moments
 from relora_ds.zero.shards import ShardView
+
+
+_COPIES = 5  # of a layer's W in fp32: what `_merged` has alive at once, the stored copy among it
+_FAILED = 2  # beside 1, not finite
 
 
 class NonFiniteMergeError(RuntimeError):
@@ -82,7 +87,7 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
         RuntimeError: when the ranks hold different bytes afterwards, naming the first tensor.
     """
     before = probe() if probe else None
-    started = time.perf_counter()
+    started = _now(device)
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, config, seed=seed, number=number, device=device)
     _reinitialise(shards, frozen, config, seed=seed, number=number, device=device)
@@ -90,7 +95,7 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
                                            config.optimizer_reset, config.reset_ratio,
                                            seed=seed, number=number, device=device)
     common = verify(shards, frozen, sent, device=device)
-    seconds = time.perf_counter() - started
+    seconds = _now(device) - started
     drift = _relative_change(before, probe(), device) if probe else None
     updates = {name: math.sqrt(update) for name, (_, update, *_) in squares.items()}
     relative = {name: _ratio(update, weight) for name, (_, update, weight, *_) in squares.items()}
@@ -99,62 +104,148 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
                          _ratio(lost_so_far, intended_so_far), drift, updates, relative, seconds, common)
 
 
+def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size: int) -> int:
+    """What a restart needs on a rank's device for as long as it takes, at most.
+
+    Args:
+        shapes: of the weights that are merged into, by layer.
+        r: the rank of their updates.
+    """
+    if not shapes:
+        return 0
+    factors = [0] * world_size  # between the look at a merge and the merge, in fp32
+    if stage > 0 and world_size > 1:
+        for name, owner in assign_owners({name: shape.numel() for name, shape in shapes.items()}, world_size).items():
+            factors[owner] += 4 * r * sum(shapes[name])
+    return _COPIES * 4 * max(shape.numel() for shape in shapes.values()) + max(factors)
+
+
 def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
            device: torch.device) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Merge on the owners, all at the same time, then broadcast one weight after the other.
+    """Merge in rounds: every owner one of its layers, at the same time, which are then broadcast one after the other.
 
     Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the first two over all
     restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
-    factors = _gather_factors(shards, frozen)
-    _require_finite(frozen, factors, device)
+    rounds = _rounds(frozen)
+    kept = _require_finite(shards, frozen, rounds, device)
 
-    stored: dict[str, Tensor] = {}
     squares = torch.zeros(len(frozen.layers), 5, dtype=torch.float64, device=device)  # a row is filled by its owner
-    for row, (name, layer) in zip(squares, frozen.layers.items(), strict=True):
-        base = frozen.read(name, device)
-        if base is None:
-            continue
-        stored_before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
-        intended = add_update_(torch.zeros_like(base), *factors.pop(name), layer.scaling)
-        merged = base + intended
-        generator = None if frozen.with_masters else keyed_generator(f"{seed}/{number}/{name}.weight", device)
-        stored[name] = frozen.quantize(merged, generator)
-        frozen.keep(name, merged)
-        lost = frozen.dequantize(name, stored[name]) - stored_before - intended
-        ledger = frozen.ledgers[name]
-        ledger.add(intended, lost)
-        for i, value in enumerate((lost, intended, base, ledger.lost, ledger.intended)):
-            row[i] = value.square().sum(dtype=torch.float64)
-    sent = {name: checksum(value.reshape(-1)) for name, value in stored.items()}
-    for name in frozen.layers:
-        frozen.publish(name, stored.pop(name, None), device)
-
+    rows = dict(zip(frozen.layers, squares, strict=True))
+    sent: dict[str, Tensor] = {}
+    samples: dict[str, Tensor] = {}
+    for names in rounds:
+        factors = kept if shards.partitioned else _gather_factors(shards, frozen, names)
+        stored: dict[str, Tensor] = {}
+        for name in names:
+            if (base := frozen.read(name, device)) is None:
+                continue
+            merged, stored[name], rows[name][:3], samples[name] = _merged(frozen, name, base, *factors.pop(name),
+                                                                          f"{seed}/{number}/{name}.weight")
+            frozen.keep(name, merged)
+            del base, merged
+            sent[name] = checksum(stored[name].reshape(-1))
+        for name in names:
+            frozen.publish(name, stored.pop(name, None), device)
+    frozen.masters.settle()
+    for name, sums in _add_to_ledgers(frozen, samples).items():
+        rows[name][3:] = sums
     dist.all_reduce(squares)
     return dict(zip(frozen.layers, squares.tolist(), strict=True)), sent
 
 
-def _gather_factors(shards: ShardView, frozen: FrozenWeights) -> dict[str, tuple[Tensor, Tensor]]:
-    """fp32 `(A, B)` of the layers that this rank owns."""
+def _rounds(frozen: FrozenWeights) -> list[list[str]]:
+    """The layers in turns, at most one of each owner: the largest first, so that those of a round take equally long."""
+    by_owner: dict[int, list[str]] = {}
+    for name in sorted(frozen.layers, key=lambda name: -frozen.layers[name].weight_shape.numel()):
+        by_owner.setdefault(frozen.owners[name], []).append(name)
+    return [list(filter(None, names)) for names in itertools.zip_longest(*by_owner.values())]
+
+
+def _merged(frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor,
+            key: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge one layer on its owner, changing nothing but `base`, which is used up. key: of the rounding at random.
+
+    Returns the merged weight, its stored copy, `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]`, and the ledger's samples of
+    s·B·A and of what of it was lost, `[2, n]`. `peak_bytes` counts the fp32 tensors `[out, in]` that are alive at once.
+    """
+    weight = _square(base)
+    before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
+    intended = add_update_(torch.zeros_like(base), lora_A, lora_B, frozen.layers[name].scaling)
+    update = _square(intended)
+    merged = base.add_(intended) if frozen.with_masters else base + intended
+    stored = frozen.quantize(merged, None if frozen.with_masters else keyed_generator(key, base.device))
+    lost = torch.sub(frozen.dequantize(name, stored), before, out=before).sub_(intended)
+    samples = torch.stack([*map(frozen.ledgers[name].sample, (intended, lost))])
+    del intended
+    return merged, stored, torch.stack([_square(lost), update, weight]), samples
+
+
+def _square(value: Tensor) -> Tensor:
+    return value.square().sum(dtype=torch.float64)
+
+
+def _add_to_ledgers(frozen: FrozenWeights, samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The ledgers' sums of squares, fp64 `[lost, intended]`, after this restart's samples; one copy to the host."""
+    if not samples:
+        return {}
+    on_host = torch.cat([*samples.values()], dim=1).cpu().split([sample.shape[1] for sample in samples.values()], dim=1)
+    for name, (intended, lost) in zip(samples, on_host, strict=True):
+        frozen.ledgers[name].add(intended, lost)
+    sums = torch.stack([_square(value) for name in samples
+                        for value in (frozen.ledgers[name].lost, frozen.ledgers[name].intended)])
+    return dict(zip(samples, sums.view(-1, 2).to(frozen.device), strict=True))
+
+
+def _gather_factors(shards: ShardView, frozen: FrozenWeights, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """fp32 `(A, B)` of those of the layers that this rank owns. Collective."""
     found: dict[str, Tensor] = {}
-    for owner in range(dist.get_world_size()):
-        names = [f"{name}.{factor}" for name, rank in frozen.owners.items() if rank == owner
-                 for factor in ("lora_A", "lora_B")]
-        found.update(shards.gather(names, dst=owner))
-    return {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in frozen.owned()}
+    for name in names:
+        found |= shards.gather([f"{name}.lora_A", f"{name}.lora_B"], dst=frozen.owners[name])
+    return {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in names if f"{name}.lora_A" in found}
 
 
-def _require_finite(frozen: FrozenWeights, factors: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> None:
-    """Merge once for nothing: everything is read and multiplied twice, but there is no second copy of every weight."""
-    bad = torch.zeros(len(frozen.layers), dtype=torch.int32, device=device)
-    for i, (name, layer) in enumerate(frozen.layers.items()):
-        base = frozen.read(name, device)
-        if base is not None:
-            bad[i] = not frozen.can_store(add_update_(base, *factors[name], layer.scaling))
+def _require_finite(shards: ShardView, frozen: FrozenWeights, rounds: list[list[str]],
+                    device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Merge once for nothing: everything is read and multiplied twice, but there is no second copy of every weight.
+
+    The largest layers are merged with all that belongs to it. So where a rank has no memory for a restart, all ranks
+    end here, and not in a collective that one of them never comes to.
+
+    Returns the factors of this rank's layers, where other ranks would have to send them again.
+    """
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    rows = {name: row for row, name in enumerate(frozen.layers)}
+    bad = torch.zeros(len(rows), dtype=torch.int32, device=device)
+    failure = None
+    for names in rounds:
+        factors = _gather_factors(shards, frozen, names)
+        for name in names:
+            try:
+                if (base := frozen.read(name, device)) is not None:
+                    bad[rows[name]] = ~_can_merge(frozen, name, base, *factors[name], with_all=names is rounds[0])
+            except RuntimeError as error:  # the other ranks wait for word
+                failure = error
+                bad[rows[name]] = _FAILED
+        if shards.partitioned:
+            kept |= factors
     dist.all_reduce(bad)
-    if names := [name for name, is_bad in zip(frozen.layers, bad.tolist(), strict=True) if is_bad]:
-        raise NonFiniteMergeError(f"restart: s·B·A merged into W would not be finite in {len(names)} of {len(bad)} "
+    found = dict(zip(frozen.layers, bad.tolist(), strict=True))
+    if names := [name for name, code in found.items() if code == _FAILED]:
+        raise RuntimeError(f"restart: rank {frozen.owners[names[0]]} could not merge {names[0]}; nothing was changed"
+                           ) from failure
+    if names := [name for name, code in found.items() if code]:
+        raise NonFiniteMergeError(f"restart: s·B·A merged into W would not be finite in {len(names)} of {len(found)} "
                                   f"layers, the first {names[0]}; nothing was changed")
+    return kept
+
+
+def _can_merge(frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor, *,
+               with_all: bool) -> Tensor:
+    """Whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
+    if with_all:
+        return frozen.can_store(_merged(frozen, name, base, lora_A, lora_B, "")[0])
+    return frozen.can_store(add_update_(base, lora_A, lora_B, frozen.layers[name].scaling))
 
 
 def _reinitialise(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
@@ -164,7 +255,7 @@ def _reinitialise(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig
         if config.restart_init != "kaiming":
             new_A = _chosen_A(new_A, name, frozen, config.restart_init, seed=seed, number=number, device=device)
         shards.write(f"{name}.lora_A", new_A)
-        shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r))
+        shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r, device=device))
 
 
 def _chosen_A(kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, seed: int, number: int,
@@ -181,6 +272,13 @@ def _chosen_A(kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, se
     new_A = (kaiming if chosen is None else chosen).to(device)
     dist.broadcast(new_A, owner)
     return new_A
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _ratio(square: float, of: float) -> float:

@@ -239,8 +239,8 @@ class ShardView:
 
     @property
     def partitioned(self) -> bool:
-        """False where every rank holds every master whole (stage 0)."""
-        return self._adapter.partitioned
+        """False where every rank holds every master whole (stage 0, or one rank)."""
+        return self._adapter.partitioned and dist.get_world_size() > 1
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[name] for name in self._parameters)
