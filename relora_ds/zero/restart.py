@@ -31,7 +31,6 @@ from relora_ds.zero.frozen_master import FrozenWeights, assign_owners
 from relora_ds.zero.moments import prune_moments
 from relora_ds.zero.shards import ShardView
 
-
 _COPIES = 5  # of a layer's W in fp32: what `_merged` has alive at once, the stored copy among it
 _FAILED = 2  # beside 1, not finite
 
