@@ -21,6 +21,7 @@ from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.engine_state import engine_state, restore_engine_state
 from relora_ds.zero.frozen_master import Storage, assign_owners, frozen_shape
 from relora_ds.zero.frozen_state import OTHER, STORED, frozen_state, other_parameters, restore_frozen_state
+from relora_ds.zero.pinned import HostCopies
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import MOMENTS
 
@@ -33,7 +34,7 @@ RANGES = "ranges"  # key of a file's metadata: JSON, {parameter: [start, stop]}
 
 @dataclass(frozen=True)
 class Captured:
-    """What this rank writes: tensors on the CPU that nothing changes any more.
+    """What this rank writes: tensors on the CPU that training does not change.
 
     Attributes:
         trained: `PART/NAME`, 1-D, fp32; on rank 0 also `buffer/NAME`.
@@ -68,13 +69,14 @@ class Captured:
 
 
 @torch.no_grad()
-def capture(engine, peers: list[int], with_frozen: bool) -> Captured:
+def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | None = None) -> Captured:
     """Copy this rank's part of the state to the CPU. Collective.
 
     Args:
         peers: the ranks that share this rank's directory, this one among them; where every rank holds everything
             (stage 0) they divide it among themselves.
         with_frozen: also what is frozen.
+        copies: where to; what was captured into it before is overwritten.
     """
     rank, shards = dist.get_rank(), engine.shards
     owners = {}
@@ -84,7 +86,8 @@ def capture(engine, peers: list[int], with_frozen: bool) -> Captured:
     for shard in shards:
         if shard.start < shard.stop and peers[owners.get(shard.name, peers.index(rank))] == rank:
             ranges[shard.name] = (shard.start, shard.stop)
-            trained |= {f"{part}/{shard.name}": getattr(shard, part).to("cpu", copy=True) for part in PARTS}
+            trained |= {f"{part}/{shard.name}": getattr(shard, part) for part in PARTS}
+    trained = (copies or HostCopies(pinned=engine.device.type == "cuda")).take(trained)
     if rank == 0:
         trained |= {BUFFER + name: buffer.to("cpu", copy=True)
                     for name, buffer in persistent_buffers(engine.module).items()}

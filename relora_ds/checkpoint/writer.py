@@ -31,6 +31,7 @@ from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifes
 from relora_ds.checkpoint.sharing import Sharing, find_peers
 from relora_ds.checkpoint.state import RANGES, Captured, capture
 from relora_ds.checkpoint.store import LATE_S, delete, put_aside
+from relora_ds.zero.pinned import HostCopies
 from relora_ds.zero.plain_model import own_generation_config
 from relora_ds.zero.start import host_group
 
@@ -90,6 +91,7 @@ class CheckpointWriter:
         self._group = host_group()
         self._sharing = sharing or find_peers(directory)
         self._frozen: _Frozen | None = None  # of the newest checkpoint
+        self._copies = HostCopies(pinned=engine.device.type == "cuda")
         if continues is not None and _same_content(continues[1], engine):
             source, about = continues
             self._remember(source, about.files, len(engine.restarts))
@@ -113,7 +115,7 @@ class CheckpointWriter:
         restarts = len(self._engine.restarts)
         temporary = self._directory / f".{tag_of(step)}"
         is_linked = self._link(temporary, restarts)
-        captured = capture(self._engine, self._sharing.peers, with_frozen=not is_linked)
+        captured = capture(self._engine, self._sharing.peers, not is_linked, self._copies)
         stall = time.perf_counter() - started
         self._thread = threading.Thread(target=self._run, args=(step, run, captured, restarts, started, stall),
                                         name="checkpoint", daemon=True)  # a rank that fails does not wait for it

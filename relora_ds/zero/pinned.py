@@ -1,4 +1,4 @@
-"""Host memory for tensors that stay, and the fp32 masters in it.
+"""Host memory that is kept: for the fp32 masters of frozen weights, and for what a checkpoint is written from.
 
 Copies between a GPU and the host are fast, and need not be waited for, where the host's pages are locked. PyTorch's
 `pin_memory()` rounds each block up to a power of two and never gives it back, which would cost the masters of a model a
@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+
+_PADDING = 1024  # elements, at most, that ZeRO leaves between two neighbours
 
 
 def host_block(numel: int, *, pinned: bool) -> Tensor:
@@ -47,6 +49,54 @@ class _Memory(mmap.mmap):
         if self._address is not None and not sys.is_finalizing():
             with torch.cuda.device(self._device):  # whichever thread this is in: no context on another GPU
                 unpin_memory(self._address)
+
+
+class HostCopies:
+    """fp32 copies on the host, in one block that is used again for the next ones.
+
+    Args:
+        pinned: page-locked, for copies from CUDA.
+    """
+
+    def __init__(self, *, pinned: bool):
+        self._pinned, self._block = pinned, torch.empty(0)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of contiguous 1-D fp32 tensors, which stay as they are until the next call.
+
+        Views that lie side by side, as those of ZeRO's flat partitions do, are copied at once.
+        """
+        stretches = _stretches(tensors)
+        total = sum(stretch.numel() for stretch, _ in stretches)
+        if self._block.numel() < total:
+            self._block = host_block(total, pinned=self._pinned)
+        found: dict[str, Tensor] = {}
+        for (stretch, names), copy in zip(stretches, self._block[:total].split([s.numel() for s, _ in stretches]),
+                                          strict=True):
+            copy.copy_(stretch, non_blocking=True)
+            for name in names:
+                at = tensors[name].storage_offset() - stretch.storage_offset()
+                found[name] = copy[at:at + tensors[name].numel()]
+        for device in {stretch.device for stretch, _ in stretches if stretch.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return {name: found[name] for name in tensors}
+
+
+def _stretches(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, list[str]]]:
+    """Views of all that the tensors cover, padding between neighbours included, with the names of those in each."""
+    found: list[tuple[Tensor, list[str]]] = []
+    address = stop = -1
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        assert tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.is_contiguous()
+        storage, start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        if storage == address and start - stop <= _PADDING:
+            first, names = found.pop()
+            start, names = first.storage_offset(), [*names, name]
+        else:
+            names = [name]
+        address, stop = storage, tensor.storage_offset() + tensor.numel()
+        found.append((tensor.as_strided((stop - start,), (1,), start), names))
+    return found
 
 
 class MasterStore(Mapping[str, Tensor]):

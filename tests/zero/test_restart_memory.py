@@ -10,6 +10,7 @@ from relora_ds.zero import agreement, restart
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero.live_bytes import LiveBytes
+from tests.zero.test_restart import fingerprint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 LARGEST = 4 * 256 * 512  # bytes in fp32
@@ -34,10 +35,10 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     return min(found)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage, precision, relora", [
-    (1, "fp32", {}), (0, "bf16", {}), (3, "bf16", {}), (1, "bf16", {"frozen_master": "none"}),
-    (3, "bf16", {"frozen_dtype": "int8"}), (1, "fp32", {"frozen_dtype": "fp8"}), (2, "bf16", {"frozen_dtype": "nf4"})])
+@pytest.mark.parametrize("world_size, stage, precision, relora", [
+    (1, 1, "bf16", {}), (1, 1, "fp32", {}), (1, 0, "bf16", {"frozen_master": "none"}), (2, 0, "bf16", {}),
+    (2, 1, "fp32", {"frozen_dtype": "fp8"}), (2, 2, "bf16", {"frozen_dtype": "nf4"}),
+    (2, 3, "bf16", {"frozen_dtype": "int8"})])
 def test_the_peak_is_that_of_one_layer(world_size, stage, precision, relora):
     few, many = (ranks(world_size).run(peak, stage, precision, num_layers, **relora) for num_layers in (1, 3))
     for found, expected, left in few + many:
@@ -46,3 +47,33 @@ def test_the_peak_is_that_of_one_layer(world_size, stage, precision, relora):
     for (found, *_), (later, *_) in zip(few, many, strict=True):
         # Some samples for the ledger and, from other ranks, the factors; two more layers have 2 MB of weights in bf16.
         assert later - found < LARGEST
+
+
+def a_rank_without_memory(stage) -> tuple[str, bool]:
+    """What rank 1's failure becomes on this rank, and whether anything was changed."""
+    engine = cases.build(stage, precision="bf16")
+    cases.train_step(engine, 0)
+    cases.train_step(engine, 1)
+    before = fingerprint(cases.gathered_state(engine), cases.stored_weights(engine), engine.frozen.masters)
+    merged, message = restart._merged, ""
+
+    def fails(*args):
+        if torch.distributed.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return merged(*args)
+
+    with mock.patch.object(restart, "_merged", fails):
+        try:
+            engine.restart()
+        except RuntimeError as error:
+            message = str(error)
+    after = fingerprint(cases.gathered_state(engine), cases.stored_weights(engine), engine.frozen.masters)
+    cases.release(engine)
+    return message, before == after
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_without_memory_for_a_merge_ends_all_before_anything_is_changed(stage):
+    for message, unchanged in ranks(2).run(a_rank_without_memory, stage):
+        assert message.startswith("restart: rank 1 could not merge model.layers.")
+        assert message.endswith("nothing was changed") and unchanged
