@@ -3,7 +3,8 @@
 Of a run's checkpoints, and of those that `engine.save_checkpoint` writes in DeepSpeed's format.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.manifest import Manifest, is_needed
 from relora_ds.checkpoint.state import BUFFER, SavedTensors
 from relora_ds.zero import checkpoint_model
-from relora_ds.zero.checkpoint_model import SavedModel, merged_weight
+from relora_ds.zero.checkpoint_model import SavedModel, merged_weight, plain_shapes
 from relora_ds.zero.frozen_master import Storage
 from relora_ds.zero.frozen_state import OTHER, STORED
 
@@ -53,19 +54,64 @@ class OpenModel:
     frozen: list[str]
     read: Callable[[str], Tensor]
 
+    def base(self, name: str) -> Tensor:
+        """The weight of a low-rank layer without its current update; 0 where it has none."""
+        layer = self.contents.layers[name]
+        return self.read(f"{name}.weight") if layer["base"] else torch.zeros(layer["shape"])
+
     def merged(self, name: str) -> Tensor:
         """The weight of one of `contents.matrices`, of a low-rank layer `W + s·B·A`; a new tensor."""
         layer = self.contents.layers.get(name)
         if layer is None:
             return self.read(f"{name}.weight").clone()
-        return merged_weight(layer, self.read(f"{name}.weight") if layer["base"] else None, *self._factors(name))
+        return merged_weight(layer, self.read(f"{name}.weight") if layer["base"] else None, *self.factors(name))
 
     def update(self, name: str) -> Tensor:
         """`s·B·A [out, in]` of a low-rank layer: what the current cycle adds to its `W`."""
-        return merged_weight(self.contents.layers[name], None, *self._factors(name))
+        return merged_weight(self.contents.layers[name], None, *self.factors(name))
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`lora_A [r, in]` and `lora_B [out, r]` of a low-rank layer."""
         return self.read(f"{name}.lora_A"), self.read(f"{name}.lora_B")
+
+
+class CheckpointWeights:
+    """The plain model in the checkpoint of one step, read one tensor at a time: a source of weights.
+
+    A checkpoint in DeepSpeed's format is read whole on the one rank that reads it.
+
+    Attributes:
+        contents: what is in the checkpoint.
+        shapes: of every parameter (tied ones once) and persistent buffer, by name.
+        owners: None: every rank can read all; in DeepSpeed's format rank 0 for all.
+    """
+
+    def __init__(self, directory: Path, updates: bool = True):
+        """Open it. updates: `W + s·B·A` for the low-rank layers, not `W`. Errors: see `open_model`."""
+        self._files, self._updates = ExitStack(), updates
+        if _is_of_deepspeed(directory):
+            self._open: Callable[[], OpenModel] = functools.cache(
+                lambda: self._files.enter_context(open_model(directory)))
+            self.contents = contents_of(directory)
+            self.shapes: Mapping[str, torch.Size] = checkpoint_model.shapes_of(directory)
+            self.owners: Mapping[str, int] | None = dict.fromkeys(self.shapes, 0)
+            return
+        model = self._files.enter_context(open_model(directory))
+        self._open, self.contents, self.owners = lambda: model, model.contents, None
+        described = manifest.read(directory).model
+        buffers = [name for name in model.frozen if name not in described["parameters"]]
+        self.shapes = plain_shapes(described, {name: model.read(name).shape for name in buffers})
+
+    def read(self, name: str) -> Tensor:
+        """A new tensor, fp32 where it is floating point."""
+        model, layer = self._open(), name.removesuffix(".weight")
+        if f"{layer}.weight" != name or layer not in self.contents.layers:
+            return model.read(name).clone()
+        return model.merged(layer) if self._updates else model.base(layer).clone()
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`lora_A [r, in]` and `lora_B [out, r]` of a low-rank layer."""
+        return self._open().factors(name)
 
 
 def is_checkpoint(directory: Path) -> bool:

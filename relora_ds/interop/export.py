@@ -8,7 +8,7 @@ from torch import Tensor
 
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.files import write_text
-from relora_ds.checkpoint.model import read_model
+from relora_ds.checkpoint.model import CheckpointWeights
 from relora_ds.checkpoint.run_files import read_metrics, read_text
 from relora_ds.data import tokenizer
 from relora_ds.interop import peft
@@ -51,19 +51,20 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
         _copy_finished(source, directory, dtype, trust_remote_code)
         return source
     tag = find_checkpoint(source.resolve(), checkpoint)  # its parents hold the tokenizer and the recipe
-    saved = read_model(tag)
+    weights = CheckpointWeights(tag, updates=format == "hf")
+    model = plain_model(tag, weights, DTYPES[dtype], trust_remote_code)
     if format == "peft":
-        peft.save(saved, plain_model(tag, saved.base(), DTYPES[dtype], trust_remote_code), directory)
+        peft.save(weights, model, directory)
     else:
-        save_model(plain_model(tag, saved.merged(), DTYPES[dtype], trust_remote_code), directory)
+        save_model(model, directory)
     places = [directory, directory / peft.BASE] if format == "peft" else [directory]
     if has_tokenizer := (tag.parent / TOKENIZER).is_dir():
         _try_tokenizer(tag.parent / TOKENIZER, trust_remote_code)
     for place in places:
         if has_tokenizer:
             shutil.copytree(tag.parent / TOKENIZER, place, dirs_exist_ok=True)
-    about = {"total_parameters": sum(value.numel() for value in saved.base().values()), "restarts": len(saved.restarts),
-             **_about(tag)}
+    about = {"total_parameters": sum(shape.numel() for shape in weights.shapes.values()),
+             "restarts": len(weights.contents.restarts), **_about(tag)}
     write_text(directory / "README.md",
                      model_card(about, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft"))
     return tag
@@ -90,7 +91,8 @@ def merged_state(checkpoint: Path | str) -> dict[str, Tensor]:
     Raises:
         ValueError: it is none, or incomplete.
     """
-    return read_model(Path(checkpoint)).merged()
+    weights = CheckpointWeights(Path(checkpoint))
+    return {name: weights.read(name) for name in weights.shapes}
 
 
 def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code: bool) -> None:

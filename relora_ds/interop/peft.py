@@ -11,23 +11,36 @@ therefore names the sha256 of its base's weights, in PEFT's field for "the speci
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
+from relora_ds.checkpoint.model import CheckpointWeights
+from relora_ds.lowrank.frozen import add_update_
 from relora_ds.models.build import load_model
-from relora_ds.zero.checkpoint_model import SavedModel
+from relora_ds.models.pretrained_weights import pretrained_weights
+from relora_ds.models.whole_weights import WholeWeights
+from relora_ds.models.without_values import build_without_values
 from relora_ds.zero.saved_config import save_model
+from relora_ds.zero.weights import WeightSource
+
+logger = logging.getLogger(__name__)
 
 BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
 _HASH = "sha256:"
+# What a LoraConfig may say beside nothing, and the update be s·B·A, with s = lora_alpha / r.
+_PLAIN = {"base_model_name_or_path", "bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout",
+          "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules",
+          "task_type"}
 
 
 def weights_sha256(directory: Path) -> str:
@@ -82,11 +95,56 @@ def load(directory: Path | str, base: Path | str | None = None, dtype: torch.dty
     return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
 
 
-def save(saved: SavedModel, base: PreTrainedModel, directory: Path) -> None:
+class MergedWeights:
+    """The weights of a base with an adapter's update added, read one tensor at a time: a source of weights.
+
+    Attributes:
+        shapes, owners: those of the base.
+    """
+
+    def __init__(self, base: WeightSource, adapter: dict[str, Tensor], layers: list[str], scaling: float):
+        """adapter: its tensors, by their names in the file; layers: names of the modules that it changes."""
+        self._base, self._adapter, self._layers, self._scaling = base, adapter, set(layers), scaling
+        self.shapes: Mapping[str, torch.Size] = base.shapes
+        self.owners: Mapping[str, int] | None = base.owners
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, fp32 where it is floating point."""
+        value, layer = self._base.read(name), name.removesuffix(".weight")
+        if layer not in self._layers:
+            return value
+        lora_A, lora_B = (self._adapter[_factor(layer, which)].float() for which in ("A", "B"))
+        return add_update_(value, lora_A, lora_B, self._scaling)
+
+
+def merged_weights(directory: Path, config: PretrainedConfig, trust_remote_code: bool) -> WeightSource:
+    """The merged weights of an export whose base `verify` has checked, for the network that `config` describes.
+
+    An adapter that PEFT has made into more than `s·B·A` is merged by PEFT, whole, on rank 0.
+    """
+    about = json.loads((directory / ADAPTER_CONFIG).read_text())
+    adapter = load_file(directory / ADAPTER_WEIGHTS) if (directory / ADAPTER_WEIGHTS).is_file() else {}
+    base = pretrained_weights(directory / BASE, config, trust_remote_code)
+    modules = [name.removesuffix(".weight") for name in base.shapes]
+    layers = [name for name in modules if _factor(name, "A") in adapter]
+    if {key for key, value in about.items() if value} <= _PLAIN and \
+            {_factor(layer, which) for layer in layers for which in ("A", "B")} == set(adapter):
+        return MergedWeights(base, adapter, layers, about["lora_alpha"] / about["r"])
+    logger.info("%s: the adapter is not a plain one of relora_ds, so PEFT merges it whole, on rank 0", directory)
+    return WholeWeights(build_without_values(config, dtype=torch.float32), lambda: load(
+        directory, trust_remote_code=trust_remote_code).merge_and_unload())
+
+
+def _factor(layer: str, which: str) -> str:
+    return f"base_model.model.{layer}.lora_{which}.weight"
+
+
+def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> None:
     """Write base and adapter.
 
     Args:
-        base: a model that holds `saved.base()`, in the dtype to write.
+        saved: the checkpoint.
+        base: a model that holds its weights without updates, in the dtype to write.
         directory: new, empty, or an earlier export with the very same base, whose adapter is replaced.
 
     Raises:
@@ -96,8 +154,8 @@ def save(saved: SavedModel, base: PreTrainedModel, directory: Path) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("--format peft needs PEFT; pip install peft") from error
-    config = saved.relora
-    if not saved.layers:
+    config, layers = saved.contents.relora, saved.contents.layers
+    if not layers:
         raise ValueError("--format peft: the checkpoint has no adapter, it trains at full rank (method full or "
                          "control, or the warm start); use --format hf")
     directory.mkdir(parents=True, exist_ok=True)
@@ -110,15 +168,15 @@ def save(saved: SavedModel, base: PreTrainedModel, directory: Path) -> None:
             raise ValueError(f"{directory}: its {BASE}/ has {found}, this adapter belongs to a base with {sha256}: the "
                              "base has moved on; choose another directory")
     factors = {}
-    for name in saved.layers:
-        for factor, value in zip(("lora_A", "lora_B"), saved.factors(name), strict=True):
-            factors[f"base_model.model.{name}.{factor}.weight"] = value.to(base.dtype).contiguous()
+    for name in layers:
+        for which, value in zip(("A", "B"), saved.factors(name), strict=True):
+            factors[_factor(name, which)] = value.to(base.dtype).contiguous()
     save_file(factors, directory / f"{ADAPTER_WEIGHTS}.tmp", metadata={"format": "pt"})
     os.replace(directory / f"{ADAPTER_WEIGHTS}.tmp", directory / ADAPTER_WEIGHTS)
     alpha = config["lora_alpha"]
     LoraConfig(
         task_type="CAUSAL_LM", r=config["r"], lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=config["lora_dropout"], target_modules=_target_modules(base, set(saved.layers)),
+        lora_dropout=config["lora_dropout"], target_modules=_target_modules(base, set(layers)),
         base_model_name_or_path=str((directory / BASE).resolve()), revision=sha256, inference_mode=True,
     ).save_pretrained(directory)
 

@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.manifest import LATEST
-from relora_ds.checkpoint.model import is_checkpoint, read_model
+from relora_ds.checkpoint.model import CheckpointWeights, is_checkpoint
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.interop import peft
-from relora_ds.models.build import from_config, load_config, load_model, meta_model
+from relora_ds.models.build import load_config, load_model, meta_model
+from relora_ds.models.pretrained_weights import pretrained_weights
 from relora_ds.models.ties import tied_as_stored
+from relora_ds.models.without_values import build_without_values, fill
 from relora_ds.remote_code import UntrustedCode
 from relora_ds.zero.latest import named_by
-from relora_ds.zero.plain_model import export_config, load_plain, persistent_buffers
+from relora_ds.zero.plain_model import export_config
+from relora_ds.zero.weights import WeightSource, problems
 
 logger = logging.getLogger(__name__)
 
@@ -115,20 +117,23 @@ def model_of(source: str, trust_remote_code: bool = False, field: str = "init_fr
     """The plain model, fp32 on CPU, updates merged. Arguments and errors: see `config_of`."""
     kind, path = locate(source, field)
     if kind == "checkpoint":
-        return plain_model(Path(path), read_model(Path(path)).merged(), torch.float32, trust_remote_code)
+        return plain_model(Path(path), CheckpointWeights(Path(path)), torch.float32, trust_remote_code)
     if kind == "peft":
         return peft.load(Path(path), trust_remote_code=trust_remote_code).merge_and_unload()
     with _clear_errors(source, field):
         return load_model(path, torch.float32, trust_remote_code)
 
 
-def weights_of(source: str, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """The fp32 weights of the plain model, tied ones once. Errors: see `config_of`."""
+def weights_of(source: str, trust_remote_code: bool = False) -> WeightSource:
+    """The fp32 weights of the plain model, updates merged, read one tensor at a time. Errors: see `config_of`."""
     kind, path = locate(source)
     if kind == "checkpoint":
-        return read_model(Path(path)).merged()
-    model = model_of(source, trust_remote_code)
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items())}
+        return CheckpointWeights(Path(path))
+    config = config_of(source, trust_remote_code)
+    with _clear_errors(source, "init_from"):
+        if kind == "peft":
+            return peft.merged_weights(Path(path), config, trust_remote_code)
+        return pretrained_weights(path, config, trust_remote_code)
 
 
 def tokenizer_of(source: str, field: str = "init_from") -> str:
@@ -137,17 +142,19 @@ def tokenizer_of(source: str, field: str = "init_from") -> str:
     return str(Path(path).parent / TOKENIZER) if kind == "checkpoint" else path
 
 
-def plain_model(checkpoint: Path, state: dict[str, Tensor], dtype: torch.dtype,
+def plain_model(checkpoint: Path, weights: WeightSource, dtype: torch.dtype,
                 trust_remote_code: bool = False) -> PreTrainedModel:
-    """The plain model of a checkpoint's configuration, with the weights `state`."""
+    """The plain model of a checkpoint's configuration, filled with `weights` in `dtype`; no other copy is in memory."""
     with _clear_errors(str(checkpoint), "checkpoint"):
         config = export_config(_saved_config(checkpoint, trust_remote_code))
-    model = from_config(config, dtype=dtype)
+    model = build_without_values(config, dtype=dtype)
     if (damage := _damage(checkpoint, "generation_config.json")) is not None:
         logger.warning("%s; the model is without it", damage)
     elif _lists(checkpoint, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    return load_plain(model, state)
+    if found := problems(weights, model):
+        raise ValueError(found[0])
+    return fill(model, weights)
 
 
 def _saved_config(checkpoint: Path, trust_remote_code: bool) -> PretrainedConfig:

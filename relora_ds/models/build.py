@@ -5,20 +5,27 @@ Three sources: a preset (LLaMA shapes of the ReLoRA and GaLore papers, `presets.
 `transformers` causal language model, in fp32 on the CPU: masters are taken before anything is cast.
 """
 
-import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from relora_ds.config import ModelConfig, preset_names
-from relora_ds.models.loading import from_config, load_config, load_model, load_weights
+from relora_ds.models.loading import from_config, load_config, load_model
+from relora_ds.models.pretrained_weights import StoredWeights, pretrained_weights
 from relora_ds.models.random_weights import RandomWeights
 from relora_ds.models.ties import tied_as_stored
 from relora_ds.models.whole_weights import WholeWeights
-from relora_ds.models.without_values import build_without_values, persistent_buffers, set_value
+from relora_ds.models.without_values import build_without_values, fill
 from relora_ds.recipe_checks import nearest
 from relora_ds.remote_code import UntrustedCode
 
@@ -113,34 +120,29 @@ def build_model(config: PretrainedConfig, model: ModelConfig, seed: int,
 
     The same seed gives the same weights on every rank, and the global random state is left as it was.
     """
-    if model.init == "pretrained":
-        return load_weights(model.name_or_path, config=copy.deepcopy(config), trust_remote_code=trust_remote_code,
-                            dtype=torch.float32, attn_implementation=model.attn_implementation)
-    network = model_without_values(config, model)
-    weights = initial_weights(config, model, seed, trust_remote_code)
-    buffers = persistent_buffers(network)
-    for name, parameter in network.named_parameters():
-        set_value(parameter, weights.read(name))
-    for name, buffer in buffers.items():
-        buffer.copy_(weights.read(name))
-    return network
+    return fill(model_without_values(config, model), initial_weights(config, model, seed, trust_remote_code))
 
 
 def model_without_values(config: PretrainedConfig, model: ModelConfig | None = None) -> PreTrainedModel:
     """The network with its parameters on the meta device, and its buffers with the values that they begin with.
 
     Args:
-        model: gives the attention; None: the one that `config` names.
+        model: gives the attention and, for pretrained weights, the settings for generation; None: `config` alone.
     """
-    options = {} if model is None else {"attn_implementation": model.attn_implementation}
-    return build_without_values(config, dtype=torch.float32, **options)
+    if model is None:
+        return build_without_values(config, dtype=torch.float32)
+    network = build_without_values(config, dtype=torch.float32, attn_implementation=model.attn_implementation)
+    if model.init == "pretrained" and network.can_generate():
+        with suppress(OSError):  # it has none of its own
+            network.generation_config = GenerationConfig.from_pretrained(model.name_or_path)
+    return network
 
 
-def initial_weights(config: PretrainedConfig, model: ModelConfig, seed: int, trust_remote_code: bool = False):
+def initial_weights(config: PretrainedConfig, model: ModelConfig, seed: int,
+                    trust_remote_code: bool = False) -> RandomWeights | StoredWeights | WholeWeights:
     """What `build_model` fills the network with, one tensor at a time: a source of weights as an engine takes it."""
     if model.init == "pretrained":
-        return WholeWeights(model_without_values(config, model),
-                            lambda: build_model(config, model, seed, trust_remote_code))
+        return pretrained_weights(model.name_or_path, config, trust_remote_code)
     return RandomWeights(config, seed)
 
 

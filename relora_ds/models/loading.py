@@ -1,6 +1,7 @@
 """What is asked of transformers' Auto classes: configurations, and models of them with or without their weights."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -46,10 +47,15 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype, trust_remote_code: 
 def load_weights(name_or_path: str | Path, **options) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, which would give weights that are not there random values."""
     model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
+    refuse_missing(name_or_path, report["missing_keys"])
+    return model
+
+
+def refuse_missing(name_or_path: str | Path, names: Iterable[str]) -> None:
+    """Raise a ValueError where weights are missing."""
+    if missing := sorted(names):
         raise ValueError(f"{name_or_path}: the weights of {len(missing)} parameters are missing (first: {missing[0]}); "
                          "if it is the output head, tie_word_embeddings in config.json may have to be true")
-    return model
 
 
 def from_config(config: PretrainedConfig, **options) -> PreTrainedModel:

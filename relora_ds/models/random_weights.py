@@ -24,7 +24,8 @@ class RandomWeights:
     """The random fp32 weights of a seed; a source of weights as an engine takes it.
 
     Some values cannot be drawn alone: a constructor computes them, or `_init_weights` does from several parameters.
-    They are built together on rank 0 when the first of them is read; with the whole model if they depend on others.
+    They are built together on rank 0 when the first of them is read; with the whole model if they depend on others, or
+    if the model has code of its own.
 
     Attributes:
         shapes: of every parameter (tied ones once) and persistent buffer, by name.
@@ -65,6 +66,8 @@ class RandomWeights:
     def _trace(self) -> PreTrainedModel:
         with traced_init() as trace, parameters_on_meta() as registered:
             model = from_config(self._config, dtype=torch.float32)
+        if model.is_custom_code():  # not bound to what transformers' own families keep to
+            return model
         parameters = dict(model.named_parameters())
         self._calls = {name: calls for name, parameter in parameters.items() if (calls := trace.calls(parameter))}
         if not any(trace.mixes(parameter) for parameter in parameters.values()):

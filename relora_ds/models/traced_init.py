@@ -5,7 +5,7 @@ parameter below: a parent overrides what its children did. On the meta device th
 leaves a list of the calls that give it its value. Repeated on a single real parameter, they give this one alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 # In-place operations whose result does not depend on what was there.
 _FILLS = {"bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_",
@@ -122,15 +123,24 @@ def _is_meta(value) -> bool:
 
 @contextmanager
 def traced_init() -> Iterator[Trace]:
-    """Trace the initialisation of all models that are built meanwhile."""
-    trace, initialize = Trace(), PreTrainedModel._initialize_weights
+    """Trace the initialisation of all models of transformers' own that are built meanwhile."""
+    trace, initialize, functions = Trace(), PreTrainedModel._initialize_weights, dict(TORCH_INIT_FUNCTIONS)
 
     def traced(model: PreTrainedModel, module: nn.Module, *args) -> None:
         with trace.of(Call(model, module)):
             initialize(model, module, *args)
 
     PreTrainedModel._initialize_weights = traced
+    TORCH_INIT_FUNCTIONS.update({name: _filling(function) for name, function in functions.items()})
     try:
         yield trace
     finally:
         PreTrainedModel._initialize_weights = initialize
+        TORCH_INIT_FUNCTIONS.update(functions)
+
+
+def _filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of `torch.nn.init`, each of which fills a tensor; some do nothing on the meta device."""
+    def fill(tensor: Tensor, *args, **kwargs) -> Tensor:
+        return tensor.zero_() if tensor.is_meta else function(tensor, *args, **kwargs)
+    return fill

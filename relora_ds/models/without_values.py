@@ -71,10 +71,40 @@ def build_without_values(config: PretrainedConfig, **options) -> PreTrainedModel
     return model
 
 
+@torch.no_grad()
+def fill(model: PreTrainedModel, weights) -> PreTrainedModel:
+    """Give a model without values those of a source of weights (see `zero.weights`), one tensor at a time.
+
+    Raises:
+        ValueError: two that differ are tied in the model.
+    """
+    for names, tensor in tensor_names(model):
+        first, *others = [name for name in names if name in weights.shapes]
+        value = weights.read(first)
+        if differ := [name for name in others if not torch.equal(weights.read(name), value)]:
+            raise ValueError(f"weights: {first} and {differ[0]} differ, but share one tensor in this model; set "
+                             "tie_word_embeddings to false in its configuration")
+        if isinstance(tensor, nn.Parameter):
+            set_value(tensor, value.to(tensor.dtype))
+        else:
+            tensor.copy_(value)
+    return model
+
+
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that are saved with a model, by name."""
     saved = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
+
+
+def tensor_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """`(names, tensor)` of every parameter and persistent buffer; a tied parameter has several names."""
+    names: dict[int, list[str]] = {}
+    tensors = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    return [(names[key], tensors[key]) for key in names] + [([n], b) for n, b in persistent_buffers(model).items()]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

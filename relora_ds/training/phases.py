@@ -80,7 +80,8 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         load_plain(model, handover.weights)
         handover.weights.clear()
     elif recipe.init_from and not resuming:
-        load_plain(model, weights_of(recipe.init_from, recipe.trust_remote_code))
+        weights = weights_of(recipe.init_from, recipe.trust_remote_code)
+        load_plain(model, {name: weights.read(name) for name in weights.shapes})
     model = phase.method.prepare(model)
     if recipe.model.use_liger_kernel:
         liger.apply(model)

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relora_ds.lowrank.frozen import add_update_
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.zero.checkpoint_files import MASTERS_GLOB, STORED
 from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import Storage, frozen_shape
@@ -109,7 +109,7 @@ class SavedModel:
     def base(self) -> dict[str, Tensor]:
         """The plain model without its current update: `W` of every low-rank layer (0 where it has none)."""
         state = {name: value for name, value in {**self.trained, **self.frozen}.items()
-                 if name.rpartition(".")[2] not in ("lora_A", "lora_B")}
+                 if not is_lora_parameter(name)}
         for name, layer in self.layers.items():
             if not layer["base"]:
                 lora_A, lora_B = self.factors(name)
@@ -211,6 +211,20 @@ def read_model(directory: Path) -> SavedModel:
         raise ValueError(f"{directory}: the masters of {len(missing)} parameters are missing (first: {missing[0]}); "
                          "use another checkpoint")
     return SavedModel(about["t"], about["restarts"], about["relora"], about["layers"], trained, frozen)
+
+
+def shapes_of(directory: Path) -> dict[str, torch.Size]:
+    """The shapes of the plain model's tensors, see `plain_shapes`. Errors: see `read_model`."""
+    about = read_description(directory)
+    buffers = model_states(directory, about)[0]["module"] if about["buffers"] else {}
+    return plain_shapes(about, {name: buffers[name].shape for name in about["buffers"]})
+
+
+def plain_shapes(about: dict, buffers: dict[str, torch.Size]) -> dict[str, torch.Size]:
+    """The shapes of a plain model's parameters and buffers, from a description of the model that was trained."""
+    shapes = {name: torch.Size(p["shape"]) for name, p in about["parameters"].items() if not is_lora_parameter(name)}
+    return {**shapes, **{f"{name}.weight": torch.Size(layer["shape"]) for name, layer in about["layers"].items()},
+            **buffers}
 
 
 def model_states(directory: Path, about: dict) -> list[dict]:

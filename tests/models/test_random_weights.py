@@ -17,6 +17,8 @@ from tests.models.test_families import REFUSED, VARIANTS, small_configuration
 
 SMALL = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
                     max_position_embeddings=64, vocab_size=100)
+# Families of which transformers makes a model.
+BUILT = [name for name in VARIANTS if "cannot build" not in REFUSED.get(name, "") and REFUSED.get(name) != "timm"]
 
 
 def test_a_tensor_depends_on_the_seed_and_its_name_alone():
@@ -55,6 +57,12 @@ def test_a_parent_overrides_what_its_child_draws():
     assert first == pytest.approx(0.02, rel=0.05) and last == pytest.approx(0.02 / 16 ** 0.5, rel=0.05)
 
 
+def test_what_torch_skips_on_the_meta_device_is_traced():
+    """`trunc_normal_` does nothing there; ModernBERT's embeddings are drawn by it over what nn.Embedding drew."""
+    weights = RandomWeights(tiny_config(CONFIG_MAPPING["modernbert-decoder"]()), seed=0)
+    assert weights.read("model.embeddings.tok_embeddings.weight").abs().max() <= 2 * 0.02
+
+
 def test_a_padding_row_is_empty_and_ties_stay():
     tied = LlamaConfig(**{**SMALL.to_dict(), "tie_word_embeddings": True, "pad_token_id": 5})
     model = build_model(tied, ModelConfig(), seed=0)
@@ -82,31 +90,37 @@ def test_what_a_constructor_computes_comes_from_rank_0(caplog):
     assert len(weights._built) < len(weights.owners)
 
 
-class Odd(LlamaForCausalLM):
-    """What remote code may do: scale one matrix by the norm of another."""
+class Mixed(LlamaForCausalLM):
+    """Scales one matrix by the norm of another."""
+
+    __module__ = "transformers.models.mixed"  # as if it were one of transformers' own
 
     def _init_weights(self, module):
         super()._init_weights(module)
         if module is getattr(self, "lm_head", None):
-            with torch.no_grad():
-                module.weight.mul_(self.model.embed_tokens.weight.norm())
+            module.weight.mul_(self.model.embed_tokens.weight.norm())
 
 
-class Odder(LlamaForCausalLM):
-    """Computes with a value while it is built, which nothing on the meta device has."""
+class Custom(LlamaForCausalLM):
+    """Other people's code."""
+
+
+class Curious(LlamaForCausalLM):
+    """Looks at a value while it is built, which nothing on the meta device has."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
         self.scale = self.lm_head.weight.detach().norm().item()
 
 
-@pytest.mark.parametrize(("family", "together"), [(Odd, 1), (Odder, 21)])
-def test_a_model_that_computes_with_several_weights_is_built_whole_on_rank_0(family, together, monkeypatch, caplog):
+@pytest.mark.parametrize(("family", "together"), [(Mixed, 1), (Custom, 21), (Curious, 21)])
+def test_what_may_depend_on_several_weights_is_built_whole_on_rank_0(family, together, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "relora_ds")
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_config", lambda config, **_: family(config))
     weights = RandomWeights(SMALL, seed=0)
     assert len(weights.owners) == together and "lm_head.weight" in weights.owners
-    assert ("every rank builds it whole for a moment" in caplog.text) == (family is Odder)
+    assert "rank 0 builds the model whole" in caplog.text
+    assert ("every rank builds it whole for a moment" in caplog.text) == (family is Curious)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         whole = family(SMALL)
@@ -117,8 +131,7 @@ def test_a_model_that_computes_with_several_weights_is_built_whole_on_rank_0(fam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if "build" not in REFUSED.get(name, "")
-                                     and REFUSED.get(name) != "timm"])
+@pytest.mark.parametrize("variant", BUILT)
 def test_every_family_gets_the_weights_that_transformers_gives_it(variant, monkeypatch):
     config = small_configuration(variant)
     with torch.random.fork_rng():
