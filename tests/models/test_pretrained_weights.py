@@ -20,6 +20,8 @@ from tests.models.test_random_weights import BUILT, small_configuration
 SMALL = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
                     max_position_embeddings=64, vocab_size=100)
 
+NOT_LOADED = ("emu3", "mllama")  # transformers saves their text part's configuration, of which it makes no model
+
 
 def saved(directory, config=SMALL, **options):
     """A model of `config` whose weights are in `directory`, in bf16."""
@@ -151,7 +153,7 @@ def test_the_settings_for_generation_come_with_the_weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", BUILT)
+@pytest.mark.parametrize("variant", [name for name in BUILT if name not in NOT_LOADED])
 def test_every_family_gets_the_weights_that_were_saved(variant, tmp_path):
     model = saved(tmp_path, small_configuration(variant))
     assert_equal(values(weights_in(tmp_path)), named_tensors(model))
