@@ -133,8 +133,8 @@ def _phases(resolved, config) -> list[str]:
     names = list(methods)
     rows = [["", *names], *_sizes(names, costs, run, recipe.tokens_per_step), *_memory(names, costs, activations),
             *_traffic(names, costs)]
-    notes = ["  * traced on a network without storage: an estimate. peak: what is kept, and the larger of backward "
-             "and optimizer"]
+    notes = ["  * traced on a network without storage: an estimate. peak: what is kept, and the largest of backward, "
+             "optimizer and restart"]
     if "full rank" in names:
         notes.append("  full rank: for comparison, no phase of this run")
     return [*rows_as_text(rows), *notes]

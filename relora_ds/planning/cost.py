@@ -12,6 +12,7 @@ from relora_ds.planning.network import Shapes, shapes_of
 from relora_ds.planning.storage import format_here, storage_of
 from relora_ds.planning.traffic import restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
+from relora_ds.zero.restart import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
         step = step_bytes(shapes, zero, method.relora, precision=precision, accumulation=accumulation,
                           world_size=world_size, checkpointing=recipe.activation_checkpointing)
     if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
+        merge = peak_bytes(shapes.merged, method.relora.r, stage=stage, world_size=world_size)
+        items.append(memory.Item("a merge", merge, when=memory.RESTART))
         restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart)
 

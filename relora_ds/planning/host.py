@@ -6,14 +6,13 @@ whole by one rank, which is not counted here.
 """
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.planning.memory import HOST, MASTER, MOMENTS, Item, masters_bytes, most_owned, share
+from relora_ds.planning.memory import HOST, MASTER, MOMENTS, RESTART, Item, masters_bytes, most_owned, share
 from relora_ds.planning.network import Shapes
 from relora_ds.planning.storage import Storage
 
 BUILD = "build"  # of an engine
 SWITCH = "switch"  # from the warm start
-RESTART = "restart"
-CHECKPOINT = "checkpoint"  # until it is written
+CHECKPOINT = "checkpoint"  # from the first one on, what is trained; until it is written, what is frozen
 HOST_MOMENTS = (BUILD, SWITCH, RESTART, CHECKPOINT)
 
 
@@ -22,7 +21,8 @@ def moments(shapes: Shapes, storage: Storage, relora: ReLoRAConfig | None, *, wo
     """What the rank with the most of it holds on the host for a while."""
     largest = max([*map(max, shapes.groups), *shapes.frozen, *(shape.numel() for shape in shapes.merged.values())])
     items = [Item("a whole tensor as it is read", MASTER * largest, HOST, BUILD),
-             Item("copies of masters and moments", (MASTER + MOMENTS) * _mine(shapes, world_size), HOST, CHECKPOINT)]
+             *(Item("copies of masters and moments", (MASTER + MOMENTS) * _mine(shapes, world_size), HOST, when)
+               for when in (RESTART, CHECKPOINT))]
     if after_warm_start:
         weights = shapes.num_trainable - sum(shapes.factors) + shapes.num_frozen
         items += [Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, SWITCH),

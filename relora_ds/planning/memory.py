@@ -30,6 +30,7 @@ DEVICE, HOST = "device", "host"
 KEPT = "kept"  # alive between steps
 BACKWARD = "backward"  # besides, at most, while backward runs
 OPTIMIZER = "optimizer"  # besides, at most, while the optimizer steps
+RESTART = "restart"  # besides, at most, while a restart merges
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def total(items: list[Item], where: str, *when: str) -> int:
 
 
 def peak(items: list[Item], activations: int = 0) -> int:
-    """Bytes on the device at the larger of a step's two summits: backward, with its activations, and the optimizer."""
+    """Bytes on the device at the highest of three summits: backward, with its activations, optimizer, and restart."""
     return total(items, DEVICE, KEPT) + max(total(items, DEVICE, BACKWARD) + activations,
-                                            total(items, DEVICE, OPTIMIZER))
+                                            *(total(items, DEVICE, when) for when in (OPTIMIZER, RESTART)))
 
 
 def at_stage(deepspeed: dict, stage: int) -> dict:
