@@ -6,13 +6,18 @@ import pytest
 
 from tests.cuda.gpus import number_of_gpus
 
+# The most telling first, where time is short.
+ORDER = ("test_layers", "test_training", "test_restarts", "test_merges", "test_trainer", "test_compiled")
+
 
 def pytest_collection_modifyitems(items):
     """What is in this folder runs where there is a GPU."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    if here and not number_of_gpus():
+    if not number_of_gpus():
         for item in here:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+    others = [item for item in items if item not in here]
+    items[:] = [*others, *sorted(here, key=lambda item: ORDER.index(item.path.stem))]
 
 
 def pytest_runtest_logreport(report):
