@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_ds.config import load_recipe, recipe_names
+from relora_ds.config import load_recipe, preset_names, recipe_names
 from relora_ds.lowrank.formats import DENSE
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def test_links_files_tests_and_recipes_exist(path):
     for room, module in re.findall(r"`(zero|lowrank|data|training|methods)/(\w+\.py)`", text):
         assert (ROOT / "relora_ds" / room / module).is_file(), module
     for name in re.findall(r"`((?:llama|continued|quickstart|tiny)_\w+)`", text):
-        assert name in recipe_names() or name in ("llama_1b_aligned",), name
+        assert name in {*recipe_names(), *preset_names()}, name
 
 
 def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):

@@ -32,8 +32,21 @@ def block(record: dict) -> str:
 
 def filled(page: str) -> str:
     """The page with every table as it is measured."""
-    records, text = measurements(page), (DOCS / f"{page}.md").read_text(encoding="utf-8")
-    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{block(records[found[1]])}<!-- end of {found[1]} -->", text)
+    records = measurements(page)
+    return _with_tables(page, lambda name: block(records[name]))
+
+
+def filled_cards() -> str:
+    """The page of GPUs, with all that were checked: one line of each, and the tables of each."""
+    from relora_ds.bench import gpu_report
+    records = measurements("gpu")
+    each = [f"### {name}\n{block(record)}" for name, record in records.items()]
+    return _with_tables("gpu", lambda _: "\n".join([gpu_report.cards(records), "", *each]))
+
+
+def _with_tables(page: str, table) -> str:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{table(found[1])}<!-- end of {found[1]} -->", text)
 
 
 def main() -> None:
@@ -42,6 +55,7 @@ def main() -> None:
     from relora_ds.figures.benchmarks import save_clusters, save_two_hosts
     for page in PAGES:
         (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")
+    (DOCS / "gpu.md").write_text(filled_cards(), encoding="utf-8")
     results = {name: record["result"] for name, record in measurements("benchmarks").items()}
     hosts = [with_predictions(results[f"two_hosts_{rate}"]) for rate in ("10gbit", "1gbit", "100mbit")]
     rows = [row for result in hosts for row in result["rows"]]

@@ -100,9 +100,10 @@ def speed(name: str, tokens_per_s: float, **more) -> dict:
             "tokens_per_s": tokens_per_s, "mfu": 0.4, "peak_bytes": 8e9, **more}
 
 
-RECORD = {"bench": "gpu-check", "conditions": {"device": "NVIDIA H200", "torch": "2.13.0"}, "result": {
+CONDITIONS = {"device": "NVIDIA H200", "cores": 16, "threads": 1, "torch": "2.13.0"}
+RECORD = {"bench": "gpu-check", "conditions": CONDITIONS, "result": {
     "tiny": False, "minutes": 12, "missing": {"liger-kernel": "its kernels"},
-    "machine": {"conditions": {"device": "NVIDIA H200"}, "gpus": 1, "memory_bytes": 150e9, "cuda": "13.0",
+    "machine": {"conditions": CONDITIONS, "gpus": 1, "memory_bytes": 150e9, "cuda": "13.0",
                 "measured_flops": 700e12},
     "parts": {
         "correctness": [{"name": "a", "outcome": "passed"},

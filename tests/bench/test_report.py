@@ -1,11 +1,14 @@
 """The pages say what was measured, and what was measured is what they promise."""
 
+import argparse
+import json
 import re
 import statistics
 
 import pytest
 import torch
 
+from relora_ds.bench import gpu_check
 from relora_ds.bench.contenders import FULL, TWINS
 from relora_ds.bench.throughput import speed_of
 from relora_ds.bench.two_hosts import with_predictions
@@ -13,6 +16,7 @@ from relora_ds.figures.benchmarks import draw_clusters, draw_two_hosts
 from relora_ds.figures.style import LIGHT
 from relora_ds.lowrank.formats import format_named
 from tests.bench import report
+from tests.bench.test_gpu_check import RECORD
 
 MEASURED = {name: record["result"] for page in report.PAGES for name, record in report.measurements(page).items()}
 
@@ -22,6 +26,25 @@ def test_every_table_is_that_of_its_measurement(page):
     text = (report.DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert report.filled(page) == text, f"docs/{page}.md is stale: python -m tests.bench.report"
     assert {found[1] for found in report.TABLE.finditer(text)} == set(report.measurements(page))
+
+
+def test_the_page_of_gpus_has_every_card_that_was_checked():
+    text = (report.DOCS / "gpu.md").read_text(encoding="utf-8")
+    assert report.filled_cards() == text, "docs/gpu.md is stale: python -m tests.bench.report"
+    parser = argparse.ArgumentParser()
+    gpu_check.add_arguments(parser)
+    assert f"{parser.get_default('minutes')} minutes at most" in text
+    assert list(re.findall(r"^\| ([\w .]+) \|", text[text.index("| part | what |"):], re.MULTILINE))[1:7] == list(
+        gpu_check.SHARES)
+
+
+def test_a_card_has_a_line_and_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "h200.json").write_text(json.dumps(RECORD))
+    (tmp_path / "gpu.md").write_text("Cards:\n\n<!-- cards -->\n<!-- end of cards -->\n")
+    text = report.filled_cards()
+    assert "| NVIDIA H200 | 1 | 1 | 1 |" in text and "### h200" in text and "| ours, dense | llama_350m |" in text
 
 
 def test_bits_of_a_weight():
