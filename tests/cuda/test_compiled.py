@@ -62,4 +62,4 @@ def test_the_compiled_engine_computes_the_same_without_a_mask():
 def test_with_the_search_it_has_another_kernel():
     """What is gained: else the search could stay."""
     (found,) = on_gpus(1, train, True, searches=True)
-    assert not without_mask(found["kernels"]), found["kernels"]
+    assert not any("flash" in kernel for kernel in found["kernels"]), found["kernels"]
