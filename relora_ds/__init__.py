@@ -11,7 +11,7 @@ _HOMES = {
     "ReLoRAEngine": "relora_ds.zero.engine",
     "ReLoRACallback": "relora_ds.interop.hf_trainer",
 }
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [*_HOMES, "__version__"]
 
 

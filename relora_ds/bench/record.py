@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+_SAME_SEEDS_SINCE = (0, 2, 0)  # random weights are drawn otherwise since this version of relora_ds
 LIBRARIES = ("torch", "deepspeed", "transformers", "bitsandbytes", "peft", "liger-kernel")
 
 
@@ -18,6 +19,18 @@ def conditions() -> dict:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(), "relora_ds": __version__,
             **{name: version for name, version in versions.items() if version}}
+
+
+def remark_on_seeds(made: dict) -> str | None:
+    """What is to be said of losses that were measured under the conditions `made`, or None.
+
+    A version that draws the random weights of a seed otherwise gives other losses; what was compared stays comparable.
+    """
+    version = made.get("relora_ds")
+    if version is None or tuple(int(part) for part in version.split(".")[:3]) >= _SAME_SEEDS_SINCE:
+        return None
+    since = ".".join(map(str, _SAME_SEEDS_SINCE))
+    return f"Initial weights drawn as before relora_ds {since}: the same seed gives other values now."
 
 
 def rows_as_markdown(rows: list[list[str]]) -> str:

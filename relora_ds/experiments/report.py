@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from relora_ds.bench.record import rows_as_markdown
+from relora_ds.bench.record import remark_on_seeds, rows_as_markdown
 from relora_ds.checkpoint.store import directories
 from relora_ds.experiments import spectra
 from relora_ds.experiments.runs import Results, Run
@@ -174,7 +174,13 @@ def _made(rows: list[Measured]) -> str:
     runs = {one["name"]: one for row in rows for one in row.results}.values()
     made = list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in one["conditions"].items()) for one in runs))
     hours = sum(one["seconds"] for one in runs) / 3600
-    return f"{'; '.join(made)}. {hours:.1f} hours of training."
+    return " ".join([f"{'; '.join(made)}. {hours:.1f} hours of training.", *remarks_on_seeds(rows)])
+
+
+def remarks_on_seeds(rows: list[Measured]) -> list[str]:
+    """What is to be said of all results of `rows`, once."""
+    remarks = (remark_on_seeds(one["conditions"]) for row in rows for one in row.results)
+    return list(dict.fromkeys(remark for remark in remarks if remark is not None))
 
 
 def curves(rows: list[Measured]) -> dict[str, list[dict]]:

@@ -8,8 +8,11 @@ import json
 import re
 from pathlib import Path
 
+from relora_ds.bench.record import remark_on_seeds
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("quantization", "benchmarks")
+OF_LOSSES = ("quality",)  # benchmarks that quote losses of runs from random weights
 TABLE = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,7 +30,10 @@ def block(record: dict) -> str:
     device, cores = made.pop("device"), made.pop("cores")
     made.pop("threads")  # of the process that collects; what measures has its own, in the table's first line
     versions = ", ".join(f"{library} {version}" for library, version in made.items())
-    return f"\n{modules[record['bench']].markdown(record['result'])}\n\n*{device}, {cores} cores; {versions}.*\n\n"
+    module = modules[record["bench"]]
+    remark = remark_on_seeds(record["conditions"]) if record["bench"] in OF_LOSSES else None
+    lines = [module.markdown(record["result"]), f"*{device}, {cores} cores; {versions}.*", remark]
+    return "\n" + "\n\n".join(line for line in lines if line) + "\n\n"
 
 
 def filled(page: str) -> str:

@@ -37,11 +37,11 @@ def block(scale: str, name: str) -> str:
 
 def short(scale: str, name: str) -> str:
     """Its rows with what trains and how well it learned."""
-    table = [["", "trains", "validation loss", "perplexity"]]
-    for row in measured(scale, name)[2]:
+    table, rows = [["", "trains", "validation loss", "perplexity"]], measured(scale, name)[2]
+    for row in rows:
         table.append([row.row.name, human_count(row.results[0]["trainable_parameters"]), report.spread(row.losses),
                       f"{statistics.mean(one['ppl'] for one in row.results):.2f}"])
-    return rows_as_markdown(table)
+    return "\n\n".join([rows_as_markdown(table), *report.remarks_on_seeds(rows)])
 
 
 def filled(text: str) -> str:

@@ -14,6 +14,9 @@ import relora_ds
 from relora_ds import ReLoRAConfig
 from relora_ds.interop import peft
 from relora_ds.interop.export import export
+from relora_ds.interop.sources import weights_of
+from relora_ds.models.whole_weights import WholeWeights
+from relora_ds.zero.checkpoint_model import read_model
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import FAMILIES, batch
@@ -148,6 +151,35 @@ def test_what_has_no_adapter(tmp_path):
     (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     with pytest.raises(ValueError, match="no adapter that relora_ds exported"):
         peft.load(tmp_path / "hf")
+
+
+def test_its_weights_are_merged_one_at_a_time(trained, tmp_path):
+    export(trained[0] / "step6", tmp_path / "a", format="peft")
+    weights = weights_of(str(tmp_path / "a"))
+    assert isinstance(weights, peft.MergedWeights) and weights.owners is None
+    merged = dict(peft.load(tmp_path / "a").merge_and_unload().named_parameters())
+    assert merged.keys() == weights.shapes.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(weights.read(name), value.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"layers.1.mlp.up_proj": 3}}])
+def test_an_adapter_that_is_more_than_ours_is_merged_by_peft_on_rank_0(trained, tmp_path, change):
+    export(trained[0] / "step6", tmp_path / "a", format="peft")
+    about = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**about, **change}))
+    weights = weights_of(str(tmp_path / "a"))
+    assert isinstance(weights, WholeWeights) and set(weights.owners.values()) == {0}
+    for name, value in peft.load(tmp_path / "a").merge_and_unload().named_parameters():
+        assert torch.equal(weights.read(name), value), name
+
+
+def test_a_checkpoint_in_deepspeeds_format_is_read_by_rank_0_alone(trained):
+    weights = weights_of(str(trained[0] / "step6"))
+    assert set(weights.owners.values()) == {0} and weights.owners.keys() == weights.shapes.keys()
+    expected = read_model(trained[0] / "step6").merged()
+    assert {name: value.shape for name, value in expected.items()} == weights.shapes
+    assert all(torch.equal(weights.read(name), value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("format", ["hf", "peft"])
