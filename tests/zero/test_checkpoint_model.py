@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import relora_ds
+from relora_ds.checkpoint.model import CheckpointWeights
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.checkpoint_model import read_description, read_model
@@ -161,3 +162,5 @@ def test_buffers_that_belong_to_the_model_are_kept(tmp_path, stage):
     [(name, bias)] = [(n, b) for n, b in load_file(tmp_path / "merged" / "model.safetensors").items() if "bias" in n]
     assert bias.tolist() == [2.0, -2.0, 1.0, -1.0]
     assert torch.equal(read_model(tmp_path / "checkpoints" / "t").merged()[name], bias)
+    weights = CheckpointWeights(tmp_path / "checkpoints" / "t")
+    assert weights.shapes[name] == bias.shape and torch.equal(weights.read(name), bias)
