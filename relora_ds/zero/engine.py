@@ -35,6 +35,7 @@ from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.start import align_ranks, init_distributed
+from relora_ds.zero.streams import order_gathers
 from relora_ds.zero.together import together
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         model=model, optimizer=adam, config=settings, training_data=training_data, collate_fn=collate_fn,
         lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule))
 
+    order_gathers(engine)
     shards = ShardView(engine)
     shards.create_adam_state()
     shards.drop_gathered_copies()
