@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # the scripts that source this use what it sets
-# Sourced by the launch scripts, after environment.sh: how many ranks a machine gets, and DeepSpeed's launcher with what
-# it lacks: signals that reach every rank, and the exit code of the run.
+# Sourced by the launch scripts, after environment.sh: how many ranks a machine gets, and how they are started, with
+# signals that reach every rank, and the exit code of the run.
 
 # usage: print the comment at the head of the script, and exit.
 usage() {
@@ -31,19 +31,13 @@ PYTHON
     ranks=$((gpus > 0 ? gpus : cores < 2 ? 1 : 2))
 }
 
-# divide_machine: share GPUs and cores between `ranks` ranks; sets `which_devices`, options of the launcher.
+# divide_machine: share GPUs and cores between `ranks` ranks.
 divide_machine() {
     if [ "$gpus" -gt 0 ]; then
         say "$gpus GPU(s): one rank on each of $ranks"
     else
         export DS_ACCELERATOR=cpu
         say "no GPU that PyTorch can use: $ranks rank(s) on $cores CPU core(s)"
-    fi
-    which_devices=(--num_gpus "$ranks")
-    if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        which_devices=()  # the launcher heeds CUDA_VISIBLE_DEVICES only when no number is given
-        CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")
-        export CUDA_VISIBLE_DEVICES
     fi
     set_threads "$ranks"
 }
@@ -113,22 +107,30 @@ PYTHON
     done
 }
 
-# launch RUN_DIR ARGUMENT...: run DeepSpeed's launcher with these arguments to its end, and exit as the run did.
+# launch_here RUN_DIR SCRIPT ARGUMENT...: run `ranks` ranks on this machine alone, and exit as the run did.
+launch_here() {
+    local run_dir=$1
+    shift
+    launch "$run_dir" "$ROOT/launch_scripts/start_ranks.py" --ranks "$ranks" \
+        --master_port "${MASTER_PORT:-$(free_port)}" "$@"
+}
+
+# launch RUN_DIR ARGUMENT...: run Python with these arguments, a launcher's, to its end, and exit as the run did.
 launch() {
     local run_dir=$1 launcher started stopped='' code=0 second
     shift
-    # In a process group of its own, so that a signal reaches the launcher and all ranks at once: `deepspeed` itself
-    # dies of SIGTERM without telling its children.
+    # In a process group of its own, so that a signal reaches the launcher and all ranks at once: DeepSpeed's dies of
+    # SIGTERM without telling its children.
     started=$(mktemp)
     set -m
-    "$PYTHON" -m deepspeed.launcher.runner --quiet "$@" </dev/null &
+    "$PYTHON" "$@" </dev/null &
     launcher=$!
     set +m
     trap 'stopped=1; kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP USR1
     trap 'stopped=1; kill -INT -- "-$launcher" 2>/dev/null || true' INT
     wait "$launcher" || code=$?
     if [ -n "$stopped" ]; then
-        # The launcher gives the ranks 30 s to end.
+        # The launchers give the ranks 30 s to end.
         for ((second = 0; second < 40; second++)); do
             kill -0 -- "-$launcher" 2>/dev/null || break
             sleep 1
@@ -140,7 +142,7 @@ launch() {
 }
 
 # exit_code RUN_DIR STARTED CODE: print the run's exit code, where it recorded one since the file STARTED was made, or
-# else CODE: the launcher does not always pass on the ranks' codes.
+# else CODE: the ranks may have failed for different reasons, and DeepSpeed's launcher does not pass on their codes.
 exit_code() {
     local recorded code=$3
     if [ "$1/status.json" -nt "$2" ]; then

@@ -93,7 +93,6 @@ while IFS='=' read -r name value; do
 done <<<"$variables"
 set_threads "${slots[${node_rank:-0}]}"
 
-options=(--hostfile "$hostfile" --master_port "$master_port")
 if [ -n "$ssh" ]; then
     for word in "$PYTHON" "$ROOT" "$PWD" "$recipe" ${overrides[@]+"${overrides[@]}"}; do
         case $word in
@@ -116,7 +115,8 @@ if [ -n "$ssh" ]; then
     # CUDA_VISIBLE_DEVICES is each machine's own.
     prefixes='NCCL_|GLOO_|UCX_|FI_|TORCH_|PYTORCH_|CUDA_([^V]|V[^I])|HSA_|CUBLAS_|TRITON_|DEEPSPEED_|HF_|TRANSFORMERS_|RELORA_DS_'
     env | grep -v '^HF_TOKEN=' | grep -E "^($prefixes|DS_ACCELERATOR=|(OMP_NUM_THREADS|$restarts)=${names:+|(${names//$'\n'/|})=})" >"$DS_ENV_FILE"
-    options+=(--force_multi --no_ssh_check ${master_addr:+--master_addr "$master_addr"})
+    launcher=(-m deepspeed.launcher.runner --quiet --hostfile "$hostfile" --master_port "$master_port" --force_multi
+        --no_ssh_check ${master_addr:+--master_addr "$master_addr"})
     say "over ssh: ${hosts[*]}"
 else
     if [ "$gpus" -eq 0 ]; then
@@ -126,8 +126,14 @@ else
             "each rank needs one; give it slots=$gpus on all machines"
     fi
     master_addr=${master_addr:-${hosts[0]}}
-    options+=(--no_ssh --node_rank "$node_rank" --master_addr "$master_addr")
+    first=0 world_size=0
+    for ((node = 0; node < ${#hosts[@]}; node++)); do
+        ((node < node_rank)) && ((first += slots[node])) || true
+        ((world_size += slots[node]))
+    done
+    launcher=("$ROOT/launch_scripts/start_ranks.py" --ranks "${slots[$node_rank]}" --first "$first"
+        --world_size "$world_size" --master_addr "$master_addr" --master_port "$master_port")
     say "node $node_rank of ${#hosts[@]}: ${slots[$node_rank]} rank(s); node 0 is $master_addr:$master_port"
 fi
-launch "$run_dir" "${options[@]}" "$ROOT/train.py" --config "$recipe" ${resume[@]+"${resume[@]}"} \
+launch "$run_dir" "${launcher[@]}" "$ROOT/train.py" --config "$recipe" ${resume[@]+"${resume[@]}"} \
     ${overrides[@]+"${overrides[@]}"}

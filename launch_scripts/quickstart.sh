@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A first ReLoRA run, from nothing: bash launch_scripts/quickstart.sh [section.key=value ...]
 #
-# Sets up an environment, then runs the recipe `quickstart` under the DeepSpeed launcher: one rank per GPU, or two
-# ranks on the CPU. The run is in runs/quickstart and starts afresh each time, unless resume, overwrite or run_dir
-# is given. The exit code is the one of the run.
+# Sets up an environment, then runs the recipe `quickstart`: one rank per GPU, or two ranks on the CPU. The run
+# is in runs/quickstart and starts afresh each time, unless resume, overwrite or run_dir is given. The exit code is the
+# one of the run.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -27,6 +27,5 @@ while [ $((batch % ranks)) -ne 0 ]; do ranks=$((ranks - 1)); done
 divide_machine
 micro=$((batch / ranks > 8 ? 8 : batch / ranks))
 
-launch "$run_dir" --hostfile /dev/null ${which_devices[@]+"${which_devices[@]}"} \
-    --master_port "${MASTER_PORT:-$(free_port)}" "$ROOT/train.py" --config quickstart \
-    "train.micro_batch_size=$micro" ${overwrite[@]+"${overwrite[@]}"} "$@"
+launch_here "$run_dir" "$ROOT/train.py" --config quickstart "train.micro_batch_size=$micro" \
+    ${overwrite[@]+"${overwrite[@]}"} "$@"

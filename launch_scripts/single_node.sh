@@ -5,7 +5,7 @@
 #   CUDA_VISIBLE_DEVICES=2,3 bash launch_scripts/single_node.sh llama_60m_relora
 #
 # RECIPE is a YAML file or the name of a shipped recipe; without one it is quickstart. The run gets one rank on each GPU
-# of this machine (CUDA_VISIBLE_DEVICES chooses among them), or two ranks on the CPU, under the DeepSpeed launcher.
+# of this machine (CUDA_VISIBLE_DEVICES chooses among them), or two ranks on the CPU.
 # A run that was interrupted goes on from its newest checkpoint (resume=auto), unless the recipe or the command line
 # sets resume or overwrite. The exit code is the one of the run: 0 done, 2 bad recipe, 3 stopped by a guard, 4 resume
 # or run directory refused, 1 anything else. MASTER_PORT and OMP_NUM_THREADS are taken from the environment where they
@@ -23,6 +23,5 @@ resolve_recipe "$recipe" ${overrides[@]+"${overrides[@]}"}
 count_ranks
 divide_machine
 
-launch "$run_dir" --hostfile /dev/null ${which_devices[@]+"${which_devices[@]}"} \
-    --master_port "${MASTER_PORT:-$(free_port)}" "$ROOT/train.py" --config "$recipe" \
-    ${resume[@]+"${resume[@]}"} ${overrides[@]+"${overrides[@]}"}
+launch_here "$run_dir" "$ROOT/train.py" --config "$recipe" ${resume[@]+"${resume[@]}"} \
+    ${overrides[@]+"${overrides[@]}"}

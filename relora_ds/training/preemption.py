@@ -23,13 +23,13 @@ class Preempted(RuntimeError):
 class StopRequest:
     """What this rank has heard, and what all of them know. From here on the signals do not end the process.
 
-    The `deepspeed` command dies of a signal without telling the ranks, and they would train on for ever without it. So
-    its end is heard like a signal.
+    The `deepspeed` command dies of a signal without telling the ranks, and any launcher can be killed; they would train
+    on for ever without it. So its end is heard like a signal.
     """
 
     def __init__(self):
         self.heard: str | None = None
-        self._command = _deepspeed_command()
+        self._launcher = _launcher()
         self._group = host_group()  # no device waits for it
         self._asked = self._work = None
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
@@ -42,8 +42,8 @@ class StopRequest:
 
         It answers with the sum that was begun a step ago, so that nobody waits for it.
         """
-        if self.heard is None and self._command is not None and self._command != _deepspeed_command():
-            self.heard = "the end of the deepspeed command"
+        if self.heard is None and self._launcher is not None and self._launcher != _launcher():
+            self.heard = "the end of its launcher"
         before, work = self._asked, self._work
         self._asked = torch.tensor([float(self.heard is not None)])
         self._work = dist.all_reduce(self._asked, group=self._group, async_op=True)
@@ -62,11 +62,17 @@ class StopRequest:
         dist.destroy_process_group(self._group)
 
 
-def _deepspeed_command() -> int | None:
-    """The process of the `deepspeed` command: it starts DeepSpeed's launcher, and that the ranks of this node."""
+def _launcher() -> int | None:
+    """The process that a user started: launch_scripts/start_ranks.py, or the `deepspeed` command.
+
+    The latter starts DeepSpeed's launcher, and that the ranks of this node.
+    """
     try:
         parent = Path(f"/proc/{os.getppid()}")
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
+        command = (parent / "cmdline").read_bytes()
+        if b"start_ranks.py" in command:
+            return os.getppid()
+        if b"deepspeed.launcher.launch" not in command:
             return None
         return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):  # not on Linux, or the launcher itself is gone

@@ -41,7 +41,7 @@ def test_a_signal_to_the_script_ends_every_rank_with_its_state_saved(tmp_path):
             if line.startswith("step     12/"):
                 break
         commands = processes_with(str(tmp_path)).values()
-        assert sum("--local_rank" in command and "launcher" not in command for command in commands) == 2
+        assert sum("-u" in command and "start_ranks" not in command for command in commands) == 2
         os.kill(script.pid, signal.SIGTERM)
         assert script.wait(timeout=180) == 75
         assert processes_with(str(tmp_path)) == {}

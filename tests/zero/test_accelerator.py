@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import deepspeed.accelerator
 import pytest
@@ -10,7 +11,10 @@ import torch
 
 from relora_ds.train import main
 from relora_ds.zero import accelerator
+from relora_ds.zero.engine import initialize
 from relora_ds.zero.start import init_distributed
+from tests.ranks import ranks
+from tests.small_models import llama
 
 PACKAGE = Path(accelerator.__file__).parent.parent
 LAUNCHER = ("DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
@@ -89,6 +93,19 @@ def test_every_gpu_that_has_a_rank_is_asked_for_bf16(machine):
     assert not accelerator.computes_bf16() and accelerator.precision_problems("fp16") == []
     machine("cuda", (A100, V100), LOCAL_SIZE="1", LOCAL_RANK="0")
     assert accelerator.computes_bf16() and accelerator.precision_problems("bf16") == []
+
+
+def initialize_without_bf16() -> None:
+    with (mock.patch.object(accelerator, "precision_problems", lambda precision: [f"precision: {precision}, but no"]),
+          pytest.raises(ValueError, match="^precision: bf16, but no$")):
+        initialize(llama(), {"zero_optimization": {"stage": 1}}, lr=1e-3, total_steps=2, precision="bf16")
+
+
+def test_it_is_refused_by_the_trainer_and_by_initialize(monkeypatch, tmp_path, capfd):
+    ranks(1).run(initialize_without_bf16)
+    monkeypatch.setattr(accelerator, "precision_problems", lambda precision: [f"precision: {precision}, but no"])
+    assert main(["--config", "tiny", "precision=bf16", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "precision: bf16, but no" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_bf16_on_the_cpu_may_be_asked_for_but_is_not_chosen(machine):
