@@ -18,12 +18,15 @@ def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int,
     torchrun starts `num_ranks` here, with the variables of `environment`.
 
     Raises:
-        ValueError: the ranks failed, and have said why.
+        ValueError: the ranks failed, and have said why; or there are more of them than GPUs.
     """
     from relora_ds.zero.launchers import set_rank
     set_rank()
     if "RANK" in os.environ:
         return _measure(module, arguments)
+    from relora_ds.zero.accelerator import rank_problems
+    if found := rank_problems(num_ranks):
+        raise ValueError(found[0])
     values = {name: value for name, value in vars(arguments).items()
               if isinstance(value, (str, int, float, list, type(None)))}
     with tempfile.TemporaryDirectory() as directory:

@@ -47,7 +47,7 @@ def problems() -> list[str]:
     if name == "cuda" and not has_gpu:
         return ["DS_ACCELERATOR: cuda, but PyTorch sees no GPU here; look at CUDA_VISIBLE_DEVICES, the driver and "
                 "whether torch is a CUDA build, or unset it to train on the CPU"]
-    return _too_many_ranks(torch.cuda.device_count()) if has_gpu else []
+    return rank_problems(_local_ranks())
 
 
 def precision_problems(precision: str) -> list[str]:
@@ -59,19 +59,20 @@ def precision_problems(precision: str) -> list[str]:
             f"{major}.{minor}) only emulates it; use fp16 or fp32, or GPUs of compute capability 8.0 or newer"]
 
 
+def rank_problems(ranks: int) -> list[str]:
+    """Why so many ranks cannot compute on this machine: it has GPUs, but too few."""
+    gpus = torch.cuda.device_count()
+    if gpus == 0 or ranks <= gpus:
+        return []
+    return [f"LOCAL_RANK: {ranks} ranks on this machine, but PyTorch sees {gpus} GPU(s) here, and each rank needs one; "
+            f"start {gpus} (deepspeed --num_gpus {gpus}, torchrun --nproc_per_node {gpus}), or {_REMEDY}"]
+
+
 def _without_bf16() -> int | None:
     """The first GPU among those of this machine's ranks that has no bf16. Nothing is begun on any of them."""
     if torch.version.hip is not None:
         return None
     return next((index for index in range(_local_ranks()) if torch.cuda.get_device_capability(index) < (8, 0)), None)
-
-
-def _too_many_ranks(gpus: int) -> list[str]:
-    ranks = _local_ranks()
-    if ranks <= gpus:
-        return []
-    return [f"LOCAL_RANK: {ranks} ranks on this machine, but PyTorch sees {gpus} GPU(s) here, and each rank needs one; "
-            f"start {gpus} (deepspeed --num_gpus {gpus}, torchrun --nproc_per_node {gpus}), or {_REMEDY}"]
 
 
 def _unsupported(name: str) -> str:

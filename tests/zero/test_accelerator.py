@@ -1,6 +1,7 @@
 """Which devices are used, and which are refused; the answers of DeepSpeed and PyTorch are made up."""
 
 import ast
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -9,6 +10,7 @@ import deepspeed.accelerator
 import pytest
 import torch
 
+from relora_ds.bench.on_ranks import run_on_ranks
 from relora_ds.train import main
 from relora_ds.zero import accelerator
 from relora_ds.zero.engine import initialize
@@ -70,6 +72,13 @@ def test_what_is_refused(machine, case):
     machine(name, gpus, **variables)
     (found,) = accelerator.problems()
     assert message in found and "\n" not in found
+
+
+def test_benchmarks_do_not_start_more_ranks_than_there_are_gpus(machine, monkeypatch):
+    machine("cuda", (A100,))
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="^LOCAL_RANK: 2 ranks on this machine, but PyTorch sees 1 GPU"):
+        run_on_ranks("relora_ds.bench.restart", Namespace(), 2)
 
 
 def test_a_run_is_refused_before_anything_begins(machine, tmp_path, capfd):
