@@ -75,7 +75,7 @@ def test_a_job_whose_time_is_up_goes_on_in_the_next(fake, tmp_path, free_port):
     job.send_signal(signal.SIGUSR1)
     printed = job.communicate(timeout=600)[0]
     assert (fake / "requeued").read_text() == "requeue 4711\n", printed
-    assert "the job's time is up: back into the queue" in printed
+    assert "preempted: back into the queue" in printed  # all ranks saved where they were
     assert job.returncode == 0 and status(run_dir)["state"] != "done"
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set((fake / "srun.options").read_text().split())
 
