@@ -2,8 +2,9 @@
 
 Positions that begin again within a row mean several documents, which must not see each other. transformers looks for
 them in every forward, also in positions that it has just counted up itself. On a GPU the host waits for the answer, and
-the GPU runs out of work. While torch.compile traces there is no answer: the mask is always made, and PyTorch's flash
-kernels take none. (With torch before 2.13, transformers makes it under torch.compile for another reason as well.)
+the GPU runs out of work; with flash-attention once more in every layer, where a batch is one row. While torch.compile
+traces there is no answer: the mask is always made, and PyTorch's flash kernels take none. (With torch before 2.13,
+transformers makes it under torch.compile for another reason as well.)
 
 Where a caller gives no positions, they count up in every causal language model of transformers.
 """
@@ -13,7 +14,11 @@ import importlib
 import threading
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
+
+# Where it searches, and what it returns where there is nothing.
+_SEARCHES = (("transformers.masking_utils", "find_packed_sequence_indices", None),
+             ("transformers.modeling_flash_attention_utils", "_is_packed_sequence", False))
 
 
 class _Thread(threading.local):
@@ -46,15 +51,17 @@ def _counts_positions(model: nn.Module, inputs: tuple, kwargs: dict) -> bool:
 
 @functools.cache
 def _install() -> bool:
-    """Have the search ask the thread first; once, for good. False where this transformers has no such search."""
-    masks = importlib.import_module("transformers.masking_utils")
-    search = getattr(masks, "find_packed_sequence_indices", None)
-    if search is None:
-        return False
-
-    @functools.wraps(search)
-    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
-        return None if _thread.counted else search(position_ids)
-
-    masks.find_packed_sequence_indices = find_packed_sequence_indices
+    """Have the searches ask the thread first; once, for good, and as far as this transformers has them."""
+    for name, function, nothing_found in _SEARCHES:
+        module = importlib.import_module(name)
+        if (search := getattr(module, function, None)) is not None:
+            setattr(module, function, _unless_counted(search, nothing_found))
     return True
+
+
+def _unless_counted(search: Callable, nothing_found: None | bool) -> Callable:
+    @functools.wraps(search)
+    def asked(*args, **kwargs):
+        return nothing_found if _thread.counted else search(*args, **kwargs)
+
+    return asked

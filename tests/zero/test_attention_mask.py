@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, masking_utils
+from transformers import modeling_flash_attention_utils as flash_attention_utils
 
 import relora_ds
 from relora_ds.models import compilation
@@ -210,6 +211,20 @@ class Engine:
         return self.module(**inputs).loss.item()
 
 
+def test_flash_attention_is_not_asked_in_every_layer():
+    """Its own search looks at the positions' values where a batch is one row."""
+    engine, answers = Engine(network()), []
+
+    def ask(*_) -> None:
+        answers.append(bool(flash_attention_utils._is_packed_sequence(PACKED[:1], 1)))
+
+    for layer in engine.module.model.layers:
+        layer.register_forward_pre_hook(ask)
+    engine.forward(input_ids=IDS, labels=IDS)
+    engine.forward(input_ids=IDS, labels=IDS, position_ids=PACKED)
+    assert answers == [False, False, True, True]
+
+
 def test_after_an_exception_it_searches_again():
     engine, packed = Engine(network()), {"input_ids": IDS, "labels": IDS, "position_ids": PACKED}
     with untouched():
@@ -222,6 +237,7 @@ def test_after_an_exception_it_searches_again():
 def test_a_transformers_without_such_a_search_is_left_alone(monkeypatch):
     expected = network()(input_ids=IDS, labels=IDS).loss.item()
     attention_mask._install.cache_clear()
+    monkeypatch.delattr(flash_attention_utils, "_is_packed_sequence")
     monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
     monkeypatch.setattr(masking_utils, "_preprocess_mask_arguments", lambda *_: (True, None, *[None] * 5))
     assert Engine(network()).forward(input_ids=IDS, labels=IDS) == expected
