@@ -44,7 +44,6 @@ from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import ds_config
 from relora_ds.zero.engine import ReLoRAEngine, initialize
-from relora_ds.zero.frozen_master import is_partitioned
 from relora_ds.zero.plain_model import plain_like
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -120,9 +119,6 @@ def problems(trainer: Trainer, config: ReLoRAConfig) -> list[str]:
                      "train on the same data; without GPUs set use_cpu=True")
     if isinstance(trainer, _ReLoRATrainer) or trainer.model_wrapped is not model:
         found.append("trainer: it has a ReLoRACallback, or an engine, already; build a new Trainer")
-    elif any(is_partitioned(p) for p in model.parameters()):
-        found.append("model: it was built under deepspeed.zero.Init and has no whole fp32 weights to take masters "
-                     "from; build and wrap it before the TrainingArguments")
     elif not lowrank_layers(model):
         found.append("model: it has no low-rank layers; call relora_ds.wrap(model, config) before the Trainer")
     if trainer.model_init is not None:

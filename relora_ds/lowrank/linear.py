@@ -52,6 +52,8 @@ class ReLoRALinear(nn.Module):
         r, lora_alpha, lora_dropout: as in PEFT's `LoraConfig`.
 
     Attributes:
+        initial_seed: decides the values that the factors have when an engine is built, where the model had no values at
+            wrapping (on the meta device, or partitioned by ZeRO-3); None: they keep those that they have.
         sketch: set it to a `GradientSketch`, and every backward adds W's gradient to it (not with dropout).
     """
 
@@ -66,6 +68,7 @@ class ReLoRALinear(nn.Module):
             weight.requires_grad_(False)
         self.format: Format = DENSE
         self.sketch: GradientSketch | None = None
+        self.initial_seed: int | None = None
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))

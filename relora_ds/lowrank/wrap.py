@@ -58,7 +58,7 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
     """Replace the target linears by `ReLoRALinear`, in place, and freeze what does not train.
 
     Args:
-        model: a model on CPU or meta, in the precision that its masters shall have (fp32).
+        model: a model on CPU or meta, or partitioned by ZeRO-3, in the precision that its masters shall have (fp32).
         config: which linears, rank and scaling; see `ReLoRAConfig`.
         seed: with the module names, decides the values of `lora_A`.
         base: False drops the frozen weights: `y = s·B·A·x`, the paper's LoRA baseline.
@@ -92,6 +92,7 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
             columns, rows, linear.weight if base else None, linear.bias,
             r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
             dtype=linear.weight.dtype, device=linear.weight.device)
+        layer.initial_seed = None if _has_values(linear.weight) else seed
         _initialise(layer, name, seed, base)
     replace_modules(model, layers)
     for module in model.modules():
@@ -291,11 +292,11 @@ def _refuse_to_save(*args, **kwargs) -> None:
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if is_lora_parameter(name):
         return "lora"
-    return "matrices" if parameter.ndim >= 2 else "vectors"
+    return "matrices" if len(full_shape(parameter)) >= 2 else "vectors"
 
 
 def _initialise(layer: ReLoRALinear, name: str, seed: int, base: bool) -> None:
-    if layer.lora_A.is_meta:
+    if not _has_values(layer.lora_A):
         return
     with torch.no_grad():
         layer.lora_A.copy_(initial_A(layer.r, layer.in_features, seed=seed, restart=0, name=name))
@@ -303,6 +304,11 @@ def _initialise(layer: ReLoRALinear, name: str, seed: int, base: bool) -> None:
             layer.lora_B.zero_()
         else:
             layer.lora_B.copy_(initial_B(layer.out_features, layer.r, seed=seed, name=name))
+
+
+def _has_values(parameter: nn.Parameter) -> bool:
+    """Whether it is here as a whole: neither on the meta device nor partitioned by ZeRO-3."""
+    return not parameter.is_meta and parameter.shape == full_shape(parameter)
 
 
 def _choose_what_trains(model: nn.Module, config: ReLoRAConfig) -> None:

@@ -27,7 +27,7 @@ class Method:
         return []
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Surgery on the module tree; returns the model to train. Works on meta too, for counting."""
+        """Surgery on the module tree of a model without values; returns the model to train."""
         return model
 
     def param_groups(self, model: nn.Module) -> list[dict]:

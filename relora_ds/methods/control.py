@@ -6,7 +6,7 @@ from torch import nn
 
 from relora_ds.lowrank.wrap import count_parameters, problems, wrap_quietly
 from relora_ds.methods.base import Method
-from relora_ds.models.build import build_model, meta_model
+from relora_ds.models.build import meta_model, model_without_values
 from relora_ds.models.control import control_config
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,7 @@ class Control(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         config, num_trainable = self._shape(model)
-        if next(model.parameters()).is_meta:
-            return meta_model(config)
-        small = build_model(config, self.recipe.model, self.recipe.seed, self.recipe.trust_remote_code)
+        small = model_without_values(config, self.recipe.model)
         logger.info("control: hidden %d, ffn %d, %d heads, %d layers: %s parameters for ReLoRA's %s trainable ones",
                     config.hidden_size, config.intermediate_size, config.num_attention_heads,
                     config.num_hidden_layers, f"{count_parameters(small)[1]:,}", f"{num_trainable:,}")

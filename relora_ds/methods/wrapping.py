@@ -6,6 +6,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank import wrap as lowrank
 from relora_ds.methods.proof import prove
+from relora_ds.zero.init_context import whole_models
 
 
 def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = True) -> nn.Module:
@@ -22,7 +23,8 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
     """
     found = lowrank.problems(model, config, base=base)
     if not found and _has_small_copy(model):
-        found = prove(model.config, config, base=base, attention="eager", next_token=False).problems
+        with whole_models():
+            found = prove(model.config, config, base=base, attention="eager", next_token=False).problems
     if found:
         raise ValueError("\n".join(found))
     return lowrank.wrap(model, config, seed=seed, base=base)

@@ -1,28 +1,27 @@
 """The phases of a run, and the engine of each.
 
 A run is a full-rank warm start (optional) and then the recipe's method. Going from one to the next is a
-resume: the weights are collected by name from the masters of one engine, the engine is torn down, and a
-fresh module takes them over. `init_from` enters at the same place.
+resume: the weights are collected by name from the masters of one engine, spread over the ranks, the engine is torn
+down, and a fresh one is filled with them. Random weights, pretrained ones and `init_from` enter at the same place.
 """
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import nn
 
 from relora_ds.config import Recipe
 from relora_ds.interop.sources import weights_of
-from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.methods import Full, Method, method_of
 from relora_ds.models import compilation, liger, recompute
-from relora_ds.models.build import build_model, meta_model
+from relora_ds.models.build import initial_weights, meta_model, model_without_values
 from relora_ds.training.preflight import Plan
+from relora_ds.zero.collect import collect_moments, collect_owned
 from relora_ds.zero.engine import ReLoRAEngine, initialize
-from relora_ds.zero.plain_model import load_plain
+from relora_ds.zero.fill import fill_moments
 from relora_ds.zero.shards import MOMENTS
 from relora_ds.zero.teardown import release
+from relora_ds.zero.weights import NOTHING, OwnedWeights, readers_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +46,14 @@ class Phase:
 
 @dataclass
 class HandOver:
-    """What survives of an engine: fp32 weights of the plain model on CPU and, if asked for, Adam moments by name."""
+    """What survives of an engine, spread over the ranks: fp32 weights of the plain model and, if asked for, moments.
 
-    weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
+    Attributes:
+        moments: by kind: "exp_avg", "exp_avg_sq".
+    """
+
+    weights: OwnedWeights
+    moments: dict[str, OwnedWeights]
     adam_steps: dict[str, int]
 
 
@@ -71,18 +74,10 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, resuming: bool = False) -> ReLoRAEngine:
     """A fresh engine for `phase`: random, pretrained or `init_from` weights, or those of the engine before it.
 
-    resuming: a checkpoint will be loaded into it, and whatever the run began from may be gone: random weights do.
+    resuming: a checkpoint will be loaded into it, so it needs no values; what the run began from may be gone.
     """
     recipe = plan.recipe
-    source = dataclasses.replace(recipe.model, init="random") if resuming else recipe.model
-    model = build_model(plan.model_config, source, recipe.seed, recipe.trust_remote_code)
-    if handover is not None:
-        load_plain(model, handover.weights)
-        handover.weights.clear()
-    elif recipe.init_from and not resuming:
-        weights = weights_of(recipe.init_from, recipe.trust_remote_code)
-        load_plain(model, {name: weights.read(name) for name in weights.shapes})
-    model = phase.method.prepare(model)
+    model = phase.method.prepare(model_without_values(plan.model_config, recipe.model))
     if recipe.model.use_liger_kernel:
         liger.apply(model)
     recompute.apply(model, recipe.activation_checkpointing)
@@ -92,35 +87,38 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         eps=recipe.optim.eps, precision=plan.precision, micro_batch_size=recipe.train.micro_batch_size,
         gradient_accumulation_steps=plan.accumulation, max_grad_norm=recipe.optim.max_grad_norm,
         weight_decay=recipe.optim.weight_decay, param_groups=phase.method.param_groups(model), seed=recipe.seed,
-        after_step=phase.method.after_step)
+        after_step=phase.method.after_step, weights=_weights(plan, model, handover, resuming))
     if recipe.compile and plan.stage < 3:  # at stage 3 it would compile DeepSpeed's hooks around every layer
         compilation.apply(engine.module)
     if handover is not None and handover.moments:
-        _take_over_moments(engine, handover)
+        for what, source in handover.moments.items():
+            fill_moments(engine.shards, what, source, engine.device)
+        engine.shards.set_adam_steps(handover.adam_steps)
     return engine
 
 
+def _weights(plan: Plan, model: nn.Module, handover: HandOver | None, resuming: bool):
+    """Where the weights of an engine on `model` come from."""
+    recipe = plan.recipe
+    if resuming:
+        return NOTHING
+    if handover is not None:
+        return handover.weights
+    if recipe.init_from:
+        return weights_of(recipe.init_from, recipe.trust_remote_code)
+    return initial_weights(model.config, recipe.model, recipe.seed, recipe.trust_remote_code)
+
+
 def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:
-    """Collect what `phase` takes over from `engine`, and release the engine. Collective."""
-    moments, steps = {}, {}
+    """Collect what `phase` takes over from `engine`, each tensor on one rank, and release the engine. Collective."""
+    moments, steps, prepared = {}, {}, phase.method.prepare(meta_model(plan.model_config))
+    owners = readers_of(prepared)
     if plan.recipe.carry_moments:
-        prepared = phase.method.prepare(meta_model(plan.model_config))
-        names = [n for n, p in prepared.named_parameters() if p.requires_grad and n in engine.shards.names]
-        for what in MOMENTS:
-            for name in names:
-                moments.setdefault(name, {})[what] = engine.shards.gather([name], what)[name].cpu()
+        trains = {name: owners[name] for name, p in prepared.named_parameters()
+                  if p.requires_grad and name in engine.shards.names}
+        moments = {what: collect_moments(engine.shards, what, trains) for what in MOMENTS}
         steps = {group: step for group, step in engine.shards.adam_steps().items() if group != "lora"}
-    weights = engine.collect_merged()
+    weights = collect_owned(engine.module, engine.shards, engine.frozen, device=engine.device, owners=owners)
     release(engine)
     return HandOver(weights, moments, steps)
-
-
-@torch.no_grad()
-def _take_over_moments(engine: ReLoRAEngine, handover: HandOver) -> None:
-    for name, moments in handover.moments.items():
-        assert not is_lora_parameter(name)
-        shard = engine.shards[name]
-        for what, value in moments.items():
-            getattr(shard, what).copy_(shard.slice(value))
-    engine.shards.set_adam_steps(handover.adam_steps)
 

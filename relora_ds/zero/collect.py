@@ -3,6 +3,8 @@
 The switch from the warm start, the export and `save_merged` all start from here.
 """
 
+from collections.abc import Callable, Container, Iterator, Mapping
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
@@ -13,6 +15,7 @@ from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import ShardView
+from relora_ds.zero.weights import OwnedWeights, plain_tensors
 
 
 @torch.no_grad()
@@ -25,29 +28,61 @@ def collect_merged(module: nn.Module, shards: ShardView, frozen: FrozenWeights, 
     Args:
         dst: the one rank that gets it (the others get {}), or None for every rank.
     """
-    here = dst is None or dist.get_rank() == dst
-    state: dict[str, Tensor] = {}
+    return {name: value for name, value in _merged_tensors(module, shards, frozen, device, lambda name: dst)
+            if value is not None}
 
+
+@torch.no_grad()
+def collect_owned(module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device,
+                  owners: Mapping[str, int]) -> OwnedWeights:
+    """The same spread over the ranks, each tensor on its owner alone; those without an owner are left out."""
+    shapes = {tensor.name: tensor.shape for tensor in plain_tensors(module) if tensor.name in owners}
+    shapes |= {key: layer.weight_shape for name, layer in lowrank_layers(module).items()
+               if (key := f"{name}.weight") in owners}
+    found = {name: value for name, value in _merged_tensors(module, shards, frozen, device, owners.get, shapes)
+             if value is not None}
+    return OwnedWeights(shapes, owners, found)
+
+
+def collect_moments(shards: ShardView, what: str, owners: Mapping[str, int]) -> OwnedWeights:
+    """The Adam moments `what` of the parameters in `owners`, each on its owner alone. Collective."""
+    values = {name: shards.collect(name, what, owner) for name, owner in owners.items()}
+    return OwnedWeights({name: shards[name].shape for name in owners}, owners,
+                        {name: value for name, value in values.items() if value is not None})
+
+
+def _merged_tensors(module: nn.Module, shards: ShardView, frozen: FrozenWeights, device: torch.device,
+                    dst_of: Callable[[str], int | None],
+                    wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield every tensor of the merged model (of `wanted`) by name, on the CPU; None on ranks that do not get it."""
+    layers = lowrank_layers(module)
     for name, parameter in module.named_parameters():
-        if is_lora_parameter(name) or name.removesuffix(".weight") in frozen.layers:
-            continue
-        if parameter.requires_grad:
-            value = shards.gather([name], dst=dst).get(name)
-        else:
-            with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
-                value = parameter.detach().to("cpu", torch.float32, copy=True)
-        if here:
-            state[name] = value.to("cpu", copy=True)
-
+        if not is_lora_parameter(name) and name.removesuffix(".weight") not in layers and _is_in(name, wanted):
+            yield name, _parameter(name, parameter, shards, dst_of(name))
     for name, buffer in persistent_buffers(module).items():
-        if here:
-            state[name] = buffer.to("cpu", torch.float32 if buffer.is_floating_point() else buffer.dtype, copy=True)
+        if _is_in(name, wanted):
+            dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+            yield name, buffer.to("cpu", dtype, copy=True) if _gets(dst_of(name)) else None
+    for name, layer in layers.items():
+        if _is_in(key := f"{name}.weight", wanted):
+            merged = _merged(name, layer, shards, frozen, device, dst_of(key))
+            yield key, merged.cpu() if _gets(dst_of(key)) else None
 
-    for name, layer in lowrank_layers(module).items():
-        merged = _merged(name, layer, shards, frozen, device, dst)
-        if here:
-            state[f"{name}.weight"] = merged.cpu()
-    return state
+
+def _is_in(name: str, wanted: Container[str] | None) -> bool:
+    return wanted is None or name in wanted
+
+
+def _gets(dst: int | None) -> bool:
+    return dst is None or dst == dist.get_rank()
+
+
+def _parameter(name: str, parameter: nn.Parameter, shards: ShardView, dst: int | None) -> Tensor | None:
+    """One that is no low-rank layer's weight, fp32 on the CPU."""
+    if parameter.requires_grad:
+        return shards.gather([name])[name].cpu() if dst is None else shards.collect(name, "master", dst)
+    with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
+        return parameter.detach().to("cpu", torch.float32, copy=True) if _gets(dst) else None
 
 
 def _merged(name: str, layer, shards: ShardView, frozen: FrozenWeights, device: torch.device,

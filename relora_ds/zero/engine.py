@@ -7,6 +7,7 @@ The engine is DeepSpeed's own with its class specialised, so `isinstance(engine,
 import logging
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -25,8 +26,10 @@ from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import accelerator, checkpoint_files, checkpoint_model, ds_config, universal
 from relora_ds.zero.accelerator import device_of_rank
+from relora_ds.zero.allocate import allocate
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
+from relora_ds.zero.fill import fill
 from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
 from relora_ds.zero.latest import newest_tag
 from relora_ds.zero.plain_model import save_plain
@@ -34,9 +37,10 @@ from relora_ds.zero.randomness import drops_values_only, seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
 from relora_ds.zero.shards import ShardView
-from relora_ds.zero.start import align_ranks, init_distributed
+from relora_ds.zero.start import init_distributed
 from relora_ds.zero.streams import order_gathers
 from relora_ds.zero.together import together
+from relora_ds.zero.weights import Nothing, WeightSource, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +51,14 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
                precision: str | None = None, micro_batch_size: int | None = None,
                gradient_accumulation_steps: int | None = None, max_grad_norm: float | None = None,
                training_data=None, collate_fn=None, param_groups: list[dict] | None = None, seed: int = 0,
-               after_step: Callable[["ReLoRAEngine"], None] | None = None):
+               after_step: Callable[["ReLoRAEngine"], None] | None = None,
+               weights: WeightSource | Nothing | None = None):
     """`deepspeed.initialize` for a model that `relora_ds.wrap` has wrapped (or a plain one, with `relora=None`).
 
     Args:
-        model: on CPU: masters of what trains and of what is frozen are taken from it before DeepSpeed casts it.
-            Best in fp32; in another dtype it is converted to fp32 first. Where ranks hold different values, rank 0's
-            count.
+        model: on CPU, with its values or on the meta device without them (its buffers need theirs), or built under
+            `deepspeed.zero.Init`. Masters of what trains and of what is frozen start from its values; best in fp32.
+            Where ranks hold different values, rank 0's count. What it holds is let go tensor by tensor.
         config: a shipped name ("zero1"), a path, or a DeepSpeed config dict. "auto" values are filled
             from the arguments below; `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps`
             default to 1, clipping to 1.0, precision to bf16 on GPUs that have it, else fp32.
@@ -64,16 +69,17 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
             vectors without weight decay.
         seed: decides the values of A after each restart.
         after_step: called after every applied step; default: restart when it is due.
+        weights: a source of the plain model's fp32 weights, read one tensor at a time, instead of the model's own
+            values; `zero.weights.NOTHING` where a checkpoint is loaded next.
 
     Returns:
         `(engine, optimizer, loader, scheduler)`; `loader` is None without `training_data`.
 
     Raises:
-        ValueError: everything in `config` that is not supported or in conflict, at once.
+        ValueError: everything in `config` that is not supported or in conflict, at once; a model without values and
+            without a source of them, or a source of another model's, before anything is built; a tensor that cannot be
+            read, on every rank.
     """
-    if any(is_partitioned(p) for p in model.parameters()):
-        raise ValueError("model: it was built under deepspeed.zero.Init and has no whole fp32 weights to take masters "
-                         "from; build it on CPU, initialize() lets ZeRO-3 partition it")
     if relora is None and lowrank_layers(model):
         raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
 
@@ -96,30 +102,27 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
         num_trainable=count_parameters(model)[0], cpu=not accelerator.is_cuda())
     stage = settings["zero_optimization"]["stage"]
 
-    model.float()  # masters are fp32 at every stage, and without a cast of DeepSpeed's the parameters are their own
-    align_ranks(model)
+    sources = sources_of(model, weights)
     frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device_of_rank())
     if frozen.layers and dist.get_rank() == 0:
         for warning in storage_warnings(relora, precision, stage):
             logger.warning(warning)
-    below_fp32 = DTYPES[precision] != torch.float32
-    # DeepSpeed casts by giving each parameter new storage; these references keep the fp32 values.
-    uncast = {name: p.data for name, p in model.named_parameters() if p.requires_grad} if below_fp32 else {}
+    allocate(model, settings, DTYPES[precision], device_of_rank())
 
     groups = param_groups or parameter_groups(model, weight_decay=weight_decay)
     adam = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
     schedule = ScheduleConfig(total_steps, warmup_steps, min_lr_ratio,
                               relora.restart_every if relora else None, relora.restart_warmup_steps if relora else 0)
-    engine, optimizer, loader, scheduler = deepspeed.initialize(
-        model=model, optimizer=adam, config=settings, training_data=training_data, collate_fn=collate_fn,
-        lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule))
+    with _nothing_broadcast():
+        engine, optimizer, loader, scheduler = deepspeed.initialize(
+            model=model, optimizer=adam, config=settings, training_data=training_data, collate_fn=collate_fn,
+            lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule))
 
     order_gathers(engine)
     shards = ShardView(engine)
     shards.create_adam_state()
     shards.drop_gathered_copies()
-    for name, value in uncast.items():
-        shards.write(name, value)
+    fill(model, shards, frozen, sources, engine.device)
 
     engine.__class__ = ReLoRAEngine
     engine.shards, engine.frozen, engine.relora, engine.seed = shards, frozen, relora, seed
@@ -130,6 +133,17 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     engine._keeps_own_frozen = False
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, optimizer, loader, scheduler
+
+
+@contextmanager
+def _nothing_broadcast():
+    """Keep DeepSpeed from sending parameters that have no values yet."""
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda self: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast
 
 
 def _to(value, device: torch.device):

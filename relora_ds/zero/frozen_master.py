@@ -32,6 +32,12 @@ def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
     return {name: owners[name] for name in sizes}
 
 
+def frozen_owners(layers: dict[str, ReLoRALinear]) -> dict[str, int]:
+    """The rank that owns the weight of each layer, by name; layers without a base weight are left out."""
+    sizes = {name: layer.weight_shape.numel() for name, layer in layers.items() if layer.weight is not None}
+    return assign_owners(sizes, dist.get_world_size())
+
+
 @dataclass(frozen=True)
 class Storage:
     """How the frozen weights of an engine are kept.
@@ -72,8 +78,8 @@ class Storage:
 class FrozenWeights:
     """The frozen weights of a model's ReLoRA layers: owners, masters, and the copies that forward reads.
 
-    Build it from the fp32 module before DeepSpeed sees it, with the same values on every rank. It takes the masters
-    and replaces the layers' weights by stored ones.
+    Build it before DeepSpeed sees the module. It replaces the layers' weights by stored ones without values: parameters
+    on the meta device, which get storage with all others, or buffers. `take` brings the values.
 
     Args:
         layers: the wrapped layers, by name; those without a base weight are left out.
@@ -99,8 +105,7 @@ class FrozenWeights:
                  device: torch.device):
         relora = relora or ReLoRAConfig()
         self.layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
-        self.owners = assign_owners({name: layer.weight.numel() for name, layer in self.layers.items()},
-                                    dist.get_world_size())
+        self.owners = frozen_owners(self.layers)
         self.dtype, self.device = DTYPES[precision], device
         replicated = stage == 3 and not is_sharded(relora, stage)
         self.format = format_at(relora, precision, stage, in_fp8=_all_ranks_multiply_fp8(device))
@@ -110,19 +115,14 @@ class FrozenWeights:
         self.with_masters = has_masters(relora, precision)
         self.storage = Storage(self.format.name, next((n for n, dtype in DTYPES.items() if dtype == stored_dtype), ""),
                                replicated, self.with_masters)
-        self.ledgers = {name: MergeLedger(self.layers[name].weight.numel()) for name in self.owned()}
+        self.ledgers = {name: MergeLedger(self.layers[name].weight_shape.numel()) for name in self.owned()}
         on_host = relora.frozen_master == "cpu"
         self.masters = MasterStore(
             {name: self.layers[name].weight_shape for name in self.owned() if self.with_masters},
             torch.device("cpu") if on_host else device, pinned=on_host and device.type == "cuda")
-        for name, layer in self.layers.items():
-            weight = layer.weight.detach()
-            if self.with_masters and self.owners[name] == dist.get_rank():
-                self.keep(name, weight.float())
-            stored = self.format.quantize(weight.to(device), self.dtype).to(device if replicated else weight.device)
-            layer.store_weight(stored, self.format, as_buffer=replicated)
-            if replicated:  # ZeRO broadcasts parameters only
-                dist.broadcast(layer.weight, self.owners[name])
+        for layer in self.layers.values():
+            empty = self.format.stored_like(layer.weight_shape, self.dtype, device if replicated else "meta")
+            layer.store_weight(empty, self.format, as_buffer=replicated)
 
     def owned(self) -> list[str]:
         """The layers whose weights this rank owns, in model order."""
@@ -170,9 +170,16 @@ class FrozenWeights:
 
     def publish_masters(self, values: dict[str, Tensor]) -> None:
         """Make fp32 `values`, of what this rank owns, masters and stored copies. Collective."""
-        for name, value in values.items():
+        for name in self.layers:
+            self.take(name, values.get(name))
+
+    def take(self, name: str, value: Tensor | None) -> None:
+        """Make the owner's fp32 `value` (None elsewhere) the master and the stored copy. Collective."""
+        stored = None
+        if value is not None:
             self.keep(name, value)
-        self.publish_stored({name: self.quantize(value.to(self.device)) for name, value in values.items()})
+            stored = self.quantize(value.to(self.device))
+        self.publish(name, stored, self.device)
 
     def publish_stored(self, stored: dict[str, Tensor]) -> None:
         """Make what the owners hold the stored copies on every rank. Collective."""

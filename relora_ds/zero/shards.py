@@ -10,6 +10,7 @@ never ask for the stage:
         shard.exp_avg, shard.exp_avg_sq
     view.write(name, value)          # a value that every rank holds -> master *and* the copy forward reads
     view.gather(names)               # the full fp32 masters, on every rank or on one
+    view.collect(name, what, dst)    # one full tensor on one rank, sent in pieces
 
 There is one small adapter per DeepSpeed wrapper; a wrapper that none of them knows is an error. Nothing
 is cached: DeepSpeed replaces its tensors when it loads a checkpoint.
@@ -30,6 +31,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE = 1 << 22  # elements that are sent at a time where no rank but one needs the whole tensor
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class _Adapter:
         """Every tensor that the inner optimizer steps, with the index of its parameter group."""
         return [(i, p) for i, group in enumerate(self.inner.param_groups) for p in group["params"]]
 
-    def write_forward_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value)
+    def write_forward_copy(self, parameter: nn.Parameter, piece: Tensor, start: int) -> None:
+        parameter.data.view(-1)[start:start + piece.numel()].copy_(piece)
 
     def forward_copy(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         """What forward reads on this rank, 1-D, and its start in the flattened parameter."""
@@ -179,8 +181,8 @@ class _Stage3(_Adapter):
         return [(self.wrapper.sub_group_to_group_id[i], flat)
                 for i, flat in enumerate(self.wrapper.fp32_partitioned_groups_flat)]
 
-    def write_forward_copy(self, parameter, value):
-        write_partition(parameter, value)
+    def write_forward_copy(self, parameter, piece, start):
+        write_partition(parameter, piece, start)
 
     def forward_copy(self, parameter):
         start, stop = partition_range(parameter)
@@ -207,11 +209,18 @@ def partition_range(parameter: nn.Parameter) -> tuple[int, int]:
     return start, min(parameter.ds_numel, start + length)
 
 
-def write_partition(parameter: nn.Parameter, value: Tensor) -> None:
-    """Store this rank's piece of a full-size `value` in a ZeRO-3 parameter that nobody has gathered."""
+def write_partition(parameter: nn.Parameter, value: Tensor, start: int = 0) -> None:
+    """Store this rank's part of `value`, which begins at element `start`, in a ZeRO-3 parameter, not gathered."""
     assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, "gathered: the edit would go unseen"
-    start, stop = partition_range(parameter)
-    parameter.ds_tensor.data[:stop - start].copy_(value.reshape(-1)[start:stop])
+    first, stop = partition_range(parameter)
+    copy_common(parameter.ds_tensor.data[:stop - first], first, value.reshape(-1), start)
+
+
+def copy_common(into: Tensor, into_start: int, piece: Tensor, start: int) -> None:
+    """Copy what two 1-D pieces of one tensor have in common, of which each begins at an element of it."""
+    first, stop = max(into_start, start), min(into_start + into.numel(), start + piece.numel())
+    if first < stop:
+        into[first - into_start:stop - into_start].copy_(piece[first - start:stop - start])
 
 
 def _adapter(engine: DeepSpeedEngine) -> _Adapter:
@@ -257,16 +266,19 @@ class ShardView:
         return Shard(name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *moments)
 
     @torch.no_grad()
-    def write(self, name: str, value: Tensor) -> None:
-        """Set a parameter to `value`, a full-size tensor that every rank holds: master and forward's copy, together.
+    def write(self, name: str, value: Tensor, start: int = 0) -> None:
+        """Set a parameter to `value`, which every rank holds: master and forward's copy, together.
 
         Writing only one of them is the classic mistake: the master alone leaves one step on the old
         value, the copy alone is undone by the next step. Collective in effect, but nothing is sent.
+
+        Args:
+            value: a full-size tensor, or the elements of it from `start` on.
         """
         shard = self[name]
-        value = value.to(shard.parameter.device if not shard.master.numel() else shard.master.device)
-        shard.master.copy_(shard.slice(value))
-        self._adapter.write_forward_copy(shard.parameter, value)
+        piece = value.reshape(-1).to(shard.parameter.device if not shard.master.numel() else shard.master.device)
+        copy_common(shard.master, shard.start, piece, start)
+        self._adapter.write_forward_copy(shard.parameter, piece, start)
 
     def forward_copy(self, name: str) -> tuple[Tensor, int]:
         """This rank's piece of what forward reads, 1-D, and its start in the flattened parameter."""
@@ -298,6 +310,23 @@ class ShardView:
         if dst is not None and dist.get_rank() != dst:
             return {}
         return {s.name: piece.view(s.shape) for s, piece in zip(shards, pieces, strict=True)}
+
+    @torch.no_grad()
+    def collect(self, name: str, what: str, dst: int) -> Tensor | None:
+        """One full fp32 tensor in its shape, on the CPU of rank `dst`; None elsewhere. Collective.
+
+        It is sent in pieces, so that no other rank ever holds it whole. what: as in `gather`.
+        """
+        shard, here = self[name], dist.get_rank() == dst
+        whole = torch.empty(shard.numel) if here else None
+        for start in range(0, shard.numel, PIECE):
+            piece = torch.zeros(min(PIECE, shard.numel - start), device=self._device)
+            copy_common(piece, start, getattr(shard, what), shard.start)
+            if self.partitioned:
+                dist.reduce(piece, dst)
+            if here:
+                whole[start:start + piece.numel()].copy_(piece)
+        return whole.view(shard.shape) if here else None
 
     def create_adam_state(self) -> None:
         """Give the inner Adam zero moments and step 0 before its first step, so that the view is whole at once.

@@ -1,4 +1,4 @@
-"""Before an engine exists: the process group, and the same initial values on every rank."""
+"""Before an engine exists: the process group."""
 
 import os
 import socket
@@ -8,12 +8,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
-from torch import nn
 from torch.distributed import distributed_c10d
 
 from relora_ds.zero import accelerator
 from relora_ds.zero.accelerator import device_of_rank
-from relora_ds.zero.agreement import checksum
 from relora_ds.zero.launchers import set_rank
 
 
@@ -103,24 +101,3 @@ def leave() -> None:
     """Leave the process group, when the process has nothing more to do in it."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@torch.no_grad()
-def align_ranks(model: nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers. Collective.
-
-    DeepSpeed broadcasts parameters too, but after casting them, and no buffers; the masters are taken
-    before. Only tensors whose checksums differ are sent: usually none, because every rank built the
-    model from one seed.
-    """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    device = device_of_rank()
-    sums = torch.stack([checksum(t.data.reshape(-1)).cpu() for t in tensors.values()]).to(device)
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    for tensor, differs in zip(tensors.values(), (low != high).tolist(), strict=True):
-        if differs:
-            value = tensor.data.to(device)
-            dist.broadcast(value, 0)
-            tensor.data.copy_(value)

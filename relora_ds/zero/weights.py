@@ -1,17 +1,21 @@
 """Where an engine's weights come from: fp32 tensors of the plain model, read one at a time.
 
-An engine is built on a model without values and filled from a source (`zero.fill`), so that no process holds a model
-twice, and at ZeRO-3 none holds it whole.
+An engine is built on a model without values and then filled (`zero.fill`), so that no process holds a model twice, and
+at ZeRO-3 none holds it whole.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from relora_ds.lowrank.wrap import full_shape, is_lora_parameter, lowrank_layers
+from relora_ds.zero.frozen_master import assign_owners, frozen_owners
 from relora_ds.zero.plain_model import persistent_buffers
+from relora_ds.zero.shards import copy_common, partition_range
 
 
 class WeightSource(Protocol):
@@ -19,7 +23,7 @@ class WeightSource(Protocol):
 
     Attributes:
         shapes: of every parameter (of tied ones, one name is enough) and every persistent buffer.
-        owners: the one rank that can read a tensor, by name; None where every rank can read all.
+        owners: the one rank that can read a tensor, by name; every rank can read those that are not in it. None: all.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -47,19 +51,87 @@ class OwnedWeights:
         return self._tensors.pop(name)
 
 
-def problems(source: WeightSource, model: nn.Module) -> list[str]:
-    """Why `source` does not have what `model` (wrapped or not, with or without values) consists of.
+class PartitionedWeights:
+    """What ZeRO-3 has partitioned in a model already, read in pieces by all ranks together.
 
-    The factors of low-rank layers need not be in it: they begin as they do after wrapping. A low-rank layer without a
-    base weight does not need the weight that it replaced.
+    Args:
+        parameters: they may be given other storage; it is their partitions that are kept here, until they are read.
     """
-    wanted, optional = plain_shapes(model), _replaced_shapes(model)
-    known = {name: shape for names, shape in (*wanted, *optional) for name in names}
-    missing = [names[0] for names, _ in wanted
-               if not any(name in source.shapes for name in names) and not is_lora_parameter(names[0])]
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+        self.shapes = {name: parameter.ds_shape for name, parameter in parameters.items()}
+        self._partitions = {name: (partition_range(p), p.ds_tensor) for name, p in parameters.items()}
+
+    def piece(self, name: str, start: int, stop: int, device: torch.device) -> Tensor:
+        """Elements of a flattened tensor on every rank, fp32. Collective."""
+        (first, last), partition = self._partitions[name]
+        value = torch.zeros(stop - start, device=device)
+        copy_common(value, start, partition[:last - first], first)
+        dist.all_reduce(value)  # an element is non-zero on one rank at most: the sum is exact
+        return value
+
+    def forget(self, name: str) -> None:
+        """Free a partition."""
+        del self._partitions[name]
+
+
+class Nothing:
+    """In place of a source: the engine begins with meaningless values, because a checkpoint is loaded into it next."""
+
+
+NOTHING = Nothing()
+
+
+def readers_of(model: nn.Module) -> dict[str, int]:
+    """The rank that reads each tensor where every rank can: a frozen weight's owner, and the others in equal parts."""
+    owners = {f"{name}.weight": owner for name, owner in frozen_owners(lowrank_layers(model)).items()}
+    others = {tensor.name: tensor.shape.numel() for tensor in plain_tensors(model) if tensor.name not in owners}
+    return owners | assign_owners(others, dist.get_world_size())
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A parameter or a persistent buffer of a plain model; a tied parameter has several names."""
+
+    names: list[str]
+    shape: torch.Size
+
+    @property
+    def name(self) -> str:
+        """The first of the names, by which the model's parameters are listed."""
+        return self.names[0]
+
+
+def plain_tensors(model: nn.Module) -> list[PlainTensor]:
+    """What a model consists of, wrapped or not, with or without values, and however its weights are stored."""
+    names: dict[int, list[str]] = {}
+    shapes: dict[int, torch.Size] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        shapes[id(parameter)] = full_shape(parameter)
+    for name, layer in lowrank_layers(model).items():
+        if layer.weight is not None:  # it may be packed, or a buffer
+            names.setdefault(id(layer.weight), [f"{name}.weight"])
+            shapes[id(layer.weight)] = layer.weight_shape
+    buffers = [PlainTensor([name], buffer.shape) for name, buffer in persistent_buffers(model).items()]
+    return [PlainTensor(names[key], shapes[key]) for key in names] + buffers
+
+
+def problems(source: WeightSource, model: nn.Module) -> list[str]:
+    """Why `source` does not have what `model` consists of.
+
+    The factors of low-rank layers need not be in it: they begin as they do after wrapping. Of a low-rank layer without
+    a base, it may have the weight that the layer replaced.
+    """
+    wanted = plain_tensors(model)
+    replaced = [PlainTensor([f"{name}.weight"], layer.weight_shape) for name, layer in lowrank_layers(model).items()
+                if layer.weight is None]
+    known = {name: tensor.shape for tensor in (*wanted, *replaced) for name in tensor.names}
+    missing = [tensor.name for tensor in wanted
+               if not (source.shapes.keys() & set(tensor.names) or is_lora_parameter(tensor.name))]
     unexpected = [name for name in source.shapes if name not in known]
     reshaped = [f"{name} {tuple(shape)} instead of {tuple(known[name])}" for name, shape in source.shapes.items()
-                if name in known and shape != known[name]]
+                if name in known and torch.Size(shape) != known[name]]
     if not (missing or unexpected or reshaped):
         return []
     return [f"weights: {_list('missing', missing)}, {_list('unexpected', unexpected)}, "
@@ -71,20 +143,31 @@ def _list(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:3]) or 'none'}{more}"
 
 
-def plain_shapes(model: nn.Module) -> list[tuple[list[str], torch.Size]]:
-    """`(names, shape)` of every parameter and persistent buffer; a tied parameter has several names."""
-    bases = {id(layer.weight): layer.weight_shape for layer in lowrank_layers(model).values()
-             if layer.weight is not None}
-    names: dict[int, list[str]] = {}
-    shapes: dict[int, torch.Size] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        shapes[id(parameter)] = bases.get(id(parameter), full_shape(parameter))
-    buffers = [([name], buffer.shape) for name, buffer in persistent_buffers(model).items()]
-    return [(names[key], shapes[key]) for key in names] + buffers
+def sources_of(model: nn.Module, weights: WeightSource | Nothing | None) -> list:
+    """Everything that the values of an engine's parameters are read from: `weights`, or what `model` holds already.
 
+    The low-rank factors that have values keep them. Rank 0's values count. Tensors are taken over, not copied.
 
-def _replaced_shapes(model: nn.Module) -> list[tuple[list[str], torch.Size]]:
-    """Those of weights that low-rank layers without a base replaced."""
-    return [([f"{name}.weight"], layer.weight_shape) for name, layer in lowrank_layers(model).items()
-            if layer.weight is None]
+    Raises:
+        ValueError: there are no values, or `weights` are of another model.
+    """
+    if empty := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise ValueError(f"model: {len(empty)} of its buffers are on the meta device (the first: {empty[0]}) and "
+                         "have no values, which no source of weights has; leave only parameters there, as "
+                         "accelerate.init_empty_weights(include_buffers=False) does")
+    if weights is NOTHING:
+        return []
+    own = {name: p for name, p in model.named_parameters() if weights is None or is_lora_parameter(name)}
+    unset = {f"{name}.{factor}" for name, layer in lowrank_layers(model).items() if layer.initial_seed is not None
+             for factor in ("lora_A", "lora_B")}
+    own = {name: p for name, p in own.items() if name not in unset}
+    if weights is None and (empty := [name for name, p in own.items() if p.is_meta]):
+        raise ValueError(f"model: {len(empty)} of its parameters are on the meta device (the first: {empty[0]}) and "
+                         "have no values; pass weights=, a source of them (relora_ds.zero.weights)")
+    if weights is not None and (found := problems(weights, model)):
+        raise ValueError("\n".join(found))
+    partitioned = {name: p for name, p in own.items() if hasattr(p, "ds_tensor")}
+    whole = {name: p.detach() for name, p in own.items() if name not in partitioned}
+    values = OwnedWeights({name: value.shape for name, value in whole.items()}, dict.fromkeys(whole, 0),
+                          whole if dist.get_rank() == 0 else {})
+    return [*([] if weights is None else [weights]), PartitionedWeights(partitioned), values]

@@ -44,12 +44,12 @@ PLACES = {
     "a save: before latest": ("relora_ds.checkpoint.writer", "files.write_text"),
     "a save: deleting old ones": ("relora_ds.checkpoint.store", "remove"),
     "a restart: at its beginning": ("relora_ds.zero.engine", "restart"),
-    "a restart: before the broadcast": ("relora_ds.zero.frozen_master", "FrozenWeights.publish"),
+    "a restart: before the broadcast": ("relora_ds.zero.restart", "checksum"),
     "a restart: before A and B are new": ("relora_ds.zero.restart", "_reinitialise"),
     "a restart: before the moments are pruned": ("relora_ds.zero.restart", "prune_moments"),
     "a restart: before the ranks agree": ("relora_ds.zero.restart", "verify"),
     "the switch: collecting": ("relora_ds.training.phases", "hand_over"),
-    "the switch: building": ("relora_ds.training.phases", "load_plain"),
+    "the switch: building": ("relora_ds.zero.weights", "OwnedWeights.read"),
     "the switch: before the first step": ("relora_ds.training.trainer", "CheckpointWriter"),
 }
 

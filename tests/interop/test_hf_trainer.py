@@ -57,10 +57,14 @@ def relora_config(**changes):
 
 @contextlib.contextmanager
 def made_trainer(directory: str, stage: int, precision: str = "fp32", accumulation: int = 1, model_seed: int = 0,
-                 lora_dropout: float = 0.0, frozen: dict | None = None, callback: bool = True, **changes):
-    """A trainer with the callback on a new wrapped model; afterwards, no trace of it in the process."""
+                 lora_dropout: float = 0.0, frozen: dict | None = None, callback: bool = True,
+                 load: str | None = None, **changes):
+    """A trainer with the callback on a new wrapped model; afterwards, no trace of it in the process.
+
+    load: a directory that the model is loaded from when there are TrainingArguments.
+    """
     config = relora_config(lora_dropout=lora_dropout, **(frozen or {}))
-    model = relora_ds.wrap(network(model_seed, frozen), config, seed=model_seed)
+    model = relora_ds.wrap(network(model_seed, frozen), config, seed=model_seed) if load is None else None
     trainer = None
     try:
         arguments = TrainingArguments(**{**dict(
@@ -72,6 +76,9 @@ def made_trainer(directory: str, stage: int, precision: str = "fp32", accumulati
             eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=MICRO, logging_steps=1, disable_tqdm=True,
             report_to="none", log_level="error"), **changes})
         torch.set_num_threads(1)  # accelerate has changed it
+        if load is not None:
+            model = relora_ds.wrap(AutoModelForCausalLM.from_pretrained(load, attn_implementation="eager"), config)
+            assert hasattr(model.lm_head.weight, "ds_tensor") == (stage == 3)
         trainer = RecordingTrainer(model=model, args=arguments, train_dataset=rows(TRAIN_ROWS),
                                    eval_dataset=rows(EVAL_ROWS))
         trainer.losses, trainer.rows = [], []
@@ -194,6 +201,19 @@ def test_losses_resume_and_models(tmp_path, stage, precision, accumulation, lora
     tolerance = 1e-6 if precision == "fp32" and frozen is None else 2e-3
     assert plain_loss(tmp_path / f"checkpoint-{SAVED_AT}") == pytest.approx(run["eval"][SAVED_AT], rel=tolerance)
     assert plain_loss(tmp_path / "merged") == pytest.approx(run["eval"][STEPS], rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_transformers_has_partitioned(tmp_path, precision):
+    network(0, None).save_pretrained(tmp_path / "model")
+    how = dict(stage=3, precision=precision, max_steps=6, eval_strategy="no", save_strategy="no")
+    [whole] = ranks(2).run(trainers_run, str(tmp_path), **how)[0]
+    [loaded] = ranks(2).run(trainers_run, str(tmp_path), load=str(tmp_path / "model"), **how)[0]
+    assert loaded["restarts"] == whole["restarts"] == [4]
+    if precision == "fp32":
+        assert loaded["losses"] == whole["losses"]
+    else:  # transformers loads weights in the precision that trains
+        assert loaded["losses"] == pytest.approx(whole["losses"], rel=2e-2)
 
 
 def best_run(directory: str, stage: int) -> dict:
