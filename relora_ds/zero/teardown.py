@@ -8,6 +8,7 @@ import gc
 
 import torch
 
+from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import accelerator
 
 
@@ -36,7 +37,9 @@ def release(engine) -> None:
     # ZeRO-3's hook classes stay registered for good and hold the module: let them hold nothing, buffers included, as
     # replicated frozen weights are.
     for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
+        tensor.data, tensor.grad = torch.empty(0, dtype=tensor.dtype), None
+    for layer in lowrank_layers(module).values():
+        layer.sketch = None
     engine.shards.__dict__.clear()
     engine.frozen.__dict__.clear()
     basic.state.clear()

@@ -7,6 +7,7 @@ import pytest
 from relora_ds.zero.teardown import release
 from tests.parity import cases
 from tests.ranks import ranks
+from tests.small_models import batch
 from tests.zero.live_tensors import live_bytes
 
 
@@ -28,12 +29,15 @@ def _watch(engine) -> dict[str, weakref.ref]:
     return watched
 
 
-def build_and_release(stage, precision, offload=False, **relora) -> tuple[list[str], int, int]:
+def build_and_release(stage, precision, offload=False, within_a_step=False, **relora) -> tuple[list[str], int, int]:
     """(names of tensors that are still alive, live bytes before and after)."""
     before = live_bytes()
     engine = cases.build(stage, precision=precision, offload=offload, relora=cases.relora_config(**relora))
     cases.train_step(engine, 0)
     cases.logits(engine)
+    if within_a_step:  # as when a spike of its loss is seen
+        tokens = batch(1, 2)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     watched = _watch(engine)
     release(engine)
     after = live_bytes()
@@ -50,6 +54,12 @@ def test_nothing_survives_a_release(stage, precision, offload):
 @pytest.mark.parametrize("frozen_dtype", ["auto", "int8"])
 def test_frozen_weights_that_are_buffers_do_not_survive_it(frozen_dtype):
     _check(ranks(2).run(build_and_release, 3, "bf16", frozen_placement="replicated", frozen_dtype=frozen_dtype))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_that_is_given_up_leaves_no_gradients_and_no_sketches_of_them(stage):
+    relora = dict(restart_init="gradient", restart_every=2, restart_warmup_steps=1)
+    _check(ranks(2).run(build_and_release, stage, "fp32", within_a_step=True, **relora))
 
 
 def _check(results) -> None:
