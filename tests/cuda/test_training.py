@@ -80,8 +80,9 @@ def overflow(stage: int) -> dict:
     found = {"changed": [what for what in before if before[what] != after[what]], "counted": engine.t - t,
              "scale": engine.optimizer.cur_scale / scale}
     losses = [cases.train_step(engine, step) for step in range(6, STEPS)]
+    found |= {"t": engine.t - t, "losses": losses, "restarts": len(engine.restarts)}
     cases.release(engine)
-    return found | {"t": engine.t - t, "losses": losses, "restarts": len(engine.restarts)}
+    return found
 
 
 @pytest.mark.parametrize("stage", [1, 3])
