@@ -83,7 +83,7 @@ def host_group() -> dist.ProcessGroup:
     except RuntimeError as error:
         raise RuntimeError(f"the ranks cannot talk over gloo, as they do on GPUs too: {error}; name the network "
                            "interface that joins their machines in GLOO_SOCKET_IFNAME") from error
-    distributed_c10d._set_pg_timeout(timedelta(days=1), group)  # a slow disk is no failure
+    _set_timeout(group, timedelta(days=1))  # a slow disk is no failure
     return group
 
 
@@ -94,7 +94,12 @@ def set_timeouts(timeout: timedelta) -> None:
     the world's is. Neither library has a public function for it.
     """
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timeout, group)
+        _set_timeout(group, timeout)
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    for device in group._device_types:
+        group._get_backend(device)._set_default_timeout(timeout)
 
 
 def leave() -> None:

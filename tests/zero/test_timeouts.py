@@ -25,8 +25,8 @@ DAY = timedelta(days=1)
 
 
 def timeouts() -> dict[str, timedelta]:
-    """Of every process group, by its name."""
-    return {name: group._get_backend(torch.device("cpu")).options._timeout
+    """Of every process group, by its name: the least of its devices'."""
+    return {name: min(group._get_backend(device).options._timeout for device in group._device_types)
             for group, name in distributed_c10d._world.pg_names.items()}
 
 
