@@ -10,6 +10,7 @@ from relora_ds.checkpoint.state import capture
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.wrap import wrap
 from relora_ds.zero.teardown import release
+from tests.emulated_cuda.pool import gpu
 from tests.parity.cases import ds_settings
 from tests.small_models import batch, llama
 
@@ -24,7 +25,7 @@ def live_bytes() -> int:
 
 def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, relora=None):
     """An engine on a small LLaMA, whose sizes every format can store."""
-    config = ReLoRAConfig(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1, **(relora or {}))
+    config = ReLoRAConfig(**{**dict(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1), **(relora or {})})
     model = wrap(llama(hidden_size=32, intermediate_size=48, num_hidden_layers=layers), config, seed=0)
     engine, *_ = relora_ds.initialize(
         model=model, config=ds_settings(stage, precision, offload, **(zero or {})), relora=config, lr=1e-2,
@@ -46,7 +47,7 @@ def live_and_let_go(stage: int, **how) -> dict:
     """All that happens to an engine; returns what is left of it on this rank's GPU, in bytes, and what it did."""
     before = live_bytes()
     result = _live(build(stage, **how))
-    return result | {"left": live_bytes() - before}
+    return result | {"left": live_bytes() - before, "left page-locked": gpu().memory.pinned.used}
 
 
 def _live(engine) -> dict:
@@ -60,6 +61,21 @@ def _live(engine) -> dict:
     captured = capture(engine, [0, 1], with_frozen=True)
     on_gpu = [name for tensors in (merged, captured.trained, captured.frozen)
               for name, tensor in tensors.items() if tensor.is_cuda]
-    result = {"loss": loss, "restarts": list(engine.restarts), "collected on the GPU": on_gpu}
+    weights = sum(layer.weight_shape.numel() for layer in engine.frozen.layers.values())
+    result = {"loss": loss, "restarts": list(engine.restarts), "collected on the GPU": on_gpu,
+              "page-locked a weight": gpu().memory.pinned.used / weights}
     release(engine)
     return result
+
+
+def memory_of_a_restart(stage: int, layers: int) -> tuple[int, int]:
+    """Bytes on this rank's GPU at the peak of a restart beyond those before it, and how many weights are frozen."""
+    engine = build(stage, layers=layers, relora=dict(r=1, optimizer_reset="none"))
+    train(engine, range(1))
+    before = live_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    engine.restart()
+    peak = torch.cuda.max_memory_allocated() - before
+    weights = sum(layer.weight_shape.numel() for layer in engine.frozen.layers.values())
+    release(engine)
+    return peak, weights

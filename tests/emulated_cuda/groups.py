@@ -37,7 +37,5 @@ def patch(gpu, patches: Patches) -> None:
         return real_backend(group) if is_of_the_host(group) else "nccl"
 
     for module in (c10d, dist):
-        patches.set(module, init_process_group=init_process_group, new_group=new_group, get_backend=get_backend,
-                    is_nccl_available=lambda: True)
-    patches.set(c10d, _set_pg_timeout=lambda timeout, group=None: None)  # it asks for a class of CUDA builds
+        patches.set(module, init_process_group=init_process_group, new_group=new_group, get_backend=get_backend)
     patches.set(c10d, _get_object_coll_device=lambda group=None: HOST if is_of_the_host(group) else gpu.current_device)

@@ -80,11 +80,12 @@ class PinnedMemory:
     has the size that it has.
 
     Attributes:
-        held: bytes that are page-locked, in use or not.
+        held: bytes that are page-locked.
+        used: those of them that belong to tensors.
     """
 
     def __init__(self):
-        self.held = 0
+        self.held = self.used = 0
         self._free: collections.Counter[int] = collections.Counter()
         self._registered: dict[int, int] = {}
 
@@ -95,20 +96,25 @@ class PinnedMemory:
             self._free[block] -= 1
         else:
             self.held += block
+        self.used += block
         return block
 
     def free(self, block: int) -> None:
         """Keep a block for later."""
         self._free[block] += 1
+        self.used -= block
 
     def register(self, address: int, size: int) -> None:
         """Lock memory that was allocated elsewhere."""
         self._registered[address] = size
         self.held += size
+        self.used += size
 
     def unregister(self, address: int) -> None:
         """Unlock it."""
-        self.held -= self._registered.pop(address)
+        size = self._registered.pop(address)
+        self.held -= size
+        self.used -= size
 
     def is_registered(self, address: int) -> bool:
         """Whether memory at an address is locked by `register`."""

@@ -240,15 +240,16 @@ def test_pinned_memory_comes_in_powers_of_two_and_is_kept(gpu):
     first = torch.ones(300).pin_memory()
     assert first.is_pinned() and gpu.memory.pinned.held == 2048
     del first
+    assert gpu.memory.pinned.used == 0
     second = torch.empty(400, pin_memory=True)
     assert gpu.memory.pinned.held == 2048, "the same block again"
     third = torch.empty(512, pin_memory=True)
-    assert gpu.memory.pinned.held == 4096 and second.is_pinned() and third.is_pinned()
+    assert gpu.memory.pinned.held == gpu.memory.pinned.used == 4096 and second.is_pinned() and third.is_pinned()
 
 
 def test_registered_memory_has_the_size_that_it_has(gpu):
     tensor = torch.ones(300)
     torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), 1200, 1)
-    assert tensor[5:].is_pinned() and gpu.memory.pinned.held == 1200
+    assert tensor[5:].is_pinned() and gpu.memory.pinned.held == gpu.memory.pinned.used == 1200
     torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-    assert not tensor.is_pinned() and gpu.memory.pinned.held == 0
+    assert not tensor.is_pinned() and gpu.memory.pinned.held == gpu.memory.pinned.used == 0
