@@ -38,8 +38,8 @@ class WatchedTrainer(Trainer):
         self.steps.append(Step(emulation.syncs.places(), torch.cuda.max_memory_allocated() - before))
 
 
-def train(overrides: list[str], vocabulary: int | None = None) -> tuple[dict, list[Step], int]:
-    """Train the tiny recipe; returns its summary, its steps, and the bytes that are left on the GPU.
+def train(overrides: list[str], vocabulary: int | None = None) -> tuple[list[Step], int]:
+    """Train the tiny recipe; returns its steps, and the bytes that are left on the GPU.
 
     vocabulary: of the model, if not the tokenizer's.
     """
@@ -47,6 +47,7 @@ def train(overrides: list[str], vocabulary: int | None = None) -> tuple[dict, li
     plan = check("tiny", overrides)
     plan.model_config.vocab_size = vocabulary or plan.model_config.vocab_size
     trainer = WatchedTrainer(plan)
-    summary, steps = trainer.fit(), trainer.steps
+    trainer.fit()
+    steps = trainer.steps
     del trainer
-    return summary, steps, live_bytes() - before
+    return steps, live_bytes() - before
