@@ -54,6 +54,8 @@ def _live(engine) -> dict:
     probe = batch(99, 2).to(engine.device)
     engine.drift_probe = lambda: engine.module(input_ids=probe).logits
     loss = train(engine, range(2 * EVERY + 1))
+    weights = sum(layer.weight_shape.numel() for layer in engine.frozen.layers.values())
+    locked = gpu().memory.pinned.used / weights
     engine.eval()
     with torch.no_grad():
         engine(input_ids=probe)
@@ -61,9 +63,8 @@ def _live(engine) -> dict:
     captured = capture(engine, [0, 1], with_frozen=True)
     on_gpu = [name for tensors in (merged, captured.trained, captured.frozen)
               for name, tensor in tensors.items() if tensor.is_cuda]
-    weights = sum(layer.weight_shape.numel() for layer in engine.frozen.layers.values())
     result = {"loss": loss, "restarts": list(engine.restarts), "collected on the GPU": on_gpu,
-              "page-locked a weight": gpu().memory.pinned.used / weights}
+              "page-locked a weight": locked}
     release(engine)
     return result
 

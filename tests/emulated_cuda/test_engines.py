@@ -8,7 +8,7 @@ from tests.emulated_cuda.pool import emulated_ranks
 CASES = {
     "stage 0": dict(stage=0),
     "stage 1": dict(stage=1),
-    "stage 2, A from gradients": dict(stage=2, relora=dict(restart_init="gradient")),
+    "stage 2, no masters, A from gradients": dict(stage=2, relora=dict(restart_init="gradient", frozen_master="none")),
     "stage 3, A orthogonal": dict(stage=3, relora=dict(restart_init="orthogonal")),
     "optimizer offloaded": dict(stage=1, offload=True),
     "nf4, sharded": dict(stage=3, relora=dict(frozen_dtype="nf4", lora_dropout=0.1)),
@@ -27,3 +27,10 @@ def test_an_engine_from_its_building_to_its_release(case):
         assert result["left"] <= 64 and result["left page-locked"] == 0
     # DeepSpeed's own offloading has memory of this kind too.
     assert "offload" in case or sum(result["page-locked a weight"] for result in results) <= 4
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_memory_of_a_restart_does_not_grow_with_the_network(stage):
+    """Each rank merges one layer at a time: of further ones there are only the factors."""
+    small, large = (emulated_ranks().run(engines.memory_of_a_restart, stage, layers) for layers in (2, 6))
+    for (peak, weights), (larger_peak, more_weights) in zip(small, large, strict=True):
+        assert (larger_peak - peak) / (more_weights - weights) < 0.5, "bytes of a further weight"
