@@ -46,7 +46,8 @@ def _train_and_merge(layer: ReLoRALinear, dtype: torch.dtype, device: torch.devi
     merged = add_update_(base.clone(), layer.lora_A.float(), layer.lora_B.float(), layer.scaling)
     stored = layer.format.quantize(round_unbiased(merged, keyed_generator("key", device)), dtype)
     lost = layer.format.dequantize(stored, merged.shape, torch.float32) - merged
-    MergeLedger(merged.numel()).add(merged - base, lost)
+    ledger = MergeLedger(merged.numel())
+    ledger.add(ledger.sample(merged - base).cpu(), ledger.sample(lost).cpu())
     _prune([p.grad for p in layer.parameters()])
     for tensor in (y, x.grad, *(p.grad for p in layer.parameters()), layer.merged_weight(), stored):
         assert tensor.device == device

@@ -213,9 +213,9 @@ def test_what_does_not_wait_is_not(gpu, work):
 
 
 def test_a_place_is_a_function_of_a_package(gpu):
-    from relora_ds.lowrank.frozen import MergeLedger
-    MergeLedger(4).add(on_gpu(4), on_gpu(4))
-    assert gpu.syncs.places("relora_ds") == {"relora_ds/lowrank/frozen.py:add": 2}
+    from relora_ds.lowrank.reinit import dominant_rows
+    dominant_rows(on_gpu(4, 4), 2)
+    assert gpu.syncs.places("relora_ds") == {"relora_ds/lowrank/reinit.py:dominant_rows": 3}
     assert gpu.syncs.places("deepspeed") == {}
 
 
