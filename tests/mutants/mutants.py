@@ -80,6 +80,14 @@ MUTANTS = [
            ("tests/training/test_step.py::test_a_step_takes_the_bytes_of_one_micro_batch_of_logits",), "< 12.5"),
     Mutant("state_of_the_batch_ahead",
            ("tests/data/test_prefetch.py::test_batches_and_states_are_those_of_the_loader[True]",), "assert"),
+    # On GPUs.
+    Mutant("gathers_not_ordered", ("tests/zero/test_streams.py",), "['gather'"),
+    Mutant("fp8_operand_by_columns",
+           ("tests/lowrank/test_formats.py::test_fp8_operands_lie_in_memory_as_cuda_wants_them[by columns]",),
+           "must be row_major"),
+    Mutant("packed_rows_see_each_other",
+           ("tests/zero/test_attention_mask.py::test_results_are_the_models_own[packed, by name]",), "torch.equal"),
+    Mutant("merges_in_tf32", ("tests/lowrank/test_precision.py",), "products.are_exact()"),
     # Guards.
     Mutant("non_finite_merge_goes_on", (f"{GUARD}::test_a_merge_that_is_not_finite_is_refused[1-fp32]",), "in 1 of"),
     Mutant("spike_applied", (f"{GUARD}::test_skip[1]",), "assert"),
