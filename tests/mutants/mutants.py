@@ -7,6 +7,8 @@ When a patch no longer applies, make it again: `git diff -U2 > tests/mutants/pat
 
 from dataclasses import dataclass
 
+ON_GPUS = "tests/emulated_cuda/test_engines.py::test_an_engine_from_its_building_to_its_release"
+STEP_ON_GPUS = "tests/emulated_cuda/test_step.py::test_the_host_waits_for_nothing_but_deepspeeds_optimizer"
 GUARD = "tests/training/test_guard.py"
 RESUME = "tests/training/test_resume.py::test_resume_is_exact"
 FORMATS = "tests/zero/test_formats.py"
@@ -97,4 +99,24 @@ MUTANTS = [
         (f"{GUARD}::test_rollback_is_a_resume_with_later_data",),
         "times back to step 40",
     ),
+    # What only GPUs refuse, on emulated ones.
+    Mutant("gpu_gather_on_the_host", (f"{ON_GPUS}[stage 1]",), "on the host: No backend type"),
+    Mutant("gpu_flags_on_the_host", (f"{ON_GPUS}[stage 1]",), "on the host: No backend type"),
+    Mutant("gpu_merge_on_the_host", (f"{ON_GPUS}[stage 1]",), "could not merge"),
+    Mutant("gpu_batch_on_the_host", (f"{ON_GPUS}[stage 1]",), "on the same device, but aten.embedding"),
+    Mutant("gpu_numpy", (f"{ON_GPUS}[stage 1]",), "can't convert cuda device type tensor to numpy"),
+    Mutant("gpu_current_one_not_set", (f"{ON_GPUS}[stage 1]",), "FAILED"),  # the rank dies before it can say why
+    Mutant("gpu_int16_flags", (f"{ON_GPUS}[stage 1]",), "of a dtype that it lacks, torch.int16"),
+    Mutant("gpu_host_generator", (f"{ON_GPUS}[stage 2, no masters, A from gradients]",), "device type for generator"),
+    Mutant("gpu_sketch_on_the_host", (f"{ON_GPUS}[stage 2, no masters, A from gradients]",), "on the same device"),
+    Mutant("gpu_offloaded_moments", (f"{ON_GPUS}[optimizer offloaded]",), "on the same device"),
+    Mutant("gpu_state_left_there", (f"{ON_GPUS}[stage 1]",), 'result["collected on the GPU"] == []'),
+    Mutant("gpu_optimizer_state_kept", (f"{ON_GPUS}[stage 1]",), 'result["left"] <= 64'),
+    Mutant("gpu_strided_broadcast", (f"{ON_GPUS}[stage 3, A orthogonal]",), "that is not contiguous"),
+    Mutant("gpu_fp8_codes_by_rows", (f"{ON_GPUS}[fp8, which multiplies]",), "mat2 must be col_major"),
+    Mutant("gpu_buffers_kept", (f"{ON_GPUS}[int8, replicated]",), 'result["left"] <= 64'),
+    Mutant("gpu_masters_in_powers_of_two", (f"{ON_GPUS}[stage 1]",), '"page-locked a weight"'),
+    Mutant("gpu_waited_for_each_micro_step", (STEP_ON_GPUS,), "WAITS.get(place, 0)"),
+    Mutant("gpu_mask_searched", (STEP_ON_GPUS,), "WAITS.get(place, 0)"),
+    Mutant("gpu_batch_waited_for", (STEP_ON_GPUS,), "WAITS.get(place, 0)"),
 ]
