@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant("gpu_numpy", (f"{ON_GPUS}[stage 1]",), "can't convert cuda device type tensor to numpy"),
     Mutant("gpu_current_one_not_set", (f"{ON_GPUS}[stage 1]",), "FAILED"),  # the rank dies before it can say why
     Mutant("gpu_int16_flags", (f"{ON_GPUS}[stage 1]",), "of a dtype that it lacks, torch.int16"),
-    Mutant("gpu_host_generator", (f"{ON_GPUS}[stage 2, no masters, A from gradients]",), "device type for generator"),
+    Mutant("gpu_host_generator", (f"{ON_GPUS}[stage 2, no masters, A from gradients]",), "could not merge"),
     Mutant("gpu_sketch_on_the_host", (f"{ON_GPUS}[stage 2, no masters, A from gradients]",), "on the same device"),
     Mutant("gpu_offloaded_moments", (f"{ON_GPUS}[optimizer offloaded]",), "on the same device"),
     Mutant("gpu_state_left_there", (f"{ON_GPUS}[stage 1]",), 'result["collected on the GPU"] == []'),
