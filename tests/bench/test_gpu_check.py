@@ -143,7 +143,7 @@ def test_without_a_gpu_it_says_how_to_try(capsys):
 @pytest.mark.slow
 def test_all_of_it_runs(tmp_path):
     out = tmp_path / "found.json"
-    done = subprocess.run(["bash", "launch_scripts/gpu_check.sh", str(out), "--tiny", "--minutes", "30"], cwd=ROOT,
+    done = subprocess.run(["bash", "launch_scripts/gpu_check.sh", str(out), "--tiny", "--minutes", "120"], cwd=ROOT,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())["result"]
@@ -153,4 +153,4 @@ def test_all_of_it_runs(tmp_path):
     for part in gpu_check.TINY.presets:
         assert sorted(measured[part]) == sorted(gpu_check.ORDER)
     assert len(measured["several GPUs"]) == 6 and len(measured["restart"]) == 6 and measured["layer"]
-    assert {entry["skipped"] for entry in result["parts"]["correctness"]} == {"there is no GPU"}
+    assert len(result["parts"]["correctness"]) > 80  # skipped where there is no GPU
