@@ -43,8 +43,8 @@ def cards(records: dict[str, dict]) -> str:
                                                          for name in ("full rank", "ours", "of full rank"))]]
     for record in records.values():
         result = record["result"]
-        rows.append([record["conditions"]["device"], str(result["machine"].get("gpus", "")), str(_tests(result, "passed")),
-                     str(_tests(result, "failed")), *_speeds_of(result, "speed at 350M"),
+        rows.append([record["conditions"]["device"], str(result["machine"].get("gpus", "")),
+                     *(str(_tests(result, outcome)) for outcome in ("passed", "failed")), *_speeds_of(result, "speed at 350M"),
                      *_speeds_of(result, "speed at 1.3B")])
     return rows_as_markdown(rows)
 
