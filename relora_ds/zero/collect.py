@@ -36,7 +36,8 @@ def collect_merged(module: nn.Module, shards: ShardView, frozen: FrozenWeights, 
 def collect_owned(module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device,
                   owners: Mapping[str, int]) -> OwnedWeights:
     """The same spread over the ranks, each tensor on its owner alone; those without an owner are left out."""
-    shapes = {tensor.name: tensor.shape for tensor in plain_tensors(module) if tensor.name in owners}
+    shapes = {tensor.name: tensor.shape for tensor in plain_tensors(module)
+              if tensor.name in owners and not is_lora_parameter(tensor.name)}
     shapes |= {key: layer.weight_shape for name, layer in lowrank_layers(module).items()
                if (key := f"{name}.weight") in owners}
     found = {name: value for name, value in _merged_tensors(module, shards, frozen, device, owners.get, shapes)

@@ -7,8 +7,10 @@ from deepspeed.runtime.zero import GatheredParameters
 
 import relora_ds
 from relora_ds.lowrank.wrap import lowrank_layers, wrap_quietly
+from relora_ds.zero import fill, shards
+from relora_ds.zero.collect import collect_owned
 from relora_ds.zero.plain_model import persistent_buffers
-from relora_ds.zero.weights import OwnedWeights, plain_tensors
+from relora_ds.zero.weights import OwnedWeights, plain_tensors, readers_of
 from tests.parity import cases
 from tests.small_models import FAMILIES
 from tests.zero.live_tensors import live_bytes
@@ -146,3 +148,22 @@ def live_while_filled(stage: int) -> dict:
              "largest": max(4 * shape.numel() for shape in source.shapes.values()), "num_read": source.num_read}
     cases.release(engine)
     return found
+
+
+def in_pieces(stage: int) -> None:
+    """Fill an engine from tensors that are sent in many pieces, and collect it so."""
+    usual = shards.PIECE
+    shards.PIECE = fill.PIECE = 100
+    try:
+        from_a_source(stage, "bf16", "qwen2", spread=True)
+        relora = cases.relora_config()
+        model = wrap_quietly(FAMILIES["llama"](), relora)
+        engine, owners = engine_of(model, relora, stage, "fp32"), readers_of(model)
+        whole = engine.collect_merged()
+        spread = collect_owned(engine.module, engine.shards, engine.frozen, device=engine.device, owners=owners)
+        assert spread.shapes.keys() == whole.keys() and len(set(owners.values())) == dist.get_world_size()
+        for name in (name for name in whole if owners[name] == dist.get_rank()):
+            assert torch.equal(spread.read(name), whole[name]), name
+        cases.release(engine)
+    finally:
+        shards.PIECE = fill.PIECE = usual

@@ -42,6 +42,11 @@ def test_any_number_of_ranks(stage, world_size):
     ranks(world_size).run(filled.from_a_source, stage, "bf16", spread=True)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_tensors_are_sent_in_pieces(stage):
+    ranks(2).run(filled.in_pieces, stage)
+
+
 @pytest.mark.parametrize("stage, precision, inside, source", [
     (3, "fp32", False, False), (3, "bf16", True, False), (3, "bf16", False, True), (1, "bf16", False, False)])
 def test_a_model_built_under_zero_init(stage, precision, inside, source):
