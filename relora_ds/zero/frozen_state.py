@@ -56,14 +56,17 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
     """
     frozen = engine.frozen
     engine.shards.drop_gathered_copies()
-    if saved.with_masters or saved.exact:
-        frozen.publish_masters({name: read(f"{name}.weight") for name in frozen.owned()})
-    else:
-        assert saved.same_bytes(frozen.storage)
-        stored = {name: read(f"{STORED}{name}.weight") for name in frozen.owned()}
-        frozen.publish_stored(stored)
-        for name, value in stored.items() if frozen.with_masters else ():  # they begin with all that is left
-            frozen.keep(name, frozen.dequantize(name, value.to(frozen.device)))
+    in_fp32 = saved.with_masters or saved.exact
+    assert in_fp32 or saved.same_bytes(frozen.storage)
+    for name, owner in frozen.owners.items():  # one at a time: there is no second copy of them all
+        mine = owner == dist.get_rank()
+        if in_fp32:
+            frozen.take(name, read(f"{name}.weight") if mine else None)
+        else:
+            stored = read(f"{STORED}{name}.weight").to(frozen.device) if mine else None
+            frozen.publish(name, stored, frozen.device)
+            if mine:  # masters begin with all that is left
+                frozen.keep(name, frozen.dequantize(name, stored))
     for name, ledger in frozen.ledgers.items():
         ledger.intended.copy_(read(INTENDED + name))
         ledger.lost.copy_(read(LOST + name))
