@@ -65,7 +65,7 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
         else:
             stored = read(f"{STORED}{name}.weight").to(frozen.device) if mine else None
             frozen.publish(name, stored, frozen.device)
-            if mine:  # masters begin with all that is left
+            if mine and frozen.with_masters:  # they begin with all that is left
                 frozen.keep(name, frozen.dequantize(name, stored))
     for name, ledger in frozen.ledgers.items():
         ledger.intended.copy_(read(INTENDED + name))
