@@ -44,8 +44,8 @@ def cards(records: dict[str, dict]) -> str:
     for record in records.values():
         result = record["result"]
         rows.append([record["conditions"]["device"], str(result["machine"].get("gpus", "")),
-                     *(str(_tests(result, outcome)) for outcome in ("passed", "failed")), *_speeds_of(result, "speed at 350M"),
-                     *_speeds_of(result, "speed at 1.3B")])
+                     *(str(_tests(result, outcome)) for outcome in ("passed", "failed")),
+                     *_speeds_of(result, "speed at 350M"), *_speeds_of(result, "speed at 1.3B")])
     return rows_as_markdown(rows)
 
 
