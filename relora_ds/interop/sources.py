@@ -128,7 +128,10 @@ def weights_of(source: str, trust_remote_code: bool = False) -> WeightSource:
     """The fp32 weights of the plain model, updates merged, read one tensor at a time. Errors: see `config_of`."""
     kind, path = locate(source)
     if kind == "checkpoint":
-        return CheckpointWeights(Path(path))
+        weights = CheckpointWeights(Path(path))
+        if weights.owners is not None:
+            logger.info("init_from: %s is in DeepSpeed's format, so rank 0 reads it whole", path)
+        return weights
     config = config_of(source, trust_remote_code)
     with _clear_errors(source, "init_from"):
         if kind == "peft":

@@ -1,6 +1,7 @@
 """PEFT exports: an adapter and its base give the run's function, and an adapter on another base is refused."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -174,9 +175,11 @@ def test_an_adapter_that_is_more_than_ours_is_merged_by_peft_on_rank_0(trained, 
         assert torch.equal(weights.read(name), value), name
 
 
-def test_a_checkpoint_in_deepspeeds_format_is_read_by_rank_0_alone(trained):
+def test_a_checkpoint_in_deepspeeds_format_is_read_by_rank_0_alone(trained, caplog):
+    caplog.set_level(logging.INFO, "relora_ds")
     weights = weights_of(str(trained[0] / "step6"))
     assert set(weights.owners.values()) == {0} and weights.owners.keys() == weights.shapes.keys()
+    assert "so rank 0 reads it whole" in caplog.text
     expected = read_model(trained[0] / "step6").merged()
     assert {name: value.shape for name, value in expected.items()} == weights.shapes
     assert all(torch.equal(weights.read(name), value) for name, value in expected.items())
