@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PIECE = 1 << 22  # elements that are sent at a time where no rank but one needs the whole tensor
+PIECE = 1 << 20  # elements that are sent at a time where no rank but one needs the whole tensor
 
 
 @dataclass(frozen=True)
