@@ -117,7 +117,7 @@ launch_here() {
 
 # launch RUN_DIR ARGUMENT...: run Python with these arguments, a launcher's, to its end, and exit as the run did.
 launch() {
-    local run_dir=$1 launcher started stopped='' code=0 second
+    local run_dir=$1 launcher started code=0 second
     shift
     # In a process group of its own, so that a signal reaches the launcher and all ranks at once: DeepSpeed's dies of
     # SIGTERM without telling its children.
@@ -126,16 +126,14 @@ launch() {
     "$PYTHON" "$@" </dev/null &
     launcher=$!
     set +m
-    trap 'stopped=1; kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP USR1
-    trap 'stopped=1; kill -INT -- "-$launcher" 2>/dev/null || true' INT
+    trap 'kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP USR1
+    trap 'kill -INT -- "-$launcher" 2>/dev/null || true' INT
     wait "$launcher" || code=$?
-    if [ -n "$stopped" ]; then
-        # The launchers give the ranks 30 s to end.
-        for ((second = 0; second < 40; second++)); do
-            kill -0 -- "-$launcher" 2>/dev/null || break
-            sleep 1
-        done
-    fi
+    # The launchers give the ranks 30 s to end. One that was killed leaves ranks that notice it, and save.
+    for ((second = 0; second < 40; second++)); do
+        kill -0 -- "-$launcher" 2>/dev/null || break
+        sleep 1
+    done
     code=$(exit_code "$run_dir" "$started" "$code")
     rm -f "$started"
     exit "$code"

@@ -3,9 +3,9 @@
 
 DeepSpeed's launcher does the same, and is needed to reach other machines. It imports PyTorch and DeepSpeed twice before
 the ranks begin to; here nothing is imported. A rank learns its place from the variables that torchrun and DeepSpeed
-set. Where one fails, the others are asked to end, and killed half a minute later, as after a signal, which launch.sh
-passes on to all processes. The exit code is that of the rank which failed first, 128 + the signal's number where one
-killed it.
+set. Where one fails, or a signal comes, the others are asked to end, and killed half a minute later. SIGINT is not
+passed on: a terminal and launch.sh send it to the ranks as well. The exit code is that of the rank which failed first,
+128 + the signal's number where one killed it.
 """
 
 import argparse
@@ -22,19 +22,21 @@ GRACE_S = 30  # as DeepSpeed's launcher and torchrun give
 def main() -> int:
     """Returns the exit code."""
     arguments = parse_arguments()
-    kill_at = []  # the times, of which the first counts
+    heard = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda *_: kill_at.append(time.monotonic() + GRACE_S))
+        signal.signal(number, lambda number, _: heard.append(number))
     ranks = [subprocess.Popen([sys.executable, "-u", *arguments.command], env=environment(arguments, local_rank))
              for local_rank in range(arguments.ranks)]
-    code = 0
+    code, kill_at = 0, None
     while running := [rank for rank in ranks if rank.poll() is None]:
-        if kill_at and time.monotonic() > kill_at[0]:
+        if kill_at is None and (heard or (code := first_failure(ranks))):
+            if not heard:
+                time.sleep(LAST_WORDS_S)
+            if signal.SIGINT not in heard:  # a second one would interrupt what they do about the first
+                signal_all(running, signal.SIGTERM)
+            kill_at = time.monotonic() + GRACE_S
+        elif kill_at is not None and time.monotonic() > kill_at:
             signal_all(running, signal.SIGKILL)
-        elif not kill_at and (code := first_failure(ranks)):
-            time.sleep(LAST_WORDS_S)
-            signal_all(running, signal.SIGTERM)
-            kill_at.append(time.monotonic() + GRACE_S)
         time.sleep(0.1)
     return code or first_failure(ranks)
 
@@ -55,7 +57,10 @@ def parse_arguments() -> argparse.Namespace:
                         help="where rank 0 is (default: %(default)s)")
     parser.add_argument("--master_port", required=True, metavar="P", help="a free port there")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGUMENT ...")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.ranks < 1:
+        parser.error(f"--ranks: {arguments.ranks} is no number of ranks; use 1 or more")
+    return arguments
 
 
 def environment(arguments: argparse.Namespace, local_rank: int) -> dict[str, str]:

@@ -7,10 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.launch.scripts import ROOT, SCRIPTS, run, start
 
 START = [sys.executable, SCRIPTS / "start_ranks.py", "--master_port", "29999"]
 NAMES = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+SAVES = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(75)))"
 
 
 def script(directory: Path, text: str) -> Path:
@@ -42,18 +45,42 @@ def test_a_rank_that_is_killed(tmp_path):
     assert run(*START, "--ranks", 1, script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"))[0] == 137
 
 
-def test_after_a_signal_the_ranks_end_on_their_own(tmp_path):
-    """The signal goes to the whole process group, as launch.sh sends it."""
-    saves = script(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(75)))\n"
-                             "print('ready')\ntime.sleep(300)")
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to all", "to it alone"])
+def test_after_a_signal_the_ranks_end_on_their_own(send, tmp_path):
+    """launch.sh sends it to the whole process group, an operator perhaps to this process alone."""
+    saves = script(tmp_path, f"{SAVES}\nprint('ready')\ntime.sleep(300)")
     process = start(*START, "--ranks", 2, saves)
     try:
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-        os.killpg(process.pid, signal.SIGTERM)
+        send(process.pid, signal.SIGTERM)
         assert process.wait(timeout=60) == 75
     finally:
         process.stdout.close()
         process.kill()
+
+
+def test_the_launch_scripts_wait_for_the_ranks_of_one_that_was_killed(tmp_path):
+    orphan = script(tmp_path, """
+print('ready', os.getppid())
+parent = os.getppid()
+while os.getppid() == parent: time.sleep(0.1)
+time.sleep(2)
+print('saved')""")
+    launch = f"set -eu; ROOT={ROOT}; PYTHON={sys.executable}; ranks=1; . {SCRIPTS}/launch.sh; launch_here none {orphan}"
+    process = start("bash", "-c", launch)
+    try:
+        os.kill(int(process.stdout.readline().split()[1]), signal.SIGKILL)
+        assert process.wait(timeout=60) == 137
+        os.set_blocking(process.stdout.fileno(), False)
+        assert "saved" in process.stdout.read()
+    finally:
+        process.stdout.close()
+        process.kill()
+
+
+def test_no_ranks_are_refused(tmp_path):
+    code, printed = run(*START, "--ranks", 0, script(tmp_path, ""))
+    assert code == 2 and "--ranks: 0 is no number of ranks; use 1 or more" in printed
 
 
 def test_the_ranks_notice_that_it_was_killed(tmp_path):
