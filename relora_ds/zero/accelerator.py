@@ -10,7 +10,9 @@ import os
 import torch
 
 SUPPORTED = ("cuda", "cpu")
-_REMEDY = 'hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU'
+# DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES for its ranks, also where it has itself found no GPU.
+_REMEDY = ('hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU, and start with torchrun or single_node.sh, '
+           "because the deepspeed command shows them to its ranks again")
 
 
 def is_cuda() -> bool:
