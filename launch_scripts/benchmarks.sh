@@ -31,7 +31,10 @@ bench throughput "${small[@]}" --repeats 9 --out $out/step_20m_formats.json
 bench throughput "${small[@]}" --micro-batch-size 1 2 4 8 --variants "${contenders[@]}" --out $out/step_20m_sizes.json
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
 
+bench host-memory --vocab-size 54000 --out $out/host_memory_168m.json
+bench host-memory --preset llama_350m --out $out/host_memory_350m.json
 bench trainer --out $out/trainer.json
 bench startup --out $out/startup.json
 bench clusters --out $out/clusters.json
+# host_memory_*_before.json stay: they are of 0.1.0.
 python -m tests.bench.report
