@@ -124,3 +124,13 @@ def test_the_loop_of_your_own_runs(checkout):
     (checkout / "loop.py").write_text(before + loop.replace("r=128", "r=4"))
     run("deepspeed --num_gpus 2 loop.py", checkout)
     assert (checkout / "out/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_model_without_values_is_filled(checkout):
+    before = ("from transformers import AutoConfig\nimport relora_ds\nfrom tests.small_models import llama\n"
+              "llama().save_pretrained('my_model')\n"
+              "config = relora_ds.ReLoRAConfig(r=4, restart_every=10, restart_warmup_steps=2)\n")
+    block = next(b for b in fenced("python") if "model_without_values" in b)
+    (checkout / "filled.py").write_text(before + block + "print(engine.collect_merged().keys())\n")
+    run("python filled.py", checkout)
