@@ -3,9 +3,9 @@
 
 DeepSpeed's launcher does the same, and is needed to reach other machines. It imports PyTorch and DeepSpeed twice before
 the ranks begin to; here nothing is imported. A rank learns its place from the variables that torchrun and DeepSpeed
-set. Where one fails, or a signal comes, the others are asked to end, and killed half a minute later. SIGINT is not
-passed on: a terminal and launch.sh send it to the ranks as well. The exit code is that of the rank which failed first,
-128 + the signal's number where one killed it.
+set. Where one fails, a signal comes, or the script that started this was killed, the others are asked to end, and
+killed half a minute later. SIGINT is not passed on: a terminal and launch.sh send it to the ranks as well. The exit
+code is that of the rank which failed first, 128 + the signal's number where one killed it.
 """
 
 import argparse
@@ -22,13 +22,15 @@ GRACE_S = 30  # as DeepSpeed's launcher and torchrun give
 def main() -> int:
     """Returns the exit code."""
     arguments = parse_arguments()
-    heard = []
+    heard, parent = [], os.getppid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, _: heard.append(number))
     ranks = [subprocess.Popen([sys.executable, "-u", *arguments.command], env=environment(arguments, local_rank))
              for local_rank in range(arguments.ranks)]
     code, kill_at = 0, None
     while running := [rank for rank in ranks if rank.poll() is None]:
+        if os.getppid() != parent:
+            heard.append(signal.SIGTERM)
         if kill_at is None and (heard or (code := first_failure(ranks))):
             if not heard:
                 time.sleep(LAST_WORDS_S)

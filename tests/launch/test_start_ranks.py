@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -48,7 +49,7 @@ def test_a_rank_that_is_killed(tmp_path):
 @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to all", "to it alone"])
 def test_after_a_signal_the_ranks_end_on_their_own(send, tmp_path):
     """launch.sh sends it to the whole process group, an operator perhaps to this process alone."""
-    saves = script(tmp_path, f"{SAVES}\nprint('ready')\ntime.sleep(300)")
+    saves = script(tmp_path, f"{SAVES}\nos.write(1, b'ready\\n')\ntime.sleep(300)")
     process = start(*START, "--ranks", 2, saves)
     try:
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
@@ -76,6 +77,18 @@ print('saved')""")
     finally:
         process.stdout.close()
         process.kill()
+
+
+def test_the_ranks_are_asked_to_end_where_the_launch_script_was_killed(tmp_path):
+    saves = script(tmp_path, f"{SAVES}\nos.write(1, b'ready\\n')\ntime.sleep(40)")
+    process = start("bash", "-c", f"{shlex.join(map(str, [*START, '--ranks', 1, saves]))} & wait")
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        started = time.monotonic()
+        assert process.stdout.read() == "" and time.monotonic() - started < 20  # its end comes with that of the ranks
+    finally:
+        process.stdout.close()
 
 
 def test_no_ranks_are_refused(tmp_path):
