@@ -135,7 +135,7 @@ def markdown(result: dict) -> str:
         for moment in ("build", "switch"):
             found = row[moment]
             cells += [_gigabytes(found["peak_bytes"]), _gigabytes(found["state_bytes"]),
-                      f"{copies(row, moment, weights):.2f}", f"{found['seconds']:.1f} s"]
+                      f"{max(0.0, copies(row, moment, weights)):.2f}", f"{found['seconds']:.1f} s"]
         rows.append(cells)
     return (f"{result['preset']}, vocabulary {result['vocab_size']:,}: {weights / 1e6:.0f}M weights, "
             f"{_gigabytes(FP32 * weights)} in fp32; r {result['r']}, {result['precision']}, one host, all ranks "
