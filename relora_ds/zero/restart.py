@@ -88,7 +88,7 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     before = probe() if probe else None
     started = _now(device)
     shards.drop_gathered_copies()
-    squares, sent = _merge(shards, frozen, config, seed=seed, number=number, device=device)
+    squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
     _reinitialise(shards, frozen, config, seed=seed, number=number, device=device)
     fraction_m, fraction_v = prune_moments(shards, [n for n in shards.names if is_lora_parameter(n)],
                                            config.optimizer_reset, config.reset_ratio,
@@ -119,7 +119,7 @@ def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size:
     return _COPIES * 4 * max(shape.numel() for shape in shapes.values()) + max(factors)
 
 
-def _merge(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
+def _merge(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int,
            device: torch.device) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Merge in rounds: every owner one of its layers, at the same time, which are then broadcast one after the other.
 
