@@ -99,6 +99,7 @@ class Check:
     def __init__(self, scale: Scale, seconds: float, out: Path | None):
         self.scale, self.out = scale, out
         self._began, self._seconds = time.monotonic(), seconds
+        self._until = seconds  # when the part that is being measured ends, counted from the beginning
         self.result = {"tiny": scale is TINY, "minutes": seconds / 60, "missing": _missing(), "machine": {},
                        "parts": {}}
 

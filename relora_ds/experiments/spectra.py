@@ -19,7 +19,8 @@ from relora_ds.checkpoint.model import Contents, OpenModel, contents_of, is_chec
 from relora_ds.figures.record import method_text, recipe_in, short_names
 from relora_ds.interop.sources import find_checkpoint
 from relora_ds.lowrank.spectrum import RANK_SHARE, SMALL, Spectrum, spectrum_of
-from relora_ds.models.build import load_config, meta_model
+from relora_ds.models.build import meta_model
+from relora_ds.models.loading import load_config
 
 OLDEST = "from the oldest checkpoint that is kept"
 WITH_INITIAL_VALUE = "all of s·B·A, with its initial value"

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint.model import CheckpointWeights
 from relora_ds.lowrank.frozen import add_update_
-from relora_ds.models.build import load_model
+from relora_ds.models.loading import load_model
 from relora_ds.models.pretrained_weights import pretrained_weights
 from relora_ds.models.whole_weights import WholeWeights
 from relora_ds.models.without_values import build_without_values

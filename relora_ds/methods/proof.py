@@ -21,7 +21,8 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DENSE, format_of
 from relora_ds.lowrank.targets import generic, matches, named_places, summary
 from relora_ds.lowrank.wrap import lowrank_layers, merge_and_unwrap, target_linears, wrap_quietly
-from relora_ds.models.build import from_config, meta_model
+from relora_ds.models.build import meta_model
+from relora_ds.models.loading import from_config
 from relora_ds.models.tiny import tiny_config
 
 SAME = 2e-5  # of logits, relative, in fp32; rounding alone gives 5e-7 in a LLaMA and 1e-5 in a Gemma 4

@@ -3,7 +3,7 @@
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from relora_ds.models.build import from_config
+from relora_ds.models.loading import from_config
 
 FIELD = "model.attn_implementation"
 EVERYWHERE = ("eager", "sdpa")  # on every machine

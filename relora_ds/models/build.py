@@ -2,7 +2,7 @@
 
 Three sources: a preset (LLaMA shapes of the ReLoRA and GaLore papers, `presets.json`), a Hugging Face configuration
 (hub id, directory or JSON file) with random weights, or the same with its pretrained weights. Every model is a
-`transformers` causal language model, in fp32 on the CPU: masters are taken before anything is cast.
+`transformers` causal language model in fp32. It is built without values, and its weights are read one tensor at a time.
 """
 
 import json
@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from relora_ds.config import ModelConfig, preset_names
-from relora_ds.models.loading import from_config, load_config, load_model
+from relora_ds.config import ModelConfig
+from relora_ds.models.loading import from_config, load_config
 from relora_ds.models.pretrained_weights import StoredWeights, pretrained_weights
 from relora_ds.models.random_weights import RandomWeights
 from relora_ds.models.ties import tied_as_stored
@@ -28,9 +28,6 @@ from relora_ds.models.whole_weights import WholeWeights
 from relora_ds.models.without_values import build_without_values, fill
 from relora_ds.recipe_checks import nearest
 from relora_ds.remote_code import UntrustedCode
-
-__all__ = ["build_config", "build_model", "count_parameters", "from_config", "initial_weights", "load_config",
-           "load_model", "meta_model", "model_without_values", "preset_names"]
 
 # What all presets share. 1024 positions at least, as in the papers' configurations; rotary positions cost nothing.
 _PRESET_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02,

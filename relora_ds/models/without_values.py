@@ -12,8 +12,6 @@ from relora_ds.models.loading import from_config
 
 logger = logging.getLogger(__name__)
 
-_register_parameter = nn.Module.register_parameter
-
 
 @contextmanager
 def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]]:
@@ -29,9 +27,10 @@ def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]
     """
     registered: list[nn.Parameter] = []
     seen: set[int] = set()
+    register_as_before = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        _register_parameter(module, name, parameter)
+        register_as_before(module, name, parameter)
         if parameter is None or parameter.is_meta or id(parameter) in seen:
             return
         if len(registered) not in keep:
@@ -43,7 +42,7 @@ def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]
     try:
         yield registered
     finally:
-        nn.Module.register_parameter = _register_parameter
+        nn.Module.register_parameter = register_as_before
 
 
 def set_value(parameter: nn.Parameter, value: Tensor) -> None:

@@ -25,7 +25,8 @@ from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
 from relora_ds.models import recompute
-from relora_ds.models.build import from_config, meta_model
+from relora_ds.models.build import meta_model
+from relora_ds.models.loading import from_config
 
 
 def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str, micro_batch_size: int, seq_len: int,

@@ -12,7 +12,8 @@ from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Full, Method, method_of
 from relora_ds.models import recompute
-from relora_ds.models.build import from_config, meta_model
+from relora_ds.models.build import meta_model
+from relora_ds.models.loading import from_config
 from relora_ds.planning.cost import activations_of, cost
 from relora_ds.planning.link import (
     Candidate,

@@ -13,7 +13,8 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.data.tokenizer import num_ids
 from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.methods import Method
-from relora_ds.models.build import build_config, load_config, meta_model
+from relora_ds.models.build import build_config, meta_model
+from relora_ds.models.loading import load_config
 
 
 @dataclasses.dataclass(frozen=True)

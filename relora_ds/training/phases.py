@@ -21,7 +21,7 @@ from relora_ds.zero.engine import ReLoRAEngine, initialize
 from relora_ds.zero.fill import fill_moments
 from relora_ds.zero.shards import MOMENTS
 from relora_ds.zero.teardown import release
-from relora_ds.zero.weights import NOTHING, OwnedWeights, readers_of
+from relora_ds.zero.weights import NOTHING, Nothing, OwnedWeights, WeightSource, readers_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
     return engine
 
 
-def _weights(plan: Plan, model: nn.Module, handover: HandOver | None, resuming: bool):
+def _weights(plan: Plan, model: nn.Module, handover: HandOver | None, resuming: bool) -> WeightSource | Nothing:
     """Where the weights of an engine on `model` come from."""
     recipe = plan.recipe
     if resuming:
@@ -111,8 +111,9 @@ def _weights(plan: Plan, model: nn.Module, handover: HandOver | None, resuming: 
 
 def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:
     """Collect what `phase` takes over from `engine`, each tensor on one rank, and release the engine. Collective."""
-    moments, steps, prepared = {}, {}, phase.method.prepare(meta_model(plan.model_config))
+    prepared = phase.method.prepare(meta_model(plan.model_config))
     owners = readers_of(prepared)
+    moments, steps = {}, {}
     if plan.recipe.carry_moments:
         trains = {name: owners[name] for name, p in prepared.named_parameters()
                   if p.requires_grad and name in engine.shards.names}
@@ -121,4 +122,3 @@ def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:
     weights = collect_owned(engine.module, engine.shards, engine.frozen, device=engine.device, owners=owners)
     release(engine)
     return HandOver(weights, moments, steps)
-

@@ -1,6 +1,10 @@
 """Storage for the parameters of an engine that have no values yet (`zero.fill` brings them)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
@@ -44,6 +48,17 @@ class _Partitioned(Init):
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device)
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()
+
+
+@contextmanager
+def nothing_broadcast() -> Iterator[None]:
+    """Keep DeepSpeed from sending parameters that have no values yet."""
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda self: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast
 
 
 def _forget_partition(parameter: nn.Parameter) -> None:

@@ -7,7 +7,6 @@ The engine is DeepSpeed's own with its class specialised, so `isinstance(engine,
 import logging
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -25,8 +24,7 @@ from relora_ds.lowrank.targets import summary
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import accelerator, checkpoint_files, checkpoint_model, ds_config, universal
-from relora_ds.zero.accelerator import device_of_rank
-from relora_ds.zero.allocate import allocate
+from relora_ds.zero.allocate import allocate, nothing_broadcast
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.fill import fill
@@ -103,17 +101,18 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     stage = settings["zero_optimization"]["stage"]
 
     sources = sources_of(model, weights)
-    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device_of_rank())
+    device = accelerator.device_of_rank()
+    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device)
     if frozen.layers and dist.get_rank() == 0:
         for warning in storage_warnings(relora, precision, stage):
             logger.warning(warning)
-    allocate(model, settings, DTYPES[precision], device_of_rank())
+    allocate(model, settings, DTYPES[precision], device)
 
     groups = param_groups or parameter_groups(model, weight_decay=weight_decay)
     adam = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
     schedule = ScheduleConfig(total_steps, warmup_steps, min_lr_ratio,
                               relora.restart_every if relora else None, relora.restart_warmup_steps if relora else 0)
-    with _nothing_broadcast():
+    with nothing_broadcast():
         engine, optimizer, loader, scheduler = deepspeed.initialize(
             model=model, optimizer=adam, config=settings, training_data=training_data, collate_fn=collate_fn,
             lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule))
@@ -133,17 +132,6 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     engine._keeps_own_frozen = False
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, optimizer, loader, scheduler
-
-
-@contextmanager
-def _nothing_broadcast():
-    """Keep DeepSpeed from sending parameters that have no values yet."""
-    broadcast = DeepSpeedEngine._broadcast_model
-    DeepSpeedEngine._broadcast_model = lambda self: None
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._broadcast_model = broadcast
 
 
 def _to(value, device: torch.device):

@@ -38,7 +38,7 @@ class _Place:
 def set_rank(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the variables of `srun` or `mpirun`.
 
-    So is LOCAL_WORLD_SIZE, where they say how many processes this node has, and these share its GPUs.
+    LOCAL_WORLD_SIZE is set too, where the variables say how many processes share the GPUs of this node.
 
     Nothing changes where RANK is set, or where only one process was started: so in the batch script of a job of many
     tasks, and in an interactive shell. A MASTER_ADDR or MASTER_PORT that is set is kept.

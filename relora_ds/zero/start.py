@@ -11,7 +11,6 @@ from deepspeed.constants import default_pg_timeout
 from torch.distributed import distributed_c10d
 
 from relora_ds.zero import accelerator
-from relora_ds.zero.accelerator import device_of_rank
 from relora_ds.zero.launchers import set_rank
 
 
@@ -29,7 +28,7 @@ def init_distributed() -> None:
     if found := accelerator.problems():
         raise ValueError("\n".join(found))
     if accelerator.is_cuda():
-        torch.cuda.set_device(device_of_rank())  # or every rank's first collective would run on GPU 0
+        torch.cuda.set_device(accelerator.device_of_rank())  # or every rank's first collective would run on GPU 0
     else:
         # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
         from deepspeed.ops import __compatible_ops__

@@ -143,7 +143,8 @@ def _list(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:3]) or 'none'}{more}"
 
 
-def sources_of(model: nn.Module, weights: WeightSource | Nothing | None) -> list:
+def sources_of(model: nn.Module,
+               weights: WeightSource | Nothing | None) -> list[WeightSource | PartitionedWeights]:
     """Everything that the values of an engine's parameters are read from: `weights`, or what `model` holds already.
 
     The low-rank factors that have values keep them. Rank 0's values count. Tensors are taken over, not copied.
@@ -151,23 +152,26 @@ def sources_of(model: nn.Module, weights: WeightSource | Nothing | None) -> list
     Raises:
         ValueError: there are no values, or `weights` are of another model.
     """
-    if empty := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise ValueError(f"model: {len(empty)} of its buffers are on the meta device (the first: {empty[0]}) and "
-                         "have no values, which no source of weights has; leave only parameters there, as "
-                         "accelerate.init_empty_weights(include_buffers=False) does")
+    _require_values(dict(model.named_buffers()), "buffers", ", which no source of weights has; leave only "
+                    "parameters there, as accelerate.init_empty_weights(include_buffers=False) does")
     if weights is NOTHING:
         return []
-    own = {name: p for name, p in model.named_parameters() if weights is None or is_lora_parameter(name)}
     unset = {f"{name}.{factor}" for name, layer in lowrank_layers(model).items() if layer.initial_seed is not None
              for factor in ("lora_A", "lora_B")}
-    own = {name: p for name, p in own.items() if name not in unset}
-    if weights is None and (empty := [name for name, p in own.items() if p.is_meta]):
-        raise ValueError(f"model: {len(empty)} of its parameters are on the meta device (the first: {empty[0]}) and "
-                         "have no values; pass weights=, a source of them (relora_ds.zero.weights)")
-    if weights is not None and (found := problems(weights, model)):
+    own = {name: p for name, p in model.named_parameters()
+           if name not in unset and (weights is None or is_lora_parameter(name))}
+    if weights is None:
+        _require_values(own, "parameters", "; pass weights=, a source of them (relora_ds.zero.weights)")
+    elif found := problems(weights, model):
         raise ValueError("\n".join(found))
     partitioned = {name: p for name, p in own.items() if hasattr(p, "ds_tensor")}
     whole = {name: p.detach() for name, p in own.items() if name not in partitioned}
     values = OwnedWeights({name: value.shape for name, value in whole.items()}, dict.fromkeys(whole, 0),
                           whole if dist.get_rank() == 0 else {})
     return [*([] if weights is None else [weights]), PartitionedWeights(partitioned), values]
+
+
+def _require_values(tensors: Mapping[str, Tensor], what: str, more: str) -> None:
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"model: {len(empty)} of its {what} are on the meta device (the first: {empty[0]}) and have "
+                         f"no values{more}")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from relora_ds.config import ModelConfig
-from relora_ds.models.build import build_config, build_model, count_parameters, meta_model, preset_names
+from relora_ds.config import ModelConfig, preset_names
+from relora_ds.models.build import build_config, build_model, count_parameters, meta_model
 from relora_ds.models.tiny import MAX_POSITIONS, tiny_config
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,

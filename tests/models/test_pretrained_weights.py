@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig
 
 from relora_ds.config import ModelConfig
-from relora_ds.models.build import from_config, initial_weights, model_without_values
-from relora_ds.models.loading import load_config, load_weights
+from relora_ds.models.build import initial_weights, model_without_values
+from relora_ds.models.loading import from_config, load_config, load_weights
 from relora_ds.models.pretrained_weights import StoredWeights, pretrained_weights
 from relora_ds.models.tiny import tiny_config
 from relora_ds.models.whole_weights import WholeWeights

@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig, LlamaForCausal
 
 from relora_ds.config import ModelConfig
 from relora_ds.models import loading
-from relora_ds.models.build import build_model, from_config, model_without_values
+from relora_ds.models.build import build_model, model_without_values
+from relora_ds.models.loading import from_config
 from relora_ds.models.random_weights import RandomWeights
 from relora_ds.models.tiny import tiny_config
 from relora_ds.models.without_values import named_tensors, parameters_on_meta
