@@ -30,10 +30,20 @@ def test_links_files_tests_and_recipes_exist(path):
         assert (ROOT / file).exists(), file
     for file, test in re.findall(r"`(tests/[\w/]+\.py)`,\s+`(test_\w+)`", text):
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
-    for room, module in re.findall(r"`(zero|lowrank|data|training|methods)/(\w+\.py)`", text):
-        assert (ROOT / "relora_ds" / room / module).is_file(), module
+    for room, module in re.findall(r"`([a-z]+)/(\w+\.py)`", text):
+        if (ROOT / "relora_ds" / room).is_dir():
+            assert (ROOT / "relora_ds" / room / module).is_file(), f"{room}/{module}"
     for name in re.findall(r"`((?:llama|continued|quickstart|tiny)_\w+)`", text):
         assert name in {*recipe_names(), *preset_names()}, name
+
+
+def test_the_files_of_each_room_exist():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*\.py.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 5
+    for room, files in rows:
+        folder = ROOT / "relora_ds" / ("" if room == "config" else room)
+        assert [name for name in re.findall(r"`(\w+\.py)`", files) if not (folder / name).is_file()] == [], room
 
 
 def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
