@@ -8,7 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """`with PeakBytes() as memory:` counts storages that are made inside and still live; `memory.peak` is the most.
+    """`with PeakBytes() as memory:` counts storages that are made inside and still live.
+
+    `memory.live` are those of now, `memory.peak` the most.
 
     What an operator has for itself while it runs is not seen.
     """

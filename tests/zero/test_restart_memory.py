@@ -8,8 +8,8 @@ import torch
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import agreement, restart
 from tests.parity import cases
+from tests.peak_bytes import PeakBytes
 from tests.ranks import ranks
-from tests.zero.live_bytes import LiveBytes
 from tests.zero.test_restart import fingerprint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
@@ -28,9 +28,9 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     found = []
     for step in range(3):
         cases.train_step(engine, step)
-        with mock.patch.object(agreement, "_CHUNK", LARGEST // 64), LiveBytes() as live:
+        with mock.patch.object(agreement, "_CHUNK", LARGEST // 64), PeakBytes() as memory:
             engine.restart()
-        found.append((live.peak, expected, live.live))
+        found.append((memory.peak, expected, memory.live))
     cases.release(engine)
     return min(found)
 
