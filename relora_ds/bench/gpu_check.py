@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from relora_ds.bench.contenders import FULL, Spec
-from relora_ds.bench.gpu_report import markdown, suspicious  # noqa: F401 (markdown: of every benchmark)
+from relora_ds.bench.gpu_report import label, markdown, suspicious  # noqa: F401 (markdown: of every benchmark)
 from relora_ds.bench.peaks import peak_flops
 from relora_ds.bench.throughput import CONTENDERS
 from relora_ds.bench.watched import Process
@@ -117,7 +117,7 @@ class Check:
             for entry in measures[part]() if part in measures else self._speeds(part, ORDER):
                 entries.append(entry)
                 self._write()
-                print(f"{part}: {_said(entry)}", file=sys.stderr, flush=True)
+                print(_said(part, entry), file=sys.stderr, flush=True)
 
     # What each part measures: an iterator of its entries -----------------------------------------------------
 
@@ -255,10 +255,10 @@ def _missing() -> dict[str, str]:
     return found
 
 
-def _said(entry: dict) -> str:
+def _said(part: str, entry: dict) -> str:
+    what = label(part, entry)
     if "error" in entry:
-        return f"{entry['name']}: failed: {entry['error'].splitlines()[-1]}"
+        return f"{what}: failed: {entry['error'].splitlines()[-1]}"
     if "skipped" in entry:
-        return f"{entry['name']}: left out: {entry['skipped']}"
-    figure = f": {entry['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in entry else ""
-    return f"{entry['name']}{figure}"
+        return f"{what}: left out: {entry['skipped']}"
+    return f"{what}: {entry['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in entry else what

@@ -7,6 +7,7 @@ from relora_ds.bench.contenders import FULL
 from relora_ds.bench.record import rows_as_markdown
 
 OURS = "ours, dense"
+OUT_OF_MEMORY = "out of memory"  # a result, and no fault
 SPEEDS = ("speed at 350M", "several GPUs", "speed at 1.3B")
 
 
@@ -28,11 +29,17 @@ def markdown(result: dict) -> str:
 
 def suspicious(result: dict) -> list[str]:
     """What failed: tests, and what could not be measured though it should have been. Too little memory is a result."""
-    failed = [f"{part}: {entry['name']}: {entry['error'].splitlines()[-1]}" for part in result["parts"]
-              for entry in _found(result, part) if entry.get("error", "out of memory") != "out of memory"]
+    failed = [f"{label(part, entry)}: {entry['error'].splitlines()[-1]}" for part in result["parts"]
+              for entry in _found(result, part) if entry.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
     if "error" in result["machine"]:
         failed.insert(0, f"machine: {result['machine']['error']}")
     return failed
+
+
+def label(part: str, entry: dict) -> str:
+    """What was tried: the same contender stands in a part with several networks or ZeRO stages."""
+    setting = f" ({entry['preset']}, ZeRO-{entry['stage']})" if "stage" in entry else ""
+    return f"{part}: {entry['name'].removeprefix(f'{part}: ')}{setting}"
 
 
 def cards(records: dict[str, dict]) -> str:
@@ -54,8 +61,9 @@ def _found(result: dict, part: str) -> list[dict]:
 
 
 def _skipped(result: dict) -> list[str]:
-    left_out = [f"{part}: {entry['name']}: {entry['skipped']}" for part in result["parts"] if part != "correctness"
-                for entry in _found(result, part) if "skipped" in entry]
+    left_out = [f"{label(part, entry)}: {entry.get('skipped', OUT_OF_MEMORY)}" for part in result["parts"]
+                if part != "correctness" for entry in _found(result, part)
+                if "skipped" in entry or entry.get("error") == OUT_OF_MEMORY]
     tests = [f"correctness: {entry['name']}: {entry['skipped']}" for entry in _found(result, "correctness")
              if "skipped" in entry]
     few = tests if len(tests) < 5 else [f"correctness: {len(tests)} tests: {tests[0].rpartition(': ')[2]}, …"]

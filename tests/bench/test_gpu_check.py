@@ -109,9 +109,11 @@ RECORD = {"bench": "gpu-check", "conditions": CONDITIONS, "result": {
         "correctness": [{"name": "a", "outcome": "passed"},
                         {"name": "b", "outcome": "failed", "error": "assert 1\nE  1 is not 2"}],
         "speed at 350M": [speed("full rank", 1e5), speed("ours, dense", 1.5e5),
-                          {"name": "ours, nf4", "error": "out of memory"}, {"name": "x", "skipped": "the time was up"}],
+                          {"name": "ours, nf4", "preset": "llama_350m", "stage": 3, "error": "out of memory"},
+                          {"name": "x", "skipped": "the time was up"}],
         "restart": [{"name": "restart: ours, dense", "preset": "llama_350m", "stage": 1, "world_size": 1,
-                     "pauses_s": [0.5, 0.4, 0.6], "without_drift_s": [0.3, 0.2, 0.4], "step_s": 2.0}],
+                     "pauses_s": [0.5, 0.4, 0.6], "without_drift_s": [0.3, 0.2, 0.4], "step_s": 2.0},
+                    {"name": "restart: ours, nf4", "preset": "llama_1b", "stage": 1, "skipped": "the time was up"}],
         "layer": [{"name": "one layer", "error": "RuntimeError: self must be row_major"}]}}}
 
 
@@ -120,6 +122,8 @@ def test_the_tables():
     assert "| ours, dense | llama_350m | 1 | 1 | 8 | 150,000 | 1.50x | 40 % | 8.00 GB |" in text
     assert "| ours, dense | llama_350m | 1 | 1 | 0.500 s | 0.300 s | 2.000 s | 0.25 |" in text
     assert "- correctness: b: E  1 is not 2" in text and "- speed at 350M: x: the time was up" in text
+    assert "- speed at 350M: ours, nf4 (llama_350m, ZeRO-3): out of memory" in text
+    assert "- restart: ours, nf4 (llama_1b, ZeRO-1): the time was up" in text
     assert "- its kernels: liger-kernel is not installed" in text
     assert gpu_report.suspicious(RECORD["result"]) == [
         "correctness: b: E  1 is not 2", "layer: one layer: RuntimeError: self must be row_major"]
