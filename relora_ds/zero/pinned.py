@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
 _PADDING = 1024  # elements, at most, that ZeRO leaves between two neighbours
+
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context
 
 
 def host_block(numel: int, *, pinned: bool) -> Tensor:
@@ -31,6 +32,19 @@ def host_block(numel: int, *, pinned: bool) -> Tensor:
     if pinned:
         memory.lock(block.data_ptr())
     return block
+
+
+def pin_memory(address: int, size: int) -> None:
+    """Page-lock `size` bytes. RuntimeError: see `host_block`."""
+    if error := int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE)):
+        raise RuntimeError(f"{size:,} bytes of host memory cannot be page-locked (cudaError {error}); allow more with "
+                           "ulimit -l, or keep the masters on the GPU with relora.frozen_master=device")
+
+
+def unpin_memory(address: int) -> None:
+    """Unlock what `pin_memory` has locked."""
+    error = int(torch.cuda.cudart().cudaHostUnregister(address))
+    assert not error, f"cudaError {error}"
 
 
 class _Memory(mmap.mmap):

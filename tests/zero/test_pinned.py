@@ -119,6 +119,13 @@ def test_a_block_is_locked_whole_and_unlocked_with_its_last_tensor(cuda):
     assert not cuda.locked and cuda.events == [3], "on the device that had locked it"
 
 
+def test_memory_that_cannot_be_locked_is_an_error_with_a_remedy(monkeypatch):
+    refusing = types.SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    with pytest.raises(RuntimeError, match=r"4,000 bytes .* \(cudaError 2\); .* relora.frozen_master=device"):
+        host_block(1000, pinned=True)
+
+
 def test_a_store_locks_nothing_again_at_a_restart(cuda):
     store = MasterStore(SHAPES, CPU, pinned=True)
     before = dict(cuda.locked)
