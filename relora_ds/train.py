@@ -78,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         code = _stop(trainer, is_first, str(error), EXIT_RESUME)
         leave()  # every rank does
         return code
+    except KeyboardInterrupt:
+        return _stop(trainer, is_first, "interrupted, and nothing saved for it; resume=auto goes on from the newest "
+                     "checkpoint (SIGTERM would have saved first)", EXIT_ERROR)
     except Exception as error:
         traceback.print_exc()
         return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", EXIT_ERROR)

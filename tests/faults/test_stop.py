@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds.checkpoint import store
+from relora_ds.train import main
 from relora_ds.training import watchdog
 from relora_ds.training.guard import GuardError
 from relora_ds.training.preemption import Preempted
@@ -198,3 +199,14 @@ def dawdle(overrides: list[str]) -> None:
 
     trainer._train_step = slow
     trainer.fit()
+
+
+def interrupt(overrides: list[str]) -> int:
+    with mock.patch.object(Trainer, "_train_step", side_effect=KeyboardInterrupt):
+        return main(["--config", "tiny", *overrides])
+
+
+def test_ctrl_c_is_said_in_one_line(tmp_path):
+    assert ranks(1).run(interrupt, [f"run_dir={tmp_path / 'r'}", *SETTINGS]) == [1]
+    said = status(tmp_path / "r")
+    assert (said["state"], said["exit_code"]) == ("failed", 1) and said["reason"].startswith("interrupted, and nothing")
