@@ -19,4 +19,4 @@ prepare_environment test
 cd "$ROOT"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 
-"$PYTHON" -m relora_ds bench gpu-check --out "$out" "$@"
+exec "$PYTHON" -m relora_ds bench gpu-check --out "$out" "$@"

@@ -17,6 +17,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -84,7 +85,12 @@ def run(arguments: argparse.Namespace) -> dict:
     if not torch.cuda.is_available() and not arguments.tiny:
         raise ValueError("gpu-check: PyTorch sees no GPU here; --tiny runs all of it on the CPU, to try it out")
     check = Check(TINY if arguments.tiny else WHOLE, 60 * arguments.minutes, arguments.out)
-    check.run()
+    # So that the process of the job, which has a session of its own, does not stay on the GPU.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        check.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return check.result
 
 

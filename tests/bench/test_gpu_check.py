@@ -1,7 +1,9 @@
 """The check of a GPU runs from beginning to end, keeps what it has, and goes on after what fails."""
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +78,21 @@ def test_a_check_that_is_killed_leaves_what_it_has(tmp_path, monkeypatch, jobs):
         check(out=tmp_path / "found.json").run()
     record = json.loads((tmp_path / "found.json").read_text())
     assert record["bench"] == "gpu-check" and record["result"]["parts"]["correctness"][0]["outcome"] == "passed"
+
+
+def test_sigterm_ends_the_job_as_well(tmp_path, monkeypatch):
+    ended = []
+
+    def job(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append("job")
+    monkeypatch.setattr(gpu_check.Check, "run", job)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.run(argparse.Namespace(minutes=1, tiny=True, out=tmp_path / "found.json"))
+    assert stopped.value.code == 143 and ended == ["job"] and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_is_not_installed_is_said_and_not_measured(jobs, monkeypatch):
