@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.wrap import full_shape, lowrank_layers
 from relora_ds.zero.engine_state import engine_state, restore_engine_state
-from relora_ds.zero.frozen_master import Storage, assign_owners, frozen_shape
+from relora_ds.zero.frozen_master import Storage, assign_owners
 from relora_ds.zero.frozen_state import OTHER, STORED, frozen_state, other_parameters, restore_frozen_state
 from relora_ds.zero.pinned import HostCopies
 from relora_ds.zero.plain_model import persistent_buffers
@@ -98,7 +98,7 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
 def _description(engine) -> dict:
     layers = lowrank_layers(engine.module)
     return {
-        "parameters": {name: {"shape": list(frozen_shape(p)), "trains": p.requires_grad}
+        "parameters": {name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
                        for name, p in engine.module.named_parameters()},
         "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
                    for name, layer in layers.items()},

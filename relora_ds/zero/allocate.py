@@ -24,6 +24,7 @@ def allocate(model: nn.Module, settings: dict, dtype: torch.dtype, device: torch
     for parameter in model.parameters():
         shape, own_dtype = full_shape(parameter), parameter.dtype
         _forget_partition(parameter)
+        parameter.grad = None  # of a pass before training: it would count in the first step
         empty = torch.empty((), dtype=dtype if own_dtype.is_floating_point else own_dtype).expand(shape)
         if parameter.is_meta:
             replacement = nn.Parameter(empty, requires_grad=parameter.requires_grad)

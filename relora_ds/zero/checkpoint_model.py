@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relora_ds.lowrank.frozen import add_update_
-from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
+from relora_ds.lowrank.wrap import full_shape, is_lora_parameter, lowrank_layers
 from relora_ds.zero.checkpoint_files import MASTERS_GLOB, STORED
 from relora_ds.zero.engine_state import engine_state
-from relora_ds.zero.frozen_master import Storage, frozen_shape
+from relora_ds.zero.frozen_master import Storage
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def save_description(save_dir: str, tag: str, engine) -> None:
         "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
                    for name, layer in lowrank_layers(module).items()},
         "frozen": dataclasses.asdict(engine.frozen.storage),
-        "parameters": {name: {"shape": list(frozen_shape(p)), "trains": p.requires_grad}
+        "parameters": {name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
                        for name, p in module.named_parameters()},
         "buffers": list(persistent_buffers(module)),
         # The order in the flat partitions of ZeRO-3 and of stage 0 in 16 bit; stages 1 and 2 store names themselves.
@@ -201,16 +201,20 @@ def read_model(directory: Path) -> SavedModel:
     stored = model_states(directory, about)
     trained = {name: value.view(shapes[name]).contiguous() for name, value in _masters(directory, about, stored[0])
                if name in trains}
-    frozen = {name: _stored(name, shape, about["stage"], stored)
-              for name, shape in shapes.items() if name not in trains}
-    for name in about["buffers"]:
-        frozen[name] = stored[0]["module"][name].detach()
-    frozen |= _base_weights(directory, about, frozen)
+    base = {f"{name}.weight": value for name, value in _base_weights(directory, about, stored, about["layers"]).items()}
+    frozen = {name: _stored(name, about, stored) for name in shapes if name not in trains and name not in base}
+    frozen |= {name: stored[0]["module"][name].detach() for name in about["buffers"] if name not in base} | base
     frozen = {name: value.float() if value.is_floating_point() else value for name, value in frozen.items()}
     if missing := sorted(trains - set(trained)):
         raise ValueError(f"{directory}: the masters of {len(missing)} parameters are missing (first: {missing[0]}); "
                          "use another checkpoint")
     return SavedModel(about["t"], about["restarts"], about["relora"], about["layers"], trained, frozen)
+
+
+def read_base_weights(directory: Path, layers: Container[str]) -> dict[str, Tensor]:
+    """The frozen weights of `layers`, fp32, by the layers' names; no others are read. Errors: see `read_model`."""
+    about = read_description(directory)
+    return _base_weights(directory, about, model_states(directory, about), layers)
 
 
 def shapes_of(directory: Path) -> dict[str, torch.Size]:
@@ -319,29 +323,31 @@ def _numel(about: dict, name: str) -> int:
     return torch.Size(about["parameters"][name]["shape"]).numel()
 
 
-def _stored(name: str, shape: torch.Size, stage: int, states: list[dict]) -> Tensor:
+def _stored(name: str, about: dict, states: list[dict]) -> Tensor:
     """The stored copy of what does not train."""
-    if stage == 3:
-        return torch.cat([state["frozen_param_fragments"][name] for state in states])[:shape.numel()].view(shape)
-    return states[0]["module"][name].detach()
+    if about["stage"] < 3:
+        return states[0]["module"][name].detach()
+    shape = torch.Size(about["parameters"][name]["shape"])
+    return torch.cat([state["frozen_param_fragments"][name] for state in states])[:shape.numel()].view(shape)
 
 
-def _base_weights(directory: Path, about: dict, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The frozen weights of the low-rank layers: their masters, else what their stored copies stand for."""
+def _base_weights(directory: Path, about: dict, states: list[dict], layers: Container[str]) -> dict[str, Tensor]:
+    """The frozen weights of low-rank layers: their masters, else what their stored copies stand for."""
     storage = Storage(**about["frozen"])
-    shapes = {name: torch.Size(layer["shape"]) for name, layer in about["layers"].items() if layer["base"]}
+    shapes = {name: torch.Size(layer["shape"]) for name, layer in about["layers"].items()
+              if layer["base"] and name in layers}
     if not (storage.with_masters or storage.replicated):
-        return {key: storage.dequantize(parameters[key], shape)
-                for name, shape in shapes.items() if (key := f"{name}.weight")}
+        return {name: storage.dequantize(_stored(f"{name}.weight", about, states), shape)
+                for name, shape in shapes.items()}
     found = {}
     for path in sorted(directory.glob(MASTERS_GLOB)):
         with safe_open(path, framework="pt") as file:
             for name in shapes:
                 key = name if storage.with_masters else STORED + name
                 if key in file.keys():  # noqa: SIM118 (not a dict)
-                    found[f"{name}.weight"] = file.get_tensor(key) if storage.with_masters else \
+                    found[name] = file.get_tensor(key) if storage.with_masters else \
                         storage.dequantize(file.get_tensor(key), shapes[name])
-    if missing := [name for name in shapes if f"{name}.weight" not in found]:
+    if missing := [name for name in shapes if name not in found]:
         raise ValueError(f"{directory}: the fp32 masters of {len(missing)} frozen weights are missing (first: "
                          f"{missing[0]}); a {MASTERS_GLOB} file was lost, use another checkpoint")
     return found

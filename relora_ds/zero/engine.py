@@ -326,8 +326,7 @@ class ReLoRAEngine(DeepSpeedEngine):
                                       and saved.same_bytes(now)):
             return None
         if saved and saved.exact:
-            weights = checkpoint_model.read_model(directory).frozen
-            return {name: weights[f"{name}.weight"] for name in self.frozen.owned()}
+            return checkpoint_model.read_base_weights(directory, self.frozen.owned())
         found = checkpoint_files.read_owned(directory, self.frozen)
         checkpoint_files.require_all(found, directory, self.frozen, self.device)
         return found

@@ -170,8 +170,8 @@ def _read(source: WeightSource, tensor: PlainTensor | None) -> dict[str, Tensor]
         return {}
     first, *others = [name for name in tensor.names if name in source.shapes]
     try:
-        value = source.read(first)
-        differ = [other for other in others if not torch.equal(source.read(other), value)]
+        value = _on_cpu(source.read(first))
+        differ = [other for other in others if not torch.equal(_on_cpu(source.read(other)), value)]
     except Exception as error:  # whatever a source raises
         raise ValueError(f"{first} cannot be read ({type(error).__name__}: {error})") from error
     if value.shape != tensor.shape:
@@ -179,7 +179,12 @@ def _read(source: WeightSource, tensor: PlainTensor | None) -> dict[str, Tensor]
     if differ:
         raise ValueError(f"{first} and {differ[0]} differ, but share one tensor in this model; set tie_word_embeddings "
                          "to false in its configuration")
-    return {tensor.name: value.float() if value.is_floating_point() else value}
+    return {tensor.name: value}
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    """What a source gave; it raises here, and not between the ranks' collectives, if that is no tensor with values."""
+    return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
 
 
 def _pieces(value: Tensor | None, sender: int, shape: torch.Size, dtype: torch.dtype,

@@ -193,11 +193,6 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def frozen_shape(parameter: nn.Parameter) -> torch.Size:
-    """The parameter's full shape, also while ZeRO-3 has it partitioned."""
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
-
-
 def _all_ranks_multiply_fp8(device: torch.device) -> bool:
     able = torch.tensor(int(multiplies_fp8(device)), device=device)
     dist.all_reduce(able, op=dist.ReduceOp.MIN)

@@ -9,7 +9,7 @@ from relora_ds.zero.saved_config import save_model
 
 
 def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Load a collected state into an unwrapped model; names that are absent must be tied to one that is there.
+    """Give an unwrapped model the tensors `state`; names that are absent must be tied to one that is there.
 
     Raises:
         ValueError: naming the missing or unexpected weights, those of another shape, or two that differ and are tied in
@@ -30,8 +30,15 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     if missing or unexpected or reshaped:
         raise ValueError(f"weights: missing {missing or 'none'}, unexpected {unexpected or 'none'}, of another shape "
                          f"{reshaped or 'none'}; they are of another model")
-    model.load_state_dict(state, strict=False)
+    for name, value in state.items():
+        _take_over(tensors[name], value)
     return model
+
+
+def _take_over(tensor: Tensor, value: Tensor) -> None:
+    """Give a parameter or buffer, with or without a value so far, another one; `value` is not copied."""
+    new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    torch.utils.swap_tensors(tensor, new)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -47,9 +54,17 @@ def save_plain(module: nn.Module, state: dict[str, Tensor], directory: str, dtyp
 
 
 def plain_like(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """An unwrapped fp32 model of the class and config of `module`, with the weights `state`."""
-    with torch.random.fork_rng(devices=[]):  # its random weights must not change the data order of what follows
-        plain = type(module)(export_config(module.config)).float()
+    """An unwrapped model of the class and config of `module` that consists of the tensors `state`.
+
+    It is there to be saved: its non-persistent buffers may have no values.
+    """
+    config = export_config(module.config)
+    try:
+        with torch.device("meta"):
+            plain = type(module)(config)
+    except Exception:  # code of a family that computes with its parameters while it builds them
+        with torch.random.fork_rng(devices=[]):  # its random weights must not change the data order of what follows
+            plain = type(module)(config)
     if own_generation_config(module):
         plain.generation_config = copy.deepcopy(module.generation_config)
     return load_plain(plain, state)

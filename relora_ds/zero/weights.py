@@ -138,6 +138,14 @@ def problems(source: WeightSource, model: nn.Module) -> list[str]:
             f"{_list('of another shape', reshaped)}; they are of another model"]
 
 
+def _unreadable(source: WeightSource) -> list[str]:
+    """Why no rank could read a tensor of a source."""
+    ranks = dist.get_world_size()
+    absent = [name for name, owner in (source.owners or {}).items() if owner not in range(ranks)]
+    return [f"weights: {_list('of ranks that do not exist', absent)}; spread them over {ranks} rank(s)"] if absent \
+        else []
+
+
 def _list(what: str, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3]) or 'none'}{more}"
@@ -162,7 +170,7 @@ def sources_of(model: nn.Module,
            if name not in unset and (weights is None or is_lora_parameter(name))}
     if weights is None:
         _require_values(own, "parameters", "; pass weights=, a source of them (relora_ds.zero.weights)")
-    elif found := problems(weights, model):
+    elif found := problems(weights, model) or _unreadable(weights):
         raise ValueError("\n".join(found))
     partitioned = {name: p for name, p in own.items() if hasattr(p, "ds_tensor")}
     whole = {name: p.detach() for name, p in own.items() if name not in partitioned}

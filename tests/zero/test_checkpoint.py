@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from relora_ds.zero import checkpoint_model
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero.test_nonfinite import everything
@@ -67,6 +68,28 @@ def check(stage, precision, directory: str, own_steps: tuple[int, ...] = (0,), *
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_exact_through_the_next_restart(stage, tmp_path):
     check(stage, "fp32", str(tmp_path))
+
+
+def read_while_loaded(stage, directory: str) -> tuple[set[str], set[str]]:
+    """What a rank reads of the frozen weights in an fp32 checkpoint to store them otherwise, and what it owns."""
+    engine, read = build(stage, "fp32"), set()
+    engine.save_checkpoint(directory)
+    cases.release(engine)
+    engine = build(stage, "fp32", frozen={"frozen_dtype": "int8"})
+    with pytest.MonkeyPatch.context() as patch:
+        usual = checkpoint_model._stored
+        patch.setattr(checkpoint_model, "_stored", lambda name, *rest: read.add(name) or usual(name, *rest))
+        patch.setattr(checkpoint_model, "_masters", lambda *args: pytest.fail("DeepSpeed loads what trains"))
+        engine.load_checkpoint(directory)
+    owned = {f"{name}.weight" for name in engine.frozen.owned()}
+    cases.release(engine)
+    return read, owned
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_reads_the_frozen_weights_that_it_owns(stage, tmp_path):
+    for read, owned in ranks(2).run(read_while_loaded, stage, str(tmp_path)):
+        assert read == owned
 
 
 @pytest.mark.parametrize("stage", STAGES)

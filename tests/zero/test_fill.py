@@ -114,6 +114,12 @@ def refused(what: str) -> str:
         weights = filled.Weights(llama(vocab_size=70))
     elif what == "buffers":
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.to("meta")
+    elif what == "ranks":
+        weights.owners = {"model.norm.weight": 7, "lm_head.weight": 1}
+    elif what == "values":
+        weights.values["lm_head.weight"] = weights.values["lm_head.weight"].to("meta")
+    elif what == "nothing":
+        weights.read = lambda name: None
     elif what == "tied":
         model = filled.without_values(qwen2())
         weights = filled.Weights(qwen2(tie_word_embeddings=False))
@@ -132,10 +138,33 @@ def refused(what: str) -> str:
     ("buffers", "model: 1 of its buffers are on the meta device (the first: model.rotary_emb.inv_freq) and have no "
                 "values, which no source of weights has; leave only parameters there, as "
                 "accelerate.init_empty_weights(include_buffers=False) does"),
+    ("ranks", "weights: of ranks that do not exist model.norm.weight; spread them over 2 rank(s)"),
+    ("values", "weights: rank 0: ValueError: lm_head.weight cannot be read (NotImplementedError: Cannot copy out of "
+               "meta tensor; no data!)"),
+    ("nothing", "weights: rank 0: ValueError: model.layers.0.self_attn.q_proj.weight cannot be read (AttributeError: "
+                "'NoneType' object has no attribute 'detach')"),
     ("tied", "weights: rank 0: ValueError: model.embed_tokens.weight and lm_head.weight differ, but share one tensor "
              "in this model; set tie_word_embeddings to false in its configuration")])
 def test_what_cannot_be_filled_is_refused_in_one_line(what, message):
     assert ranks(2).run(refused, what) == [message, message]
+
+
+def after_a_backward_pass(stage, precision, before: bool) -> float:
+    """The loss of the second step."""
+    model = llama()
+    if before:
+        tokens = torch.ones(1, 4, dtype=torch.long)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    engine = filled.engine_of(model, None, stage, precision)
+    losses = [cases.train_step(engine, step) for step in range(2)]
+    cases.release(engine)
+    return losses[-1]
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_gradients_of_a_pass_before_training_do_not_count(stage, precision):
+    with_pass, without = (ranks(2).run(after_a_backward_pass, stage, precision, before) for before in (True, False))
+    assert with_pass == without
 
 
 def without_a_source(stage) -> None:
