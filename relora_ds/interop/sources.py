@@ -125,16 +125,16 @@ def model_of(source: str, trust_remote_code: bool = False, field: str = "init_fr
         return load_model(path, torch.float32, trust_remote_code)
 
 
-def weights_of(source: str, trust_remote_code: bool = False) -> WeightSource:
+def weights_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> WeightSource:
     """The fp32 weights of the plain model, updates merged, read one tensor at a time. Errors: see `config_of`."""
-    kind, path = locate(source)
+    kind, path = locate(source, field)
     if kind == "checkpoint":
         weights = CheckpointWeights(Path(path))
         if weights.owners is not None:
-            logger.info("init_from: %s is in DeepSpeed's format, so rank 0 reads it whole", path)
+            logger.info("%s: %s is in DeepSpeed's format, so rank 0 reads it whole", field, path)
         return weights
-    config = config_of(source, trust_remote_code)
-    with _clear_errors(source, "init_from"):
+    config = config_of(source, trust_remote_code, field)
+    with _clear_errors(source, field):
         if kind == "peft":
             return peft.merged_weights(Path(path), config, trust_remote_code)
         return pretrained_weights(path, config, trust_remote_code)

@@ -70,7 +70,7 @@ def pretrained_weights(name_or_path: str | Path, config: PretrainedConfig,
     whole, on rank 0 alone.
 
     Raises:
-        ValueError: weights are missing, by name.
+        ValueError: weights are missing or of another shape, by name.
         Exception: those of transformers; UnpicklingError where a pickle holds more than tensors.
     """
     def load() -> PreTrainedModel:
@@ -140,8 +140,11 @@ def _difference(model: PreTrainedModel, places: dict[str, Stored]) -> str | None
         found = next((places[name].like for name in names if name in places), None)
         if found is None:
             return f"{names[0]} is not in it"
-        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
-            return f"{names[0]} is {tuple(found.shape)} of {found.dtype} there"
+        if found.shape != tensor.shape:
+            raise ValueError(f"{names[0]} is {tuple(found.shape)} there instead of {tuple(tensor.shape)}, as its "
+                             "config.json wants it")
+        if found.is_floating_point() != tensor.is_floating_point():
+            return f"{names[0]} is of {found.dtype} there"
         if found.is_floating_point() and found.element_size() == 1:
             return f"{names[0]} is stored in 8 bit"
     return None

@@ -25,7 +25,7 @@ from relora_ds.config import (
 )
 from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.tokenizer import load as load_tokenizer
-from relora_ds.interop.sources import config_of, locate
+from relora_ds.interop.sources import config_of, locate, weights_of
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import method_of
 from relora_ds.methods.proof import Proof, prove
@@ -168,6 +168,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
                               tokenizer.eos_token_id, tokenizer.pad_token_id, recipe.trust_remote_code)
         if found := method_of(recipe).problems(meta_model(config)) + _init_from_problems(recipe, config):
             raise RecipeError(found, name_or_path)
+        _open_first_weights(recipe)
         loader = TrainLoader(prepared.train, recipe.data.seq_len, recipe.batch_sequences,
                              recipe.train.micro_batch_size, 0, resolved.world_size, recipe.seed, prepared.padding)
     except RecipeError:
@@ -239,6 +240,19 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
     return [] if name is None else [
         f"init_from: {recipe.init_from} holds another model than the recipe's: {name} is {there.get(name, 'absent')} "
         f"there and {here.get(name, 'absent')} here; use the same model section and data.tokenizer={recipe.init_from}"]
+
+
+def _open_first_weights(recipe: Recipe) -> None:
+    """Look whether the files that a Hugging Face model consists of hold what is expected, by their headers.
+
+    ValueError where they do not. (A checkpoint is verified when it is read: that takes its time once.)
+    """
+    source, field = (recipe.init_from, "init_from") if recipe.init_from else \
+        (recipe.model.name_or_path, "model.name_or_path")
+    begins_there = recipe.init_from or recipe.model.init == "pretrained"
+    if begins_there and not store.may_resume(Path(recipe.run_dir), recipe.resume) and \
+            locate(source, field)[0] == "huggingface":
+        weights_of(source, recipe.trust_remote_code, field)
 
 
 def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from relora_ds.interop.export import export
 from relora_ds.interop.sources import weights_of
@@ -93,6 +93,39 @@ def test_what_cannot_be_read_is_a_mistake_in_the_recipe(fails, first, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
     assert f"init_from: {tmp_path / 'broken'} cannot be loaded" in fails(tmp_path / "broken")
+
+
+@pytest.fixture
+def damaged(first, tmp_path):
+    """Copies of the run's model with other weights."""
+    def copy(name: str, change) -> str:
+        directory = shutil.copytree(first / "export", tmp_path / name)
+        path = directory / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+        return str(directory)
+    return copy
+
+
+def test_weights_that_do_not_fit_are_a_mistake_in_the_recipe(fails, damaged):
+    key = "model.layers.1.mlp.up_proj.weight"
+    lacks = damaged("lacks", lambda weights: weights.pop(key))
+    assert f"init_from: {lacks} cannot be loaded" in (said := fails(lacks)) and f"(first: {key})" in said
+    shape = damaged("shape", lambda weights: weights.update({key: torch.zeros(3, 5)}))
+    assert f"init_from: {shape} cannot be loaded ({key} is (3, 5) there instead of" in fails(shape)
+    short = damaged("short", lambda weights: None)
+    with open(f"{short}/model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    assert f"init_from: {short} cannot be loaded" in fails(short)
+
+
+def test_pretrained_weights_that_do_not_fit_are_a_mistake_in_the_recipe(first, damaged, tmp_path, capfd):
+    lacks = damaged("lacks", lambda weights: weights.pop("model.norm.weight"))
+    assert main(["--config", "tiny", f"run_dir={tmp_path / 'run'}", "model.init=pretrained", "warm_start_steps=0",
+                 "model.preset=null", f"model.name_or_path={lacks}", f"data.tokenizer={lacks}"]) == 2
+    assert f"model.name_or_path: {lacks} cannot be loaded" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_model_is_named_before_anything_is_built(fails, first):
