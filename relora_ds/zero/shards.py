@@ -62,6 +62,10 @@ class Shard:
         """Elements of the whole parameter, over all ranks."""
         return self.shape.numel()
 
+    def slice(self, value: Tensor) -> Tensor:
+        """This rank's piece of a full-size tensor, 1-D."""
+        return value.reshape(-1)[self.start:self.stop]
+
 
 class _Adapter:
     """What is common: the low-precision copy is a whole tensor on every rank, the masters may be split."""
