@@ -169,7 +169,8 @@ def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[s
              for entry in own]
     return ["", f"{name}: memory of a host, its ranks (at most {ranks_per_host}) together",
             *rows_as_text(rows, num_left=2), "",
-            "  kept: between steps. build, switch from a warm start, restart, checkpoint: the peak then",
+            "  kept: between steps. build, switch from a warm start, restart, checkpoint: the peak then;",
+            "  restart: at worst, while a checkpoint is still being written",
             "  libraries, data and pretrained weights that have to be converted come on top"]
 
 
