@@ -128,7 +128,7 @@ def test_the_loop_of_your_own_runs(checkout):
 
 @pytest.mark.slow
 def test_a_model_without_values_is_filled(checkout):
-    before = ("from transformers import AutoConfig\nimport relora_ds\nfrom tests.small_models import llama\n"
+    before = ("import relora_ds\nfrom tests.small_models import llama\n"
               "llama().save_pretrained('my_model')\n"
               "config = relora_ds.ReLoRAConfig(r=4, restart_every=10, restart_warmup_steps=2)\n")
     block = next(b for b in fenced("python") if "model_without_values" in b)
