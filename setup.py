@@ -28,9 +28,17 @@ INSTALL_REQUIRES = [
 ]
 EXTRAS_REQUIRE = {
     # tests/test_packaging.py builds a wheel
-    "test": ["accelerate>=1.15,<2", "bitsandbytes>=0.49", "matplotlib", "peft",
-             "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "setuptools>=70.1"],
-    "lint": ["ruff>=0.9"],
+    "test": [
+        "accelerate>=1.15,<2",
+        "bitsandbytes>=0.49",
+        "matplotlib",
+        "peft",
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff==0.17.*",
+        "setuptools>=70.1",
+    ],
+    "lint": ["ruff==0.17.*"],
     "plot": ["matplotlib"],
     "peft": ["peft"],
     "quantization": ["bitsandbytes>=0.49"],  # relora.frozen_dtype=nf4

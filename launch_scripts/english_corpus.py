@@ -50,8 +50,11 @@ def main() -> int:
             packages = arguments.packages or _download(Path(name))
             trees = [_unpack(path, Path(name)) for path in sorted(packages.glob("*.deb"))]
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"error: Debian's packages cannot be had ({error}); on another system, give their directory with "
-                  "--packages", file=sys.stderr)
+            print(
+                f"error: Debian's packages cannot be had ({error}); on another system, give their directory with "
+                "--packages",
+                file=sys.stderr,
+            )
             return 1
         documents = without_repeats((*_own(), *(text for tree in trees for text in documents_of(tree))))
         arguments.directory.mkdir(parents=True, exist_ok=True)
@@ -73,11 +76,14 @@ def documents_of(tree: Path) -> Iterator[str]:
 
 def pages(text: bytes, index: str) -> Iterator[str]:
     """Entries of a dictd dictionary in the order of its text, as many together as fill a page."""
-    places = {tuple(map(_number, line.split("\t")[1:3])) for line in index.splitlines() if line.count("\t") >= 2
-              and not line.startswith("00")}  # 00-database-…: about the dictionary
+    places = {
+        tuple(map(_number, line.split("\t")[1:3]))
+        for line in index.splitlines()
+        if line.count("\t") >= 2 and not line.startswith("00")
+    }  # 00-database-…: about the dictionary
     page: list[str] = []
     for start, length in sorted(places):
-        page.append(text[start:start + length].decode("utf-8", errors="replace").strip())
+        page.append(text[start : start + length].decode("utf-8", errors="replace").strip())
         if sum(map(len, page)) >= DOCUMENT:
             yield "\n\n".join(page)
             page = []
@@ -110,6 +116,7 @@ def _number(digits: str) -> int:
 def _own() -> Iterator[str]:
     from relora_ds.config import DataConfig
     from relora_ds.data import documents
+
     for source in ("wikitext2", "gutenberg"):
         for split in ("train", "validation"):
             yield from documents(DataConfig(source=source), split)

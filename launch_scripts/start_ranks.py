@@ -25,8 +25,10 @@ def main() -> int:
     heard, parent = [], os.getppid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, _: heard.append(number))
-    ranks = [subprocess.Popen([sys.executable, "-u", *arguments.command], env=environment(arguments, local_rank))
-             for local_rank in range(arguments.ranks)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-u", *arguments.command], env=environment(arguments, local_rank))
+        for local_rank in range(arguments.ranks)
+    ]
     code, kill_at = 0, None
     while running := [rank for rank in ranks if rank.poll() is None]:
         if os.getppid() != parent:
@@ -55,8 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="of this machine")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="the first one's number (default: 0)")
     parser.add_argument("--world_size", type=int, metavar="N", help="ranks of all machines (default: --ranks)")
-    parser.add_argument("--master_addr", default="127.0.0.1", metavar="A",
-                        help="where rank 0 is (default: %(default)s)")
+    parser.add_argument(
+        "--master_addr", default="127.0.0.1", metavar="A", help="where rank 0 is (default: %(default)s)"
+    )
     parser.add_argument("--master_port", required=True, metavar="P", help="a free port there")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGUMENT ...")
     arguments = parser.parse_args()
@@ -67,10 +70,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def environment(arguments: argparse.Namespace, local_rank: int) -> dict[str, str]:
     """The variables of one rank."""
-    return {**os.environ, "RANK": str(arguments.first + local_rank), "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(arguments.world_size or arguments.ranks), "LOCAL_WORLD_SIZE": str(arguments.ranks),
-            "LOCAL_SIZE": str(arguments.ranks), "MASTER_ADDR": arguments.master_addr,
-            "MASTER_PORT": arguments.master_port}
+    return {
+        **os.environ,
+        "RANK": str(arguments.first + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(arguments.world_size or arguments.ranks),
+        "LOCAL_WORLD_SIZE": str(arguments.ranks),
+        "LOCAL_SIZE": str(arguments.ranks),
+        "MASTER_ADDR": arguments.master_addr,
+        "MASTER_PORT": arguments.master_port,
+    }
 
 
 def first_failure(ranks: list[subprocess.Popen]) -> int:

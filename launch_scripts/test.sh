@@ -26,7 +26,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # a test runs up to three ranks
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 
 lint=0
-"$PYTHON" -m ruff check . || lint=$?
+{ "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check .; } || lint=$?
 tests=0
 "$PYTHON" -m pytest -q --durations=30 ${options[@]+"${options[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
 if [ "$lint" -ne 0 ]; then

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     name = argv[0] if argv else None
     if name == "train":
         from relora_ds.train import main as train
+
         return train(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m relora_ds", description="ReLoRA pre-training on DeepSpeed ZeRO.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")

@@ -287,8 +287,9 @@ class Recipe:
 
         `load_recipe` of it gives an equal Recipe but for these two.
         """
-        return recipe_values.to_yaml({key: value for key, value in asdict(self).items()
-                                      if key not in recipe_loading.OF_ONE_START})
+        return recipe_values.to_yaml(
+            {key: value for key, value in asdict(self).items() if key not in recipe_loading.OF_ONE_START}
+        )
 
 
 def recipe_names() -> list[str]:
@@ -330,10 +331,12 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     remedies = [f"{name}={size * unit}" for size in sizes]
     smaller = [m for m in range(micro - 1, 0, -1) if batch % (m * world_size) == 0][:1]
     remedies += [f"train.micro_batch_size={m}" for m in smaller]
-    raise RecipeError([
-        f"{name}: {batch * unit} ({batch} sequences) cannot be split into {world_size} ranks × "
-        f"train.micro_batch_size {micro}; use {' or '.join(remedies)}"
-    ])
+    raise RecipeError(
+        [
+            f"{name}: {batch * unit} ({batch} sequences) cannot be split into {world_size} ranks × "
+            f"train.micro_batch_size {micro}; use {' or '.join(remedies)}"
+        ]
+    )
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
@@ -347,8 +350,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_f
     return recipe
 
 
-def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (),
-                check_files: bool = True) -> tuple[Recipe, list[str]]:
+def read_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True
+) -> tuple[Recipe, list[str]]:
     """`(recipe, problems)`: the recipe as far as it can be read, and everything that is wrong with it.
 
     name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value as the field's
@@ -386,5 +390,6 @@ def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, lis
     if name_or_path in recipe_names():
         return PACKAGE_DIR / "recipes" / f"{name_or_path}.yaml", []
     hint = recipe_checks.nearest(Path(name_or_path).stem, recipe_names())
-    return None, [f"no file {str(path)!r}, and no shipped recipe of that name{hint}; "
-                  f"shipped: {', '.join(recipe_names())}"]
+    return None, [
+        f"no file {str(path)!r}, and no shipped recipe of that name{hint}; shipped: {', '.join(recipe_names())}"
+    ]

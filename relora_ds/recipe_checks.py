@@ -40,12 +40,16 @@ def is_int(value: object) -> bool:
 
 
 def is_names(value: object, empty: bool = False) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value) \
+    return (
+        isinstance(value, (list, tuple, set))
+        and all(isinstance(name, str) for name in value)
         and (empty or len(value) > 0)
+    )
 
 
-def integer(name: str, value: object, least: int, example: int, optional: bool = False,
-            most: int = MAX_COUNT) -> str | None:
+def integer(
+    name: str, value: object, least: int, example: int, optional: bool = False, most: int = MAX_COUNT
+) -> str | None:
     """Check that `value` is an integer in [least, most]."""
     if value is None and optional:
         return None

@@ -22,8 +22,11 @@ NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relor
 
 # A recipe sets one of each pair. A source that sets one of them replaces the other one of the sources below it:
 # `train.tokens=1e9` is all it takes to run a recipe of so many steps by tokens.
-ONE_OF = (("train.steps", "train.tokens"), ("train.batch_sequences", "train.batch_tokens"),
-          ("model.preset", "model.name_or_path"))
+ONE_OF = (
+    ("train.steps", "train.tokens"),
+    ("train.batch_sequences", "train.batch_tokens"),
+    ("model.preset", "model.name_or_path"),
+)
 
 # How one start treats the run directory. A recipe that is stored or extended must not repeat it: `overwrite` would
 # delete the very run that stored it.
@@ -34,12 +37,23 @@ EXTENDS = "extends"
 NOT_INHERITED = ("run_dir", *OF_ONE_START)
 
 # Fields that hold a path, or may hold one: `~` is the home directory.
-PATHS = ("run_dir", "resume", "deepspeed", "init_from", "model.name_or_path", "data.source", "data.path",
-         "data.validation", "data.tokenizer", "data.cache_dir")
+PATHS = (
+    "run_dir",
+    "resume",
+    "deepspeed",
+    "init_from",
+    "model.name_or_path",
+    "data.source",
+    "data.path",
+    "data.validation",
+    "data.tokenizer",
+    "data.cache_dir",
+)
 
 
-def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tuple[Path | None, list[str]]],
-                problems: list[str]) -> tuple[dict[str, Raw], bool, list[Path]]:
+def read_values(
+    path: Path, recipe_class: type, find: Callable[[str, Path], tuple[Path | None, list[str]]], problems: list[str]
+) -> tuple[dict[str, Raw], bool, list[Path]]:
     """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read, the
     files).
 
@@ -56,8 +70,10 @@ def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tupl
         if parent is None:
             complete = True
         elif not isinstance(parent, Written):
-            problems.append(f"{EXTENDS}: {recipe_values.show(parent)} in {chain[-1]} is neither a recipe's name nor a "
-                            f"path; use e.g. {EXTENDS}: quickstart")
+            problems.append(
+                f"{EXTENDS}: {recipe_values.show(parent)} in {chain[-1]} is neither a recipe's name nor a "
+                f"path; use e.g. {EXTENDS}: quickstart"
+            )
             break
         else:
             found, why = find(parent.text, chain[-1].parent)
@@ -65,8 +81,10 @@ def read_values(path: Path, recipe_class: type, find: Callable[[str, Path], tupl
             if found is None:
                 break
             if found.resolve() in [file.resolve() for file in chain]:
-                problems.append(f"{EXTENDS}: {' -> '.join(str(file) for file in [*chain, found])} goes round in a "
-                                f"circle; remove one {EXTENDS}")
+                problems.append(
+                    f"{EXTENDS}: {' -> '.join(str(file) for file in [*chain, found])} goes round in a "
+                    f"circle; remove one {EXTENDS}"
+                )
                 break
             chain.append(found)
     merged = {}
@@ -118,8 +136,9 @@ def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[
     return values
 
 
-def _flatten(tree: yaml.MappingNode, prefix: str, recipe_class: type, values: dict[str, Raw],
-             problems: list[str]) -> None:
+def _flatten(
+    tree: yaml.MappingNode, prefix: str, recipe_class: type, values: dict[str, Raw], problems: list[str]
+) -> None:
     """Write the leaves of a nested mapping into `values` under their dotted keys. Lists are leaves.
 
     Raises:
@@ -140,8 +159,10 @@ def _flatten(tree: yaml.MappingNode, prefix: str, recipe_class: type, values: di
 
 def _refuse_section(key: str, raw: Raw, sections: dict[str, str], problems: list[str]) -> None:
     if raw is not None:  # null: a section with every key commented out
-        problems.append(f"{key}: {recipe_values.show(raw)} where a section of keys is expected; "
-                        f"set its keys instead, e.g. {key}.{sections[key]}")
+        problems.append(
+            f"{key}: {recipe_values.show(raw)} where a section of keys is expected; "
+            f"set its keys instead, e.g. {key}.{sections[key]}"
+        )
 
 
 def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> tuple[object, set[str]]:
@@ -159,8 +180,10 @@ def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> 
             continue
         if recipe_values.has_variable(raw):
             untrusted.add(key)
-            problems.append(f"{key}: {recipe_values.show(raw)} holds a ${{…}}, and recipes resolve no variables; write "
-                            f"the value itself, or let the shell insert it: {key}=\"$NAME\" on the command line")
+            problems.append(
+                f"{key}: {recipe_values.show(raw)} holds a ${{…}}, and recipes resolve no variables; write "
+                f'the value itself, or let the shell insert it: {key}="$NAME" on the command line'
+            )
             continue
         if raw is None and key in NONE_IS_A_CHOICE:
             raw = Written("none")
@@ -206,5 +229,6 @@ def _nearest_key(key: str, schema: dict[str, object]) -> str | None:
 
 
 def _show(value) -> str:
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) \
-        else repr(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )

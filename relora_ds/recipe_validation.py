@@ -60,11 +60,15 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
     ]
     every, ramp = config.restart_every, config.restart_warmup_steps
     if is_int(every) and is_int(ramp) and 1 <= every <= ramp:
-        found.append(f"relora.restart_every: {every} is not above relora.restart_warmup_steps {ramp}, so the learning "
-                     f"rate would never recover; use e.g. relora.restart_warmup_steps={tenth(every)}")
+        found.append(
+            f"relora.restart_every: {every} is not above relora.restart_warmup_steps {ramp}, so the learning "
+            f"rate would never recover; use e.g. relora.restart_warmup_steps={tenth(every)}"
+        )
     if config.restart_init == "gradient" and config.lora_dropout:
-        found.append(f"relora.restart_init: gradient needs the layer's own input, and relora.lora_dropout "
-                     f"{config.lora_dropout} hides it; use relora.lora_dropout=0")
+        found.append(
+            f"relora.restart_init: gradient needs the layer's own input, and relora.lora_dropout "
+            f"{config.lora_dropout} hides it; use relora.lora_dropout=0"
+        )
     for name in ("target_modules", "exclude_modules", "trainable_modules"):
         names = getattr(config, name)
         twice = sorted({one for one in names if names.count(one) > 1}) if isinstance(names, list) else []
@@ -72,19 +76,26 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
             found.append(f"relora.{name}: {', '.join(twice)} is given twice; remove one")
     targets = config.target_modules
     if targets != "all-linear" and not is_names(targets):
-        found.append(f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
-                     "suffixes; use e.g. all-linear or [q_proj, v_proj]")
+        found.append(
+            f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
+            "suffixes; use e.g. all-linear or [q_proj, v_proj]"
+        )
     if config.exclude_modules is not None and not is_names(config.exclude_modules, empty=True):
-        found.append(f"relora.exclude_modules: {config.exclude_modules!r} is not a list of module names; use e.g. "
-                     "[dt_proj, shared_expert_gate], or null for none")
+        found.append(
+            f"relora.exclude_modules: {config.exclude_modules!r} is not a list of module names; use e.g. "
+            "[dt_proj, shared_expert_gate], or null for none"
+        )
     if config.trainable_modules is not None and not is_names(config.trainable_modules, empty=True):
-        found.append(f"relora.trainable_modules: {config.trainable_modules!r} is not a list of module names; use e.g. "
-                     "[embed_tokens, lm_head, norm], or null for embeddings, head and norms")
+        found.append(
+            f"relora.trainable_modules: {config.trainable_modules!r} is not a list of module names; use e.g. "
+            "[embed_tokens, lm_head, norm], or null for embeddings, head and norms"
+        )
     return [message for message in found if message]
 
 
-def recipe_problems(recipe: "Recipe", preset_names: list[str], ds_config_names: list[str],
-                    check_files: bool) -> list[str]:
+def recipe_problems(
+    recipe: "Recipe", preset_names: list[str], ds_config_names: list[str], check_files: bool
+) -> list[str]:
     """Everything that keeps `recipe` from running. check_files: also look whether the files it names exist."""
     found = [
         *_run_problems(recipe),
@@ -113,23 +124,37 @@ def _run_problems(recipe: "Recipe") -> Iterator[str | None]:
     elif recipe.overwrite and recipe.resume == "auto":  # what a path has to do with run_dir takes a look at both
         yield "overwrite: true would delete the run that resume: auto continues; set one of the two"
     if recipe.compile and recipe.relora.restart_init == "gradient":
-        yield ("relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "
-               "the two")
+        yield (
+            "relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "
+            "the two"
+        )
     if recipe.init_from and recipe.warm_start_steps:
-        yield (f"init_from: {recipe.init_from} together with warm_start_steps: {recipe.warm_start_steps} is not "
-               "available in this version; use warm_start_steps=0")
-    if recipe.method == "lora" and recipe.lora.base == "warm_start" and not (recipe.warm_start_steps
-                                                                             or recipe.init_from):
+        yield (
+            f"init_from: {recipe.init_from} together with warm_start_steps: {recipe.warm_start_steps} is not "
+            "available in this version; use warm_start_steps=0"
+        )
+    if (
+        recipe.method == "lora"
+        and recipe.lora.base == "warm_start"
+        and not (recipe.warm_start_steps or recipe.init_from)
+    ):
         yield "lora.base: warm_start has nothing to start from; set warm_start_steps or init_from"
-    if recipe.method == "lora" and recipe.lora.base == "none" and (recipe.init_from
-                                                                   or recipe.model.init == "pretrained"):
+    if (
+        recipe.method == "lora"
+        and recipe.lora.base == "none"
+        and (recipe.init_from or recipe.model.init == "pretrained")
+    ):
         field = "init_from" if recipe.init_from else "model.init"
-        yield (f"{field}: {recipe.init_from or 'pretrained'} does not fit lora.base none, which has no W and would "
-               "drop the weights of the wrapped layers; use lora.base=warm_start")
+        yield (
+            f"{field}: {recipe.init_from or 'pretrained'} does not fit lora.base none, which has no W and would "
+            "drop the weights of the wrapped layers; use lora.base=warm_start"
+        )
     if recipe.method == "control" and (recipe.init_from or recipe.model.init == "pretrained"):
         field = "init_from" if recipe.init_from else "model.init"
-        yield (f"{field}: {recipe.init_from or 'pretrained'} does not fit method control, which trains a smaller "
-               "network from scratch; use method=full, or remove it")
+        yield (
+            f"{field}: {recipe.init_from or 'pretrained'} does not fit method control, which trains a smaller "
+            "network from scratch; use method=full, or remove it"
+        )
 
 
 def _model_problems(recipe: "Recipe", preset_names: list[str]) -> Iterator[str | None]:
@@ -138,17 +163,24 @@ def _model_problems(recipe: "Recipe", preset_names: list[str]) -> Iterator[str |
     if "/" not in model.attn_implementation:
         yield choice("model.attn_implementation", model.attn_implementation, ATTENTION)
     elif not recipe.trust_remote_code:
-        yield (f"model.attn_implementation: {model.attn_implementation} is a kernel of the Hugging Face hub, which is "
-               "code; use sdpa, or trust_remote_code=true if you trust it")
+        yield (
+            f"model.attn_implementation: {model.attn_implementation} is a kernel of the Hugging Face hub, which is "
+            "code; use sdpa, or trust_remote_code=true if you trust it"
+        )
     if model.preset is None and model.name_or_path is None:
-        yield (f"model.preset and model.name_or_path: neither is set; set one of them, e.g. "
-               f"model.preset={preset_names[0]}")
+        yield (
+            f"model.preset and model.name_or_path: neither is set; set one of them, e.g. model.preset={preset_names[0]}"
+        )
     elif model.preset is not None and model.name_or_path is not None:
-        yield (f"model.preset: {model.preset} and model.name_or_path: {model.name_or_path} are both set; set one of "
-               "them to null")
+        yield (
+            f"model.preset: {model.preset} and model.name_or_path: {model.name_or_path} are both set; set one of "
+            "them to null"
+        )
     if model.preset is not None and model.preset not in preset_names:
-        yield (f"model.preset: {model.preset!r} is unknown{nearest(model.preset, preset_names)}; "
-               f"known: {', '.join(preset_names)}")
+        yield (
+            f"model.preset: {model.preset!r} is unknown{nearest(model.preset, preset_names)}; "
+            f"known: {', '.join(preset_names)}"
+        )
     if model.init == "pretrained" and model.name_or_path is None:
         yield "model.init: pretrained needs model.name_or_path; presets are shapes without weights"
 
@@ -156,12 +188,28 @@ def _model_problems(recipe: "Recipe", preset_names: list[str]) -> Iterator[str |
 def _amount_problems(recipe: "Recipe") -> Iterator[str | None]:
     """Steps, tokens, batch, and the lengths of the phases, as far as they can be computed."""
     train = recipe.train
-    amounts = [("train.steps", train.steps), ("train.tokens", train.tokens),
-               ("train.batch_sequences", train.batch_sequences), ("train.batch_tokens", train.batch_tokens),
-               ("train.micro_batch_size", train.micro_batch_size), ("data.seq_len", recipe.data.seq_len)]
-    broken = [message for name, value in amounts if (message := integer(
-        name, value, 1, example=8, optional=name != "data.seq_len" and "micro" not in name,
-        most=MAX_TOKENS if name == "train.tokens" else MAX_COUNT))]
+    amounts = [
+        ("train.steps", train.steps),
+        ("train.tokens", train.tokens),
+        ("train.batch_sequences", train.batch_sequences),
+        ("train.batch_tokens", train.batch_tokens),
+        ("train.micro_batch_size", train.micro_batch_size),
+        ("data.seq_len", recipe.data.seq_len),
+    ]
+    broken = [
+        message
+        for name, value in amounts
+        if (
+            message := integer(
+                name,
+                value,
+                1,
+                example=8,
+                optional=name != "data.seq_len" and "micro" not in name,
+                most=MAX_TOKENS if name == "train.tokens" else MAX_COUNT,
+            )
+        )
+    ]
     yield from broken
     for (one, first), (other, second) in (amounts[0:2], amounts[2:4]):
         if first is None and second is None:
@@ -175,8 +223,10 @@ def _amount_problems(recipe: "Recipe") -> Iterator[str | None]:
     batch = _batch_problem(recipe)
     yield batch
     if not batch and recipe.total_steps > MAX_COUNT:
-        yield (f"train.tokens: {train.tokens} are {recipe.total_steps} steps of {recipe.tokens_per_step} tokens, above "
-               f"{MAX_COUNT}; use fewer, or a larger batch")
+        yield (
+            f"train.tokens: {train.tokens} are {recipe.total_steps} steps of {recipe.tokens_per_step} tokens, above "
+            f"{MAX_COUNT}; use fewer, or a larger batch"
+        )
     elif not batch:
         yield from _phase_problems(recipe)
 
@@ -185,14 +235,18 @@ def _batch_problem(recipe: "Recipe") -> str | None:
     train, seq_len = recipe.train, recipe.data.seq_len
     if train.batch_tokens is not None and train.batch_tokens % seq_len:
         sizes = nearest_multiples(train.batch_tokens, seq_len * train.micro_batch_size)
-        return (f"train.batch_tokens: {train.batch_tokens} is not a multiple of data.seq_len {seq_len}; use "
-                f"{either('train.batch_tokens', sizes)} (train.micro_batch_size {train.micro_batch_size})")
+        return (
+            f"train.batch_tokens: {train.batch_tokens} is not a multiple of data.seq_len {seq_len}; use "
+            f"{either('train.batch_tokens', sizes)} (train.micro_batch_size {train.micro_batch_size})"
+        )
     if recipe.batch_sequences % train.micro_batch_size:
         name, unit = batch_field(recipe)
         sizes = [size * unit for size in nearest_multiples(recipe.batch_sequences, train.micro_batch_size)]
-        return (f"{name}: {recipe.batch_sequences * unit} ({recipe.batch_sequences} sequences of data.seq_len "
-                f"{seq_len}) is not a multiple of train.micro_batch_size {train.micro_batch_size}; use "
-                f"{either(name, sizes)}, or another micro-batch")
+        return (
+            f"{name}: {recipe.batch_sequences * unit} ({recipe.batch_sequences} sequences of data.seq_len "
+            f"{seq_len}) is not a multiple of train.micro_batch_size {train.micro_batch_size}; use "
+            f"{either(name, sizes)}, or another micro-batch"
+        )
     return None
 
 
@@ -203,27 +257,40 @@ def _phase_problems(recipe: "Recipe") -> Iterator[str | None]:
     length = "train.steps" if recipe.train.steps is not None else "train.tokens, in steps:"
     low_rank = recipe.method in ("lora", "relora")
     if low_rank and recipe.full_rank_steps >= total:
-        yield (f"warm_start_steps: {warm} leaves no low-rank steps of {length} {total}; use e.g. "
-               f"warm_start_steps={tenth(total)}")
+        yield (
+            f"warm_start_steps: {warm} leaves no low-rank steps of {length} {total}; use e.g. "
+            f"warm_start_steps={tenth(total)}"
+        )
         return
     num_steps = recipe.low_rank_steps if low_rank else total
-    what = f"{num_steps} low-rank steps (warm_start_steps {warm}, {length} {total})" if low_rank \
+    what = (
+        f"{num_steps} low-rank steps (warm_start_steps {warm}, {length} {total})"
+        if low_rank
         else f"{total} steps ({length} {total})"
+    )
     if optim.warmup_steps >= num_steps:
-        yield (f"optim.warmup_steps: {optim.warmup_steps} is not below the {what}; use e.g. "
-               f"optim.warmup_steps={tenth(num_steps)}")
+        yield (
+            f"optim.warmup_steps: {optim.warmup_steps} is not below the {what}; use e.g. "
+            f"optim.warmup_steps={tenth(num_steps)}"
+        )
     every = recipe.relora.restart_every
     restarts = recipe.method == "relora" and every is not None and every >= 1
     if restarts and every <= optim.warmup_steps:
-        yield (f"relora.restart_every: {every} is not above optim.warmup_steps {optim.warmup_steps}, so the first "
-               f"restart would fall into the warm-up; use e.g. optim.warmup_steps={tenth(every)}")
+        yield (
+            f"relora.restart_every: {every} is not above optim.warmup_steps {optim.warmup_steps}, so the first "
+            f"restart would fall into the warm-up; use e.g. optim.warmup_steps={tenth(every)}"
+        )
     elif restarts and recipe.num_restarts > MAX_RESTARTS:
-        yield (f"relora.restart_every: {every} gives {recipe.num_restarts} restarts, above {MAX_RESTARTS}; use e.g. "
-               f"relora.restart_every={-(-num_steps // 100)}")
+        yield (
+            f"relora.restart_every: {every} gives {recipe.num_restarts} restarts, above {MAX_RESTARTS}; use e.g. "
+            f"relora.restart_every={-(-num_steps // 100)}"
+        )
     ramp = optim.warm_start_warmup_steps
     if low_rank and warm and ramp is not None and ramp >= total:
-        yield (f"optim.warm_start_warmup_steps: {ramp} is not below the whole run's {total} steps; use e.g. "
-               f"optim.warm_start_warmup_steps={tenth(warm)}")
+        yield (
+            f"optim.warm_start_warmup_steps: {ramp} is not below the whole run's {total} steps; use e.g. "
+            f"optim.warm_start_warmup_steps={tenth(warm)}"
+        )
 
 
 def _optim_problems(recipe: "Recipe") -> Iterator[str | None]:
@@ -248,8 +315,10 @@ def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
         what = "a file, a directory or a glob" if data.source == "text" else "what python -m relora_ds prepare wrote"
         yield f"data.path: null, and data.source {data.source} reads it; set it to {what}"
     if data.source == "c4" and data.max_tokens is None:
-        yield ("data.max_tokens: null, and c4 (hundreds of gigabytes) is streamed until so many tokens are there; set "
-               f"it to the tokens of the run or less, e.g. data.max_tokens={recipe.train.tokens or 1_000_000_000}")
+        yield (
+            "data.max_tokens: null, and c4 (hundreds of gigabytes) is streamed until so many tokens are there; set "
+            f"it to the tokens of the run or less, e.g. data.max_tokens={recipe.train.tokens or 1_000_000_000}"
+        )
     if isinstance(data.validation, float) and not 0 < data.validation < 1:
         yield f"data.validation: {data.validation} is not inside (0, 1); use e.g. 0.05, or a path"
     yield integer("data.max_tokens", data.max_tokens, 1, example=1_000_000, optional=True, most=MAX_TOKENS)
@@ -260,8 +329,9 @@ def _data_problems(recipe: "Recipe") -> Iterator[str | None]:
 
 def _keeps_the_switch(recipe: "Recipe") -> bool:
     intervals = (recipe.checkpoint.every, recipe.checkpoint.keep_every)
-    return recipe.full_rank_steps > 0 and all(is_int(n) and n > 0 and recipe.full_rank_steps % n == 0
-                                              for n in intervals)
+    return recipe.full_rank_steps > 0 and all(
+        is_int(n) and n > 0 and recipe.full_rank_steps % n == 0 for n in intervals
+    )
 
 
 def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
@@ -277,11 +347,15 @@ def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield number("guard.spike_zscore", recipe.guard.spike_zscore, "above 0", lambda x: x > 0, example=8.0)
     yield choice("guard.on_spike", recipe.guard.on_spike, ON_SPIKE)
     if recipe.log.update_rank and not _keeps_the_switch(recipe):
-        yield ("log.update_rank: true measures from the checkpoint at the end of the warm start, and the recipe keeps "
-               "none; use warm_start_steps, and checkpoint.every and checkpoint.keep_every that divide it")
+        yield (
+            "log.update_rank: true measures from the checkpoint at the end of the warm start, and the recipe keeps "
+            "none; use warm_start_steps, and checkpoint.every and checkpoint.keep_every that divide it"
+        )
     if recipe.guard.on_spike == "rollback" and recipe.checkpoint.every is None:
-        yield ("guard.on_spike: rollback needs checkpoints to go back to, and checkpoint.every is null; set it, e.g. "
-               "checkpoint.every=1000")
+        yield (
+            "guard.on_spike: rollback needs checkpoints to go back to, and checkpoint.every is null; set it, e.g. "
+            "checkpoint.every=1000"
+        )
 
 
 def recipe_warnings(recipe: "Recipe") -> list[str]:
@@ -292,8 +366,10 @@ def recipe_warnings(recipe: "Recipe") -> list[str]:
 def _warnings(recipe: "Recipe") -> Iterator[str]:
     method, relora, warm = recipe.method, recipe.relora, recipe.warm_start_steps
     if recipe.trust_remote_code:
-        yield ("trust_remote_code: true: Python files that come with the model are run, with your rights; look at them "
-               "first")
+        yield (
+            "trust_remote_code: true: Python files that come with the model are run, with your rights; look at them "
+            "first"
+        )
     low_rank = method in ("lora", "relora")
     if warm and not recipe.full_rank_steps:
         yield f"warm_start_steps: {warm} has no effect with method lora on lora.base {recipe.lora.base}"
@@ -303,11 +379,16 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
         yield "carry_moments: true has no effect without a warm start"
     if recipe.optim.warm_start_lr is not None and not (low_rank and recipe.full_rank_steps):
         yield f"optim.warm_start_lr: {recipe.optim.warm_start_lr} has no effect without a warm start"
-    ramp = recipe.optim.warmup_steps if recipe.optim.warm_start_warmup_steps is None \
+    ramp = (
+        recipe.optim.warmup_steps
+        if recipe.optim.warm_start_warmup_steps is None
         else recipe.optim.warm_start_warmup_steps
+    )
     if low_rank and 0 < recipe.full_rank_steps <= ramp:
-        yield (f"optim.warm_start_warmup_steps: the warm start's {warm} steps end inside its warm-up of {ramp}; its "
-               "learning rate never reaches the peak")
+        yield (
+            f"optim.warm_start_warmup_steps: the warm start's {warm} steps end inside its warm-up of {ramp}; its "
+            "learning rate never reaches the peak"
+        )
     if recipe.lora.base != "none" and method != "lora":
         yield f"lora.base: {recipe.lora.base} has no effect with method {method}"
     if method == "lora" and recipe.lora.base == "none":
@@ -322,11 +403,15 @@ def _warnings(recipe: "Recipe") -> Iterator[str]:
     if relora.restart_every is None:
         yield "relora.restart_every: null means no restart: this run is LoRA on a frozen W, not ReLoRA"
     elif not recipe.num_restarts:
-        yield (f"relora.restart_every: {relora.restart_every} is not below the {recipe.low_rank_steps} low-rank steps: "
-               "the run has no restart")
+        yield (
+            f"relora.restart_every: {relora.restart_every} is not below the {recipe.low_rank_steps} low-rank steps: "
+            "the run has no restart"
+        )
     if relora.optimizer_reset == "magnitude":
-        yield ("relora.optimizer_reset: magnitude prunes the two moments by different masks, which can take steps of "
-               "exp_avg/eps after a restart; for reproduction only, use magnitude_joint")
+        yield (
+            "relora.optimizer_reset: magnitude prunes the two moments by different masks, which can take steps of "
+            "exp_avg/eps after a restart; for reproduction only, use magnitude_joint"
+        )
     if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora)().reset_ratio:
         yield f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
 
@@ -350,8 +435,10 @@ def source_problem(source: str) -> str | None:
     if source in DATA_SOURCES or "/" in str(source):
         return None
     files = "; JSON lines and parquet are read by data.source=text" if source in ("json", "jsonl", "parquet") else ""
-    return (f"data.source: {source!r} is unknown{nearest(source, DATA_SOURCES)}; use one of {', '.join(DATA_SOURCES)}, "
-            f"or org/name of the Hugging Face hub{files}")
+    return (
+        f"data.source: {source!r} is unknown{nearest(source, DATA_SOURCES)}; use one of {', '.join(DATA_SOURCES)}, "
+        f"or org/name of the Hugging Face hub{files}"
+    )
 
 
 def batch_field(recipe: "Recipe") -> tuple[str, int]:

@@ -18,14 +18,22 @@ from types import NoneType
 import yaml
 
 # A field's type in a user's words.
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null",
-          list[str]: "a list of names", list[float]: "a list of numbers"}
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    list[str]: "a list of names",
+    list[float]: "a list of numbers",
+}
 _NULL = ("", "null", "Null", "NULL", "~")
 _BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _DIGITS = re.compile(r"[+-]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"[+-]?\.?(inf|nan)", re.IGNORECASE)
-_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value",
-                                                        "seq", "map")}
+_PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map")
+}
 _MERGE = "tag:yaml.org,2002:merge"
 _MAX_DIGITS = 400  # of an integer in exponent notation; 1e999999999 would need a gigabyte
 
@@ -113,8 +121,12 @@ def of_node(node: yaml.Node) -> Raw:
         quoted = node.style is not None
         return None if not quoted and node.value in _NULL else Written(node.value, quoted)
     if isinstance(node, yaml.SequenceNode):
-        return [Written(item.value, item.style is not None) if isinstance(item, yaml.ScalarNode) else
-                Nested("a list or a mapping") for item in node.value]
+        return [
+            Written(item.value, item.style is not None)
+            if isinstance(item, yaml.ScalarNode)
+            else Nested("a list or a mapping")
+            for item in node.value
+        ]
     return Nested("a mapping")
 
 
@@ -250,8 +262,16 @@ def _list_of(reader) -> object:
         if not isinstance(raw, list):
             raise ValueError("not a list")
         return [reader(item) for item in raw]
+
     return read
 
 
-_READERS = {NoneType: _null, bool: _bool, int: _int, float: _float, list[float]: _list_of(_float),
-            list[str]: _list_of(_text_of), str: _text_of}
+_READERS = {
+    NoneType: _null,
+    bool: _bool,
+    int: _int,
+    float: _float,
+    list[float]: _list_of(_float),
+    list[str]: _list_of(_text_of),
+    str: _text_of,
+}

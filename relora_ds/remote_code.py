@@ -9,8 +9,10 @@ class UntrustedCode(ValueError):
     """A model or a tokenizer would have to run code that comes with it, and is not trusted."""
 
     def __init__(self, name: str):
-        super().__init__(f"{name} comes with Python code of its own, which is not run; read it, and if you trust it "
-                         "use trust_remote_code=true in the recipe, or the option --trust-remote-code of the command")
+        super().__init__(
+            f"{name} comes with Python code of its own, which is not run; read it, and if you trust it "
+            "use trust_remote_code=true in the recipe, or the option --trust-remote-code of the command"
+        )
 
 
 def is_refusal(error: Exception) -> bool:

@@ -16,13 +16,23 @@ EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME, EXIT_PREEMPTED = 0,
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: a recipe and its overrides."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Pre-train a language model with ReLoRA on DeepSpeed ZeRO.",
+        prog="train.py",
+        description="Pre-train a language model with ReLoRA on DeepSpeed ZeRO.",
         epilog="Examples:  deepspeed --num_gpus 2 train.py --config quickstart relora.r=32 train.steps=1000   |   "
-               "torchrun --nproc_per_node 2 train.py --config my.yaml   |   python train.py --config tiny")
-    parser.add_argument("--config", default="quickstart", metavar="RECIPE",
-                        help=f"a YAML file, or a shipped recipe: {', '.join(recipe_names())} (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="override any key of the recipe; text is taken as it is")
+        "torchrun --nproc_per_node 2 train.py --config my.yaml   |   python train.py --config tiny",
+    )
+    parser.add_argument(
+        "--config",
+        default="quickstart",
+        metavar="RECIPE",
+        help=f"a YAML file, or a shipped recipe: {', '.join(recipe_names())} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="override any key of the recipe; text is taken as it is",
+    )
     # The DeepSpeed launcher appends it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_intermixed_args(argv)
@@ -46,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     # Once on every machine: what is wrong may be wrong on one of them only.
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     from relora_ds.training.console import quieten_libraries
+
     quieten_libraries()
     from relora_ds.zero import accelerator
+
     if found := accelerator.problems():  # before DeepSpeed is imported for a device that it has no packages for
         return _stop(None, is_first, "; ".join(found), EXIT_ERROR)
     from relora_ds.checkpoint.store import ResumeError
@@ -57,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     from relora_ds.training.requeue import remember_refusal
     from relora_ds.training.trainer import Trainer
     from relora_ds.zero.start import leave
+
     trainer = None
     try:
         trainer = Trainer(check(arguments.config, arguments.overrides))
@@ -79,8 +92,13 @@ def main(argv: list[str] | None = None) -> int:
         leave()  # every rank does
         return code
     except KeyboardInterrupt:
-        return _stop(trainer, is_first, "interrupted, and nothing saved for it; resume=auto goes on from the newest "
-                     "checkpoint (SIGTERM would have saved first)", EXIT_ERROR)
+        return _stop(
+            trainer,
+            is_first,
+            "interrupted, and nothing saved for it; resume=auto goes on from the newest "
+            "checkpoint (SIGTERM would have saved first)",
+            EXIT_ERROR,
+        )
     except Exception as error:
         traceback.print_exc()
         return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", EXIT_ERROR)

@@ -1,7 +1,7 @@
 """Tests run on the CPU, also on a machine with GPUs; those of tests/cuda have ranks of their own that see them.
 
-    hide_gpus()     from this process and all that it starts; before torch asks for them, which it does once
-    show_gpus()     in a process that a hidden one has started: as many as the user's environment shows
+hide_gpus()     from this process and all that it starts; before torch asks for them, which it does once
+show_gpus()     in a process that a hidden one has started: as many as the user's environment shows
 """
 
 import json

@@ -24,20 +24,29 @@ from tests.ports import free_port
 
 hide_gpus()
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "relora_ds.training.trainer", "torch.utils.tensorboard",
-                                 "transformers.models.llama.modeling_llama"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "deepspeed",
+        "relora_ds.training.trainer",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 def _serve(prepare: Callable[[], object] | None, rank: int, world_size: int, port: int, pipe) -> None:
     if prepare is not None:
         prepare()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     import logging
 
     import torch
 
     from relora_ds.zero.start import init_distributed
+
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     init_distributed()

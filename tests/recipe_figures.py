@@ -25,9 +25,18 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # What the recipes take from a hub, which no test may need: vocabularies in pieces (T5's 32,000 and 100 extra ids), and
 # the shape of one network.
 VOCABULARIES = {"t5-base": 32_100, "HuggingFaceTB/SmolLM2-135M": 49_152}
-NETWORKS = {"HuggingFaceTB/SmolLM2-135M": LlamaConfig(
-    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-    vocab_size=49_152, max_position_embeddings=8192, tie_word_embeddings=True)}
+NETWORKS = {
+    "HuggingFaceTB/SmolLM2-135M": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49_152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,10 @@ class Figures:
         after = " and ".join(f"{step:,}" for step in self.restarts[-2:])
         after = ", ".join([*(f"{step:,}" for step in self.restarts[:-2]), after])
         restarts = f"restarts after {after}" if self.restarts else "no restart"
-        return (f"Figures: {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.tokens:,} in all; {warm}, "
-                f"{restarts}; {self.trainable:,} of {self.total:,} parameters train.")
+        return (
+            f"Figures: {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.tokens:,} in all; {warm}, "
+            f"{restarts}; {self.trainable:,} of {self.total:,} parameters train."
+        )
 
 
 def network(recipe: Recipe) -> PretrainedConfig:
@@ -64,31 +75,52 @@ def figures(name: str) -> Figures:
     """The figures of the shipped recipe `name`."""
     recipe = load_recipe(name, check_files=False)
     warm = recipe.full_rank_steps if recipe.low_rank_steps else 0
-    restarts = [warm + t for t in scheduled_restarts(recipe.low_rank_steps, recipe.relora.restart_every)] \
-        if recipe.method == "relora" else []
+    restarts = (
+        [warm + t for t in scheduled_restarts(recipe.low_rank_steps, recipe.relora.restart_every)]
+        if recipe.method == "relora"
+        else []
+    )
     trainable, total = count_parameters(method_of(recipe).prepare(meta_model(network(recipe))))
-    return Figures(recipe.method, recipe.total_steps, recipe.tokens_per_step,
-                   recipe.total_steps * recipe.tokens_per_step, warm, restarts, trainable, total)
+    return Figures(
+        recipe.method,
+        recipe.total_steps,
+        recipe.tokens_per_step,
+        recipe.total_steps * recipe.tokens_per_step,
+        warm,
+        restarts,
+        trainable,
+        total,
+    )
 
 
 def header(name: str) -> str:
     """The recipe's comment above its first key, as one line of text."""
     lines = (PACKAGE_DIR / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    comment = lines[:next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     return " ".join(" ".join(line.lstrip("#") for line in comment).split())
 
 
 def table() -> str:
     """The table of docs/recipes.md."""
-    rows = ["| recipe | method | steps | tokens | warm start | restarts after step | trains | of |",
-            "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| recipe | method | steps | tokens | warm start | restarts after step | trains | of |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name in sorted(recipe_names(), key=_order):
         f = figures(name)
         restarts = ", ".join(f"{step:,}" for step in f.restarts) or "—"
         if len(f.restarts) > 3:
             restarts = f"{f.restarts[0]:,}, {f.restarts[1]:,} … {f.restarts[-1]:,} ({len(f.restarts)})"
-        cells = [f"`{name}`", f"`{f.method}`", f"{f.steps:,}", _short(f.tokens), _count(f.warm_start), restarts,
-                 _short(f.trainable), _short(f.total)]
+        cells = [
+            f"`{name}`",
+            f"`{f.method}`",
+            f"{f.steps:,}",
+            _short(f.tokens),
+            _count(f.warm_start),
+            restarts,
+            _short(f.trainable),
+            _short(f.total),
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -115,8 +147,9 @@ def _write() -> None:
         path = PACKAGE_DIR / "recipes" / f"{name}.yaml"
         sentence = textwrap.fill(figures(name).sentence(), 119, initial_indent="# ", subsequent_indent="# ")
         text = path.read_text(encoding="utf-8")
-        path.write_text(re.sub(r"^# Figures:(.|\n#(?!\n))*$", sentence, text, count=1, flags=re.MULTILINE),
-                        encoding="utf-8")
+        path.write_text(
+            re.sub(r"^# Figures:(.|\n#(?!\n))*$", sentence, text, count=1, flags=re.MULTILINE), encoding="utf-8"
+        )
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")

@@ -8,21 +8,45 @@ VOCAB, LENGTH = 67, 12
 
 
 def llama(seed: int = 0, **changes):
-    sizes = dict(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=3, num_attention_heads=2,
-                 num_key_value_heads=2, max_position_embeddings=32, use_cache=False)
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=20,
+        intermediate_size=35,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
     return _build(LlamaConfig(**{**sizes, **changes}), seed)
 
 
 def gpt_neox(seed: int = 0, **changes):
-    sizes = dict(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=3, num_attention_heads=2,
-                 max_position_embeddings=32, use_cache=False)
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=20,
+        intermediate_size=35,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
     return _build(GPTNeoXConfig(**{**sizes, **changes}), seed)
 
 
 def qwen2(seed: int = 0, **changes):
     """Biased q, k and v; grouped-query attention; embeddings tied to the head."""
-    sizes = dict(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=3, num_attention_heads=2,
-                 num_key_value_heads=1, max_position_embeddings=32, use_cache=False, tie_word_embeddings=True)
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=20,
+        intermediate_size=35,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
     return _build(Qwen2Config(**{**sizes, **changes}), seed)
 
 

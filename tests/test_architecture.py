@@ -13,8 +13,15 @@ REPOSITORY = Path(__file__).parent.parent
 
 # What each room may import of relora_ds, beside itself. A room is a folder of relora_ds or one of its modules; the
 # modules that read a recipe are one room, with `remote_code`, which several rooms share.
-CONFIG_MODULES = ("config", "recipe_checks", "recipe_files", "recipe_loading", "recipe_validation",
-                  "recipe_values", "remote_code")
+CONFIG_MODULES = (
+    "config",
+    "recipe_checks",
+    "recipe_files",
+    "recipe_loading",
+    "recipe_validation",
+    "recipe_values",
+    "remote_code",
+)
 BELOW_TRAINING = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop"}
 ALLOWED = {
     "__init__": set(),  # the public names are imported lazily, by name
@@ -92,8 +99,11 @@ def _imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             yield node.lineno, "torch.distributed"  # `import torch` is enough to use it
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from ((node.lineno, argument.value) for argument in node.args[:1]
-                        if isinstance(argument, ast.Constant) and isinstance(argument.value, str))
+            yield from (
+                (node.lineno, argument.value)
+                for argument in node.args[:1]
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+            )
 
 
 def test_the_arrows_point_one_way():
@@ -105,38 +115,77 @@ def test_every_room_of_the_house_is_seen():
     assert rooms <= {_room(path.stem) for path in (REPOSITORY / "relora_ds").iterdir()}
 
 
-@pytest.mark.parametrize(("file", "code", "violation"), [
-    ("relora_ds/lowrank/linear.py", "import deepspeed", "lowrank imports deepspeed"),
-    ("relora_ds/lowrank/linear.py", "import torch.distributed as dist", "lowrank imports torch.distributed"),
-    ("relora_ds/lowrank/linear.py", "from torch import distributed", "lowrank imports torch.distributed"),
-    ("relora_ds/lowrank/linear.py", "import torch\ntorch.distributed.barrier()", "lowrank imports torch.distributed"),
-    ("relora_ds/lowrank/linear.py", "from ..zero import engine", "lowrank imports relora_ds.zero.engine"),
-    ("relora_ds/zero/engine.py", "from relora_ds import checkpoint", "zero imports relora_ds.checkpoint"),
-    ("relora_ds/checkpoint/store.py", "from deepspeed.comm import comm", "checkpoint imports deepspeed.comm.comm"),
-    ("relora_ds/checkpoint/store.py", "def f():\n  from relora_ds.methods import base",
-     "checkpoint imports relora_ds.methods.base"),
-    ("relora_ds/methods/base.py", "from relora_ds.training.trainer import Trainer",
-     "methods imports relora_ds.training.trainer.Trainer"),
-    ("relora_ds/training/trainer.py", "import deepspeed.comm", "training imports deepspeed.comm"),
-    ("relora_ds/interop/export.py", "import relora_ds.methods.base", "interop imports relora_ds.methods.base"),
-    ("relora_ds/config.py", "import torch", "config imports torch"),
-    ("relora_ds/recipe_loading.py", "import importlib\nimportlib.import_module('relora_ds.zero.engine')",
-     "config imports relora_ds.zero.engine"),
-    ("relora_ds/data/loader.py", "from relora_ds.lowrank.linear import ReLoRALinear",
-     "data imports relora_ds.lowrank.linear.ReLoRALinear"),
-    ("relora_ds/models/build.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import relora_ds.data.loader",
-     "models imports relora_ds.data.loader"),
-    ("relora_ds/checkpoint/store.py", "from relora_ds import initialize",
-     "relora_ds.initialize is a public name; import it from the module it is in"),
-    ("relora_ds/attic/old.py", "", "no rule says what attic may import"),
-    ("train.py", "from relora_ds.zero import engine",
-     "it imports relora_ds.zero.engine; relora_ds.train is all it needs"),
-])
+@pytest.mark.parametrize(
+    ("file", "code", "violation"),
+    [
+        ("relora_ds/lowrank/linear.py", "import deepspeed", "lowrank imports deepspeed"),
+        ("relora_ds/lowrank/linear.py", "import torch.distributed as dist", "lowrank imports torch.distributed"),
+        ("relora_ds/lowrank/linear.py", "from torch import distributed", "lowrank imports torch.distributed"),
+        (
+            "relora_ds/lowrank/linear.py",
+            "import torch\ntorch.distributed.barrier()",
+            "lowrank imports torch.distributed",
+        ),
+        ("relora_ds/lowrank/linear.py", "from ..zero import engine", "lowrank imports relora_ds.zero.engine"),
+        ("relora_ds/zero/engine.py", "from relora_ds import checkpoint", "zero imports relora_ds.checkpoint"),
+        ("relora_ds/checkpoint/store.py", "from deepspeed.comm import comm", "checkpoint imports deepspeed.comm.comm"),
+        (
+            "relora_ds/checkpoint/store.py",
+            "def f():\n  from relora_ds.methods import base",
+            "checkpoint imports relora_ds.methods.base",
+        ),
+        (
+            "relora_ds/methods/base.py",
+            "from relora_ds.training.trainer import Trainer",
+            "methods imports relora_ds.training.trainer.Trainer",
+        ),
+        ("relora_ds/training/trainer.py", "import deepspeed.comm", "training imports deepspeed.comm"),
+        ("relora_ds/interop/export.py", "import relora_ds.methods.base", "interop imports relora_ds.methods.base"),
+        ("relora_ds/config.py", "import torch", "config imports torch"),
+        (
+            "relora_ds/recipe_loading.py",
+            "import importlib\nimportlib.import_module('relora_ds.zero.engine')",
+            "config imports relora_ds.zero.engine",
+        ),
+        (
+            "relora_ds/data/loader.py",
+            "from relora_ds.lowrank.linear import ReLoRALinear",
+            "data imports relora_ds.lowrank.linear.ReLoRALinear",
+        ),
+        (
+            "relora_ds/models/build.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import relora_ds.data.loader",
+            "models imports relora_ds.data.loader",
+        ),
+        (
+            "relora_ds/checkpoint/store.py",
+            "from relora_ds import initialize",
+            "relora_ds.initialize is a public name; import it from the module it is in",
+        ),
+        ("relora_ds/attic/old.py", "", "no rule says what attic may import"),
+        (
+            "train.py",
+            "from relora_ds.zero import engine",
+            "it imports relora_ds.zero.engine; relora_ds.train is all it needs",
+        ),
+    ],
+)
 def test_a_wrong_import_is_found(tmp_path, file, code, violation):
-    good = ["train.py", "relora_ds/__init__.py", "relora_ds/config.py", "relora_ds/recipe_loading.py",
-            "relora_ds/models/build.py", "relora_ds/data/loader.py", "relora_ds/lowrank/linear.py",
-            "relora_ds/zero/engine.py", "relora_ds/checkpoint/store.py", "relora_ds/methods/base.py",
-            "relora_ds/interop/export.py", "relora_ds/training/trainer.py", "relora_ds/train.py"]
+    good = [
+        "train.py",
+        "relora_ds/__init__.py",
+        "relora_ds/config.py",
+        "relora_ds/recipe_loading.py",
+        "relora_ds/models/build.py",
+        "relora_ds/data/loader.py",
+        "relora_ds/lowrank/linear.py",
+        "relora_ds/zero/engine.py",
+        "relora_ds/checkpoint/store.py",
+        "relora_ds/methods/base.py",
+        "relora_ds/interop/export.py",
+        "relora_ds/training/trainer.py",
+        "relora_ds/train.py",
+    ]
     for name in [*good, file]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("import math\n")

@@ -60,9 +60,20 @@ def test_shipped_recipes_are_valid_and_round_trip(name, tmp_path):
 
 
 def test_round_trip_of_everything_that_is_not_a_default(tmp_path):
-    recipe = load_recipe("base.yaml", [
-        "resume=auto", "relora.target_modules=[q_proj,v_proj]", "relora.trainable_modules=[]", "optim.betas=[0.9,0.95]",
-        "train.steps=null", "train.tokens=1.2e9", "data.validation=0.05", "run_dir=out", "relora.restart_every=null"])
+    recipe = load_recipe(
+        "base.yaml",
+        [
+            "resume=auto",
+            "relora.target_modules=[q_proj,v_proj]",
+            "relora.trainable_modules=[]",
+            "optim.betas=[0.9,0.95]",
+            "train.steps=null",
+            "train.tokens=1.2e9",
+            "data.validation=0.05",
+            "run_dir=out",
+            "relora.restart_every=null",
+        ],
+    )
     assert recipe.train.tokens == 1_200_000_000 and isinstance(recipe.train.tokens, int)
     assert recipe.relora.target_modules == ["q_proj", "v_proj"]
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
@@ -80,16 +91,30 @@ def test_how_one_start_began_is_not_part_of_the_stored_recipe(override, tmp_path
 
 
 def test_reading_a_recipe_imports_neither_torch_nor_deepspeed():
-    code = ("import sys; from relora_ds.config import load_recipe; load_recipe('tiny'); "
-            "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)")
+    code = (
+        "import sys; from relora_ds.config import load_recipe; load_recipe('tiny'); "
+        "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE_DIR.parent)
 
 
 def test_all_errors_at_once():
     found = problems_of(
-        "method=relra", "train.step=5", "optim.lr=-1", "eval.every=often", "relora.reset_ratio=1.5", "relora=5", "foo",
-        "optim.betas=[0.9,x]", "seed=null", "activation_checkpointing=some", "relora.r=0", "deepspeed=zero7",
-        "data.source=c5", "lr=3")
+        "method=relra",
+        "train.step=5",
+        "optim.lr=-1",
+        "eval.every=often",
+        "relora.reset_ratio=1.5",
+        "relora=5",
+        "foo",
+        "optim.betas=[0.9,x]",
+        "seed=null",
+        "activation_checkpointing=some",
+        "relora.r=0",
+        "deepspeed=zero7",
+        "data.source=c5",
+        "lr=3",
+    )
     expected = [
         "relora: 5 where a section",
         "override 'foo' is not section.key=value",
@@ -111,51 +136,69 @@ def test_all_errors_at_once():
     assert len(found) == len(expected), found
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    (["train.steps=600", "train.tokens=1000"], "train.steps: 600 and train.tokens: 1000 are both set"),
-    (["train.steps=null"], "train.steps and train.tokens: neither is set"),
-    (["train.batch_tokens=2048", "train.batch_sequences=16"],
-     "train.batch_sequences: 16 and train.batch_tokens: 2048 are both set"),
-    (["train.batch_sequences=12"], "train.batch_sequences: 12 (12 sequences of data.seq_len 128) is not a multiple "
-                                   "of train.micro_batch_size 8; use train.batch_sequences=8 or "
-                                   "train.batch_sequences=16"),
-    (["train.batch_sequences=null", "train.batch_tokens=2000"],
-     "train.batch_tokens: 2000 is not a multiple of data.seq_len 128; use train.batch_tokens=1024 or "
-     "train.batch_tokens=2048"),
-    (["train.steps=100"], "warm_start_steps: 100 leaves no low-rank steps"),
-    (["relora.restart_every=15"], "relora.restart_every: 15 is not above optim.warmup_steps 20"),
-    (["relora.restart_every=0"], "relora.restart_every: 0 is not an integer of at least 1"),
-    (["relora.restart_warmup_steps=125"], "relora.restart_every: 125 is not above relora.restart_warmup_steps 125"),
-    (["optim.warmup_steps=124", "relora.restart_every=null", "train.steps=224"],
-     "optim.warmup_steps: 124 is not below the 124 low-rank steps"),
-    (["optim.betas=[0.9]"], "optim.betas: [0.9] is not two numbers inside [0, 1)"),
-    (["optim.lr=.nan"], "optim.lr: nan is not a number above 0"),
-    (["optim.min_lr_ratio=2"], "optim.min_lr_ratio: 2.0 is outside [0, 1]"),
-    (["relora.lora_dropout=1"], "relora.lora_dropout: 1.0 is outside [0, 1)"),
-    (["relora.lora_alpha=0"], "relora.lora_alpha: 0.0 is not a number above 0"),
-    (["relora.optimizer_reset=magnitude_jnt"], "did you mean magnitude_joint?"),
-    (["relora.frozen_dtype=nf8"], "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?); known: auto, fp32"),
-    (["relora.frozen_master=gpu"], "relora.frozen_master: 'gpu' is unknown (did you mean cpu?)"),
-    (["relora.frozen_placement=shared"], "relora.frozen_placement: 'shared' is unknown (did you mean sharded?)"),
-    (["relora.target_modules=q_proj"], "relora.target_modules: 'q_proj' is neither all-linear nor a list"),
-    (["model.preset=llama_60"], "model.preset: 'llama_60' is unknown (did you mean llama_60m?)"),
-    (["model.name_or_path=gpt2", "model.preset=tiny"], "model.preset: tiny and model.name_or_path: gpt2 are both set"),
-    (["model.init=pretrained"], "model.init: pretrained needs model.name_or_path"),
-    (["activation_checkpointing=ful"], "activation_checkpointing: 'ful' is unknown (did you mean full?)"),
-    (["data.source=c4"], "data.max_tokens: null, and c4"),
-    (["data.source=pretokenized"], "data.path: null, and data.source pretokenized reads it"),
-    (["data.source=jsonl"], "JSON lines and parquet are read by data.source=text"),
-    (["data.source=./gone"], "data.source: ./gone does not exist"),
-    (["init_from=gpt2"], "init_from: gpt2 together with warm_start_steps: 100 is not available in this version"),
-    (["data.source=text"], "data.path: null, and data.source text reads it"),
-    (["data.source=text", "data.path=no/such.txt"], "data.path: no/such.txt does not exist"),
-    (["data.validation=1.5"], "data.validation: 1.5 is not inside (0, 1)"),
-    (["resume=true"], "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"),
-    (["resume=auto", "overwrite=true"], "overwrite: true would delete the run"),
-    (["method=lora", "lora.base=warm_start", "warm_start_steps=0"], "lora.base: warm_start has nothing to start from"),
-    (["train.tokens=1.5", "train.steps=null"], "train.tokens: 1.5 is not an integer or null"),
-    (["relora.target_modules=[a"], "relora.target_modules: '[a' is neither all-linear nor a list"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.steps=600", "train.tokens=1000"], "train.steps: 600 and train.tokens: 1000 are both set"),
+        (["train.steps=null"], "train.steps and train.tokens: neither is set"),
+        (
+            ["train.batch_tokens=2048", "train.batch_sequences=16"],
+            "train.batch_sequences: 16 and train.batch_tokens: 2048 are both set",
+        ),
+        (
+            ["train.batch_sequences=12"],
+            "train.batch_sequences: 12 (12 sequences of data.seq_len 128) is not a multiple "
+            "of train.micro_batch_size 8; use train.batch_sequences=8 or "
+            "train.batch_sequences=16",
+        ),
+        (
+            ["train.batch_sequences=null", "train.batch_tokens=2000"],
+            "train.batch_tokens: 2000 is not a multiple of data.seq_len 128; use train.batch_tokens=1024 or "
+            "train.batch_tokens=2048",
+        ),
+        (["train.steps=100"], "warm_start_steps: 100 leaves no low-rank steps"),
+        (["relora.restart_every=15"], "relora.restart_every: 15 is not above optim.warmup_steps 20"),
+        (["relora.restart_every=0"], "relora.restart_every: 0 is not an integer of at least 1"),
+        (["relora.restart_warmup_steps=125"], "relora.restart_every: 125 is not above relora.restart_warmup_steps 125"),
+        (
+            ["optim.warmup_steps=124", "relora.restart_every=null", "train.steps=224"],
+            "optim.warmup_steps: 124 is not below the 124 low-rank steps",
+        ),
+        (["optim.betas=[0.9]"], "optim.betas: [0.9] is not two numbers inside [0, 1)"),
+        (["optim.lr=.nan"], "optim.lr: nan is not a number above 0"),
+        (["optim.min_lr_ratio=2"], "optim.min_lr_ratio: 2.0 is outside [0, 1]"),
+        (["relora.lora_dropout=1"], "relora.lora_dropout: 1.0 is outside [0, 1)"),
+        (["relora.lora_alpha=0"], "relora.lora_alpha: 0.0 is not a number above 0"),
+        (["relora.optimizer_reset=magnitude_jnt"], "did you mean magnitude_joint?"),
+        (["relora.frozen_dtype=nf8"], "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?); known: auto, fp32"),
+        (["relora.frozen_master=gpu"], "relora.frozen_master: 'gpu' is unknown (did you mean cpu?)"),
+        (["relora.frozen_placement=shared"], "relora.frozen_placement: 'shared' is unknown (did you mean sharded?)"),
+        (["relora.target_modules=q_proj"], "relora.target_modules: 'q_proj' is neither all-linear nor a list"),
+        (["model.preset=llama_60"], "model.preset: 'llama_60' is unknown (did you mean llama_60m?)"),
+        (
+            ["model.name_or_path=gpt2", "model.preset=tiny"],
+            "model.preset: tiny and model.name_or_path: gpt2 are both set",
+        ),
+        (["model.init=pretrained"], "model.init: pretrained needs model.name_or_path"),
+        (["activation_checkpointing=ful"], "activation_checkpointing: 'ful' is unknown (did you mean full?)"),
+        (["data.source=c4"], "data.max_tokens: null, and c4"),
+        (["data.source=pretokenized"], "data.path: null, and data.source pretokenized reads it"),
+        (["data.source=jsonl"], "JSON lines and parquet are read by data.source=text"),
+        (["data.source=./gone"], "data.source: ./gone does not exist"),
+        (["init_from=gpt2"], "init_from: gpt2 together with warm_start_steps: 100 is not available in this version"),
+        (["data.source=text"], "data.path: null, and data.source text reads it"),
+        (["data.source=text", "data.path=no/such.txt"], "data.path: no/such.txt does not exist"),
+        (["data.validation=1.5"], "data.validation: 1.5 is not inside (0, 1)"),
+        (["resume=true"], "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"),
+        (["resume=auto", "overwrite=true"], "overwrite: true would delete the run"),
+        (
+            ["method=lora", "lora.base=warm_start", "warm_start_steps=0"],
+            "lora.base: warm_start has nothing to start from",
+        ),
+        (["train.tokens=1.5", "train.steps=null"], "train.tokens: 1.5 is not an integer or null"),
+        (["relora.target_modules=[a"], "relora.target_modules: '[a' is neither all-linear nor a list"),
+    ],
+)
 def test_one_mistake_gives_one_message(overrides, expected):
     assert expected in only_problem(*overrides)
 
@@ -170,8 +213,10 @@ def test_recipe_file_mistakes(tmp_path):
     assert "not a mapping" in only_problem(recipe=str(broken))
     broken.write_text("method: full\nmethod: lora\n")
     assert "duplicate key" in only_problem(recipe=str(broken))
-    broken.write_text("lora:\nmodel: {preset: tiny}\ntrain: {steps: 10, batch_sequences: 8}\n"
-                      "relora: {frozen_master: null}\noptim: {warmup_steps: 1}\n")
+    broken.write_text(
+        "lora:\nmodel: {preset: tiny}\ntrain: {steps: 10, batch_sequences: 8}\n"
+        "relora: {frozen_master: null}\noptim: {warmup_steps: 1}\n"
+    )
     recipe = load_recipe(broken)  # an empty section is no mistake, and null is "none" where that is a choice
     assert recipe.relora.frozen_master == "none" and recipe.lora.base == "none"
 
@@ -187,15 +232,22 @@ def test_relora_config_checks_what_python_users_pass():
     assert ReLoRAConfig(r=64, lora_alpha=32).scaling == 0.5
     found = ReLoRAConfig(r="8", reset_ratio=1.0, lora_alpha=None, restart_every=100, target_modules=[]).problems()
     assert [message.split(":")[0] for message in found] == [
-        "relora.r", "relora.lora_alpha", "relora.reset_ratio", "relora.restart_every", "relora.target_modules"]
+        "relora.r",
+        "relora.lora_alpha",
+        "relora.reset_ratio",
+        "relora.restart_every",
+        "relora.target_modules",
+    ]
 
 
 def test_derived_values():
     recipe = load_recipe("base.yaml")
     assert (recipe.batch_sequences, recipe.tokens_per_step, recipe.total_steps) == (16, 2048, 600)
     assert (recipe.full_rank_steps, recipe.low_rank_steps, recipe.num_restarts) == (100, 500, 3)
-    by_tokens = load_recipe("base.yaml", ["train.steps=null", "train.tokens=1228801", "train.batch_sequences=null",
-                                           "train.batch_tokens=2048"])
+    by_tokens = load_recipe(
+        "base.yaml",
+        ["train.steps=null", "train.tokens=1228801", "train.batch_sequences=null", "train.batch_tokens=2048"],
+    )
     assert (by_tokens.batch_sequences, by_tokens.total_steps) == (16, 601)
     assert load_recipe("base.yaml", ["method=full"]).low_rank_steps == 0
     assert load_recipe("base.yaml", ["method=lora"]).low_rank_steps == 600
@@ -206,8 +258,11 @@ def test_derived_values():
 def test_accumulation_steps():
     recipe = load_recipe("base.yaml", ["train.batch_sequences=96"])
     assert [accumulation_steps(recipe, n) for n in (1, 2, 3, 12)] == [12, 6, 4, 1]
-    with pytest.raises(RecipeError, match=r"96 \(96 sequences\) cannot be split into 5 ranks × train.micro_batch_size "
-                                          r"8; use train.batch_sequences=80 or train.batch_sequences=120"):
+    with pytest.raises(
+        RecipeError,
+        match=r"96 \(96 sequences\) cannot be split into 5 ranks × train.micro_batch_size "
+        r"8; use train.batch_sequences=80 or train.batch_sequences=120",
+    ):
         accumulation_steps(recipe, 5)
     with pytest.raises(RecipeError, match="train.batch_sequences=128 or train.micro_batch_size=6"):
         accumulation_steps(recipe, 16)
@@ -219,35 +274,54 @@ def test_precision():
     assert resolve_precision("fp16", cuda_bf16=True) == "fp16"
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    (["relora.restart_every=500"], "relora.restart_every: 500 is not below the 500 low-rank steps"),
-    (["relora.restart_every=null"], "this run is LoRA on a frozen W"),
-    (["method=full", "optim.warm_start_lr=null"], "warm_start_steps: 100 has no effect with method full"),
-    (["lora.base=random"], "lora.base: random has no effect with method relora"),
-    (["relora.optimizer_reset=magnitude"], "different masks"),
-    (["relora.optimizer_reset=zero", "relora.reset_ratio=0.5"], "relora.reset_ratio: 0.5 has no effect"),
-    (["optim.warm_start_warmup_steps=100"], "never reaches the peak"),
-    (["data.path=x"], "data.path: x has no effect with data.source wikitext2"),
-    (["method=lora", "warm_start_steps=0", "relora.restart_every=null", "optim.warm_start_lr=null",
-      "relora.frozen_dtype=nf4"], "relora.frozen_dtype: nf4 has no effect with lora.base none"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["relora.restart_every=500"], "relora.restart_every: 500 is not below the 500 low-rank steps"),
+        (["relora.restart_every=null"], "this run is LoRA on a frozen W"),
+        (["method=full", "optim.warm_start_lr=null"], "warm_start_steps: 100 has no effect with method full"),
+        (["lora.base=random"], "lora.base: random has no effect with method relora"),
+        (["relora.optimizer_reset=magnitude"], "different masks"),
+        (["relora.optimizer_reset=zero", "relora.reset_ratio=0.5"], "relora.reset_ratio: 0.5 has no effect"),
+        (["optim.warm_start_warmup_steps=100"], "never reaches the peak"),
+        (["data.path=x"], "data.path: x has no effect with data.source wikitext2"),
+        (
+            [
+                "method=lora",
+                "warm_start_steps=0",
+                "relora.restart_every=null",
+                "optim.warm_start_lr=null",
+                "relora.frozen_dtype=nf4",
+            ],
+            "relora.frozen_dtype: nf4 has no effect with lora.base none",
+        ),
+    ],
+)
 def test_warnings(overrides, expected):
     found = load_recipe("base.yaml", overrides).warnings()
     assert len(found) == 1 and expected in found[0], found
 
 
-@pytest.mark.parametrize(("options", "precision", "stage", "expected"), [
-    (dict(frozen_dtype="nf4", frozen_double_quant=True), "bf16", 0, []),
-    (dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device"), "fp32", 1, []),
-    (dict(frozen_placement="sharded"), "bf16", 3, []),
-    (dict(frozen_placement="sharded"), "bf16", 2, ["frozen_placement: sharded has no effect at ZeRO stage 2"]),
-    (dict(frozen_double_quant=True), "bf16", 0, ["frozen_double_quant: true has no effect with frozen_dtype auto"]),
-    (dict(frozen_master="device"), "fp32", 0, ["frozen_master: device has no effect: W is stored in fp32"]),
-    (dict(frozen_master="none", frozen_dtype="fp32"), "bf16", 0, ["frozen_master: none has no effect"]),
-    (dict(frozen_master="none"), "bf16", 0, ["adds noise"]),
-    (dict(frozen_master="none", frozen_dtype="nf4"), "bf16", 0, ["rounded to nf4, and what is rounded away is lost"]),
-    (dict(frozen_master="none", frozen_dtype="nf4", restart_every=None), "bf16", 0, []),  # nothing is merged
-])
+@pytest.mark.parametrize(
+    ("options", "precision", "stage", "expected"),
+    [
+        (dict(frozen_dtype="nf4", frozen_double_quant=True), "bf16", 0, []),
+        (dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device"), "fp32", 1, []),
+        (dict(frozen_placement="sharded"), "bf16", 3, []),
+        (dict(frozen_placement="sharded"), "bf16", 2, ["frozen_placement: sharded has no effect at ZeRO stage 2"]),
+        (dict(frozen_double_quant=True), "bf16", 0, ["frozen_double_quant: true has no effect with frozen_dtype auto"]),
+        (dict(frozen_master="device"), "fp32", 0, ["frozen_master: device has no effect: W is stored in fp32"]),
+        (dict(frozen_master="none", frozen_dtype="fp32"), "bf16", 0, ["frozen_master: none has no effect"]),
+        (dict(frozen_master="none"), "bf16", 0, ["adds noise"]),
+        (
+            dict(frozen_master="none", frozen_dtype="nf4"),
+            "bf16",
+            0,
+            ["rounded to nf4, and what is rounded away is lost"],
+        ),
+        (dict(frozen_master="none", frozen_dtype="nf4", restart_every=None), "bf16", 0, []),  # nothing is merged
+    ],
+)
 def test_warnings_about_frozen_weights(options, precision, stage, expected):
     found = storage_warnings(ReLoRAConfig(**{"restart_every": 100, **options}), precision, stage)
     assert len(found) == len(expected), found

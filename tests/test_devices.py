@@ -31,20 +31,24 @@ def user_with_gpus(monkeypatch, **variables: str) -> dict[str, str | None]:
 
 def test_this_process_and_its_ranks_see_no_gpu():
     import torch
+
     assert not torch.cuda.is_available() and os.environ["CUDA_VISIBLE_DEVICES"] == ""
     (found,) = ranks(1).run(seen_here)
     assert found["CUDA_VISIBLE_DEVICES"] == "" and found["DS_ACCELERATOR"] in (None, "cpu")
 
 
-@pytest.mark.parametrize("variables", [{}, {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda",
-                                            "PYTHONPATH": "/somewhere"}])
+@pytest.mark.parametrize(
+    "variables", [{}, {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda", "PYTHONPATH": "/somewhere"}]
+)
 def test_ranks_see_what_the_user_sees_when_they_shall(monkeypatch, variables):
     before = user_with_gpus(monkeypatch, **variables)
     devices.hide_gpus()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and "DS_ACCELERATOR" not in os.environ
     devices.hide_gpus()  # as in a worker of pytest-xdist
-    code = ("import json; from tests.test_devices import devices, seen_here; devices.show_gpus(); "
-            "print(json.dumps(seen_here()))")
+    code = (
+        "import json; from tests.test_devices import devices, seen_here; devices.show_gpus(); "
+        "print(json.dumps(seen_here()))"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(shown.stdout) == before
 
@@ -67,8 +71,13 @@ def test_ranks_are_prepared_before_they_import_torch():
 
 def test_a_launcher_that_numbers_the_gpus_anew_shows_none():
     code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
-    shown = subprocess.run([sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"},
-                           capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert shown.stdout.strip() == "''"
 
 

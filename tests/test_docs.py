@@ -22,9 +22,15 @@ def test_links_files_tests_and_recipes_exist(path):
         if not target.startswith("https://"):
             linked = path.parent / file
             assert linked.is_file(), target
-            headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                        for line in linked.read_text(encoding="utf-8").splitlines() if line.startswith("#")
-                        ] if anchor else []
+            headings = (
+                [
+                    re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                    for line in linked.read_text(encoding="utf-8").splitlines()
+                    if line.startswith("#")
+                ]
+                if anchor
+                else []
+            )
             assert not anchor or anchor in headings, target
     for file in re.findall(r"`((?:relora_ds|tests|launch_scripts)/[\w/.]+)`", text):
         assert (ROOT / file).exists(), file

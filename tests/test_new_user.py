@@ -48,8 +48,16 @@ for _ in range(2):
 assert losses[1] < losses[0], losses
 print("fine-tuned:", *losses)
 """
-TRAIN = ["--config", "tiny", "run_dir=runs/mine", "data.source=text", "data.path=mine.txt",
-         "data.tokenizer=./my_tokenizer", "data.cache_dir=cache", "checkpoint.every=15"]
+TRAIN = [
+    "--config",
+    "tiny",
+    "run_dir=runs/mine",
+    "data.source=text",
+    "data.path=mine.txt",
+    "data.tokenizer=./my_tokenizer",
+    "data.cache_dir=cache",
+    "checkpoint.every=15",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +68,18 @@ def user(tmp_path_factory):
     # The torch that the tests run with: whatever is newest might bring gigabytes, and is not what was tested.
     constraint = environment / "constraint.txt"
     constraint.write_text(f"torch=={version('torch').partition('+')[0]}\n")
-    clean = {name: value for name, value in os.environ.items()
-             if name not in ("PYTHONPATH", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    clean |= {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "PIP_CONSTRAINT": str(constraint),
-              "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1",
-              "PYTHONPATH": str(GUARD)}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    clean |= {
+        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+        "PIP_CONSTRAINT": str(constraint),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(GUARD),
+    }
 
     def run(*command: str, expect: int = 0) -> str:
         done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=900)
@@ -88,8 +103,17 @@ def test_from_pip_install_to_a_fine_tuned_model(user):
 
     # The second half once more, by the other entry point.
     reference = json.loads((user.folder / "runs/mine/summary.json").read_text())
-    again = user("torchrun", "--nproc_per_node", "2", "-m", "relora_ds", "train", *TRAIN, "train.steps=30",
-                 "resume=runs/mine/checkpoints/step_00000015")
+    again = user(
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "relora_ds",
+        "train",
+        *TRAIN,
+        "train.steps=30",
+        "resume=runs/mine/checkpoints/step_00000015",
+    )
     assert "resuming after step 15" in again
     summary = json.loads((user.folder / "runs/mine/summary.json").read_text())
     assert summary["val_loss"] == reference["val_loss"] and summary["restarts"] == 1
@@ -101,9 +125,23 @@ def test_from_pip_install_to_a_fine_tuned_model(user):
 
 
 def test_a_shipped_recipe_in_an_empty_folder(user):
-    user("python", "-m", "relora_ds", "train", "--config", "quickstart", "data.source=pydocs", "data.cache_dir=cache",
-         "train.steps=2", "warm_start_steps=0", "relora.restart_every=null", "optim.warmup_steps=1",
-         "train.batch_sequences=2", "train.micro_batch_size=2", "run_dir=runs/small")
+    user(
+        "python",
+        "-m",
+        "relora_ds",
+        "train",
+        "--config",
+        "quickstart",
+        "data.source=pydocs",
+        "data.cache_dir=cache",
+        "train.steps=2",
+        "warm_start_steps=0",
+        "relora.restart_every=null",
+        "optim.warmup_steps=1",
+        "train.batch_sequences=2",
+        "train.micro_batch_size=2",
+        "run_dir=runs/small",
+    )
     assert (user.folder / "runs/small/export/config.json").is_file()
     printed = user("python", "-m", "relora_ds", "train", "--config", "quikstart", expect=2)
     assert "did you mean quickstart" in printed and "Traceback" not in printed

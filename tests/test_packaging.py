@@ -41,8 +41,13 @@ def test_the_wheel_holds_relora_ds_and_nothing_else(wheel):
     files = [path for path in (REPOSITORY / "relora_ds").rglob("*") if path.suffix in kinds]
     expected = {path.relative_to(REPOSITORY).as_posix() for path in files}
     expected |= {f"relora_ds/ds_configs/{path.name}" for path in (REPOSITORY / "ds_configs").iterdir()}
-    assert {"relora_ds/recipes/quickstart.yaml", "relora_ds/models/presets.json", "relora_ds/zero/engine.py",
-            "relora_ds/ds_configs/zero1.json", "relora_ds/py.typed"} <= expected
+    assert {
+        "relora_ds/recipes/quickstart.yaml",
+        "relora_ds/models/presets.json",
+        "relora_ds/zero/engine.py",
+        "relora_ds/ds_configs/zero1.json",
+        "relora_ds/py.typed",
+    } <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("LICENSE") for name in names)
 
@@ -50,12 +55,15 @@ def test_the_wheel_holds_relora_ds_and_nothing_else(wheel):
 def test_the_installed_package_finds_its_data(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from relora_ds import config\n"
-            "print(config.DS_CONFIG_DIR)\n"
-            "print(*config.recipe_names())\nprint(*config.preset_names())\nprint(*config.ds_config_names())")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
-                          check=True)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from relora_ds import config\n"
+        "print(config.DS_CONFIG_DIR)\n"
+        "print(*config.recipe_names())\nprint(*config.preset_names())\nprint(*config.ds_config_names())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     directory, recipes, presets, ds_configs = done.stdout.splitlines()
     assert Path(directory) == tmp_path / "relora_ds/ds_configs"
     assert "quickstart" in recipes.split() and "tiny" in presets.split() and "zero1" in ds_configs.split()
@@ -71,8 +79,11 @@ def test_version_and_requirements(wheel):
 
 def test_what_is_imported_is_required():
     setup = ast.parse((REPOSITORY / "setup.py").read_text(encoding="utf-8"))
-    literals = {node.targets[0].id: ast.literal_eval(node.value) for node in setup.body
-                if isinstance(node, ast.Assign) and node.targets[0].id in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")}
+    literals = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in setup.body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")
+    }
     requirements = [*literals["INSTALL_REQUIRES"], *(r for extra in literals["EXTRAS_REQUIRE"].values() for r in extra)]
     required = {requirement.split(">")[0].split("<")[0].split("=")[0] for requirement in requirements}
     imported = set()

@@ -16,8 +16,10 @@ REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # A real recipe's shape at a size for two CPU cores; its own sizes are in tests/test_recipes.py.
-FEW_STEPS = ("train.steps=6 train.batch_sequences=4 train.micro_batch_size=2 warm_start_steps=2 optim.warmup_steps=1 "
-             "relora.restart_every=2 relora.restart_warmup_steps=1 relora.r=4 precision=fp32")
+FEW_STEPS = (
+    "train.steps=6 train.batch_sequences=4 train.micro_batch_size=2 warm_start_steps=2 optim.warmup_steps=1 "
+    "relora.restart_every=2 relora.restart_warmup_steps=1 relora.r=4 precision=fp32"
+)
 TINY = f"{FEW_STEPS} model.preset=tiny data.source=pydocs data.max_tokens=null data.tokenizer=null data.vocab_size=512"
 SMALLER = [
     (r"--num_gpus 8", "--num_gpus 2"),
@@ -68,10 +70,14 @@ def checkout(tmp_path_factory) -> Path:
 
 def run(command: str, folder: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
-                    "VIRTUAL_ENV": sys.prefix}
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=1500)
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "VIRTUAL_ENV": sys.prefix,
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=1500
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -84,8 +90,10 @@ def test_what_is_not_run_here_is_run_elsewhere():
 
 
 def test_the_table_of_contents_and_the_links_lead_somewhere():
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in
-               re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert len(links) > 20
     for link in links:
@@ -94,9 +102,12 @@ def test_the_table_of_contents_and_the_links_lead_somewhere():
 
 @pytest.mark.slow
 def test_every_command_runs(checkout):
-    run("python -c \"from transformers import AutoTokenizer; from tests.small_models import llama; "
+    run(
+        'python -c "from transformers import AutoTokenizer; from tests.small_models import llama; '
         "llama(vocab_size=600, hidden_size=64, intermediate_size=128, max_position_embeddings=2048).save_pretrained("
-        "'my_model')\"", checkout)
+        "'my_model')\"",
+        checkout,
+    )
     for command in commands():
         if "example.py" in command:
             (checkout / "example.py").write_text(next(b for b in fenced("python") if "Trainer(" in b))
@@ -118,8 +129,10 @@ def test_the_recipe_of_your_own_is_one(checkout):
 @pytest.mark.slow
 def test_the_loop_of_your_own_runs(checkout):
     """The README's loop, after the model and the data that it leaves to the reader."""
-    before = ("import torch\nfrom tests.small_models import llama\nmodel = llama()\n"
-              "dataset = [{'input_ids': row, 'labels': row} for row in torch.randint(0, 67, (40, 16))]\n")
+    before = (
+        "import torch\nfrom tests.small_models import llama\nmodel = llama()\n"
+        "dataset = [{'input_ids': row, 'labels': row} for row in torch.randint(0, 67, (40, 16))]\n"
+    )
     loop = next(b for b in fenced("python") if "relora_ds.initialize(" in b)
     (checkout / "loop.py").write_text(before + loop.replace("r=128", "r=4"))
     run("deepspeed --num_gpus 2 loop.py", checkout)
@@ -128,9 +141,11 @@ def test_the_loop_of_your_own_runs(checkout):
 
 @pytest.mark.slow
 def test_a_model_without_values_is_filled(checkout):
-    before = ("import relora_ds\nfrom tests.small_models import llama\n"
-              "llama().save_pretrained('my_model')\n"
-              "config = relora_ds.ReLoRAConfig(r=4, restart_every=10, restart_warmup_steps=2)\n")
+    before = (
+        "import relora_ds\nfrom tests.small_models import llama\n"
+        "llama().save_pretrained('my_model')\n"
+        "config = relora_ds.ReLoRAConfig(r=4, restart_every=10, restart_warmup_steps=2)\n"
+    )
     block = next(b for b in fenced("python") if "model_without_values" in b)
     (checkout / "filled.py").write_text(before + block + "print(engine.collect_merged().keys())\n")
     run("python filled.py", checkout)

@@ -7,12 +7,69 @@ from relora_ds.config import Recipe, load_recipe, read_recipe
 from relora_ds.recipe_loading import PATHS
 
 # Plain words to which YAML gives another type, and characters that mean something to it.
-RETYPED = ("2024_01_02", "2024-01-02", "0123", "010", "0x10", "0o17", "1e3", "1E-8", "1_000", "12:30:45", "1:20", "no",
-           "yes", "on", "off", "y", "True", "FALSE", "None", ".5", "1.", ".inf", ".nan", "nan", "=",
-           "2001-12-14t21:59:43Z")
-SPECIAL = ("runs/exp #2", "#1", "a: b.txt", "x:", "- x", "?", "|", ">", "*.txt", "&x", "!x.txt", "%x", "@x", "`x`",
-           "{a,b}.txt", "[x].txt", "a,b", "[a.txt,b.txt]", "x=y.txt", "'x' y", 'x "y"', "C:\\x\\new.txt", "a  b", " x",
-           "x ", "$HOME/x", "über/東京🙂", "a'b", "---", "...", "a\u2028b", "it''s", "a" * 200 + " b")
+RETYPED = (
+    "2024_01_02",
+    "2024-01-02",
+    "0123",
+    "010",
+    "0x10",
+    "0o17",
+    "1e3",
+    "1E-8",
+    "1_000",
+    "12:30:45",
+    "1:20",
+    "no",
+    "yes",
+    "on",
+    "off",
+    "y",
+    "True",
+    "FALSE",
+    "None",
+    ".5",
+    "1.",
+    ".inf",
+    ".nan",
+    "nan",
+    "=",
+    "2001-12-14t21:59:43Z",
+)
+SPECIAL = (
+    "runs/exp #2",
+    "#1",
+    "a: b.txt",
+    "x:",
+    "- x",
+    "?",
+    "|",
+    ">",
+    "*.txt",
+    "&x",
+    "!x.txt",
+    "%x",
+    "@x",
+    "`x`",
+    "{a,b}.txt",
+    "[x].txt",
+    "a,b",
+    "[a.txt,b.txt]",
+    "x=y.txt",
+    "'x' y",
+    'x "y"',
+    "C:\\x\\new.txt",
+    "a  b",
+    " x",
+    "x ",
+    "$HOME/x",
+    "über/東京🙂",
+    "a'b",
+    "---",
+    "...",
+    "a\u2028b",
+    "it''s",
+    "a" * 200 + " b",
+)
 
 
 def field(recipe: Recipe, key: str) -> object:
@@ -34,9 +91,11 @@ def problems_of(*overrides: str, recipe: object = "tiny") -> list[str]:
 @pytest.fixture
 def write(tmp_path):
     """Write a recipe that extends tiny."""
+
     def write(text: str):
         (tmp_path / "r.yaml").write_text(f"extends: tiny\n{text}\n", encoding="utf-8")
         return tmp_path / "r.yaml"
+
     return write
 
 
@@ -56,8 +115,14 @@ def test_plain_words_in_a_file_stay_text(write, text):
 @pytest.mark.parametrize("text", RETYPED + SPECIAL + ("null", "1e400", "auto", "false"))
 def test_text_survives_a_stored_recipe(tmp_path, text):
     recipe = read(f"run_dir='{text.replace(chr(39), 2 * chr(39))}'")
-    for part, name in ((recipe.data, "path"), (recipe.data, "validation"), (recipe.data, "split"),
-                       (recipe.data, "tokenizer"), (recipe.data, "text_column"), (recipe, "init_from")):
+    for part, name in (
+        (recipe.data, "path"),
+        (recipe.data, "validation"),
+        (recipe.data, "split"),
+        (recipe.data, "tokenizer"),
+        (recipe.data, "text_column"),
+        (recipe, "init_from"),
+    ):
         setattr(part, name, text)
     recipe.relora.trainable_modules = [text, "null", "on"]
     (tmp_path / "r.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -74,16 +139,29 @@ def test_null_and_quotes():
     assert problems_of("data.split=null") == ["data.split: null is not text; the default is 'train'"]
 
 
-@pytest.mark.parametrize(("written", "value"), [
-    ("0.05", 0.05), ("1e-2", 0.01), (".5", 0.5), ("null", None), ("no", "no"), ("5%", "5%"), ("2024_01", "2024_01"),
-    ("'0.05'", "0.05"), ("held out.txt", "held out.txt")])
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("0.05", 0.05),
+        ("1e-2", 0.01),
+        (".5", 0.5),
+        ("null", None),
+        ("no", "no"),
+        ("5%", "5%"),
+        ("2024_01", "2024_01"),
+        ("'0.05'", "0.05"),
+        ("held out.txt", "held out.txt"),
+    ],
+)
 def test_validation_is_a_number_or_a_path(write, written, value):
     assert read(f"data.validation={written}").data.validation == value
     assert read(recipe=write(f"data: {{validation: {written}}}")).data.validation == value
 
 
-@pytest.mark.parametrize(("written", "value"), [("auto", "auto"), ("false", False), ("False", False), ("no", False),
-                                                ("2024_01_02", "2024_01_02"), ("'no'", "no")])
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("auto", "auto"), ("false", False), ("False", False), ("no", False), ("2024_01_02", "2024_01_02"), ("'no'", "no")],
+)
 def test_resume_is_false_or_a_path(written, value):
     assert read(f"resume={written}").resume == value
 
@@ -98,15 +176,28 @@ def test_names_in_a_list_stay_names(write):
         assert problems_of(f"relora.target_modules={lost}")[0].startswith("relora.target_modules: ")
 
 
-@pytest.mark.parametrize(("key", "written", "value"), [
-    ("seed", "010", 10), ("seed", "1e1", 10), ("seed", "0x10", 16), ("seed", "'7'", 7),
-    ("train.tokens", "1.2e9", 1_200_000_000), ("train.tokens", "1_000_000", 1_000_000),
-    ("optim.lr", "1e-3", 1e-3), ("optim.lr", "'.001'", 1e-3),
-    ("relora.lora_alpha", "1_0.5", 10.5), ("compile", "off", False), ("compile", "YES", True)])
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("seed", "010", 10),
+        ("seed", "1e1", 10),
+        ("seed", "0x10", 16),
+        ("seed", "'7'", 7),
+        ("train.tokens", "1.2e9", 1_200_000_000),
+        ("train.tokens", "1_000_000", 1_000_000),
+        ("optim.lr", "1e-3", 1e-3),
+        ("optim.lr", "'.001'", 1e-3),
+        ("relora.lora_alpha", "1_0.5", 10.5),
+        ("compile", "off", False),
+        ("compile", "YES", True),
+    ],
+)
 def test_numbers_are_decimal_and_exact(write, key, written, value):
     section, _, leaf = key.rpartition(".")
-    for recipe in (read_recipe("tiny", [f"{key}={written}"])[0],
-                   read_recipe(write(f"{section}: {{{leaf}: {written}}}" if section else f"{leaf}: {written}"))[0]):
+    for recipe in (
+        read_recipe("tiny", [f"{key}={written}"])[0],
+        read_recipe(write(f"{section}: {{{leaf}: {written}}}" if section else f"{leaf}: {written}"))[0],
+    ):
         assert field(recipe, key) == value and type(field(recipe, key)) is type(value)
 
 
@@ -114,21 +205,44 @@ def test_an_integer_is_not_rounded():
     assert read_recipe("tiny", ["train.tokens=1e23"])[0].train.tokens == 10**23
 
 
-@pytest.mark.parametrize("override", [
-    "seed=1:20", "seed=1e999999999", "seed=1.5", "seed=5 # five", "seed=1,000", "seed=true", "seed=[1]", "seed=",
-    "compile=2", "compile=[true]", "optim.lr=1e-3,", "optim.lr=ten", "optim.betas=(0.9, 0.95)",
-    "optim.betas=[0.9, [1]]", "optim.betas=0.9", "train.steps=20k"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1:20",
+        "seed=1e999999999",
+        "seed=1.5",
+        "seed=5 # five",
+        "seed=1,000",
+        "seed=true",
+        "seed=[1]",
+        "seed=",
+        "compile=2",
+        "compile=[true]",
+        "optim.lr=1e-3,",
+        "optim.lr=ten",
+        "optim.betas=(0.9, 0.95)",
+        "optim.betas=[0.9, [1]]",
+        "optim.betas=0.9",
+        "train.steps=20k",
+    ],
+)
 def test_what_is_no_number_is_refused_with_its_text(override):
     key, _, text = override.partition("=")
-    assert any(p.startswith(f"{key}: ") and "; the default is" in p and text.strip("[]' ")[:3] in p
-               for p in problems_of(override))
+    assert any(
+        p.startswith(f"{key}: ") and "; the default is" in p and text.strip("[]' ")[:3] in p
+        for p in problems_of(override)
+    )
 
 
 @pytest.mark.parametrize("text", ["${oc.env:HOME}", "${env:HOME}/x", "a${b}", "${relora.r}", "\\${x}", "${"])
 def test_variables_are_refused_everywhere(write, monkeypatch, text):
     monkeypatch.setenv("HOME", "/secret")
-    for recipe, overrides in (("tiny", [f"run_dir={text}"]), ("tiny", [f"relora.trainable_modules=['{text}']"]),
-                              (write(f"data: {{path: '{text}'}}"), []), (write(f"optim: {{lr: '{text}'}}"), [])):
+    for recipe, overrides in (
+        ("tiny", [f"run_dir={text}"]),
+        ("tiny", [f"relora.trainable_modules=['{text}']"]),
+        (write(f"data: {{path: '{text}'}}"), []),
+        (write(f"optim: {{lr: '{text}'}}"), []),
+    ):
         found = problems_of(*overrides, recipe=recipe)
         assert len(found) == 1 and "recipes resolve no variables" in found[0] and '="$NAME"' in found[0]
         assert "/secret" not in found[0]
@@ -145,20 +259,23 @@ def test_home_directories_are_expanded_once_for_all(tmp_path, monkeypatch, write
     assert load_recipe("~/r.yaml", ["run_dir=x"], check_files=False).run_dir == "x"
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("seed: 1\nseed: 2", "line 3: duplicate key seed"),
-    ("optim: {lr: 1}\noptim: {eps: 1}", "line 3: duplicate key optim"),
-    ("optim: {lr: 1, lr: 2}", "duplicate key lr"),
-    ("optim: {lr: 1}\noptim.lr: 2", "line 3: duplicate key optim.lr"),
-    ("run_dir: !!python/object/apply:os.system ['touch ran']", "python/object/apply:os.system is not read"),
-    ("relora: {target_modules: [!!python/name:os.system '']}", "python/name:os.system is not read"),
-    ("run_dir: !env HOME", "the tag !env is not read"),
-    ("<<: {seed: 4}", "the merge key << is not read; use extends"),
-    ("? [a]\n: 1", "a key is a list"),
-    ("relora: &x {r: 8}\nlora: *x", "an alias stands for a list or a mapping"),
-    ("seed: " + "[" * 5000, "nested too deeply"),
-    ("run_dir: a\n---\nrun_dir: b", "expected a single document"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 1\nseed: 2", "line 3: duplicate key seed"),
+        ("optim: {lr: 1}\noptim: {eps: 1}", "line 3: duplicate key optim"),
+        ("optim: {lr: 1, lr: 2}", "duplicate key lr"),
+        ("optim: {lr: 1}\noptim.lr: 2", "line 3: duplicate key optim.lr"),
+        ("run_dir: !!python/object/apply:os.system ['touch ran']", "python/object/apply:os.system is not read"),
+        ("relora: {target_modules: [!!python/name:os.system '']}", "python/name:os.system is not read"),
+        ("run_dir: !env HOME", "the tag !env is not read"),
+        ("<<: {seed: 4}", "the merge key << is not read; use extends"),
+        ("? [a]\n: 1", "a key is a list"),
+        ("relora: &x {r: 8}\nlora: *x", "an alias stands for a list or a mapping"),
+        ("seed: " + "[" * 5000, "nested too deeply"),
+        ("run_dir: a\n---\nrun_dir: b", "expected a single document"),
+    ],
+)
 def test_files_that_are_refused(write, tmp_path, monkeypatch, text, reason):
     monkeypatch.chdir(tmp_path)
     (problem,) = problems_of(recipe=write(text))
@@ -175,8 +292,12 @@ def test_aliases_of_aliases_cost_nothing(write):
 
 def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "r.yaml"
-    for content, fine in ((b"\xef\xbb\xbfextends: tiny\nseed: 7\n", True), ("extends: tiny\n".encode("utf-16"), True),
-                          ("extends: tiny\nrun_dir: résumé\n".encode("latin-1"), False), (b"run_dir: a\0b\n", False)):
+    for content, fine in (
+        (b"\xef\xbb\xbfextends: tiny\nseed: 7\n", True),
+        ("extends: tiny\n".encode("utf-16"), True),
+        ("extends: tiny\nrun_dir: résumé\n".encode("latin-1"), False),
+        (b"run_dir: a\0b\n", False),
+    ):
         path.write_bytes(content)
         assert (problems_of(recipe=path) == []) is fine
 

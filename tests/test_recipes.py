@@ -45,8 +45,12 @@ METHODS = ("full", "control", "lora", "relora")
 
 # Table 1 of arXiv 2307.05695v3: learning rate, sequences × length, tokens; and the restarts that these leave room for
 # after a warm start of 5,000 steps, with one every 5,000.
-PAPER_TABLE = {"60m": (1e-3, 480, 256, 1.2e9, 0), "130m": (1e-3, 600, 256, 2.6e9, 2),
-               "250m": (5e-4, 1152, 512, 6.8e9, 1), "350m": (5e-4, 1152, 512, 6.8e9, 1)}
+PAPER_TABLE = {
+    "60m": (1e-3, 480, 256, 1.2e9, 0),
+    "130m": (1e-3, 600, 256, 2.6e9, 2),
+    "250m": (5e-4, 1152, 512, 6.8e9, 1),
+    "350m": (5e-4, 1152, 512, 6.8e9, 1),
+}
 
 
 def network(preset, vocabulary=PAPER_VOCABULARY):
@@ -62,8 +66,12 @@ def test_preset_shapes_and_sizes(name):
     hidden, feed_forward, heads, layers, promised = PRESETS[name]
     model = network(name)
     config = model.config
-    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers) == \
-        (hidden, feed_forward, heads, layers)
+    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers) == (
+        hidden,
+        feed_forward,
+        heads,
+        layers,
+    )
     assert not config.tie_word_embeddings and config.num_key_value_heads == heads
     by_hand = 2 * PAPER_VOCABULARY * hidden + layers * (4 * hidden**2 + 3 * hidden * feed_forward + 2 * hidden) + hidden
     assert count_parameters(model)[1] == by_hand
@@ -72,8 +80,9 @@ def test_preset_shapes_and_sizes(name):
 
 # What github.com/NamrataRShivagunde/low-rank-geometry (the authors of ReLoRA, 2026) notes of its runs' logs in
 # training/training_bash_scripts/6_relora: parameters that train, and all, in millions.
-@pytest.mark.parametrize(("preset", "r", "trainable", "total"), [
-    ("llama_60m", 128, 42.77, 68.07), ("llama_130m", 256, 94.00, 178.93)])
+@pytest.mark.parametrize(
+    ("preset", "r", "trainable", "total"), [("llama_60m", 128, 42.77, 68.07), ("llama_130m", 256, 94.00, 178.93)]
+)
 def test_as_many_parameters_train_as_in_the_authors_code(preset, r, trainable, total):
     model = wrap(network(preset), ReLoRAConfig(r=r))
     counts = count_parameters(model)
@@ -156,13 +165,25 @@ def test_the_papers_table(size):
 def test_the_billion_and_the_lineage_of_2026():
     full, control, lora, relora = (load_recipe(f"llama_1b_{method}") for method in METHODS)
     assert len({recipe.total_steps for recipe in (full, control, lora, relora)}) == 1
-    assert all((recipe.batch_sequences, recipe.data.seq_len) == (1024, 2048) and recipe.optim.betas == [0.9, 0.95]
-               and recipe.optim.weight_decay == 0.01 for recipe in (full, control, lora, relora))
+    assert all(
+        (recipe.batch_sequences, recipe.data.seq_len) == (1024, 2048)
+        and recipe.optim.betas == [0.9, 0.95]
+        and recipe.optim.weight_decay == 0.01
+        for recipe in (full, control, lora, relora)
+    )
     assert (relora.relora.r, relora.relora.restart_every, relora.optim.lr) == (128, 1000, 4e-4)
     recent = load_recipe("llama_130m_relora_2026")
-    assert (recent.relora.r, recent.optim.lr, recent.relora.restart_every, recent.relora.optimizer_reset,
-            recent.relora.reset_ratio, recent.relora.restart_warmup_steps, recent.optim.max_grad_norm,
-            recent.total_steps, recent.num_restarts) == (256, 1e-3, 5000, "random", 0.99, 100, 1.0, 20_000, 3)
+    assert (
+        recent.relora.r,
+        recent.optim.lr,
+        recent.relora.restart_every,
+        recent.relora.optimizer_reset,
+        recent.relora.reset_ratio,
+        recent.relora.restart_warmup_steps,
+        recent.optim.max_grad_norm,
+        recent.total_steps,
+        recent.num_restarts,
+    ) == (256, 1e-3, 5000, "random", 0.99, 100, 1.0, 20_000, 3)
     assert (recent.full_rank_steps, recent.optim.warm_start_lr) == (0, None)
 
 
@@ -173,6 +194,7 @@ def test_the_document_lists_every_recipe_with_its_figures():
 
 
 # -- extends ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
@@ -185,6 +207,7 @@ def write(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         return path
+
     return write
 
 
@@ -223,19 +246,29 @@ def test_a_file_named_like_a_shipped_recipe_may_extend_it(write):
     assert load_recipe(path).seed == 3 and load_recipe(path).relora == load_recipe("quickstart").relora
 
 
-@pytest.mark.parametrize(("section", "below", "above", "expected"), [
-    ("train", "steps: 40, batch_sequences: 8", "tokens: 4096", {"steps": None, "tokens": 4096, "batch_sequences": 8}),
-    ("train", "tokens: 4096, batch_sequences: 8", "steps: 40", {"steps": 40, "tokens": None}),
-    ("train", "steps: 40, batch_sequences: 8", "batch_tokens: 512", {"batch_sequences": None, "batch_tokens": 512}),
-    ("train", "steps: 40, batch_tokens: 512", "batch_sequences: 16", {"batch_sequences": 16, "batch_tokens": None}),
-    ("train", "steps: 40, batch_sequences: 8", "tokens: null", {"steps": 40, "tokens": None}),
-    ("model", "preset: tiny", "name_or_path: gpt2", {"preset": None, "name_or_path": "gpt2"}),
-    ("model", "name_or_path: gpt2", "preset: llama_9m", {"preset": "llama_9m", "name_or_path": None}),
-])
+@pytest.mark.parametrize(
+    ("section", "below", "above", "expected"),
+    [
+        (
+            "train",
+            "steps: 40, batch_sequences: 8",
+            "tokens: 4096",
+            {"steps": None, "tokens": 4096, "batch_sequences": 8},
+        ),
+        ("train", "tokens: 4096, batch_sequences: 8", "steps: 40", {"steps": 40, "tokens": None}),
+        ("train", "steps: 40, batch_sequences: 8", "batch_tokens: 512", {"batch_sequences": None, "batch_tokens": 512}),
+        ("train", "steps: 40, batch_tokens: 512", "batch_sequences: 16", {"batch_sequences": 16, "batch_tokens": None}),
+        ("train", "steps: 40, batch_sequences: 8", "tokens: null", {"steps": 40, "tokens": None}),
+        ("model", "preset: tiny", "name_or_path: gpt2", {"preset": None, "name_or_path": "gpt2"}),
+        ("model", "name_or_path: gpt2", "preset: llama_9m", {"preset": "llama_9m", "name_or_path": None}),
+    ],
+)
 def test_one_of_a_pair_replaces_the_other(write, section, below, above, expected):
     rest = {"train": "model: {preset: tiny}", "model": "train: {steps: 40, batch_sequences: 8}"}[section]
-    base = write("base.yaml", f"{rest}\n{section}: {{{below}}}\noptim: {{warmup_steps: 1}}\nmethod: full\n"
-                              "data: {seq_len: 64}\n")
+    base = write(
+        "base.yaml",
+        f"{rest}\n{section}: {{{below}}}\noptim: {{warmup_steps: 1}}\nmethod: full\ndata: {{seq_len: 64}}\n",
+    )
     child = write("child.yaml", f"extends: base.yaml\n{section}: {{{above}}}\n")
     overrides = [f"{section}.{part.strip().replace(': ', '=')}" for part in above.split(",")]
     for recipe in (load_recipe(child), load_recipe(base, overrides)):
@@ -265,8 +298,10 @@ def test_what_cannot_be_extended(write, tmp_path):
     write("b.yaml", "extends: sub/c.yaml\n")
     write("sub/c.yaml", "extends: ../a.yaml\n")
     (found,) = [message for message in problems_of(path) if "circle" in message]
-    assert found == (f"extends: {tmp_path}/a.yaml -> {tmp_path}/b.yaml -> {tmp_path}/sub/c.yaml -> "
-                     f"{tmp_path}/sub/../a.yaml goes round in a circle; remove one extends")
+    assert found == (
+        f"extends: {tmp_path}/a.yaml -> {tmp_path}/b.yaml -> {tmp_path}/sub/c.yaml -> "
+        f"{tmp_path}/sub/../a.yaml goes round in a circle; remove one extends"
+    )
     (found,) = problems_of(write("self.yaml", "extends: self.yaml\n"))
     assert "self.yaml goes round in a circle" in found
     (found,) = problems_of(write("near.yaml", "extends: quikstart\n"))
@@ -277,6 +312,15 @@ def test_what_cannot_be_extended(write, tmp_path):
     (found,) = problems_of(write("of_broken.yaml", "extends: broken.yaml\n"))
     assert "broken.yaml is not a readable YAML recipe" in found
     assert problems_of("tiny", "extends=quickstart") == [
-        "extends: 'quickstart' is no override; write it into a recipe file"]
-    assert load_recipe(write("none.yaml", "extends: null\nmodel: {preset: tiny}\nmethod: full\ntrain: {steps: 10, "
-                                          "batch_sequences: 8}\noptim: {warmup_steps: 1}\n")).total_steps == 10
+        "extends: 'quickstart' is no override; write it into a recipe file"
+    ]
+    assert (
+        load_recipe(
+            write(
+                "none.yaml",
+                "extends: null\nmodel: {preset: tiny}\nmethod: full\ntrain: {steps: 10, "
+                "batch_sequences: 8}\noptim: {warmup_steps: 1}\n",
+            )
+        ).total_steps
+        == 10
+    )

@@ -41,8 +41,14 @@ class OwnConfig(LlamaConfig):
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "max_position_embeddings": 256, "vocab_size": 300}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "vocab_size": 300,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +66,25 @@ def places(tmp_path, trained_tokenizer):
         shutil.copytree(trained_tokenizer, tmp_path / name)
         (tmp_path / name / f"own_{name}.py").write_text(code.format(marker=str(marker)))
     path = tmp_path / "tok" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "OwnTokenizer",
-                                "auto_map": {"AutoTokenizer": ["own_tok.OwnTokenizer", None]}}))
-    (tmp_path / "model" / "config.json").write_text(json.dumps({
-        **SIZES, "model_type": "own", "architectures": ["OwnForCausalLM"],
-        "auto_map": {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}}))
+    path.write_text(
+        json.dumps(
+            {
+                **json.loads(path.read_text()),
+                "tokenizer_class": "OwnTokenizer",
+                "auto_map": {"AutoTokenizer": ["own_tok.OwnTokenizer", None]},
+            }
+        )
+    )
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(
+            {
+                **SIZES,
+                "model_type": "own",
+                "architectures": ["OwnForCausalLM"],
+                "auto_map": {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"},
+            }
+        )
+    )
     return tmp_path / "tok", tmp_path / "model", marker
 
 
@@ -80,8 +100,14 @@ def answers(monkeypatch, tmp_path):
 
 
 def overrides(tmp_path: Path, tok: Path, model: Path, trust: bool) -> list[str]:
-    return [f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", f"data.tokenizer={tok}",
-            f"model.name_or_path={model}", f"trust_remote_code={str(trust).lower()}", *SETTINGS]
+    return [
+        f"run_dir={tmp_path / 'run'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.tokenizer={tok}",
+        f"model.name_or_path={model}",
+        f"trust_remote_code={str(trust).lower()}",
+        *SETTINGS,
+    ]
 
 
 def test_a_tokenizers_code_does_not_run(places, tmp_path, trained_tokenizer):
@@ -101,8 +127,11 @@ def test_a_tokenizers_code_does_not_run(places, tmp_path, trained_tokenizer):
 def test_a_models_code_does_not_run(places, tmp_path, capsys):
     tok, model, marker = places
     given = overrides(tmp_path, model, model, False)
-    for refused in (lambda: sources.config_of(str(model)), lambda: sources.model_of(str(model)),
-                    lambda: sources.weights_of(str(model))):
+    for refused in (
+        lambda: sources.config_of(str(model)),
+        lambda: sources.model_of(str(model)),
+        lambda: sources.weights_of(str(model)),
+    ):
         with pytest.raises(ValueError, match="^init_from: .*code of its own.*trust_remote_code=true"):
             refused()
     for refused in (lambda: resolve("tiny", given), lambda: check("tiny", given)):
@@ -123,9 +152,16 @@ def test_a_known_configuration_with_code_beside_it(places, model_type):
     """transformers asks here where it is told nothing: the configuration is its own, the model is not."""
     _, model, marker = places
     about = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({
-        **about, "model_type": model_type, "attn_implementation": "someone/kernel",
-        "auto_map": {"AutoModelForCausalLM": "own_model.OwnForCausalLM"}}))
+    (model / "config.json").write_text(
+        json.dumps(
+            {
+                **about,
+                "model_type": model_type,
+                "attn_implementation": "someone/kernel",
+                "auto_map": {"AutoModelForCausalLM": "own_model.OwnForCausalLM"},
+            }
+        )
+    )
     if model_type == "llama":
         meta_model(load_config(model, trust_remote_code=False))
     else:
@@ -161,9 +197,11 @@ def test_trusted_code_reaches_every_part(places, tmp_path, capsys):
     for code in run.parent.rglob("*own*.py"):
         if "modules" not in code.parts:
             code.write_text(code.read_text() + "\n# as somebody else would have written it\n")
-    for refused in (lambda: export(run, tmp_path / "a", dtype="bf16"),
-                    lambda: export(run, tmp_path / "b", checkpoint="step_00000012"),
-                    lambda: peft.load(tmp_path / "peft")):
+    for refused in (
+        lambda: export(run, tmp_path / "a", dtype="bf16"),
+        lambda: export(run, tmp_path / "b", checkpoint="step_00000012"),
+        lambda: peft.load(tmp_path / "peft"),
+    ):
         with pytest.raises(ValueError, match="trust_remote_code=true"):
             refused()
     for arguments in (["eval", str(run), *data], ["eval", str(run / "checkpoints" / "step_00000012"), *data]):

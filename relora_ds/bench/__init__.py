@@ -5,5 +5,19 @@ A benchmark is a module with NAME and HELP, `add_arguments(parser)`, `run(argume
 """
 
 # Modules of this package; each is imported only when it is asked for.
-BENCHMARKS = ("layer", "requantization", "memory", "host_memory", "quality", "checkpoint", "bandwidth", "two_hosts",
-              "throughput", "restart", "startup", "trainer", "clusters", "gpu_check")
+BENCHMARKS = (
+    "layer",
+    "requantization",
+    "memory",
+    "host_memory",
+    "quality",
+    "checkpoint",
+    "bandwidth",
+    "two_hosts",
+    "throughput",
+    "restart",
+    "startup",
+    "trainer",
+    "clusters",
+    "gpu_check",
+)

@@ -32,8 +32,21 @@ class Cable:
         try:
             for name in self.hosts:
                 _call("ip", "netns", "add", name)
-            _call("ip", "link", "add", INTERFACE, "netns", self.hosts[0], "type", "veth",
-                  "peer", "name", INTERFACE, "netns", self.hosts[1])
+            _call(
+                "ip",
+                "link",
+                "add",
+                INTERFACE,
+                "netns",
+                self.hosts[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                self.hosts[1],
+            )
             for name, address in zip(self.hosts, ADDRESSES, strict=True):
                 _call("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
                 _call("ip", "-n", name, "link", "set", INTERFACE, "up")
@@ -50,11 +63,27 @@ class Cable:
     def limit(self, bits_per_second: float) -> None:
         """Let so much pass in each direction."""
         for name in self.hosts:
-            subprocess.run(["tc", "-n", name, "qdisc", "delete", "dev", INTERFACE, "root"], capture_output=True,
-                           check=False)
+            subprocess.run(
+                ["tc", "-n", name, "qdisc", "delete", "dev", INTERFACE, "root"], capture_output=True, check=False
+            )
             burst = max(int(bits_per_second / 8 * _BURST_S), 65_536)
-            _call("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", "rate",
-                  f"{int(bits_per_second)}bit", "burst", str(burst), "latency", "100ms")
+            _call(
+                "tc",
+                "-n",
+                name,
+                "qdisc",
+                "add",
+                "dev",
+                INTERFACE,
+                "root",
+                "tbf",
+                "rate",
+                f"{int(bits_per_second)}bit",
+                "burst",
+                str(burst),
+                "latency",
+                "100ms",
+            )
 
 
 def parse_rate(text: str) -> float:

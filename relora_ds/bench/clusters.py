@@ -22,17 +22,33 @@ INTERNET_WORKERS = (2, 8, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--presets", nargs="+", default=["llama_1b_aligned", "llama_7b"], metavar="PRESET",
-                        help="shapes, with the batch of llama_1b_relora (default: llama_1b_aligned llama_7b)")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096], metavar="N",
-                        help="(default: 8 64 512 4096)")
-    parser.add_argument("--network", type=float, nargs="+", default=[10, 25, 100, 400], metavar="GBIT",
-                        help="Gbit/s that a host sends (default: 10 25 100 400)")
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=["llama_1b_aligned", "llama_7b"],
+        metavar="PRESET",
+        help="shapes, with the batch of llama_1b_relora (default: llama_1b_aligned llama_7b)",
+    )
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[8, 64, 512, 4096], metavar="N", help="(default: 8 64 512 4096)"
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        nargs="+",
+        default=[10, 25, 100, 400],
+        metavar="GBIT",
+        help="Gbit/s that a host sends (default: 10 25 100 400)",
+    )
     parser.add_argument("--network-latency", type=float, default=20, metavar="US", help="(default: %(default)s)")
     parser.add_argument("--inside", type=float, default=2400, metavar="GBIT", help="(default: %(default)s)")
     parser.add_argument("--inside-latency", type=float, default=5, metavar="US", help="(default: %(default)s)")
-    parser.add_argument("--tflops", type=float, default=150,
-                        help="what a GPU is assumed to reach while it trains (default: %(default)s)")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=150,
+        help="what a GPU is assumed to reach while it trains (default: %(default)s)",
+    )
     parser.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU (default: %(default)s)")
 
 
@@ -44,15 +60,20 @@ def run(arguments: argparse.Namespace) -> dict:
     for preset in arguments.presets:
         print(preset, file=sys.stderr, flush=True)
         rows += _of(preset, arguments)
-    assumed = {name: getattr(arguments, name) for name in ("network_latency", "inside", "inside_latency", "tflops",
-                                                          "memory")}
+    assumed = {
+        name: getattr(arguments, name) for name in ("network_latency", "inside", "inside_latency", "tflops", "memory")
+    }
     return {"assumed": assumed, "rows": rows}
 
 
 def _of(preset: str, arguments: argparse.Namespace) -> list[dict]:
     from relora_ds.planning.cluster import Cluster, Wire
-    methods = [_Method("full rank", preset, "method=full"), _Method("ReLoRA", preset),
-               _Method("ReLoRA, LoRA alone", preset, "relora.trainable_modules=[]")]
+
+    methods = [
+        _Method("full rank", preset, "method=full"),
+        _Method("ReLoRA", preset),
+        _Method("ReLoRA, LoRA alone", preset, "relora.trainable_modules=[]"),
+    ]
     inside = Wire(arguments.inside * 1e9 / 8, arguments.inside_latency * 1e-6)
     places = []
     for gpus in arguments.gpus:
@@ -61,12 +82,21 @@ def _of(preset: str, arguments: argparse.Namespace) -> list[dict]:
             between = Wire(gbits * 1e9 / 8, arguments.network_latency * 1e-6)
             places.append((gbits if hosts > 1 else None, Cluster(hosts, gpus // hosts, inside, between)))
     gbits, microseconds = INTERNET
-    places += [(gbits, Cluster(workers, 1, inside, Wire(gbits * 1e9 / 8, microseconds * 1e-6)))
-               for workers in INTERNET_WORKERS]
-    return [{"preset": preset, "method": method.name, "gpus": cluster.world_size, "hosts": cluster.nodes,
-             "network_gbits": network,
-             **method.fastest(cluster, arguments.tflops * 1e12, arguments.memory * 1e9)}
-            for network, cluster in places for method in methods]
+    places += [
+        (gbits, Cluster(workers, 1, inside, Wire(gbits * 1e9 / 8, microseconds * 1e-6))) for workers in INTERNET_WORKERS
+    ]
+    return [
+        {
+            "preset": preset,
+            "method": method.name,
+            "gpus": cluster.world_size,
+            "hosts": cluster.nodes,
+            "network_gbits": network,
+            **method.fastest(cluster, arguments.tflops * 1e12, arguments.memory * 1e9),
+        }
+        for network, cluster in places
+        for method in methods
+    ]
 
 
 class _Method:
@@ -76,9 +106,11 @@ class _Method:
         from relora_ds.methods import method_of
         from relora_ds.planning.network import network_of, shapes_of
         from relora_ds.training.preflight import resolve
+
         self.name = name
-        self._resolved = resolve("llama_1b_relora", [f"model.preset={preset}", "precision=bf16", *overrides], 1,
-                                 to_run=False, cuda_bf16=True)
+        self._resolved = resolve(
+            "llama_1b_relora", [f"model.preset={preset}", "precision=bf16", *overrides], 1, to_run=False, cuda_bf16=True
+        )
         self._method = method_of(self._resolved.recipe)
         self._config, _ = network_of(self._resolved.recipe)
         self._shapes = shapes_of(self._method, self._config)
@@ -89,6 +121,7 @@ class _Method:
         from relora_ds.planning.cluster import predict_step, with_batch_for
         from relora_ds.planning.cost import activations_of, cost
         from relora_ds.planning.memory import peak
+
         found = []
         for checkpointing, micro_batch_size in itertools.product(("none", "full"), MICRO_BATCHES):
             train = dataclasses.replace(self._resolved.recipe.train, micro_batch_size=micro_batch_size)
@@ -99,11 +132,24 @@ class _Method:
             if known not in self._activations:
                 self._activations[known] = activations_of(resolved, self._method, self._config)
             for stage in range(4):
-                items = cost(resolved, self._method, self._config, stage=stage, world_size=cluster.world_size,
-                             shapes=self._shapes).items
+                items = cost(
+                    resolved,
+                    self._method,
+                    self._config,
+                    stage=stage,
+                    world_size=cluster.world_size,
+                    shapes=self._shapes,
+                ).items
                 if peak(items, self._activations[known]) <= memory:
-                    step = predict_step(resolved, self._method, self._config, cluster, stage=stage,
-                                        shapes=self._shapes, device_flops=device_flops)
+                    step = predict_step(
+                        resolved,
+                        self._method,
+                        self._config,
+                        cluster,
+                        stage=stage,
+                        shapes=self._shapes,
+                        device_flops=device_flops,
+                    )
                     found.append((step.seconds, checkpointing != "none", stage, -micro_batch_size, step))
         if not found:
             return {"error": "does not fit"}
@@ -113,8 +159,22 @@ class _Method:
 
 def markdown(result: dict) -> str:
     """The table; speeds are over full rank on the same cluster."""
-    rows = [["network", "GPUs", "between hosts", "batch", "method", "stage", "recomputed", "compute", "network time",
-             "step", "tokens/s", "speed"]]
+    rows = [
+        [
+            "network",
+            "GPUs",
+            "between hosts",
+            "batch",
+            "method",
+            "stage",
+            "recomputed",
+            "compute",
+            "network time",
+            "step",
+            "tokens/s",
+            "speed",
+        ]
+    ]
     full = {_place(row): row for row in result["rows"] if row["method"] == "full rank"}
     for row in result["rows"]:
         named = [row["preset"], f"{row['gpus']:,}", f"{row['network_gbits']:g} Gbit/s" if row["network_gbits"] else "-"]
@@ -122,17 +182,29 @@ def markdown(result: dict) -> str:
             rows.append([*named, "", row["method"], row["error"], *[""] * 6])
             continue
         base = full[_place(row)].get("seconds")
-        rows.append([*named, f"{row['batch_sequences']:,}", row["method"], str(row["stage"]),
-                     "yes" if row["recomputed"] else "no", f"{row['compute']:.3g} s",
-                     f"{row['communication']:.3g} s", f"{row['seconds']:.3g} s", f"{row['tokens_per_s']:,.0f}",
-                     f"{base / row['seconds']:.2f}x" if base else ""])
+        rows.append(
+            [
+                *named,
+                f"{row['batch_sequences']:,}",
+                row["method"],
+                str(row["stage"]),
+                "yes" if row["recomputed"] else "no",
+                f"{row['compute']:.3g} s",
+                f"{row['communication']:.3g} s",
+                f"{row['seconds']:.3g} s",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{base / row['seconds']:.2f}x" if base else "",
+            ]
+        )
     assumed = result["assumed"]
-    return (f"Predicted, not measured. Assumed: GPUs of {assumed['memory']:g} GB that reach {assumed['tflops']:g} "
-            f"TFLOP/s while they train, {PER_HOST} to a host; inside a host {assumed['inside']:g} Gbit/s and "
-            f"{assumed['inside_latency']:g} us, between hosts {assumed['network_latency']:g} us; across the internet "
-            f"one GPU a host, {1000 * INTERNET[0]:g} Mbit/s and {INTERNET[1] / 1000:g} ms. Each method at the fastest "
-            f"ZeRO stage and micro-batch that fit, and at the same FLOP/s; warm start and restarts are left out."
-            f"\n\n{rows_as_markdown(rows)}")
+    return (
+        f"Predicted, not measured. Assumed: GPUs of {assumed['memory']:g} GB that reach {assumed['tflops']:g} "
+        f"TFLOP/s while they train, {PER_HOST} to a host; inside a host {assumed['inside']:g} Gbit/s and "
+        f"{assumed['inside_latency']:g} us, between hosts {assumed['network_latency']:g} us; across the internet "
+        f"one GPU a host, {1000 * INTERNET[0]:g} Mbit/s and {INTERNET[1] / 1000:g} ms. Each method at the fastest "
+        f"ZeRO stage and micro-batch that fit, and at the same FLOP/s; warm start and restarts are left out."
+        f"\n\n{rows_as_markdown(rows)}"
+    )
 
 
 def _place(row: dict) -> tuple:

@@ -74,29 +74,47 @@ class Spec:
     def overrides(self, world_size: int) -> list[str]:
         shape = _wide(WIDE[self.preset], self.vocab_size).name if self.preset in WIDE else self.preset
         key = "model.name_or_path" if shape not in preset_names() and Path(shape).is_dir() else "model.preset"
-        return [f"{key}={shape}", f"data.vocab_size={self.vocab_size}", f"data.seq_len={self.seq_len}",
-                f"train.micro_batch_size={self.micro_batch_size}",
-                f"train.batch_sequences={self.micro_batch_size * self.accumulation * world_size}",
-                f"relora.r={self.r}", f"relora.lora_alpha={self.r}", "relora.restart_every=1000", "warm_start_steps=0",
-                f"relora.frozen_placement={self.placement}", f"relora.frozen_master={self.master}",
-                f"precision={self.precision}",
-                f"activation_checkpointing={self.checkpointing}", f"deepspeed=zero{self.stage}",
-                f"compile={str(self.compile).lower()}", *VARIANTS[self.variant]]
+        return [
+            f"{key}={shape}",
+            f"data.vocab_size={self.vocab_size}",
+            f"data.seq_len={self.seq_len}",
+            f"train.micro_batch_size={self.micro_batch_size}",
+            f"train.batch_sequences={self.micro_batch_size * self.accumulation * world_size}",
+            f"relora.r={self.r}",
+            f"relora.lora_alpha={self.r}",
+            "relora.restart_every=1000",
+            "warm_start_steps=0",
+            f"relora.frozen_placement={self.placement}",
+            f"relora.frozen_master={self.master}",
+            f"precision={self.precision}",
+            f"activation_checkpointing={self.checkpointing}",
+            f"deepspeed=zero{self.stage}",
+            f"compile={str(self.compile).lower()}",
+            *VARIANTS[self.variant],
+        ]
 
 
 @functools.cache
 def _wide(layers: int, vocab_size: int) -> tempfile.TemporaryDirectory:
     """A directory with the configuration, which lives as long as the process."""
     from transformers import LlamaConfig
+
     directory = tempfile.TemporaryDirectory()
-    LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=False, hidden_size=2048, intermediate_size=5461,
-                num_hidden_layers=layers, num_attention_heads=16).save_pretrained(directory.name)
+    LlamaConfig(
+        vocab_size=vocab_size,
+        tie_word_embeddings=False,
+        hidden_size=2048,
+        intermediate_size=5461,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+    ).save_pretrained(directory.name)
     return directory
 
 
 def require(specs: Iterable[Spec]) -> None:
     """Find what is wrong before a rank is started. ValueError: a library that is missing, a shape that cannot be."""
     from relora_ds.training.preflight import machine_problems, resolve
+
     found = []
     for spec in specs:
         if spec.is_peft and importlib.util.find_spec("peft") is None:
@@ -117,6 +135,7 @@ def build(spec: Spec):
     from relora_ds.training.phases import build_engine, phases_of
     from relora_ds.training.preflight import Plan, resolve
     from relora_ds.zero.engine import initialize
+
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     resolved = resolve("tiny", spec.overrides(world_size), world_size, to_run=False)
     config, _ = network_of(resolved.recipe)
@@ -125,12 +144,21 @@ def build(spec: Spec):
         plan = Plan(**vars(resolved), data=None, tokenizer=None, model_config=config)
         return build_engine(plan, phase)
     from peft import LoraConfig, get_peft_model
+
     model = recompute.apply(build_model(config, resolved.recipe.model, resolved.recipe.seed), spec.checkpointing)
     trained = MODULES_TO_SAVE if "same" in spec.variant else None
-    model = get_peft_model(model, LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules="all-linear",
-                                             modules_to_save=trained))
-    return initialize(model, resolved.deepspeed, lr=1e-3, total_steps=phase.total_steps, precision=spec.precision,
-                      micro_batch_size=spec.micro_batch_size, gradient_accumulation_steps=spec.accumulation)[0]
+    model = get_peft_model(
+        model, LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules="all-linear", modules_to_save=trained)
+    )
+    return initialize(
+        model,
+        resolved.deepspeed,
+        lr=1e-3,
+        total_steps=phase.total_steps,
+        precision=spec.precision,
+        micro_batch_size=spec.micro_batch_size,
+        gradient_accumulation_steps=spec.accumulation,
+    )[0]
 
 
 def flops_per_token(spec: Spec) -> float:
@@ -139,6 +167,7 @@ def flops_per_token(spec: Spec) -> float:
     from relora_ds.planning import link
     from relora_ds.planning.network import network_of, shapes_of
     from relora_ds.training.preflight import resolve
+
     spec = dataclasses.replace(spec, variant=TWINS.get(spec.variant, spec.variant))
     recipe = resolve("tiny", spec.overrides(1), 1, to_run=False).recipe
     config, _ = network_of(recipe)
@@ -200,5 +229,7 @@ def seconds_of_steps(engine, spec: Spec, number: int, count: int) -> float:
 def _micro_batches(spec: Spec, number: int, device: torch.device) -> list[Tensor]:
     """The tokens of this rank's step `number`, on the device."""
     generator = torch.Generator().manual_seed(1_000_000 * dist.get_rank() + number)
-    return [torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator).to(device)
-            for _ in range(spec.accumulation)]
+    return [
+        torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator).to(device)
+        for _ in range(spec.accumulation)
+    ]

@@ -39,8 +39,18 @@ HELP = "correctness, speed, memory and restarts on this machine's GPU, into one 
 
 TESTS = Path(__file__).parents[2] / "tests" / "cuda"
 # The most telling first; compiling takes the longest.
-ORDER = (FULL, "ours, dense", "PEFT, same modules train", "PEFT, its default", "ours, fp8", "ours, int8", "ours, nf4",
-         "ours, recomputed", "ours, compiled", "full rank, compiled")
+ORDER = (
+    FULL,
+    "ours, dense",
+    "PEFT, same modules train",
+    "PEFT, its default",
+    "ours, fp8",
+    "ours, int8",
+    "ours, nf4",
+    "ours, recomputed",
+    "ours, compiled",
+    "full rank, compiled",
+)
 SHARES = {"correctness": 5, "speed at 350M": 3, "several GPUs": 2, "speed at 1.3B": 3, "restart": 2, "layer": 1}
 OUT_OF_TIME = "the time was up"
 
@@ -57,21 +67,37 @@ class Scale:
     layer: tuple[str, ...]
 
 
-WHOLE = Scale({"speed at 350M": ("llama_350m", 8), "speed at 1.3B": ("llama_1b_aligned", 4)},
-              {"r": 128, "vocab_size": 32_000, "seq_len": 1024, "precision": "bf16"}, repeats=5, restarts=3,
-              tokens_per_step=524_288,
-              layer=("--precision", "bf16", "--hidden", "1024", "2048", "4096", "--r", "128"))
-TINY = Scale({"speed at 350M": ("tiny", 1), "speed at 1.3B": ("llama_9m", 1)},
-             {"r": 8, "vocab_size": 512, "seq_len": 32, "precision": "bf16"}, repeats=1, restarts=1,
-             tokens_per_step=512,
-             layer=("--precision", "bf16", "--hidden", "64", "--r", "4", "--rows", "8", "--repetitions", "1"))
+WHOLE = Scale(
+    {"speed at 350M": ("llama_350m", 8), "speed at 1.3B": ("llama_1b_aligned", 4)},
+    {"r": 128, "vocab_size": 32_000, "seq_len": 1024, "precision": "bf16"},
+    repeats=5,
+    restarts=3,
+    tokens_per_step=524_288,
+    layer=("--precision", "bf16", "--hidden", "1024", "2048", "4096", "--r", "128"),
+)
+TINY = Scale(
+    {"speed at 350M": ("tiny", 1), "speed at 1.3B": ("llama_9m", 1)},
+    {"r": 8, "vocab_size": 512, "seq_len": 32, "precision": "bf16"},
+    repeats=1,
+    restarts=1,
+    tokens_per_step=512,
+    layer=("--precision", "bf16", "--hidden", "64", "--r", "4", "--rows", "8", "--repetitions", "1"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=12, metavar="N",
-                        help="when it ends, whatever is left then (default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true",
-                        help="networks of no size, also on a machine without a GPU: to see that all of it runs")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=12,
+        metavar="N",
+        help="when it ends, whatever is left then (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="networks of no size, also on a machine without a GPU: to see that all of it runs",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -106,15 +132,24 @@ class Check:
         self.scale, self.out = scale, out
         self._began, self._seconds = time.monotonic(), seconds
         self._until = seconds  # when the part that is being measured ends, counted from the beginning
-        self.result = {"tiny": scale is TINY, "minutes": seconds / 60, "missing": _missing(), "machine": {},
-                       "parts": {}}
+        self.result = {
+            "tiny": scale is TINY,
+            "minutes": seconds / 60,
+            "missing": _missing(),
+            "machine": {},
+            "parts": {},
+        }
 
     def run(self) -> None:
         for found in self._jobs([["machine", {}]], 1, self._seconds):
             self.result["machine"] = found.get("result", found)
         self._write()
-        measures = {"correctness": self._correctness, "several GPUs": self._several_gpus, "restart": self._restart,
-                    "layer": self._layer}
+        measures = {
+            "correctness": self._correctness,
+            "several GPUs": self._several_gpus,
+            "restart": self._restart,
+            "layer": self._layer,
+        }
         spent = 0
         for part, share in SHARES.items():
             spent += share
@@ -160,8 +195,9 @@ class Check:
         for found in self._jobs([["layer", {"arguments": ["--device", device, *self.scale.layer]}]], 1, self._left()):
             yield {"name": "one layer", **found}
 
-    def _speeds(self, part: str, contenders: tuple[str, ...], world_size: int = 1,
-                stages: tuple[int, ...] = (1,)) -> Iterator[dict]:
+    def _speeds(
+        self, part: str, contenders: tuple[str, ...], world_size: int = 1, stages: tuple[int, ...] = (1,)
+    ) -> Iterator[dict]:
         cases = [(name, self._spec(part, stage, **CONTENDERS[name])) for stage in stages for name in contenders]
         for name, spec, found in self._cases(cases, "speed", world_size, repeats=self.scale.repeats):
             if "tokens_per_s" in found:
@@ -170,8 +206,9 @@ class Check:
 
     def _restarts(self, part: str, variants: list[tuple[str, int]], world_size: int) -> Iterator[dict]:
         cases = [(f"restart: {variant}", self._spec(part, stage, variant=variant)) for variant, stage in variants]
-        for name, _, found in self._cases(cases, "restart", world_size, tokens_per_step=self.scale.tokens_per_step,
-                                          restarts=self.scale.restarts):
+        for name, _, found in self._cases(
+            cases, "restart", world_size, tokens_per_step=self.scale.tokens_per_step, restarts=self.scale.restarts
+        ):
             yield {"name": name, **found}
 
     def _cases(self, cases: list[tuple[str, Spec]], job: str, world_size: int, **arguments) -> Iterator[tuple]:
@@ -182,8 +219,10 @@ class Check:
                 yield name, spec, {**_setting(spec, world_size), "skipped": reason}
             else:
                 possible.append((name, spec))
-        jobs = [[job, {**arguments, "spec": vars(spec), **({"contender": name} if job == "speed" else {})}]
-                for name, spec in possible]
+        jobs = [
+            [job, {**arguments, "spec": vars(spec), **({"contender": name} if job == "speed" else {})}]
+            for name, spec in possible
+        ]
         for (name, spec), found in zip(possible, self._jobs(jobs, world_size, self._left()), strict=True):
             yield name, spec, {**_setting(spec, world_size), **found.pop("result", {}), **found}
 
@@ -224,8 +263,11 @@ class Check:
     def _write(self) -> None:
         if self.out is not None:
             from relora_ds.checkpoint.files import write_json
-            write_json(self.out, {"bench": NAME, "conditions": self.result["machine"].get("conditions", {}),
-                                  "result": self.result})
+
+            write_json(
+                self.out,
+                {"bench": NAME, "conditions": self.result["machine"].get("conditions", {}), "result": self.result},
+            )
 
 
 def _setting(spec: Spec, world_size: int) -> dict:
@@ -244,14 +286,27 @@ def _lacking(spec: Spec) -> str | None:
 def _on_ranks(world_size: int, module: str, *arguments: str) -> list[str]:
     if world_size == 1:
         return [sys.executable, "-m", module, *arguments]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size), "-m",
-            module, *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(world_size),
+        "-m",
+        module,
+        *arguments,
+    ]
 
 
 def _missing() -> dict[str, str]:
     """Optional libraries that are not there: name -> what is therefore not measured."""
-    unmeasured = {"bitsandbytes": "nf4", "peft": "PEFT's LoRA", "liger-kernel": "its kernels",
-                  "triton": "torch.compile"}
+    unmeasured = {
+        "bitsandbytes": "nf4",
+        "peft": "PEFT's LoRA",
+        "liger-kernel": "its kernels",
+        "triton": "torch.compile",
+    }
     found = {}
     for name, what in unmeasured.items():
         try:

@@ -22,19 +22,27 @@ def machine() -> dict:
     """On what all is measured: the conditions, the GPUs, and what a large product in bf16 reaches."""
     from relora_ds.bench.record import conditions
     from relora_ds.bench.throughput import measured_peak_flops
+
     cuda = torch.cuda.is_available()
-    found = {"conditions": conditions(), "gpus": torch.cuda.device_count() if cuda else 0,
-             "measured_flops": measured_peak_flops("bf16", "cuda" if cuda else "cpu")}
+    found = {
+        "conditions": conditions(),
+        "gpus": torch.cuda.device_count() if cuda else 0,
+        "measured_flops": measured_peak_flops("bf16", "cuda" if cuda else "cpu"),
+    }
     if cuda:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {"memory_bytes": properties.total_memory, "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
-                  "capability": list(torch.cuda.get_device_capability())}
+        found |= {
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+            "capability": list(torch.cuda.get_device_capability()),
+        }
     return found
 
 
 def speed(spec: dict, contender: str, repeats: int) -> dict:
     """A row of `bench throughput`."""
     from relora_ds.bench.throughput import Contender, time_in_turns
+
     (row,) = time_in_turns([Contender(contender, Spec(**spec))], repeats)
     return row
 
@@ -42,6 +50,7 @@ def speed(spec: dict, contender: str, repeats: int) -> dict:
 def restart(spec: dict, tokens_per_step: int, restarts: int) -> dict:
     """Pauses, as `bench restart` has them."""
     from relora_ds.bench.restart import time_restarts
+
     return time_restarts(Spec(**spec), tokens_per_step, restarts)
 
 
@@ -50,6 +59,7 @@ def layer(arguments: list[str]) -> dict:
     import argparse
 
     from relora_ds.bench import layer as bench
+
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     return bench.run(parser.parse_args(arguments))
@@ -62,6 +72,7 @@ def main(jobs: list, lines: Path) -> None:
     """Do the jobs in order; on every rank."""
     from relora_ds.training.console import quieten_libraries
     from relora_ds.zero.start import init_distributed, leave
+
     quieten_libraries()
     init_distributed()
     for name, arguments in jobs:

@@ -39,15 +39,32 @@ FROZEN_DTYPES = ("auto", "fp32", "bf16", "int8", "fp8", "nf4")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32", "bf16"], metavar="P",
-                        help="fp32, bf16 or fp16 (default: fp32 bf16)")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 2048], metavar="N",
-                        help="sizes of the layer (default: 512 1024 2048)")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=DTYPES,
+        default=["fp32", "bf16"],
+        metavar="P",
+        help="fp32, bf16 or fp16 (default: fp32 bf16)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        nargs="+",
+        default=[512, 1024, 2048],
+        metavar="N",
+        help="sizes of the layer (default: 512 1024 2048)",
+    )
     parser.add_argument("--r", type=int, nargs="+", default=[32, 128], metavar="R", help="ranks (default: 32 128)")
-    parser.add_argument("--rows", type=int, metavar="N",
-                        help="tokens in a call (default: 16384 on CUDA; on a CPU 2048, or 256 without 16-bit units)")
-    parser.add_argument("--repetitions", type=int, default=9, metavar="N",
-                        help="timings of each layer (default: %(default)s)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="tokens in a call (default: 16384 on CUDA; on a CPU 2048, or 256 without 16-bit units)",
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=9, metavar="N", help="timings of each layer (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -69,12 +86,26 @@ def run(arguments: argparse.Namespace) -> dict:
         rows = arguments.rows or (16384 if device.type == "cuda" else 256 if in_fp32 else 2048)
         for hidden in arguments.hidden:
             for r in arguments.r:
-                times = _times(_layers(hidden, r, precision, device), hidden, rows, DTYPES[precision], device,
-                               arguments.repetitions)
-                measured.append({"precision": precision, "hidden": hidden, "r": r, "rows": rows, "in_fp32": in_fp32,
-                                 "ceiling": ceiling(hidden, hidden, r),
-                                 "ms": {name: statistics.median(values) for name, values in times.items()},
-                                 **{f"over_{other}": _speeds(times, other) for other in OTHERS}})
+                times = _times(
+                    _layers(hidden, r, precision, device),
+                    hidden,
+                    rows,
+                    DTYPES[precision],
+                    device,
+                    arguments.repetitions,
+                )
+                measured.append(
+                    {
+                        "precision": precision,
+                        "hidden": hidden,
+                        "r": r,
+                        "rows": rows,
+                        "in_fp32": in_fp32,
+                        "ceiling": ceiling(hidden, hidden, r),
+                        "ms": {name: statistics.median(values) for name, values in times.items()},
+                        **{f"over_{other}": _speeds(times, other) for other in OTHERS},
+                    }
+                )
     return {"device": arguments.device, "repetitions": arguments.repetitions, "measured": measured}
 
 
@@ -91,11 +122,16 @@ def markdown(result: dict) -> str:
         formats = [name for name in entries[0]["ms"] if name not in OTHERS]
         for other, named in (("naive", "naive LoRA"), ("peft", "PEFT")):
             lowest = {name: min(entry[f"over_{other}"][name] for entry in entries) for name in formats}
-            blocks.append(f"Lowest speed over {named}: "
-                          + ", ".join(f"{name} {value:.2f}" for name, value in lowest.items()) + ".")
+            blocks.append(
+                f"Lowest speed over {named}: "
+                + ", ".join(f"{name} {value:.2f}" for name, value in lowest.items())
+                + "."
+            )
         if entries[0]["in_fp32"]:
-            blocks.append(f"This CPU has no units for {precision}. ReLoRALinear multiplies in fp32 there, torch's own "
-                          "layers do not: that, and not the FLOPs, is what these speeds show.")
+            blocks.append(
+                f"This CPU has no units for {precision}. ReLoRALinear multiplies in fp32 there, torch's own "
+                "layers do not: that, and not the FLOPs, is what these speeds show."
+            )
     return "\n\n".join(blocks)
 
 
@@ -104,9 +140,16 @@ def _table(entries: list[dict]) -> str:
     rows = [["hidden", "r", "full rank, ms", "ceiling", "naive", "PEFT", *formats, "dense / ceiling"]]
     for entry in entries:
         speed = entry["over_full"]
-        rows.append([str(entry["hidden"]), str(entry["r"]), f"{entry['ms']['full']:.2f}", f"{entry['ceiling']:.2f}",
-                     *(f"{speed[name]:.2f}" for name in ("naive", "peft", *formats)),
-                     f"{100 * speed['dense'] / entry['ceiling']:.0f} %"])
+        rows.append(
+            [
+                str(entry["hidden"]),
+                str(entry["r"]),
+                f"{entry['ms']['full']:.2f}",
+                f"{entry['ceiling']:.2f}",
+                *(f"{speed[name]:.2f}" for name in ("naive", "peft", *formats)),
+                f"{100 * speed['dense'] / entry['ceiling']:.0f} %",
+            ]
+        )
     return rows_as_markdown(rows)
 
 
@@ -124,8 +167,11 @@ class _Naive(nn.Module):
 def _layers(hidden: int, r: int, precision: str, device: torch.device) -> dict[str, nn.Module]:
     dtype = DTYPES[precision]
     torch.manual_seed(0)
-    values = {"weight": torch.randn(hidden, hidden) / hidden**0.5, "lora_A": torch.randn(r, hidden) / hidden**0.5,
-              "lora_B": torch.randn(hidden, r) / r**0.5}
+    values = {
+        "weight": torch.randn(hidden, hidden) / hidden**0.5,
+        "lora_A": torch.randn(r, hidden) / hidden**0.5,
+        "lora_B": torch.randn(hidden, r) / r**0.5,
+    }
 
     def full() -> nn.Linear:
         linear = nn.Linear(hidden, hidden, bias=False, dtype=dtype, device=device)
@@ -138,21 +184,29 @@ def _layers(hidden: int, r: int, precision: str, device: torch.device) -> dict[s
         layer.store_weight(format.quantize(values["weight"].to(device), dtype), format, as_buffer=False)
         return layer
 
-    asked = [format_of(name, precision, double_quant=double, in_fp8=multiplies_fp8(device))
-             for name, double in (*((name, False) for name in FROZEN_DTYPES), ("nf4", True))]
+    asked = [
+        format_of(name, precision, double_quant=double, in_fp8=multiplies_fp8(device))
+        for name, double in (*((name, False) for name in FROZEN_DTYPES), ("nf4", True))
+    ]
     formats = {format.name: format for format in asked if format.unavailable() is None}
-    return {"full": full(), "naive": _Naive(lowrank(DENSE)), "peft": _peft(full(), r),
-            **{name: lowrank(format) for name, format in formats.items()}}
+    return {
+        "full": full(),
+        "naive": _Naive(lowrank(DENSE)),
+        "peft": _peft(full(), r),
+        **{name: lowrank(format) for name, format in formats.items()},
+    }
 
 
 def _peft(linear: nn.Linear, r: int) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
+
     model = nn.ModuleDict({"linear": linear})
     return inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["linear"]), model)["linear"]
 
 
-def _times(layers: dict[str, nn.Module], hidden: int, rows: int, dtype: torch.dtype, device: torch.device,
-           repetitions: int) -> dict[str, list[float]]:
+def _times(
+    layers: dict[str, nn.Module], hidden: int, rows: int, dtype: torch.dtype, device: torch.device, repetitions: int
+) -> dict[str, list[float]]:
     """Milliseconds of a forward and backward, for every layer as many as there are repetitions."""
     x = torch.randn(rows, hidden, device=device).to(dtype).requires_grad_()
     upstream = torch.randn(rows, hidden, device=device).to(dtype)
@@ -186,5 +240,7 @@ def _timed_on_cuda(call: Callable[[], object], num_calls: int = 10) -> float:
 
 def _speeds(times: dict[str, list[float]], other: str) -> dict[str, float]:
     """Of every layer: the median of `other`'s time / its own, measured one after the other."""
-    return {name: statistics.median(theirs / own for theirs, own in zip(times[other], values, strict=True))
-            for name, values in times.items()}
+    return {
+        name: statistics.median(theirs / own for theirs, own in zip(times[other], values, strict=True))
+        for name, values in times.items()
+    }

@@ -39,18 +39,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="llama_130m", help="the network's shape (default: %(default)s)")
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--micro-batch-size", type=int, default=2, metavar="N",
-                        help="sequences in a step (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=2, metavar="N", help="sequences in a step (default: %(default)s)"
+    )
     parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of each (default: %(default)s)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"],
-                        help="of the run (default: bf16 on cuda, fp32 on cpu, which multiplies bf16 slowly)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default here: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="of the run (default: bf16 on cuda, fp32 on cpu, which multiplies bf16 slowly)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default here: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                        help=f"of {', '.join(map(repr, VARIANTS))} (default: all)")
-    parser.add_argument("--checkpointing", nargs="+", choices=MODES, default=["none", "full"], metavar="MODE",
-                        help="of none, full, selective, cheap (default: none full)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, VARIANTS))} (default: all)",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        nargs="+",
+        choices=MODES,
+        default=["none", "full"],
+        metavar="MODE",
+        help="of none, full, selective, cheap (default: none full)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -63,16 +83,22 @@ def run(arguments: argparse.Namespace) -> dict:
         raise ValueError("--device: PyTorch sees no CUDA device here; use --device cpu")
     if arguments.device == "cpu" and not Path("/proc/self/clear_refs").is_file():
         raise ValueError("--device: on the CPU this needs Linux's /proc to tell what is resident")
-    shared = {name: getattr(arguments, name) for name in (
-        "preset", "r", "vocab_size", "micro_batch_size", "seq_len", "precision", "threads")}
+    shared = {
+        name: getattr(arguments, name)
+        for name in ("preset", "r", "vocab_size", "micro_batch_size", "seq_len", "precision", "threads")
+    }
     shared["precision"] = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    specs = [Spec(variant=variant, checkpointing=checkpointing, **shared)
-             for checkpointing in arguments.checkpointing for variant in arguments.variants]
+    specs = [
+        Spec(variant=variant, checkpointing=checkpointing, **shared)
+        for checkpointing in arguments.checkpointing
+        for variant in arguments.variants
+    ]
     require(specs)
     rows = []
     for spec in specs:
-        rows.append({"variant": spec.variant, "checkpointing": spec.checkpointing,
-                     **_in_a_process(spec, arguments.device)})
+        rows.append(
+            {"variant": spec.variant, "checkpointing": spec.checkpointing, **_in_a_process(spec, arguments.device)}
+        )
         said = rows[-1].get("error") or f"{rows[-1]['peak_bytes'] / 1e9:.2f} GB"
         print(f"{spec.variant}, checkpointing {spec.checkpointing}: {said}", file=sys.stderr, flush=True)
     return {**shared, "device": arguments.device, "stage": 1, "rows": rows}
@@ -82,21 +108,41 @@ def markdown(result: dict) -> str:
     """The table; ratios are to full rank with the same checkpointing."""
     full = {row["checkpointing"]: row.get("peak_bytes") for row in result["rows"] if row["variant"] == FULL}
     on_gpu = result["device"] == "cuda"
-    rows = [["variant", "checkpointing", "trainable", "between steps", "peak of a step", *["reserved"] * on_gpu,
-             "of full rank", "on the host"]]
+    rows = [
+        [
+            "variant",
+            "checkpointing",
+            "trainable",
+            "between steps",
+            "peak of a step",
+            *["reserved"] * on_gpu,
+            "of full rank",
+            "on the host",
+        ]
+    ]
     for row in result["rows"]:
         if "error" in row:
             rows.append([row["variant"], row["checkpointing"], "failed", *[""] * (len(rows[0]) - 3)])
             continue
         base = full.get(row["checkpointing"])
-        rows.append([row["variant"], row["checkpointing"], f"{row['trainable'] / 1e6:.1f}M",
-                     _gigabytes(row["kept_bytes"]), _gigabytes(row["peak_bytes"]),
-                     *([_gigabytes(row["reserved_bytes"])] if on_gpu else []),
-                     f"{100 * row['peak_bytes'] / base:.0f} %" if base else "", _gigabytes(row["host_bytes"])])
+        rows.append(
+            [
+                row["variant"],
+                row["checkpointing"],
+                f"{row['trainable'] / 1e6:.1f}M",
+                _gigabytes(row["kept_bytes"]),
+                _gigabytes(row["peak_bytes"]),
+                *([_gigabytes(row["reserved_bytes"])] if on_gpu else []),
+                f"{100 * row['peak_bytes'] / base:.0f} %" if base else "",
+                _gigabytes(row["host_bytes"]),
+            ]
+        )
     threads = "" if result["threads"] is None else f", {result['threads']} CPU threads"
-    return (f"{result['preset']}, vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x "
-            f"{result['seq_len']} tokens, {result['precision']}, one rank, ZeRO-1, {result['device']}{threads}\n\n"
-            f"{rows_as_markdown(rows)}")
+    return (
+        f"{result['preset']}, vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x "
+        f"{result['seq_len']} tokens, {result['precision']}, one rank, ZeRO-1, {result['device']}{threads}\n\n"
+        f"{rows_as_markdown(rows)}"
+    )
 
 
 def _gigabytes(size: int) -> str:
@@ -109,8 +155,13 @@ def _in_a_process(spec: Spec, device: str) -> dict:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if spec.threads:
         environment["OMP_NUM_THREADS"] = str(spec.threads)
-    done = subprocess.run([sys.executable, "-m", "relora_ds.bench.memory", json.dumps(vars(spec))], env=environment,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "relora_ds.bench.memory", json.dumps(vars(spec))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         # Other variants may need less. A process that the kernel killed for its memory leaves no message.
         reason = (done.stderr.strip().splitlines() or ["no message; it may have run out of memory"])[-1]
@@ -123,6 +174,7 @@ def measure(spec: Spec) -> dict:
     from relora_ds.lowrank.wrap import count_parameters
     from relora_ds.training.console import quieten_libraries
     from relora_ds.zero.teardown import release
+
     quieten_libraries()
     warm = dataclasses.replace(spec, preset="tiny", r=4, vocab_size=512, micro_batch_size=1, seq_len=64)
     engine = build(warm)
@@ -138,14 +190,26 @@ def measure(spec: Spec) -> dict:
     peak, reserved = meter.peak()
     host = _host_bytes(engine.frozen)
     resident = 0 if meter.device else host
-    return {"trainable": count_parameters(engine.module)[0], "kept_bytes": kept - resident,
-            "peak_bytes": peak - resident, "reserved_bytes": reserved, "host_bytes": host}
+    return {
+        "trainable": count_parameters(engine.module)[0],
+        "kept_bytes": kept - resident,
+        "peak_bytes": peak - resident,
+        "reserved_bytes": reserved,
+        "host_bytes": host,
+    }
 
 
 def _host_bytes(frozen) -> int:
     ledgers = frozen.ledgers.values()
-    return sum(tensor.nbytes for tensors in (frozen.masters.values(), (ledger.intended for ledger in ledgers),
-                                             (ledger.lost for ledger in ledgers)) for tensor in tensors)
+    return sum(
+        tensor.nbytes
+        for tensors in (
+            frozen.masters.values(),
+            (ledger.intended for ledger in ledgers),
+            (ledger.lost for ledger in ledgers),
+        )
+        for tensor in tensors
+    )
 
 
 class _Meter:

@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 
-def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int,
-                 environment: dict[str, str] | None = None) -> dict:
+def run_on_ranks(
+    module: str, arguments: argparse.Namespace, num_ranks: int, environment: dict[str, str] | None = None
+) -> dict:
     """The result of `module.measure(arguments)`, which every rank calls.
 
     Where a launcher has started this process it is one of the ranks (torchrun, srun, mpirun, deepspeed --module); else
@@ -21,22 +22,41 @@ def run_on_ranks(module: str, arguments: argparse.Namespace, num_ranks: int,
         ValueError: the ranks failed, and have said why; or there are more of them than GPUs.
     """
     from relora_ds.zero.launchers import set_rank
+
     set_rank()
     if "RANK" in os.environ:
         return _measure(module, arguments)
     from relora_ds.zero.accelerator import rank_problems
+
     if found := rank_problems(num_ranks):
         raise ValueError(found[0])
-    values = {name: value for name, value in vars(arguments).items()
-              if isinstance(value, (str, int, float, list, type(None)))}
+    values = {
+        name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float, list, type(None)))
+    }
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m",
-             __name__, module, json.dumps(values), str(out)],
-            env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)), **os.environ,
-                 **(environment or {})},
-            stdin=subprocess.DEVNULL, stdout=2)
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(num_ranks),
+                "-m",
+                __name__,
+                module,
+                json.dumps(values),
+                str(out),
+            ],
+            env={
+                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)),
+                **os.environ,
+                **(environment or {}),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+        )
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # torchrun ends its ranks then
         try:
             code = process.wait()
@@ -53,6 +73,7 @@ def _measure(module: str, arguments: argparse.Namespace) -> dict:
 
     from relora_ds.training.console import quieten_libraries
     from relora_ds.zero.start import init_distributed
+
     quieten_libraries()
     init_distributed()
     return import_module(module).measure(arguments)

@@ -28,10 +28,22 @@ NAME = "quality"
 HELP = "validation loss by storage format: whole training runs on WikiText-2"
 
 RECIPE = "quickstart"
-SETTINGS = ("precision=fp32", "model.preset=llama_9m", "warm_start_steps=120", "relora.restart_every=80",
-            "train.steps=600", "train.batch_sequences=8", "train.micro_batch_size=8", "optim.lr=4e-3",
-            "optim.warm_start_lr=2e-3", "optim.warmup_steps=20", "data.vocab_size=2048", "eval.every=1000000",
-            "eval.samples=0", "log.every=5")
+SETTINGS = (
+    "precision=fp32",
+    "model.preset=llama_9m",
+    "warm_start_steps=120",
+    "relora.restart_every=80",
+    "train.steps=600",
+    "train.batch_sequences=8",
+    "train.micro_batch_size=8",
+    "optim.lr=4e-3",
+    "optim.warm_start_lr=2e-3",
+    "optim.warmup_steps=20",
+    "data.vocab_size=2048",
+    "eval.every=1000000",
+    "eval.samples=0",
+    "log.every=5",
+)
 VALIDATION_ARTICLES = 8  # of the validation split's 60: evaluating on all of it would take longer than training
 
 REFERENCE = "bf16"
@@ -49,11 +61,22 @@ VARIANTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), metavar="DIR",
-                        help="where the runs are, or will be (default: %(default)s)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/quality"),
+        metavar="DIR",
+        help="where the runs are, or will be (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each format (default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                        help=f"of {', '.join(map(repr, VARIANTS))} (default: all); {REFERENCE!r} is always among them")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, VARIANTS))} (default: all); {REFERENCE!r} is always among them",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads a run (default: %(default)s)")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the curves into this file")
@@ -82,6 +105,7 @@ def run(arguments: argparse.Namespace) -> dict:
     result["settings"] = [RECIPE, *SETTINGS, *arguments.overrides]
     if arguments.figure:
         from relora_ds.figures.quality import save_quality
+
         save_quality(result, arguments.figure)
     return result
 
@@ -99,8 +123,13 @@ class _Run:
 
     @property
     def overrides(self) -> list[str]:
-        return [*self.settings, *VARIANTS[self.name], f"seed={self.seed}", f"run_dir={self.directory}",
-                "overwrite=true"]
+        return [
+            *self.settings,
+            *VARIANTS[self.name],
+            f"seed={self.seed}",
+            f"run_dir={self.directory}",
+            "overwrite=true",
+        ]
 
     def is_finished(self) -> bool:
         if not (self.directory / "summary.json").is_file():
@@ -114,8 +143,12 @@ class _Run:
         log = self.runs / f"{self.directory.name}.log"
         with open(log, "w", encoding="utf-8") as output:
             code = subprocess.run(
-                [sys.executable, "-m", "relora_ds", "train", "--config", RECIPE, *self.overrides], stdout=output,
-                stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False).returncode
+                [sys.executable, "-m", "relora_ds", "train", "--config", RECIPE, *self.overrides],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                check=False,
+            ).returncode
         print(f"{self.directory.name}: {'done' if code == 0 else f'failed, see {log}'}", file=sys.stderr, flush=True)
         return None if code == 0 else f"{self.directory.name}: exit code {code}; see {log}"
 
@@ -126,11 +159,17 @@ class _Run:
         tokens_per_step = summary["tokens"] / summary["step"]
         restarts = [line for line in lines if line["kind"] == "restart"]
         evaluations = [line for line in lines if line["kind"] == "eval"]
-        return {"seed": self.seed, "val_loss": summary["val_loss"], "val_tokens": summary["val_tokens"],
-                "tokens": summary["tokens"], "restarts": summary["restarts"], "seconds": summary["seconds"],
-                "merge_loss": [line["merge_loss"] for line in restarts],
-                "merge_loss_total": restarts[-1]["merge_loss_total"] if restarts else None,
-                "curve": [[tokens_per_step * line["step"], line["val_loss"]] for line in evaluations]}
+        return {
+            "seed": self.seed,
+            "val_loss": summary["val_loss"],
+            "val_tokens": summary["val_tokens"],
+            "tokens": summary["tokens"],
+            "restarts": summary["restarts"],
+            "seconds": summary["seconds"],
+            "merge_loss": [line["merge_loss"] for line in restarts],
+            "merge_loss_total": restarts[-1]["merge_loss_total"] if restarts else None,
+            "curve": [[tokens_per_step * line["step"], line["val_loss"]] for line in evaluations],
+        }
 
 
 def compare(runs: dict[str, list[dict]]) -> dict:
@@ -144,8 +183,9 @@ def compare(runs: dict[str, list[dict]]) -> dict:
     """
     for what in ("tokens", "val_tokens", "restarts"):
         if len(seen := {one[what] for found in runs.values() for one in found}) > 1:
-            raise ValueError(f"--runs: the runs differ in {what} ({', '.join(map(str, sorted(seen)))}); use another "
-                             "directory")
+            raise ValueError(
+                f"--runs: the runs differ in {what} ({', '.join(map(str, sorted(seen)))}); use another directory"
+            )
     reference = [one["val_loss"] for one in runs[REFERENCE]]
     variants = {}
     for name, found in runs.items():
@@ -153,29 +193,54 @@ def compare(runs: dict[str, list[dict]]) -> dict:
         differences = [100 * (loss / base - 1) for loss, base in zip(losses, reference, strict=True)]
         totals = [one["merge_loss_total"] for one in found]
         variants[name] = {
-            "val_loss": statistics.mean(losses), "val_loss_by_seed": losses, "difference_percent":
-            statistics.mean(differences), "difference_percent_by_seed": differences,
-            "merge_loss_total": None if None in totals else statistics.mean(totals), "runs": found}
+            "val_loss": statistics.mean(losses),
+            "val_loss_by_seed": losses,
+            "difference_percent": statistics.mean(differences),
+            "difference_percent_by_seed": differences,
+            "merge_loss_total": None if None in totals else statistics.mean(totals),
+            "runs": found,
+        }
     one = runs[REFERENCE][0]
-    return {"reference": REFERENCE, "tokens": one["tokens"], "val_tokens": one["val_tokens"],
-            "restarts": one["restarts"], "seeds": len(reference), "variants": variants}
+    return {
+        "reference": REFERENCE,
+        "tokens": one["tokens"],
+        "val_tokens": one["val_tokens"],
+        "restarts": one["restarts"],
+        "seeds": len(reference),
+        "variants": variants,
+    }
 
 
 def markdown(result: dict) -> str:
     """The table."""
     reference = result["reference"]
-    rows = [["frozen weights", "validation loss, by seed", "mean", f"against {reference}, by seed", "mean",
-             "update lost in storage"]]
+    rows = [
+        [
+            "frozen weights",
+            "validation loss, by seed",
+            "mean",
+            f"against {reference}, by seed",
+            "mean",
+            "update lost in storage",
+        ]
+    ]
     for name, found in result["variants"].items():
         is_reference = name == reference
-        rows.append([name, " ".join(f"{loss:.4f}" for loss in found["val_loss_by_seed"]), f"{found['val_loss']:.4f}",
-                     "reference" if is_reference else " ".join(f"{d:+.2f} %" for d in
-                                                               found["difference_percent_by_seed"]),
-                     "" if is_reference else f"{found['difference_percent']:+.2f} %",
-                     "" if found["merge_loss_total"] is None else f"{100 * found['merge_loss_total']:.3g} %"])
+        rows.append(
+            [
+                name,
+                " ".join(f"{loss:.4f}" for loss in found["val_loss_by_seed"]),
+                f"{found['val_loss']:.4f}",
+                "reference" if is_reference else " ".join(f"{d:+.2f} %" for d in found["difference_percent_by_seed"]),
+                "" if is_reference else f"{found['difference_percent']:+.2f} %",
+                "" if found["merge_loss_total"] is None else f"{100 * found['merge_loss_total']:.3g} %",
+            ]
+        )
     seeds = "1 seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
-    return (f"{seeds}, {result['tokens']:,} tokens and {result['restarts']} restarts a run, "
-            f"{result['val_tokens']:,} validation tokens\n\n{rows_as_markdown(rows)}")
+    return (
+        f"{seeds}, {result['tokens']:,} tokens and {result['restarts']} restarts a run, "
+        f"{result['val_tokens']:,} validation tokens\n\n{rows_as_markdown(rows)}"
+    )
 
 
 def _validation_file(runs: Path, overrides: list[str]) -> Path:

@@ -14,11 +14,16 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "bitsandbytes", "peft", "lige
 def conditions() -> dict:
     """Device, threads and versions: all that a figure depends on, and nothing that changes from day to day."""
     from relora_ds import __version__
+
     versions = {name: _version(name) for name in LIBRARIES}
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(), "python": platform.python_version(), "relora_ds": __version__,
-            **{name: version for name, version in versions.items() if version}}
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "relora_ds": __version__,
+        **{name: version for name, version in versions.items() if version},
+    }
 
 
 def remark_on_seeds(made: dict) -> str | None:

@@ -35,8 +35,14 @@ FIGURES = ("lost", "distance", "error")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], metavar="X",
-                        help="the sum of all updates, relative to W (default: 0.01 0.03 0.1 0.3)")
+    parser.add_argument(
+        "--sizes",
+        type=float,
+        nargs="+",
+        default=[0.01, 0.03, 0.1, 0.3],
+        metavar="X",
+        help="the sum of all updates, relative to W (default: 0.01 0.03 0.1 0.3)",
+    )
     parser.add_argument("--restarts", type=int, default=20, metavar="N", help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=512, metavar="N", help="sides of W (default: %(default)s)")
     parser.add_argument("--r", type=int, default=32, metavar="R", help="rank of an update (default: %(default)s)")
@@ -46,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict:
     """The three figures of both ways after every restart, for every format and size; fractions, not per cent."""
     formats = [format_named(name) for name in FORMATS]
-    if reasons := [f"bench requantization: {format.name} {reason}" for format in formats
-                   if (reason := format.unavailable())]:
+    if reasons := [
+        f"bench requantization: {format.name} {reason}" for format in formats if (reason := format.unavailable())
+    ]:
         raise ValueError("\n".join(reasons))
     if arguments.hidden % ALIGNMENT:
         raise ValueError(f"--hidden: {arguments.hidden} is no multiple of {ALIGNMENT}, as formats ask for")
@@ -57,21 +64,34 @@ def run(arguments: argparse.Namespace) -> dict:
         for format in formats:
             others, ours = _others(format, weight, factors), _ours(format, weight, factors)
             series.append({"format": format.name, "size": size, "others": others, "ours": ours})
-    return {"hidden": arguments.hidden, "r": arguments.r, "restarts": arguments.restarts, "seed": arguments.seed,
-            "series": series}
+    return {
+        "hidden": arguments.hidden,
+        "r": arguments.r,
+        "restarts": arguments.restarts,
+        "seed": arguments.seed,
+        "series": series,
+    }
 
 
 def markdown(result: dict) -> str:
-    rows = [["format", "S / W", "lost: others", "ours", "distance: others", "ours", "error: at first", "others",
-             "ours"]]
+    rows = [
+        ["format", "S / W", "lost: others", "ours", "distance: others", "ours", "error: at first", "others", "ours"]
+    ]
     for entry in result["series"]:
         others, ours = entry["others"], entry["ours"]
-        rows.append([entry["format"], f"{entry['size']:g}",
-                     *(_percent(way["lost"][-1]) for way in (others, ours)),
-                     *(_percent(way["distance"][-1]) for way in (others, ours)),
-                     *(f"{100 * value:.2f} %" for value in (ours["error"][0], others["error"][-1], ours["error"][-1]))])
-    return (f"After {result['restarts']} restarts; W {result['hidden']}x{result['hidden']}, updates of rank "
-            f"{result['r']}:\n\n{rows_as_markdown(rows)}")
+        rows.append(
+            [
+                entry["format"],
+                f"{entry['size']:g}",
+                *(_percent(way["lost"][-1]) for way in (others, ours)),
+                *(_percent(way["distance"][-1]) for way in (others, ours)),
+                *(f"{100 * value:.2f} %" for value in (ours["error"][0], others["error"][-1], ours["error"][-1])),
+            ]
+        )
+    return (
+        f"After {result['restarts']} restarts; W {result['hidden']}x{result['hidden']}, updates of rank "
+        f"{result['r']}:\n\n{rows_as_markdown(rows)}"
+    )
 
 
 def _weight_and_factors(arguments: argparse.Namespace, size: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

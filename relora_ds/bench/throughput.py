@@ -44,10 +44,12 @@ HELP = "tokens/s and the parts of a step: full rank, PEFT LoRA and ours, at the 
 
 # name -> what of its Spec differs
 UNLIKE_FULL_RANK = ("compile", "checkpointing")  # a ceiling says nothing of those that also differ in these
-CONTENDERS = {**{name: {"variant": name} for name in VARIANTS},
-              "full rank, compiled": {"variant": FULL, "compile": True},
-              "ours, compiled": {"variant": "ours, dense", "compile": True},
-              "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"}}
+CONTENDERS = {
+    **{name: {"variant": name} for name in VARIANTS},
+    "full rank, compiled": {"variant": FULL, "compile": True},
+    "ours, compiled": {"variant": "ours, dense", "compile": True},
+    "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"},
+}
 SHARED = ("preset", "r", "vocab_size", "seq_len", "precision", "stage")  # of all Specs
 WARM_STEPS = 2
 STEPS_AT_A_TIME = {"cuda": 5, "cpu": 1}
@@ -55,21 +57,37 @@ MATMUL = {"cuda": 8192, "cpu": 2048}  # size of the square matrices that show wh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="llama_60m",
-                        help="the network's shape; also wide_2, two layers of width 2048 (default: %(default)s)")
+    parser.add_argument(
+        "--preset",
+        default="llama_60m",
+        help="the network's shape; also wide_2, two layers of width 2048 (default: %(default)s)",
+    )
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--micro-batch-size", type=int, nargs="+", default=[4], metavar="N",
-                        help="sizes to try (default: 4)")
+    parser.add_argument(
+        "--micro-batch-size", type=int, nargs="+", default=[4], metavar="N", help="sizes to try (default: 4)"
+    )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="(default: %(default)s)")
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO (default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
-                        help=f"of {', '.join(map(repr, CONTENDERS))} (default: all); {FULL!r} is always among them")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N",
-                        help="medians are of so many steps (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N",
-                        help="processes of this machine, where no launcher started this one (default: %(default)s)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, CONTENDERS))} (default: all); {FULL!r} is always among them",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=7, metavar="N", help="medians are of so many steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of this machine, where no launcher started this one (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -88,9 +106,15 @@ def measure(arguments: argparse.Namespace) -> dict:
         contenders = [Contender(name, _spec(name, size, arguments)) for name in arguments.variants]
         for group in [contenders] if device == "cpu" else [[one] for one in contenders]:
             rows += time_in_turns(group, arguments.repeats)
-    return {**shared, "device": device, "world_size": dist.get_world_size(), "repeats": arguments.repeats,
-            "threads": torch.get_num_threads(), "peak_flops": measured_peak_flops(shared["precision"], device),
-            "rows": rows}
+    return {
+        **shared,
+        "device": device,
+        "world_size": dist.get_world_size(),
+        "repeats": arguments.repeats,
+        "threads": torch.get_num_threads(),
+        "peak_flops": measured_peak_flops(shared["precision"], device),
+        "rows": rows,
+    }
 
 
 def _spec(name: str, micro_batch_size: int, arguments: argparse.Namespace) -> Spec:
@@ -124,6 +148,7 @@ class Contender:
     def close(self) -> None:
         if self._engine is not None:
             from relora_ds.zero.teardown import release
+
             release(self._engine)
             self._engine = None
 
@@ -141,8 +166,10 @@ def time_in_turns(group: list[Contender], repeats: int) -> list[dict]:
     except torch.OutOfMemoryError:  # is a result too
         if dist.get_world_size() > 1:  # the others are in a collective that this rank will not join
             raise
-        return [{"variant": one.name, "micro_batch_size": one.spec.micro_batch_size, "error": "out of memory"}
-                for one in group]
+        return [
+            {"variant": one.name, "micro_batch_size": one.spec.micro_batch_size, "error": "out of memory"}
+            for one in group
+        ]
     finally:
         for one in group:
             one.close()
@@ -156,12 +183,22 @@ def _row(one: Contender, steps: list[float], peak: int | None) -> dict:
     seconds, spec = statistics.median(steps), one.spec
     tokens_per_s = spec.micro_batch_size * spec.seq_len * dist.get_world_size() / seconds
     if dist.get_rank() == 0:
-        print(f"micro-batch {spec.micro_batch_size}, {one.name}: {tokens_per_s:,.0f} tokens/s", file=sys.stderr,
-              flush=True)
-    return {"variant": one.name, "micro_batch_size": spec.micro_batch_size, "flops_per_token": flops_per_token(spec),
-            "steps_s": steps, "step_s": seconds, "tokens_per_s": tokens_per_s, "peak_bytes": peak,
-            "parts_s": {part: statistics.median(found[part] for found in parts) for part in parts[0]}
-            | {"data": _data_seconds(spec)}}
+        print(
+            f"micro-batch {spec.micro_batch_size}, {one.name}: {tokens_per_s:,.0f} tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {
+        "variant": one.name,
+        "micro_batch_size": spec.micro_batch_size,
+        "flops_per_token": flops_per_token(spec),
+        "steps_s": steps,
+        "step_s": seconds,
+        "tokens_per_s": tokens_per_s,
+        "peak_bytes": peak,
+        "parts_s": {part: statistics.median(found[part] for found in parts) for part in parts[0]}
+        | {"data": _data_seconds(spec)},
+    }
 
 
 def _device() -> str:
@@ -171,6 +208,7 @@ def _device() -> str:
 def _parts(contender: Contender) -> dict[str, float]:
     """Of a step in which every part and every collective of DeepSpeed's is waited for."""
     from relora_ds.zero.traffic import time_collectives
+
     with time_collectives() as spent:  # with a clock that stands still in collectives
         found = contender.step(lambda: synchronized() - sum(spent().values()))
         reduce = sum(seconds for name, seconds in spent().items() if "reduce" in name)
@@ -180,10 +218,18 @@ def _parts(contender: Contender) -> dict[str, float]:
 def _data_seconds(spec: Spec) -> float:
     """Until the next step's rows are tensors, cut and shuffled as the trainer's are; the corpus is in memory."""
     from relora_ds.data import TrainLoader
+
     world_size = dist.get_world_size()
     tokens = np.zeros(64 * world_size * spec.micro_batch_size * spec.accumulation * spec.seq_len + 1, dtype=np.uint16)
-    loader = TrainLoader(tokens, spec.seq_len, spec.micro_batch_size * spec.accumulation * world_size,
-                         spec.micro_batch_size, dist.get_rank(), world_size, seed=0)
+    loader = TrainLoader(
+        tokens,
+        spec.seq_len,
+        spec.micro_batch_size * spec.accumulation * world_size,
+        spec.micro_batch_size,
+        dist.get_rank(),
+        world_size,
+        seed=0,
+    )
     times = []
     for _ in range(9):
         started = time.perf_counter()
@@ -210,8 +256,14 @@ def measured_peak_flops(precision: str, device: str) -> float:
 
 def speed_of(row: dict, rows: list[dict]) -> float | None:
     """Full rank's seconds over this row's, at its micro-batch; None where full rank did not fit."""
-    base = next((one for one in rows if one["variant"] == FULL and "error" not in one
-                 and one["micro_batch_size"] == row["micro_batch_size"]), None)
+    base = next(
+        (
+            one
+            for one in rows
+            if one["variant"] == FULL and "error" not in one and one["micro_batch_size"] == row["micro_batch_size"]
+        ),
+        None,
+    )
     return base and statistics.median(full / this for full, this in zip(base["steps_s"], row["steps_s"], strict=True))
 
 
@@ -220,8 +272,25 @@ def markdown(result: dict) -> str:
     rows, peak = result["rows"], result["peak_flops"] * result["world_size"]
     sizes = list(dict.fromkeys(row["micro_batch_size"] for row in rows))
     on_gpu = result["device"] == "cuda"
-    table = [["contender", "micro-batch", "tokens/s", "speed", "ceiling", "of ceiling", "forward", "backward", "reduce",
-              "gather", "optimizer", "data", "hardware", "effective", *["peak memory"] * on_gpu]]
+    table = [
+        [
+            "contender",
+            "micro-batch",
+            "tokens/s",
+            "speed",
+            "ceiling",
+            "of ceiling",
+            "forward",
+            "backward",
+            "reduce",
+            "gather",
+            "optimizer",
+            "data",
+            "hardware",
+            "effective",
+            *["peak memory"] * on_gpu,
+        ]
+    ]
     full = next((row["flops_per_token"] for row in rows if row["variant"] == FULL and "error" not in row), None)
     for row in rows:
         if "error" in row:
@@ -230,19 +299,31 @@ def markdown(result: dict) -> str:
         speed, flops = speed_of(row, rows), row["flops_per_token"]
         alike = full and not any(key in CONTENDERS[row["variant"]] for key in UNLIKE_FULL_RANK)
         ceiling = full / flops if alike else None
-        table.append([
-            row["variant"], str(row["micro_batch_size"]), f"{row['tokens_per_s']:,.0f}", _ratio(speed), _ratio(ceiling),
-            f"{100 * speed / ceiling:.0f} %" if speed and ceiling else "",
-            *(f"{1000 * row['parts_s'][part]:.0f} ms" for part in ("forward", "backward", "reduce", "gather",
-                                                                  "optimizer")),
-            f"{1000 * row['parts_s']['data']:.1f} ms", f"{100 * flops * row['tokens_per_s'] / peak:.0f} %",
-            f"{100 * full * row['tokens_per_s'] / peak:.0f} %" if full else "",
-            *([f"{row['peak_bytes'] / 1e9:.2f} GB"] if on_gpu else [])])
-    head = (f"{result['preset'].rpartition('/')[2]}, vocabulary {result['vocab_size']:,}, r {result['r']}, rows of "
-            f"{result['seq_len']} tokens, {result['precision']}, {_count(result['world_size'], 'rank')}, "
-            f"ZeRO-{result['stage']}, {result['device']}"
-            + ("" if on_gpu else f", {_count(result['threads'], 'thread')} each")
-            + f", medians of {result['repeats']}. A large matrix product: {result['peak_flops'] / 1e9:,.0f} GFLOP/s.")
+        table.append(
+            [
+                row["variant"],
+                str(row["micro_batch_size"]),
+                f"{row['tokens_per_s']:,.0f}",
+                _ratio(speed),
+                _ratio(ceiling),
+                f"{100 * speed / ceiling:.0f} %" if speed and ceiling else "",
+                *(
+                    f"{1000 * row['parts_s'][part]:.0f} ms"
+                    for part in ("forward", "backward", "reduce", "gather", "optimizer")
+                ),
+                f"{1000 * row['parts_s']['data']:.1f} ms",
+                f"{100 * flops * row['tokens_per_s'] / peak:.0f} %",
+                f"{100 * full * row['tokens_per_s'] / peak:.0f} %" if full else "",
+                *([f"{row['peak_bytes'] / 1e9:.2f} GB"] if on_gpu else []),
+            ]
+        )
+    head = (
+        f"{result['preset'].rpartition('/')[2]}, vocabulary {result['vocab_size']:,}, r {result['r']}, rows of "
+        f"{result['seq_len']} tokens, {result['precision']}, {_count(result['world_size'], 'rank')}, "
+        f"ZeRO-{result['stage']}, {result['device']}"
+        + ("" if on_gpu else f", {_count(result['threads'], 'thread')} each")
+        + f", medians of {result['repeats']}. A large matrix product: {result['peak_flops'] / 1e9:,.0f} GFLOP/s."
+    )
     blocks = [head, rows_as_markdown(table)]
     if len(sizes) > 1:
         blocks += ["Each at its best micro-batch:", rows_as_markdown(_best(rows))]
@@ -255,9 +336,18 @@ def _best(rows: list[dict]) -> list[list[str]]:
         if "error" not in row and row["tokens_per_s"] > best.get(row["variant"], {"tokens_per_s": 0})["tokens_per_s"]:
             best[row["variant"]] = row
     base = best[FULL]["tokens_per_s"] if FULL in best else None
-    return [["contender", "micro-batch", "tokens/s", "of full rank's best"],
-            *([name, str(row["micro_batch_size"]), f"{row['tokens_per_s']:,.0f}",
-               f"{row['tokens_per_s'] / base:.2f}x" if base else ""] for name, row in best.items())]
+    return [
+        ["contender", "micro-batch", "tokens/s", "of full rank's best"],
+        *(
+            [
+                name,
+                str(row["micro_batch_size"]),
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['tokens_per_s'] / base:.2f}x" if base else "",
+            ]
+            for name, row in best.items()
+        ),
+    ]
 
 
 def _ratio(value: float | None) -> str:

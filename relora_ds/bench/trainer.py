@@ -22,10 +22,14 @@ _QUIET = ("warm_start_steps=0", "eval.every=1000000", "eval.samples=0", "checkpo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="quickstart", metavar="RECIPE", help="(default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=9, metavar="N",
-                        help="of each kind (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N",
-                        help="processes of this machine, where no launcher started this one (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=9, metavar="N", help="of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of this machine, where no launcher started this one (default: %(default)s)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
 
 
@@ -71,14 +75,29 @@ def measure(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         every = load_recipe(arguments.config, arguments.overrides).log.every
         steps = every * 2 * (WARM_BLOCKS + arguments.blocks) + 1
-        plan = check(arguments.config, [*arguments.overrides, *_QUIET, f"train.steps={steps}",
-                                        f"relora.restart_every={10 * steps}", f"run_dir={directory}"])
+        plan = check(
+            arguments.config,
+            [
+                *arguments.overrides,
+                *_QUIET,
+                f"train.steps={steps}",
+                f"relora.restart_every={10 * steps}",
+                f"run_dir={directory}",
+            ],
+        )
         trainer = TakingTurns(plan)
         trainer.fit()
     own, bare = (blocks[WARM_BLOCKS:] for blocks in trainer.seconds)
-    return {"config": arguments.config, "overrides": arguments.overrides, "world_size": dist.get_world_size(),
-            "device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
-            "log_every": every, "trainer_s": own, "bare_s": bare}
+    return {
+        "config": arguments.config,
+        "overrides": arguments.overrides,
+        "world_size": dist.get_world_size(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "log_every": every,
+        "trainer_s": own,
+        "bare_s": bare,
+    }
 
 
 def markdown(result: dict) -> str:
@@ -86,8 +105,18 @@ def markdown(result: dict) -> str:
     own, bare = (statistics.median(result[name]) / result["log_every"] for name in ("trainer_s", "bare_s"))
     pairs = [100 * (one / other - 1) for one, other in zip(result["trainer_s"], result["bare_s"], strict=True)]
     named = " ".join([result["config"], *result["overrides"]])
-    rows = [["recipe", "ranks", "the trainer's step", "bare", "overhead, medians", "median over pairs of blocks"],
-            [named, str(result["world_size"]), f"{1000 * own:.1f} ms", f"{1000 * bare:.1f} ms",
-             f"{100 * (own / bare - 1):+.2f} %", f"{statistics.median(pairs):+.2f} %"]]
-    return (f"{result['device']}, {len(result['trainer_s'])} blocks of {result['log_every']} steps of each kind, in "
-            f"turns\n\n{rows_as_markdown(rows)}")
+    rows = [
+        ["recipe", "ranks", "the trainer's step", "bare", "overhead, medians", "median over pairs of blocks"],
+        [
+            named,
+            str(result["world_size"]),
+            f"{1000 * own:.1f} ms",
+            f"{1000 * bare:.1f} ms",
+            f"{100 * (own / bare - 1):+.2f} %",
+            f"{statistics.median(pairs):+.2f} %",
+        ],
+    ]
+    return (
+        f"{result['device']}, {len(result['trainer_s'])} blocks of {result['log_every']} steps of each kind, in "
+        f"turns\n\n{rows_as_markdown(rows)}"
+    )

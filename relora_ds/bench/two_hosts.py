@@ -48,19 +48,35 @@ _LINK_SECONDS = 10  # that are taken to measure the cable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", default="10gbit,1gbit,100mbit", help="of the cable (default: %(default)s)")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE",
-                        help="presets, or wide_2 and wide_4: layers of width 2048 (default: llama_60m wide_4)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(CONTENDERS), metavar="NAME",
-                        help=f"of {', '.join(map(repr, VARIANTS))} (default: those without a storage format)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=list(SHAPES),
+        metavar="SHAPE",
+        help="presets, or wide_2 and wide_4: layers of width 2048 (default: llama_60m wide_4)",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, VARIANTS))} (default: those without a storage format)",
+    )
     parser.add_argument("--r", type=int, default=64, help="rank of the updates (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=64, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO (default: %(default)s)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
-                        help="(default: %(default)s: CPUs without units for bf16 would compute full rank slowly)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N",
-                        help="medians are of so many steps (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="(default: %(default)s: CPUs without units for bf16 would compute full rank slowly)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="medians are of so many steps (default: %(default)s)"
+    )
     parser.add_argument("--hostfile", type=Path, help="two machines, a line each: ADDRESS slots=RANKS")
     parser.add_argument("--node_rank", type=int, default=0, help="with --hostfile: which of them this one is")
 
@@ -72,8 +88,20 @@ def run(arguments: argparse.Namespace) -> dict:
         ValueError: no root or no iproute2, and no hostfile; or a rank failed.
     """
     rates = [parse_rate(text) for text in arguments.rate.split(",")] if arguments.hostfile is None else [None]
-    shared = {name: getattr(arguments, name) for name in (
-        "r", "vocab_size", "micro_batch_size", "seq_len", "stage", "precision", "repeats", "shapes", "variants")}
+    shared = {
+        name: getattr(arguments, name)
+        for name in (
+            "r",
+            "vocab_size",
+            "micro_batch_size",
+            "seq_len",
+            "stage",
+            "precision",
+            "repeats",
+            "shapes",
+            "variants",
+        )
+    }
     require(spec for shape in arguments.shapes for spec in _specs(shared, shape))
     joined = Cable() if arguments.hostfile is None else nullcontext()
     with joined as cable, tempfile.TemporaryDirectory() as scratch:
@@ -86,8 +114,9 @@ def run(arguments: argparse.Namespace) -> dict:
                 cable.limit(rate)
                 print(_rate(rate), file=sys.stderr, flush=True)
             for one, row in zip(alone, place.run(shared, together=True), strict=True):
-                rows.append({**row, "rate": rate, "alone_compute_s": one["compute_s"],
-                             "alone_optimizer_s": one["optimizer_s"]})
+                rows.append(
+                    {**row, "rate": rate, "alone_compute_s": one["compute_s"], "alone_optimizer_s": one["optimizer_s"]}
+                )
     return {**shared, "rows": rows}
 
 
@@ -100,8 +129,10 @@ def _predicted(row: dict, stage: int) -> dict[str, float | None]:
     alone = row["alone_compute_s"] + row["alone_optimizer_s"] / (2 if stage else 1)
     wire = Wire(row["bandwidth"], row["latency_s"])
     joined = Cluster(2, 1, inside=wire, between=wire)
-    return {"predicted_s": alone + joined.communication(row["wire"], row["passes"]),
-            "at_full_rate_s": alone + row["wire"] * 8 / row["rate"] if row["rate"] else None}
+    return {
+        "predicted_s": alone + joined.communication(row["wire"], row["passes"]),
+        "at_full_rate_s": alone + row["wire"] * 8 / row["rate"] if row["rate"] else None,
+    }
 
 
 class _Place:
@@ -114,8 +145,10 @@ class _Place:
             self._hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
         hosts = hosts_in(self._hostfile)
         if len(hosts) != 2 or node_rank not in (0, 1):
-            raise ValueError(f"--hostfile, --node_rank: two machines are compared, of {len(hosts)} in {self._hostfile} "
-                             f"this would be number {node_rank}; give a line for each of two, and 0 or 1")
+            raise ValueError(
+                f"--hostfile, --node_rank: two machines are compared, of {len(hosts)} in {self._hostfile} "
+                f"this would be number {node_rank}; give a line for each of two, and 0 or 1"
+            )
         self._master = hosts[0]
 
     def run(self, shared: dict, together: bool) -> list[dict]:
@@ -151,12 +184,29 @@ class _Place:
 
     def _start(self, node: int, shared: dict, together: bool, out: Path) -> subprocess.Popen:
         worker = [__name__, json.dumps(shared), str(out if node == 0 else os.devnull)]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": INTERFACE} if self._cable else \
-            {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = (
+            {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": INTERFACE}
+            if self._cable
+            else {"OMP_NUM_THREADS": "1", **os.environ}
+        )
         if together:
-            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(self._hostfile),
-                       "--no_ssh", "--node_rank", str(node), "--master_addr", self._master, "--master_port", str(_PORT),
-                       "--module", *worker]
+            command = [
+                sys.executable,
+                "-m",
+                "deepspeed.launcher.runner",
+                "--quiet",
+                "--hostfile",
+                str(self._hostfile),
+                "--no_ssh",
+                "--node_rank",
+                str(node),
+                "--master_addr",
+                self._master,
+                "--master_port",
+                str(_PORT),
+                "--module",
+                *worker,
+            ]
         else:
             command = [sys.executable, "-m", *worker]
             environment.pop("GLOO_SOCKET_IFNAME", None)
@@ -164,8 +214,9 @@ class _Place:
             command = ["ip", "netns", "exec", self._cable.hosts[node], *command]
             environment["CUDA_VISIBLE_DEVICES"] = ""  # both hosts would have the same GPU
         with self._log(node).open("w") as log:
-            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                    stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
 
 
 def _rows(path: Path) -> list[dict]:
@@ -207,6 +258,7 @@ class _Contender:
 
     def __init__(self, spec: Spec):
         from relora_ds.zero.traffic import count_traffic
+
         self.spec, self._engine = spec, build(spec)
         self._steps: list[tuple[float, ...]] = []  # of the step, and of PARTS
         self._sent: list[int] = []
@@ -216,28 +268,35 @@ class _Contender:
 
     def timed_step(self, number: int) -> None:
         from relora_ds.zero.traffic import time_collectives
+
         dist.barrier()
         before, started = _sent_bytes(), time.perf_counter()
         with time_collectives() as spent:
             taken = step(self._engine, self.spec, number, lambda: synchronized() - sum(spent().values()))
-            self._steps.append((time.perf_counter() - started, taken.forward + taken.backward, taken.optimizer,
-                                sum(spent().values())))
+            self._steps.append(
+                (time.perf_counter() - started, taken.forward + taken.backward, taken.optimizer, sum(spent().values()))
+            )
         dist.barrier()
         self._sent.append(_sent_bytes() - before)
 
     def row(self) -> dict:
         """Medians, of the slower rank each. Releases the engine."""
         from relora_ds.zero.teardown import release
+
         slowest = torch.tensor(self._steps, dtype=torch.float64, device=self._engine.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         release(self._engine)
         seconds, *parts = zip(*slowest.tolist(), strict=True)
         tokens = self.spec.micro_batch_size * self.spec.seq_len * dist.get_world_size()
-        return {"steps_s": seconds, "step_s": statistics.median(seconds),
-                **{f"{part}_s": statistics.median(values) for part, values in zip(PARTS, parts, strict=True)},
-                "tokens_per_s": tokens / statistics.median(seconds), "wire": self._traffic.wire,
-                "passes": sum(2 if name == "all_reduce" else 1 for name, _ in self._traffic.calls),
-                "kernel_tx_bytes": statistics.median(self._sent)}
+        return {
+            "steps_s": seconds,
+            "step_s": statistics.median(seconds),
+            **{f"{part}_s": statistics.median(values) for part, values in zip(PARTS, parts, strict=True)},
+            "tokens_per_s": tokens / statistics.median(seconds),
+            "wire": self._traffic.wire,
+            "passes": sum(2 if name == "all_reduce" else 1 for name, _ in self._traffic.calls),
+            "kernel_tx_bytes": statistics.median(self._sent),
+        }
 
 
 def _sent_bytes() -> int:
@@ -250,37 +309,58 @@ def markdown(result: dict) -> str:
     """Two tables: where the seconds go, and what became of the bytes that are not sent."""
     shown = with_predictions(result)["rows"]
     full = {(row["shape"], row["rate"]): row for row in shown if row["variant"] == FULL}
-    return (f"vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x {result['seq_len']} "
-            f"tokens on each of two hosts, {result['precision']}, ZeRO-{result['stage']}, medians of "
-            f"{result['repeats']}\n\n{rows_as_markdown(_seconds(shown))}"
-            f"\n\n{rows_as_markdown(_gains(shown, full))}")
+    return (
+        f"vocabulary {result['vocab_size']:,}, r {result['r']}, {result['micro_batch_size']} x {result['seq_len']} "
+        f"tokens on each of two hosts, {result['precision']}, ZeRO-{result['stage']}, medians of "
+        f"{result['repeats']}\n\n{rows_as_markdown(_seconds(shown))}"
+        f"\n\n{rows_as_markdown(_gains(shown, full))}"
+    )
 
 
 def _seconds(shown: list[dict]) -> list[list[str]]:
-    rows = [["shape", "cable", "contender", *PARTS, "step", "predicted", "at full rate", "tokens/s", "wire",
-             "kernel sent"]]
+    rows = [
+        ["shape", "cable", "contender", *PARTS, "step", "predicted", "at full rate", "tokens/s", "wire", "kernel sent"]
+    ]
     for row in shown:
         rate, sent = row["rate"], row["kernel_tx_bytes"]
-        rows.append([row["shape"], _rate(rate), row["variant"],
-                     *(f"{row[f'{part}_s']:.2f} s" for part in (*PARTS, "step", "predicted")),
-                     f"{row['at_full_rate_s']:.2f} s" if rate else "", f"{row['tokens_per_s']:.0f}",
-                     f"{row['wire'] / 1e6:.1f} MB", f"{sent / row['wire'] - 1:+.1%}" if sent else ""])
+        rows.append(
+            [
+                row["shape"],
+                _rate(rate),
+                row["variant"],
+                *(f"{row[f'{part}_s']:.2f} s" for part in (*PARTS, "step", "predicted")),
+                f"{row['at_full_rate_s']:.2f} s" if rate else "",
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['wire'] / 1e6:.1f} MB",
+                f"{sent / row['wire'] - 1:+.1%}" if sent else "",
+            ]
+        )
     return rows
 
 
 def _gains(shown: list[dict], full: dict[tuple, dict]) -> list[list[str]]:
     """How often full rank's bytes, communication and step contain this one's; the last beside the best it can be."""
-    rows = [["shape", "cable", "contender", "bytes", "communication", "of bytes", "step", "step at full rate",
-             "of that"]]
+    rows = [
+        ["shape", "cable", "contender", "bytes", "communication", "of bytes", "step", "step at full rate", "of that"]
+    ]
     for row in shown:
         base = full.get((row["shape"], row["rate"]))
         if row["variant"] == FULL or base is None:
             continue
         fewer, shorter, faster = (base[part] / row[part] for part in ("wire", "communication_s", "step_s"))
         allowed = base["at_full_rate_s"] / row["at_full_rate_s"] if row["rate"] else None
-        rows.append([row["shape"], _rate(row["rate"]), row["variant"], f"{fewer:.2f}x", f"{shorter:.2f}x",
-                     f"{shorter / fewer:.2f}", f"{faster:.2f}x",
-                     *([f"{allowed:.2f}x", f"{faster / allowed:.2f}"] if allowed else ["", ""])])
+        rows.append(
+            [
+                row["shape"],
+                _rate(row["rate"]),
+                row["variant"],
+                f"{fewer:.2f}x",
+                f"{shorter:.2f}x",
+                f"{shorter / fewer:.2f}",
+                f"{faster:.2f}x",
+                *([f"{allowed:.2f}x", f"{faster / allowed:.2f}"] if allowed else ["", ""]),
+            ]
+        )
     return rows
 
 
@@ -291,6 +371,7 @@ def _rate(rate: float | None) -> str:
 def _worker(argv: list[str]) -> None:
     from relora_ds.training.console import quieten_libraries
     from relora_ds.zero.start import init_distributed
+
     shared, out = [argument for argument in argv if not argument.startswith("--local_rank")]
     quieten_libraries()
     init_distributed()

@@ -42,15 +42,21 @@ class Process:
         command = self._command if self._variable else [*self._command, str(lines)]
         more = {self._variable: str(lines)} if self._variable else {}
         with log.open("w") as printed:
-            return subprocess.Popen(command, env={**os.environ, **more}, stdin=subprocess.DEVNULL, stdout=printed,
-                                    stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                env={**os.environ, **more},
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _read(self, process: subprocess.Popen, lines: Path, until: float) -> Iterator[dict]:
         read = 0
         while time.monotonic() < until:
             code = process.poll()  # before the file is read, so that nothing is missed
             text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
-            whole = text[:text.rfind("\n") + 1].splitlines()
+            whole = text[: text.rfind("\n") + 1].splitlines()
             for line in whole[read:]:
                 read += 1
                 yield json.loads(line)

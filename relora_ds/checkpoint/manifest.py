@@ -92,8 +92,9 @@ def read(directory: Path) -> Manifest:
         content = json.loads(_read_bytes(path))
         saved_digest, version = content.pop("sha256"), content["format"]
         if isinstance(version, int) and version > FORMAT:  # its digest may be another one, too
-            raise UnreadableError(f"{path} was written by a newer relora_ds (format {version}; this one reads "
-                                  f"{FORMAT}): update relora_ds")
+            raise UnreadableError(
+                f"{path} was written by a newer relora_ds (format {version}; this one reads {FORMAT}): update relora_ds"
+            )
         if saved_digest != _digest(content):
             raise DamagedError(f"{path} is not what was written (its sha256 differs)")
         if content.pop("format") != FORMAT:

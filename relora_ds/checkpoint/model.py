@@ -91,7 +91,8 @@ class CheckpointWeights:
         self._files, self._updates = ExitStack(), updates
         if _is_of_deepspeed(directory):
             self._open: Callable[[], OpenModel] = functools.cache(
-                lambda: self._files.enter_context(open_model(directory)))
+                lambda: self._files.enter_context(open_model(directory))
+            )
             self.contents = contents_of(directory)
             self.shapes: Mapping[str, torch.Size] = checkpoint_model.shapes_of(directory)
             self.owners: Mapping[str, int] | None = dict.fromkeys(self.shapes, 0)
@@ -171,8 +172,11 @@ def _is_of_deepspeed(directory: Path) -> bool:
 
 def _contents(step: int, schedule: dict, model: dict) -> Contents:
     layers, ending = model["layers"], ".weight"
-    matrices = {name.removesuffix(ending): torch.Size(p["shape"]) for name, p in model["parameters"].items()
-                if name.endswith(ending) and len(p["shape"]) == 2}
+    matrices = {
+        name.removesuffix(ending): torch.Size(p["shape"])
+        for name, p in model["parameters"].items()
+        if name.endswith(ending) and len(p["shape"]) == 2
+    }
     matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items()}
     return Contents(step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices)
 

@@ -60,8 +60,13 @@ def metrics_in(path: Path) -> list[dict]:
 
 
 def _is_line(line: object) -> bool:
-    return (isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("phase", ""), str)
-            and isinstance(line.get("step"), int) and 0 <= line["step"] < 1 << 53)
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("kind"), str)
+        and isinstance(line.get("phase", ""), str)
+        and isinstance(line.get("step"), int)
+        and 0 <= line["step"] < 1 << 53
+    )
 
 
 def read_text(path: Path) -> str:

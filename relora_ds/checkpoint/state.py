@@ -89,22 +89,29 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
             trained |= {f"{part}/{shard.name}": getattr(shard, part) for part in PARTS}
     trained = (copies or HostCopies(pinned=engine.device.type == "cuda")).take(trained)
     if rank == 0:
-        trained |= {BUFFER + name: buffer.to("cpu", copy=True)
-                    for name, buffer in persistent_buffers(engine.module).items()}
-    return Captured(trained, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine),
-                    _description(engine))
+        trained |= {
+            BUFFER + name: buffer.to("cpu", copy=True) for name, buffer in persistent_buffers(engine.module).items()
+        }
+    return Captured(
+        trained, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine), _description(engine)
+    )
 
 
 def _description(engine) -> dict:
     layers = lowrank_layers(engine.module)
     return {
-        "parameters": {name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
-                       for name, p in engine.module.named_parameters()},
-        "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
-                   for name, layer in layers.items()},
+        "parameters": {
+            name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
+            for name, p in engine.module.named_parameters()
+        },
+        "layers": {
+            name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
+            for name, layer in layers.items()
+        },
         "frozen": dataclasses.asdict(engine.frozen.storage),
         "config": _configuration(engine.module),
-        "relora": None if engine.relora is None else dataclasses.asdict(engine.relora)}
+        "relora": None if engine.relora is None else dataclasses.asdict(engine.relora),
+    }
 
 
 def _configuration(module) -> dict:
@@ -124,15 +131,22 @@ def problems(manifest: Manifest, engine) -> list[str]:
         stored = {f"{name}.weight" for name in engine.frozen.layers}  # flat, where it is packed; see the layers' shapes
         differ = [name for name in sorted({*old, *new} - stored) if old.get(name) != new.get(name)]
         if differ:
-            found.append(f"{len(differ)} {what} are others (first: {differ[0]}, was {old.get(differ[0])}, is "
-                         f"{new.get(differ[0])})")
+            found.append(
+                f"{len(differ)} {what} are others (first: {differ[0]}, was {old.get(differ[0])}, is "
+                f"{new.get(differ[0])})"
+            )
     old, new = saved["config"], now["config"]
-    found += [f"the model's {name} was {old.get(name)}, is {new.get(name)}" for name in sorted({*old, *new})
-              if old.get(name) != new.get(name)]
+    found += [
+        f"the model's {name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
     storage, current = Storage(**saved["frozen"]), engine.frozen.storage
     if engine.frozen.layers and not (storage.with_masters or storage.exact or storage.same_bytes(current)):
-        found.append(f"relora.frozen_dtype was {storage}, is {current}, and without fp32 masters (frozen_master: none) "
-                     "what was rounded once would be rounded again; go on as it was begun")
+        found.append(
+            f"relora.frozen_dtype was {storage}, is {current}, and without fp32 masters (frozen_master: none) "
+            "what was rounded once would be rounded again; go on as it was begun"
+        )
     return found
 
 
@@ -210,7 +224,7 @@ class SavedTensors:
         if self._num_found(parameter, start, stop) < stop - start:
             raise DamagedError(self._reason(f"{part} of {parameter}", TRAINED))
         for low, high, first, file in self._pieces(parameter, start, stop):
-            value[low - start:high - start] = file.get_slice(f"{part}/{parameter}")[low - first:high - first]
+            value[low - start : high - start] = file.get_slice(f"{part}/{parameter}")[low - first : high - first]
         return value
 
     def lacks(self, engine) -> str | None:
@@ -237,8 +251,13 @@ class SavedTensors:
         return sum(high - low for low, high, *_ in self._pieces(parameter, start, stop))
 
     def _reason(self, what: str, kind: str) -> str:
-        unseen = [f"{name} (of host {file.host})" for name, file in self._manifest.files.items()
-                  if name.startswith(kind) and not (self._directory / name).is_file()]
+        unseen = [
+            f"{name} (of host {file.host})"
+            for name, file in self._manifest.files.items()
+            if name.startswith(kind) and not (self._directory / name).is_file()
+        ]
         reason = f"this host does not see {', '.join(unseen[:4])}" if unseen else "no file has it"
-        return (f"{self._directory}: {what} is missing: {reason}; run_dir should be on a file system that all hosts "
-                "share, else the same hosts with the same number of ranks go on")
+        return (
+            f"{self._directory}: {what} is missing: {reason}; run_dir should be on a file system that all hosts "
+            "share, else the same hosts with the same number of ranks go on"
+        )

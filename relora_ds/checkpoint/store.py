@@ -68,8 +68,11 @@ def has_run(directory: Path) -> bool:
 def directories(run_dir: Path) -> list[Path]:
     """The checkpoints of a run (or in a directory of checkpoints), oldest first, intact or not."""
     inner = run_dir / "checkpoints"
-    return sorted(path for path in (inner if inner.is_dir() else run_dir).glob("step_*")
-                  if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(
+        path
+        for path in (inner if inner.is_dir() else run_dir).glob("step_*")
+        if path.is_dir() and _NAME.fullmatch(path.name)
+    )
 
 
 def may_resume(run_dir: Path, resume: str | bool) -> bool:
@@ -93,14 +96,18 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
     candidates = directories(run_dir if resume == "auto" else Path(resume))[::-1]
     if resume != "auto" and not candidates:
         if not any(_of_all_ranks((Path(resume) / manifest.NAME).exists())):
-            raise ResumeError(f"resume: {resume} is no checkpoint (it has no {manifest.NAME}) and no run that has one; "
-                              "name RUN or RUN/checkpoints/step_…, or take resume=auto")
+            raise ResumeError(
+                f"resume: {resume} is no checkpoint (it has no {manifest.NAME}) and no run that has one; "
+                "name RUN or RUN/checkpoints/step_…, or take resume=auto"
+            )
         candidates = [Path(resume)]
     seen = _of_all_ranks([path.name for path in candidates])
     common = set.intersection(*map(set, seen))
     if any(seen) and not common:
-        raise ResumeError(f"resume: the ranks see different checkpoints: {seen}; the run directory should be on a file "
-                          "system that all machines share, or at least hold the same checkpoints on each")
+        raise ResumeError(
+            f"resume: the ranks see different checkpoints: {seen}; the run directory should be on a file "
+            "system that all machines share, or at least hold the same checkpoints on each"
+        )
     # On disks of their own, hosts may have been stopped before all of them had completed or deleted one.
     passed_over = [f"{name} is not on every host" for name in sorted({*sum(seen, [])} - common, reverse=True)]
     damaged: list[Path] = []
@@ -109,16 +116,20 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
         needed = [error for name, error in errors if is_needed(name)]
         wrong = [error for error in needed if isinstance(error, DamagedError)]
         if needed and not wrong:
-            raise ResumeError(f"resume: {needed[0]}. Nothing was changed; start again when it can be read, or go on "
-                              "from an older one with resume=RUN/checkpoints/step_…")
+            raise ResumeError(
+                f"resume: {needed[0]}. Nothing was changed; start again when it can be read, or go on "
+                "from an older one with resume=RUN/checkpoints/step_…"
+            )
         if not wrong:
             minor = [f"{error}; a run can do without" for _, error in errors]
             return Found(directory, about, (*minor, *_stray(directory.parent), *passed_over), tuple(damaged))
         damaged.append(directory)
         passed_over.append(f"{directory} is damaged: {wrong[0]}")
     if passed_over:
-        raise ResumeError(f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
-                          "start again with overwrite=true")
+        raise ResumeError(
+            f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
+            "start again with overwrite=true"
+        )
     return None
 
 
@@ -146,12 +157,20 @@ def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> 
         about = manifest.read(directory)
     except (DamagedError, UnreadableError) as error:
         return [str(error)]
-    return [str(error) for name, file in about.files.items()
-            if only(name) and (error := _error(directory, name, file)) is not None]
+    return [
+        str(error)
+        for name, file in about.files.items()
+        if only(name) and (error := _error(directory, name, file)) is not None
+    ]
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int | None,
-          is_here: Callable[[str], bool] | None = None, thorough: bool = False) -> list[Path]:
+def prune(
+    run_dir: Path,
+    keep_last: int,
+    keep_every: int | None,
+    is_here: Callable[[str], bool] | None = None,
+    thorough: bool = False,
+) -> list[Path]:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`; returns the deleted.
 
     One that is provably damaged, at first sight, is not kept and not counted. One that cannot be read now is neither
@@ -191,8 +210,12 @@ def _holds_more(path: Path) -> bool:
     if path.is_symlink():  # only the link would be deleted
         return False
     with os.scandir(path) as entries:
-        foreign = sorted(entry.name for entry in entries if not entry.name.startswith(".nfs")
-                         and (entry.is_dir(follow_symlinks=False) or not IN_CHECKPOINT.fullmatch(entry.name)))
+        foreign = sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".nfs")
+            and (entry.is_dir(follow_symlinks=False) or not IN_CHECKPOINT.fullmatch(entry.name))
+        )
     if foreign:
         logger.warning("%s is not deleted: it holds %s, which no run writes; move that elsewhere", path, foreign[0])
     return bool(foreign)
@@ -219,8 +242,9 @@ def put_aside(path: Path) -> None:
     (path.parent / REPLACED).mkdir(exist_ok=True)
     aside = _free(path.parent / REPLACED / path.name)
     os.replace(path, aside)
-    logger.warning("%s was moved to %s, because the run goes on from before it; delete it when you need it no more",
-                   path, aside)
+    logger.warning(
+        "%s was moved to %s, because the run goes on from before it; delete it when you need it no more", path, aside
+    )
 
 
 def _free(path: Path) -> Path:
@@ -251,16 +275,22 @@ def _glance(path: Path, is_here: Callable[[str], bool] | None) -> None:
     Raises:
         DamagedError: it is not. UnreadableError: that cannot be told now, or not on this host.
     """
-    listed = {name: file for name, file in manifest.read(path).files.items()
-              if is_needed(name) and (is_here is None or is_here(name))}
+    listed = {
+        name: file
+        for name, file in manifest.read(path).files.items()
+        if is_needed(name) and (is_here is None or is_here(name))
+    }
     errors = {name: error for name, file in listed.items() if (error := _error(path, name, file, contents=False))}
     late = [name for name, error in errors.items() if _may_be_late(path, listed[name], error)]
     if late:
         raise UnreadableError(f"{errors[late[0]]}, or is not seen yet")
     # Without a shared disk, nothing of other hosts is here.
     hosts = {file.host for name, file in listed.items() if name not in errors}
-    elsewhere = [name for name, error in errors.items()
-                 if is_here is None and isinstance(error, MissingError) and listed[name].host not in hosts]
+    elsewhere = [
+        name
+        for name, error in errors.items()
+        if is_here is None and isinstance(error, MissingError) and listed[name].host not in hosts
+    ]
     proofs = [error for name, error in errors.items() if name not in elsewhere and isinstance(error, DamagedError)]
     if proofs:
         raise proofs[0]

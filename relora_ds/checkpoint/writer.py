@@ -85,8 +85,14 @@ class CheckpointWriter:
         sharing: who sees `directory`, where that is known.
     """
 
-    def __init__(self, engine, directory: Path, after: Callable[[], None] = lambda: None,
-                 continues: tuple[Path, Manifest] | None = None, sharing: Sharing | None = None):
+    def __init__(
+        self,
+        engine,
+        directory: Path,
+        after: Callable[[], None] = lambda: None,
+        continues: tuple[Path, Manifest] | None = None,
+        sharing: Sharing | None = None,
+    ):
         self._engine, self._directory, self._after = engine, directory, after
         self._group = host_group()
         self._sharing = sharing or find_peers(directory)
@@ -96,8 +102,11 @@ class CheckpointWriter:
             source, about = continues
             self._remember(source, about.files, len(engine.restarts))
         if self._sharing.leads:
-            for leftover in (*directory.glob(".step_*"), *directory.glob(f"{LATEST}.*.tmp"),
-                             *directory.glob(".*_rank_*")):
+            for leftover in (
+                *directory.glob(".step_*"),
+                *directory.glob(f"{LATEST}.*.tmp"),
+                *directory.glob(".*_rank_*"),
+            ):
                 delete(leftover)  # marks may be those of this start, which their ranks delete as well
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
@@ -117,8 +126,9 @@ class CheckpointWriter:
         is_linked = self._link(temporary, restarts)
         captured = capture(self._engine, self._sharing.peers, not is_linked, self._copies)
         stall = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._run, args=(step, run, captured, restarts, started, stall),
-                                        name="checkpoint", daemon=True)  # a rank that fails does not wait for it
+        self._thread = threading.Thread(
+            target=self._run, args=(step, run, captured, restarts, started, stall), name="checkpoint", daemon=True
+        )  # a rank that fails does not wait for it
         self._thread.start()
 
     def wait(self) -> None:
@@ -167,8 +177,9 @@ class CheckpointWriter:
             self._frozen = None  # write them again, whatever has become of the files
             if self._sharing.leads:
                 _attempt(lambda: delete(temporary))
-        self._done.append(Written(step, sum(file.size for file in listed.values()), new, stall,
-                                  time.perf_counter() - started, failed))
+        self._done.append(
+            Written(step, sum(file.size for file in listed.values()), new, stall, time.perf_counter() - started, failed)
+        )
         if failed is None and self._sharing.leads and (error := _attempt(self._after)[1]):
             logger.warning("old checkpoints stay: %s", error)
 
@@ -195,6 +206,7 @@ class CheckpointWriter:
         What cannot be linked (its checkpoint was moved, deleted or changed, or is on another file system) is written
         again.
         """
+
         def link() -> list[str]:
             if not self._sharing.leads:
                 return []
@@ -250,15 +262,20 @@ class CheckpointWriter:
 
     def _lacks(self, directory: Path, listed: dict[str, File]) -> str | None:
         """Which of the listed files no disk has, with its size; None where everything is there. Collective."""
+
         def look() -> list[str]:
             deadline = time.monotonic() + LATE_S
-            return [name for name, file in listed.items() if self._sharing.leads and self._sees(directory / name, file,
-                                                                                               deadline)]
+            return [
+                name
+                for name, file in listed.items()
+                if self._sharing.leads and self._sees(directory / name, file, deadline)
+            ]
 
         words = self._words(_attempt(look))
         missing = sorted(listed.keys() - {name for names, _ in words for name in names or ()})
         return next((error for _, error in words if error), None) or (
-            f"{directory / missing[0]} is not there, or has another size than what was written" if missing else None)
+            f"{directory / missing[0]} is not there, or has another size than what was written" if missing else None
+        )
 
     def _sees(self, path: Path, file: File, deadline: float) -> bool:
         """Return True for a file that is there with its size; what another host has written may be seen late."""

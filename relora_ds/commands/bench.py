@@ -13,6 +13,7 @@ MAY_BE_ZERO = {"stage", "stages", "node_rank", "seed"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from relora_ds.bench import BENCHMARKS
+
     subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name")
     for name in BENCHMARKS:
         module = importlib.import_module(f"relora_ds.bench.{name}")
@@ -25,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.bench.record import conditions
+
     if arguments.out and not arguments.out.parent.is_dir():  # known before hours of measuring
         raise ValueError(f"--out: there is no directory {arguments.out.parent}; make it first")
     _require_counts(arguments)
     from relora_ds.training.console import quieten_libraries
+
     quieten_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and what was made removed
     result = arguments.module.run(arguments)

@@ -17,14 +17,16 @@ MANY_EVENTS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--world-size", type=int, metavar="N",
-                        help="ranks (default: WORLD_SIZE, else the GPUs of this machine, else 1)")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks (default: WORLD_SIZE, else the GPUs of this machine, else 1)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe_name, overrides = recipe_of(arguments)
     require_ranks(arguments.world_size)
     from relora_ds.training.console import quieten_libraries
+
     quieten_libraries()
     import os
 
@@ -33,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.config import RecipeError
     from relora_ds.planning.network import network_of
     from relora_ds.training.preflight import resolve
+
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
     resolved = resolve(recipe_name, overrides, world_size, to_run=False, cuda_bf16=planned_bf16())
     try:
@@ -49,6 +52,7 @@ def _head(resolved, vocabulary: str) -> list[str]:
     from relora_ds.training.preflight import machine_problems
     from relora_ds.training.report import model_name
     from relora_ds.training.run_directory import early_problems
+
     recipe = resolved.recipe
     ranks = "1 rank" if resolved.world_size == 1 else f"{resolved.world_size} ranks"
     # `check` is also asked beside a run and on another machine; `train` would refuse.
@@ -62,20 +66,28 @@ def _head(resolved, vocabulary: str) -> list[str]:
         f"{recipe.train.micro_batch_size} x {ranks} x accumulation {resolved.accumulation}",
         f"run: {recipe.total_steps:,} steps x {recipe.tokens_per_step:,} tokens = "
         f"{human_count(recipe.total_steps * recipe.tokens_per_step)} tokens",
-        *_corpus(recipe), vocabulary, *_fp8(resolved), *(f"WARNING: {warning}" for warning in warnings), ""]
+        *_corpus(recipe),
+        vocabulary,
+        *_fp8(resolved),
+        *(f"WARNING: {warning}" for warning in warnings),
+        "",
+    ]
 
 
 def _corpus(recipe) -> list[str]:
     """How often the run reads its corpus, as far as that is known."""
     from relora_ds.data.preparation import known_extent
     from relora_ds.training.epochs import epochs_line, short_corpus
+
     try:
         extent = known_extent(recipe.data, recipe.trust_remote_code)
     except ValueError:  # what `train` would say about it
         extent = None
     if extent is not None and extent.sequences:
-        return [epochs_line(recipe, extent.sequences),
-                *(f"WARNING: {text}" for text in short_corpus(recipe, extent.tokens, extent.sequences))]
+        return [
+            epochs_line(recipe, extent.sequences),
+            *(f"WARNING: {text}" for text in short_corpus(recipe, extent.tokens, extent.sequences)),
+        ]
     tokens, most = recipe.total_steps * recipe.tokens_per_step, recipe.data.max_tokens
     least = f"at least {tokens / most:.2f}; " if most and tokens > most else ""
     return [f"epochs: {least}exactly known after the corpus is tokenized"]
@@ -86,6 +98,7 @@ def _fp8(resolved) -> list[str]:
     from relora_ds.lowrank.formats import FP8
     from relora_ds.methods import method_of
     from relora_ds.planning.storage import format_here
+
     format = format_here(method_of(resolved.recipe).relora, resolved.precision, resolved.stage)
     if not isinstance(format, FP8):
         return []
@@ -102,18 +115,30 @@ def _fp8(resolved) -> list[str]:
 
 def _calendar(recipe) -> list[str]:
     from relora_ds.planning import calendar
+
     columns, happens = calendar.curve(recipe), calendar.events(recipe)
     highest = max(event.lr for event in happens)
-    lines = [f"learning rate (peak {highest:.3g})", *(f"  {line}" for line in calendar.draw(columns)),
-             f"  {calendar.marks(recipe)}", "  | a phase begins   ^ restart", ""]
+    lines = [
+        f"learning rate (peak {highest:.3g})",
+        *(f"  {line}" for line in calendar.draw(columns)),
+        f"  {calendar.marks(recipe)}",
+        "  | a phase begins   ^ restart",
+        "",
+    ]
     rows = [["after step", "phase", "what happens", "learning rate of the next step"]]
-    shown = happens if len(happens) <= MANY_EVENTS else [*happens[:MANY_EVENTS - 4], None, *happens[-3:]]
+    shown = happens if len(happens) <= MANY_EVENTS else [*happens[: MANY_EVENTS - 4], None, *happens[-3:]]
     for event in shown:
         if event is None:
             rows.append(["…", "", f"({len(happens) - MANY_EVENTS + 1} more)", ""])
         else:
-            rows.append([f"{event.step:,}", event.phase, event.what,
-                         "-" if event.step == recipe.total_steps else f"{event.lr:.4g}"])
+            rows.append(
+                [
+                    f"{event.step:,}",
+                    event.phase,
+                    event.what,
+                    "-" if event.step == recipe.total_steps else f"{event.lr:.4g}",
+                ]
+            )
     return [*lines, *rows_as_text(rows, num_left=3), ""]
 
 
@@ -123,6 +148,7 @@ def _phases(resolved, config) -> list[str]:
     from relora_ds.planning.calendar import restarts_of
     from relora_ds.planning.cost import activations_of, cost
     from relora_ds.training.phases import phases_of
+
     recipe, phases = resolved.recipe, phases_of(resolved.recipe)
     methods = {phase.name: phase.method for phase in phases}
     if not any(isinstance(method, Full) for method in methods.values()):
@@ -131,10 +157,16 @@ def _phases(resolved, config) -> list[str]:
     activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
     run = {phase.name: (phase.stop - phase.start, len(restarts_of(phase))) for phase in phases}
     names = list(methods)
-    rows = [["", *names], *_sizes(names, costs, run, recipe.tokens_per_step), *_memory(names, costs, activations),
-            *_traffic(names, costs)]
-    notes = ["  * traced on a network without storage: an estimate. peak: what is kept, and the largest of backward, "
-             "optimizer and restart"]
+    rows = [
+        ["", *names],
+        *_sizes(names, costs, run, recipe.tokens_per_step),
+        *_memory(names, costs, activations),
+        *_traffic(names, costs),
+    ]
+    notes = [
+        "  * traced on a network without storage: an estimate. peak: what is kept, and the largest of backward, "
+        "optimizer and restart"
+    ]
     if "full rank" in names:
         notes.append("  full rank: for comparison, no phase of this run")
     return [*rows_as_text(rows), *notes]
@@ -142,6 +174,7 @@ def _phases(resolved, config) -> list[str]:
 
 def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> list[list[str]]:
     from relora_ds.training.console import human_count
+
     shapes = [costs[name].shapes for name in names]
     return [
         ["steps", *(f"{run[name][0]:,}" if name in run else "-" for name in names)],
@@ -149,49 +182,68 @@ def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> li
         ["restarts", *(str(run[name][1]) if name in run else "-" for name in names)],
         ["parameters", *(human_count(s.num_trainable + s.num_frozen) for s in shapes)],
         ["trainable (T)", *(human_count(s.num_trainable) for s in shapes)],
-        ["  of all", *(f"{100 * s.num_trainable / (s.num_trainable + s.num_frozen):.1f} %" for s in shapes)]]
+        ["  of all", *(f"{100 * s.num_trainable / (s.num_trainable + s.num_frozen):.1f} %" for s in shapes)],
+    ]
 
 
 def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]:
     from relora_ds.planning.host import HOST_MOMENTS
     from relora_ds.planning.memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, peak, total
     from relora_ds.training.console import human_bytes
+
     rows = []
     for where, head in ((DEVICE, "memory of a rank, device"), (HOST, "memory of a rank, host")):
-        kinds = dict.fromkeys((item.what, item.when) for name in names for item in costs[name].items
-                              if item.where == where)
+        kinds = dict.fromkeys(
+            (item.what, item.when) for name in names for item in costs[name].items if item.where == where
+        )
         if not kinds:
             continue
-        rows.append([f"{head}, kept between steps",
-                     *(human_bytes(total(costs[name].items, where, KEPT)) for name in names)])
+        rows.append(
+            [f"{head}, kept between steps", *(human_bytes(total(costs[name].items, where, KEPT)) for name in names)]
+        )
         labels = {KEPT: "", **{when: f" ({when})" for when in (BACKWARD, OPTIMIZER, *HOST_MOMENTS)}}
         for what, when in sorted(kinds, key=lambda kind: list(labels).index(kind[1])):
-            sizes = [sum(i.size for i in costs[name].items if (i.what, i.when, i.where) == (what, when, where))
-                     for name in names]
-            rows.append([f"  {'+ ' if when != KEPT else ''}{what}{labels[when]}",
-                         *(human_bytes(size) if size else "-" for size in sizes)])
+            sizes = [
+                sum(i.size for i in costs[name].items if (i.what, i.when, i.where) == (what, when, where))
+                for name in names
+            ]
+            rows.append(
+                [
+                    f"  {'+ ' if when != KEPT else ''}{what}{labels[when]}",
+                    *(human_bytes(size) if size else "-" for size in sizes),
+                ]
+            )
         if where == DEVICE:
             known = [activations[name] for name in names]
-            rows.append(["  + activations (backward) *",
-                         *("unknown" if size is None else human_bytes(size) for size in known)])
-            rows.append(["  peak *", *(human_bytes(peak(costs[name].items, size or 0))
-                                       for name, size in zip(names, known, strict=True))])
+            rows.append(
+                ["  + activations (backward) *", *("unknown" if size is None else human_bytes(size) for size in known)]
+            )
+            rows.append(
+                [
+                    "  peak *",
+                    *(human_bytes(peak(costs[name].items, size or 0)) for name, size in zip(names, known, strict=True)),
+                ]
+            )
     return rows
 
 
 def _traffic(names: list[str], costs: dict) -> list[list[str]]:
     from relora_ds.training.console import human_bytes
+
     if costs[names[0]].world_size == 1:
         return [["bytes per step", *("none: one rank" for _ in names)]]
     steps, restarts = [costs[name].step for name in names], [costs[name].restart for name in names]
-    rows = [["bytes per step, payload", *(human_bytes(step[0]) for step in steps)],
-            ["  sent by each rank in a ring", *(human_bytes(step[1]) for step in steps)],
-            *([f"  seconds at {speed} Gbit/s", *(_seconds(step[1], speed) for step in steps)] for speed in LINKS)]
+    rows = [
+        ["bytes per step, payload", *(human_bytes(step[0]) for step in steps)],
+        ["  sent by each rank in a ring", *(human_bytes(step[1]) for step in steps)],
+        *([f"  seconds at {speed} Gbit/s", *(_seconds(step[1], speed) for step in steps)] for speed in LINKS),
+    ]
     if any(restarts):
-        rows += [["bytes per restart, payload", *("-" if r is None else human_bytes(r[0]) for r in restarts)],
-                 ["  sent by each rank in a ring", *("-" if r is None else human_bytes(r[1]) for r in restarts)],
-                 [f"  seconds at {LINKS[0]} Gbit/s", *("-" if r is None else _seconds(r[1], LINKS[0])
-                                                       for r in restarts)]]
+        rows += [
+            ["bytes per restart, payload", *("-" if r is None else human_bytes(r[0]) for r in restarts)],
+            ["  sent by each rank in a ring", *("-" if r is None else human_bytes(r[1]) for r in restarts)],
+            [f"  seconds at {LINKS[0]} Gbit/s", *("-" if r is None else _seconds(r[1], LINKS[0]) for r in restarts)],
+        ]
     return rows
 
 

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.checkpoint import manifest, store
+
     found = [arguments.run] if (arguments.run / manifest.NAME).is_file() else store.directories(arguments.run)
     if not found:
         raise ValueError(f"{arguments.run}: it has no checkpoint; name a run directory or a checkpoint")
@@ -40,6 +41,7 @@ def _list(found: list[Path]) -> int:
 
     from relora_ds.checkpoint import manifest
     from relora_ds.training.console import human_bytes
+
     table, damaged = Table(box=None, padding=(0, 1, 0, 0)), []
     for column in ("checkpoint", "phase", "restarts", "ranks", "engine", "bytes", "written"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("restarts", "ranks", "bytes") else "left")
@@ -50,10 +52,15 @@ def _list(found: list[Path]) -> int:
             damaged.append(f"{path.name}: {error}")
             continue
         run = about.run
-        table.add_row(path.name, run["phase"], str(run["account"]["restarts"]), str(run["world_size"]),
-                      f"{run['recipe']['deepspeed']} {run['recipe']['precision']}",
-                      human_bytes(sum(file.size for file in about.files.values())),
-                      time.strftime("%Y-%m-%d %H:%M", time.localtime((path / manifest.NAME).stat().st_mtime)))
+        table.add_row(
+            path.name,
+            run["phase"],
+            str(run["account"]["restarts"]),
+            str(run["world_size"]),
+            f"{run['recipe']['deepspeed']} {run['recipe']['precision']}",
+            human_bytes(sum(file.size for file in about.files.values())),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime((path / manifest.NAME).stat().st_mtime)),
+        )
     Console().print(table)
     print("\n".join(damaged), end="\n" if damaged else "")
     return 0
@@ -61,6 +68,7 @@ def _list(found: list[Path]) -> int:
 
 def _verify(found: list[Path]) -> int:
     from relora_ds.checkpoint import store
+
     damaged = 0
     for path in found:
         problems = store.verify(path)
@@ -71,6 +79,7 @@ def _verify(found: list[Path]) -> int:
 
 def _prune(arguments: argparse.Namespace) -> int:
     from relora_ds.checkpoint import store
+
     if arguments.keep_last is None or arguments.keep_last < 1:
         raise ValueError(f"--keep-last: {arguments.keep_last} would leave no checkpoint; give at least 1")
     if arguments.keep_every is not None and arguments.keep_every < 1:

@@ -18,24 +18,63 @@ DOUBLE = "nf4 double_quant"  # relora.frozen_double_quant
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--world-size", type=int, nargs="+", default=[1, 8, 16], metavar="N",
-                        help="numbers of ranks (default: 1 8 16)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=[0, 1, 2, 3], metavar="S",
-                        help="ZeRO stages (default: 0 1 2 3)")
-    parser.add_argument("--cluster", nargs="+", default=[], metavar="NxM",
-                        help="N hosts with M GPUs each, e.g. 1x8 8x8: predict step time and tokens/s there")
-    parser.add_argument("--network", type=float, nargs="+", default=[10, 25, 100, 400], metavar="GBIT",
-                        help="Gbit/s that a host sends, in all (default: 10 25 100 400)")
-    parser.add_argument("--network-latency", type=float, default=20, metavar="US",
-                        help="microseconds from one host to the next (default: %(default)s)")
-    parser.add_argument("--inside", type=float, default=2400, metavar="GBIT",
-                        help="Gbit/s that a GPU sends to its neighbour in the host (default: %(default)s)")
-    parser.add_argument("--inside-latency", type=float, default=5, metavar="US",
-                        help="microseconds between them (default: %(default)s)")
-    parser.add_argument("--tflops", type=float, default=150,
-                        help="what a GPU reaches while it trains, not its data sheet's; assumed (default: %(default)s)")
-    parser.add_argument("--ranks-per-host", type=int, default=8, metavar="N",
-                        help="at most; for the memory of a host (default: %(default)s)")
+    parser.add_argument(
+        "--world-size", type=int, nargs="+", default=[1, 8, 16], metavar="N", help="numbers of ranks (default: 1 8 16)"
+    )
+    parser.add_argument(
+        "--stages",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        choices=[0, 1, 2, 3],
+        metavar="S",
+        help="ZeRO stages (default: 0 1 2 3)",
+    )
+    parser.add_argument(
+        "--cluster",
+        nargs="+",
+        default=[],
+        metavar="NxM",
+        help="N hosts with M GPUs each, e.g. 1x8 8x8: predict step time and tokens/s there",
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        nargs="+",
+        default=[10, 25, 100, 400],
+        metavar="GBIT",
+        help="Gbit/s that a host sends, in all (default: 10 25 100 400)",
+    )
+    parser.add_argument(
+        "--network-latency",
+        type=float,
+        default=20,
+        metavar="US",
+        help="microseconds from one host to the next (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inside",
+        type=float,
+        default=2400,
+        metavar="GBIT",
+        help="Gbit/s that a GPU sends to its neighbour in the host (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inside-latency", type=float, default=5, metavar="US", help="microseconds between them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=150,
+        help="what a GPU reaches while it trains, not its data sheet's; assumed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks-per-host",
+        type=int,
+        default=8,
+        metavar="N",
+        help="at most; for the memory of a host (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with every item")
 
 
@@ -44,37 +83,59 @@ def run(arguments: argparse.Namespace) -> int:
     require_ranks(*arguments.world_size)
     require_ranks(arguments.ranks_per_host, option="--ranks-per-host")
     from relora_ds.training.console import quieten_libraries
+
     quieten_libraries()
     from relora_ds.planning.cost import activations_of
     from relora_ds.planning.network import network_of
     from relora_ds.training.preflight import resolve
+
     # One rank: a size that does not divide the batch is shown as such, and is no mistake of the recipe.
     resolved = resolve(recipe_name, overrides, 1, to_run=False, cuda_bf16=planned_bf16())
     config, vocabulary = network_of(resolved.recipe)
     methods = _methods(resolved.recipe)
     activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
-    entries = [_entry(resolved, name, method, config, stage, world_size, activations[name], arguments.ranks_per_host)
-               for stage in arguments.stages for world_size in arguments.world_size
-               for name, method in methods.items()]
+    entries = [
+        _entry(resolved, name, method, config, stage, world_size, activations[name], arguments.ranks_per_host)
+        for stage in arguments.stages
+        for world_size in arguments.world_size
+        for name, method in methods.items()
+    ]
     clusters = _clusters(arguments, resolved, methods, config)
     own = resolved.recipe.method
     frozen = _by_format(resolved, methods[own], config)
     kept = _by_checkpointing(resolved, methods[own], config, activations[own])
     if arguments.json:
-        print(json.dumps({"recipe": recipe_name, "precision": resolved.precision, "vocabulary": vocabulary,
-                          "activation_bytes": activations, "frozen_bytes_by_format": frozen,
-                          "activation_bytes_by_checkpointing": kept, "estimates": entries, "clusters": clusters},
-                         indent=2))
+        print(
+            json.dumps(
+                {
+                    "recipe": recipe_name,
+                    "precision": resolved.precision,
+                    "vocabulary": vocabulary,
+                    "activation_bytes": activations,
+                    "frozen_bytes_by_format": frozen,
+                    "activation_bytes_by_checkpointing": kept,
+                    "estimates": entries,
+                    "clusters": clusters,
+                },
+                indent=2,
+            )
+        )
     else:
-        print("\n".join(_as_text(resolved, list(methods), vocabulary, activations, entries)
-                        + _host_as_text(own, entries, arguments.ranks_per_host)
-                        + _choices_as_text(resolved, frozen, kept) + _clusters_as_text(arguments, clusters)))
+        print(
+            "\n".join(
+                _as_text(resolved, list(methods), vocabulary, activations, entries)
+                + _host_as_text(own, entries, arguments.ranks_per_host)
+                + _choices_as_text(resolved, frozen, kept)
+                + _clusters_as_text(arguments, clusters)
+            )
+        )
     return 0
 
 
 def _methods(recipe) -> dict:
     """The recipe's method and, beside it, full rank."""
     from relora_ds.methods import Full, method_of
+
     return {recipe.method: method_of(recipe), "full": Full(recipe)}
 
 
@@ -84,6 +145,7 @@ def _by_format(resolved, method, config) -> dict[str, int]:
     from relora_ds.planning.network import shapes_of
     from relora_ds.planning.storage import format_here
     from relora_ds.recipe_validation import FROZEN_DTYPES
+
     choices = {name: (name, False) for name in FROZEN_DTYPES if name != "auto"} | {DOUBLE: ("nf4", True)}
     shapes, found = shapes_of(method, config).merged.values(), {}
     for name, (frozen_dtype, double) in choices.items():
@@ -100,6 +162,7 @@ def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, 
     from relora_ds.models.build import meta_model
     from relora_ds.planning.cost import activations_of
     from relora_ds.recipe_validation import ACTIVATION_CHECKPOINTING
+
     found = {}
     for mode in ACTIVATION_CHECKPOINTING:
         recipe = dataclasses.replace(resolved.recipe, activation_checkpointing=mode)
@@ -110,54 +173,81 @@ def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, 
     return found
 
 
-def _entry(resolved, name: str, method, config, stage: int, world_size: int, activations: int | None,
-           ranks_per_host: int) -> dict:
+def _entry(
+    resolved, name: str, method, config, stage: int, world_size: int, activations: int | None, ranks_per_host: int
+) -> dict:
     from relora_ds.planning.cost import cost
     from relora_ds.planning.host import HOST_MOMENTS
     from relora_ds.planning.memory import DEVICE, HOST, KEPT, peak, total
+
     result = cost(resolved, method, config, stage=stage, world_size=world_size)
     payload, wire = result.step or (None, None)
     restart_payload, restart_wire = result.restart or (None, None)
     return {
-        "method": name, "stage": stage, "world_size": world_size, "accumulation": result.accumulation,
-        "trainable": result.shapes.num_trainable, "frozen": result.shapes.num_frozen,
-        "state_device_bytes": total(result.items, DEVICE, KEPT), "state_host_bytes": total(result.items, HOST, KEPT),
+        "method": name,
+        "stage": stage,
+        "world_size": world_size,
+        "accumulation": result.accumulation,
+        "trainable": result.shapes.num_trainable,
+        "frozen": result.shapes.num_frozen,
+        "state_device_bytes": total(result.items, DEVICE, KEPT),
+        "state_host_bytes": total(result.items, HOST, KEPT),
         "peak_device_bytes": None if activations is None else peak(result.items, activations),
-        "host_bytes": {when: min(world_size, ranks_per_host) * total(result.items, HOST, KEPT, when)
-                       for when in (KEPT, *HOST_MOMENTS)},
-        "step_payload_bytes": payload, "step_wire_bytes": wire, "restart_payload_bytes": restart_payload,
-        "restart_wire_bytes": restart_wire, "items": [vars(item) for item in result.items]}
+        "host_bytes": {
+            when: min(world_size, ranks_per_host) * total(result.items, HOST, KEPT, when)
+            for when in (KEPT, *HOST_MOMENTS)
+        },
+        "step_payload_bytes": payload,
+        "step_wire_bytes": wire,
+        "restart_payload_bytes": restart_payload,
+        "restart_wire_bytes": restart_wire,
+        "items": [vars(item) for item in result.items],
+    }
 
 
 def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, entries: list[dict]) -> list[str]:
     from relora_ds.training.console import human_bytes, human_count
     from relora_ds.training.report import model_name
+
     recipe = resolved.recipe
     counts = {entry["method"]: (entry["trainable"], entry["frozen"]) for entry in entries}
-    lines = [f"{model_name(recipe)}, {precision_as_text(resolved)}, micro-batch {recipe.train.micro_batch_size} x "
-             f"{recipe.data.seq_len} tokens, batch {recipe.batch_sequences}", vocabulary]
+    lines = [
+        f"{model_name(recipe)}, {precision_as_text(resolved)}, micro-batch {recipe.train.micro_batch_size} x "
+        f"{recipe.data.seq_len} tokens, batch {recipe.batch_sequences}",
+        vocabulary,
+    ]
     for name, (trainable, frozen) in counts.items():
         size = activations[name]
-        lines.append(f"{name}: T = {human_count(trainable)} of {human_count(trainable + frozen)} parameters; "
-                     f"activations {'unknown' if size is None else human_bytes(size)} (estimate)")
+        lines.append(
+            f"{name}: T = {human_count(trainable)} of {human_count(trainable + frozen)} parameters; "
+            f"activations {'unknown' if size is None else human_bytes(size)} (estimate)"
+        )
     head = ["stage", "ranks"]
     for name in dict.fromkeys(names):
         head += [f"{name}: state", "host", "peak *", "sent/step"]
     rows = [head]
     for i in range(0, len(entries), len(counts)):
         row = [str(entries[i]["stage"]), str(entries[i]["world_size"])]
-        for entry in entries[i:i + len(counts)]:
-            row += [_bytes(entry[key]) for key in ("state_device_bytes", "state_host_bytes", "peak_device_bytes",
-                                                    "step_wire_bytes")]
+        for entry in entries[i : i + len(counts)]:
+            row += [
+                _bytes(entry[key])
+                for key in ("state_device_bytes", "state_host_bytes", "peak_device_bytes", "step_wire_bytes")
+            ]
         rows.append(row)
-    lines += ["", *rows_as_text(rows, num_left=2), "",
-              "  state: bytes that a rank's device keeps between steps; host: in the host's memory, for each rank",
-              "  * with gradients, buffers and activations of the recipe's micro-batch: an estimate",
-              "  sent/step: bytes that each rank sends in a ring for one optimizer step"]
+    lines += [
+        "",
+        *rows_as_text(rows, num_left=2),
+        "",
+        "  state: bytes that a rank's device keeps between steps; host: in the host's memory, for each rank",
+        "  * with gradients, buffers and activations of the recipe's micro-batch: an estimate",
+        "  sent/step: bytes that each rank sends in a ring for one optimizer step",
+    ]
     impossible = sorted({entry["world_size"] for entry in entries if entry["accumulation"] is None})
     if impossible:
-        lines.append(f"  -: the batch of {recipe.batch_sequences} cannot be split into micro-batches of "
-                     f"{recipe.train.micro_batch_size} over {', '.join(map(str, impossible))} ranks")
+        lines.append(
+            f"  -: the batch of {recipe.batch_sequences} cannot be split into micro-batches of "
+            f"{recipe.train.micro_batch_size} over {', '.join(map(str, impossible))} ranks"
+        )
     return lines
 
 
@@ -165,13 +255,18 @@ def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[s
     """What all ranks of a host hold in its memory, by moment."""
     own = [entry for entry in entries if entry["method"] == name]
     rows = [["stage", "ranks", *own[0]["host_bytes"]]]
-    rows += [[str(entry["stage"]), str(entry["world_size"]), *map(_bytes, entry["host_bytes"].values())]
-             for entry in own]
-    return ["", f"{name}: memory of a host, its ranks (at most {ranks_per_host}) together",
-            *rows_as_text(rows, num_left=2), "",
-            "  kept: between steps. build, switch from a warm start, restart, checkpoint: the peak then;",
-            "  restart: at worst, while a checkpoint is still being written",
-            "  libraries, data and pretrained weights that have to be converted come on top"]
+    rows += [
+        [str(entry["stage"]), str(entry["world_size"]), *map(_bytes, entry["host_bytes"].values())] for entry in own
+    ]
+    return [
+        "",
+        f"{name}: memory of a host, its ranks (at most {ranks_per_host}) together",
+        *rows_as_text(rows, num_left=2),
+        "",
+        "  kept: between steps. build, switch from a warm start, restart, checkpoint: the peak then;",
+        "  restart: at worst, while a checkpoint is still being written",
+        "  libraries, data and pretrained weights that have to be converted come on top",
+    ]
 
 
 def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | None]) -> list[str]:
@@ -180,12 +275,22 @@ def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | Non
     stored = resolved.precision if relora.frozen_dtype == "auto" else relora.frozen_dtype
     chosen = DOUBLE if stored == "nf4" and relora.frozen_double_quant else stored
     lines = []
-    for head, sizes, own in (("frozen weights by relora.frozen_dtype, whole", frozen, chosen),
-                             ("activations by activation_checkpointing, estimated", kept,
-                              resolved.recipe.activation_checkpointing)):
+    for head, sizes, own in (
+        ("frozen weights by relora.frozen_dtype, whole", frozen, chosen),
+        ("activations by activation_checkpointing, estimated", kept, resolved.recipe.activation_checkpointing),
+    ):
         if sizes:
-            lines += ["", head, *rows_as_text([[f"{name} <" if name == own else name for name in sizes],
-                                              [_bytes(size) for size in sizes.values()]], num_left=0)]
+            lines += [
+                "",
+                head,
+                *rows_as_text(
+                    [
+                        [f"{name} <" if name == own else name for name in sizes],
+                        [_bytes(size) for size in sizes.values()],
+                    ],
+                    num_left=0,
+                ),
+            ]
     return lines + ["", "  <: the recipe's"]
 
 
@@ -193,6 +298,7 @@ def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config) ->
     """A step of every method at every stage, on every cluster and network."""
     from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, predict_step
     from relora_ds.planning.network import shapes_of
+
     shapes = {name: shapes_of(method, config) for name, method in methods.items()}
     inside = Wire(arguments.inside * 1e9 / 8, arguments.inside_latency * 1e-6)
     found = []
@@ -201,15 +307,30 @@ def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config) ->
             cluster = Cluster(nodes, devices, inside, Wire(gbits * 1e9 / 8, arguments.network_latency * 1e-6))
             for stage in arguments.stages:
                 for name, method in methods.items():
-                    step = predict_step(resolved, method, config, cluster, stage=stage, shapes=shapes[name],
-                                        device_flops=arguments.tflops * 1e12)
-                    found.append({"method": name, "nodes": nodes, "devices": devices,
-                                  "network_gbits": gbits if nodes > 1 else None, **vars(step)})
+                    step = predict_step(
+                        resolved,
+                        method,
+                        config,
+                        cluster,
+                        stage=stage,
+                        shapes=shapes[name],
+                        device_flops=arguments.tflops * 1e12,
+                    )
+                    found.append(
+                        {
+                            "method": name,
+                            "nodes": nodes,
+                            "devices": devices,
+                            "network_gbits": gbits if nodes > 1 else None,
+                            **vars(step),
+                        }
+                    )
     return found
 
 
 def _clusters_as_text(arguments: argparse.Namespace, clusters: list[dict]) -> list[str]:
     from relora_ds.training.console import human_count
+
     if not clusters:
         return []
     names = list(dict.fromkeys(entry["method"] for entry in clusters))
@@ -218,22 +339,32 @@ def _clusters_as_text(arguments: argparse.Namespace, clusters: list[dict]) -> li
         rows[0] += [f"{name}: compute", "network", "step", "tokens/s"]
     rows[0] += ["speed"] * (len(names) > 1)
     for i in range(0, len(clusters), len(names)):
-        group = clusters[i:i + len(names)]
+        group = clusters[i : i + len(names)]
         first = group[0]
         network = f"{first['network_gbits']:g} Gbit/s" if first["network_gbits"] else "-"
         row = [f"{first['nodes']}x{first['devices']}", network, str(first["stage"]), str(first["batch_sequences"])]
         for entry in group:
-            row += [f"{entry['compute']:.3g} s", f"{entry['communication']:.3g} s", f"{entry['seconds']:.3g} s",
-                    human_count(entry["tokens_per_s"])]
+            row += [
+                f"{entry['compute']:.3g} s",
+                f"{entry['communication']:.3g} s",
+                f"{entry['seconds']:.3g} s",
+                human_count(entry["tokens_per_s"]),
+            ]
         rows.append(row + [f"{group[-1]['seconds'] / first['seconds']:.2f}x"] * (len(names) > 1))
-    return ["", "predicted, not measured", *rows_as_text(rows, num_left=2), "",
-            f"  {arguments.tflops:g} TFLOP/s a GPU while it trains; inside a host {arguments.inside:g} Gbit/s and "
-            f"{arguments.inside_latency:g} us; between hosts {arguments.network_latency:g} us",
-            "  at stages 0 to 2 nothing overlaps, at stage 3 all of the network runs beside compute",
-            "  optimizer, data and stragglers are left out",
-            "  batch: the recipe's, or the nearest that so many ranks can split"]
+    return [
+        "",
+        "predicted, not measured",
+        *rows_as_text(rows, num_left=2),
+        "",
+        f"  {arguments.tflops:g} TFLOP/s a GPU while it trains; inside a host {arguments.inside:g} Gbit/s and "
+        f"{arguments.inside_latency:g} us; between hosts {arguments.network_latency:g} us",
+        "  at stages 0 to 2 nothing overlaps, at stage 3 all of the network runs beside compute",
+        "  optimizer, data and stragglers are left out",
+        "  batch: the recipe's, or the nearest that so many ranks can split",
+    ]
 
 
 def _bytes(size: float | None) -> str:
     from relora_ds.training.console import human_bytes
+
     return "-" if size is None else human_bytes(size)

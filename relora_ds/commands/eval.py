@@ -8,15 +8,27 @@ DEFAULT_RECIPE = "quickstart"  # for a text that comes without a recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR_OR_ID",
-                        help="a Hugging Face causal language model (directory or hub id), a run, a checkpoint, or a "
-                             "PEFT export of relora_ds; it is evaluated with its own tokenizer")
-    parser.add_argument("--data", required=True, nargs="+", metavar=("TEXT", "section.key=value"),
-                        help="text, JSON lines or parquet files (all of their text); a corpus such as wikitext2 or "
-                             "pydocs, a recipe, or a run directory (their validation split). What follows overrides "
-                             "its recipe, such as data.text_column=body")
-    parser.add_argument("--seq-len", type=int, metavar="N",
-                        help=f"tokens of context (default: the recipe's; of {DEFAULT_RECIPE} where there is none)")
+    parser.add_argument(
+        "model",
+        metavar="DIR_OR_ID",
+        help="a Hugging Face causal language model (directory or hub id), a run, a checkpoint, or a "
+        "PEFT export of relora_ds; it is evaluated with its own tokenizer",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar=("TEXT", "section.key=value"),
+        help="text, JSON lines or parquet files (all of their text); a corpus such as wikitext2 or "
+        "pydocs, a recipe, or a run directory (their validation split). What follows overrides "
+        "its recipe, such as data.text_column=body",
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help=f"tokens of context (default: the recipe's; of {DEFAULT_RECIPE} where there is none)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="to compute in")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -25,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.training.console import quieten_libraries
+
     quieten_libraries()
     from relora_ds.data import tokenizer
     from relora_ds.interop.sources import model_of, tokenizer_of
@@ -45,13 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({**result.figures(), "seq_len": seq_len, "dtype": arguments.dtype}))
         return 0
     print(f"{arguments.model} on {arguments.data[0]}, {arguments.dtype}, {seq_len} tokens of context")
-    for label, figure in (("tokens predicted", f"{result.val_tokens:,}"),
-                          ("loss, nats per token", f"{result.val_loss:.6f}"),
-                          ("perplexity per token", f"{result.ppl:.4f}"),
-                          ("perplexity per word", f"{result.word_ppl:.4f}"),
-                          ("bits per byte", f"{result.bits_per_byte:.6f}"),
-                          *([] if result.galore_loss is None else
-                            [("loss as GaLore's code", f"{result.galore_loss:.6f}")])):
+    for label, figure in (
+        ("tokens predicted", f"{result.val_tokens:,}"),
+        ("loss, nats per token", f"{result.val_loss:.6f}"),
+        ("perplexity per token", f"{result.ppl:.4f}"),
+        ("perplexity per word", f"{result.word_ppl:.4f}"),
+        ("bits per byte", f"{result.bits_per_byte:.6f}"),
+        *([] if result.galore_loss is None else [("loss as GaLore's code", f"{result.galore_loss:.6f}")]),
+    ):
         print(f"  {label:<22}{figure:>14}")
     return 0
 
@@ -84,5 +98,7 @@ def _check(config, seq_len: int, num_ids: int) -> None:
     if seq_len < 2 or (positions is not None and seq_len > positions):
         raise ValueError(f"--seq-len: {seq_len} is not between 2 and the model's {positions} positions")
     if num_ids > config.vocab_size:
-        raise ValueError(f"DIR_OR_ID: its tokenizer has ids up to {num_ids - 1}, its embedding {config.vocab_size} "
-                         "rows; the tokenizer is of another model")
+        raise ValueError(
+            f"DIR_OR_ID: its tokenizer has ids up to {num_ids - 1}, its embedding {config.vocab_size} "
+            "rows; the tokenizer is of another model"
+        )

@@ -8,8 +8,13 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; a run may still go on")
-    parser.add_argument("--out", type=Path, default=Path("plots"), metavar="DIR",
-                        help="where to write index.html and the PNGs (default: %(default)s); older ones are replaced")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("plots"),
+        metavar="DIR",
+        help="where to write index.html and the PNGs (default: %(default)s); older ones are replaced",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,5 +33,6 @@ def needs_matplotlib(what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] != "matplotlib":
             raise
-        raise ValueError(f"{what} draws with matplotlib, which is not installed: "
-                         "pip install 'relora_ds[plot]'") from None
+        raise ValueError(
+            f"{what} draws with matplotlib, which is not installed: pip install 'relora_ds[plot]'"
+        ) from None

@@ -7,9 +7,12 @@ from relora_ds.config import recipe_names
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """`RECIPE [section.key=value …]`, or `--config RECIPE` as for training."""
-    parser.add_argument("words", nargs="*", metavar="RECIPE [section.key=value ...]",
-                        help=f"a YAML file, or a shipped recipe ({', '.join(recipe_names())}), and overrides of its "
-                             "keys")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE [section.key=value ...]",
+        help=f"a YAML file, or a shipped recipe ({', '.join(recipe_names())}), and overrides of its keys",
+    )
     parser.add_argument("--config", metavar="RECIPE", help="the recipe, as it is given to train.py")
 
 
@@ -17,8 +20,10 @@ def recipe_of(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """`(recipe, overrides)`. ValueError when there is no recipe, or more than one."""
     names = [word for word in arguments.words if "=" not in word] + ([arguments.config] if arguments.config else [])
     if len(names) != 1:
-        raise ValueError(f"one recipe is wanted, and {', '.join(names) or 'none'} was given; e.g. quickstart, followed "
-                         "by overrides such as train.steps=1000")
+        raise ValueError(
+            f"one recipe is wanted, and {', '.join(names) or 'none'} was given; e.g. quickstart, followed "
+            "by overrides such as train.steps=1000"
+        )
     return names[0], [word for word in arguments.words if "=" in word]
 
 
@@ -32,6 +37,7 @@ def require_ranks(*numbers: int | None, option: str = "--world-size") -> None:
 def planned_bf16() -> bool | None:
     """`cuda_bf16` of `resolve`: what this machine's GPUs can do, or bf16 without any: the run will have some."""
     import torch
+
     return None if torch.cuda.is_available() else True
 
 
@@ -42,6 +48,7 @@ def precision_as_text(resolved) -> str:
     import torch
 
     from relora_ds.zero.ds_config import precision_of
+
     if precision_of(resolved.deepspeed) is not None:
         return f"{resolved.precision} (auto, as the DeepSpeed configuration says)"
     if torch.cuda.is_available():
@@ -52,6 +59,11 @@ def precision_as_text(resolved) -> str:
 def rows_as_text(rows: list[list[str]], num_left: int = 1, indent: str = "  ") -> list[str]:
     """Lines of a table: the first `num_left` columns to the left, the others right; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [indent + "  ".join(cell.ljust(width) if i < num_left else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in rows]
+    return [
+        indent
+        + "  ".join(
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -9,11 +9,19 @@ from relora_ds.commands.recipes import rows_as_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
-                        help="run directories (their newest checkpoint), or RUN/checkpoints/step_…")
-    parser.add_argument("--before", metavar="STEP_OR_PATH",
-                        help="where the updates begin: a step of each run, or a run or checkpoint of the same network "
-                             "(default: the end of the warm start, else the oldest checkpoint that is kept)")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run directories (their newest checkpoint), or RUN/checkpoints/step_…",
+    )
+    parser.add_argument(
+        "--before",
+        metavar="STEP_OR_PATH",
+        help="where the updates begin: a step of each run, or a run or checkpoint of the same network "
+        "(default: the end of the warm start, else the oldest checkpoint that is kept)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write figures, as PNGs")
     parser.add_argument("--trust-remote-code", action="store_true", help="for a model whose code is not transformers'")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every singular value")
@@ -24,8 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
         with needs_matplotlib("--out"):
             from relora_ds.figures.spectra import save_spectra
     from relora_ds.training.console import quieten_libraries
+
     quieten_libraries()
     from relora_ds.experiments.spectra import measure
+
     result = measure(arguments.runs, arguments.before, arguments.trust_remote_code)
     print(json.dumps(result) if arguments.json else "\n".join(_as_text(result)))
     if arguments.out:
@@ -41,14 +51,32 @@ def _as_text(result: dict) -> list[str]:
         low_rank = "" if run["r"] is None else f", r {run['r']}, restarts {run['restarts']}"
         note = f" ({run['note']})" if run["note"] else ""
         lines += ["", f"{run['name']}: {run['method']}{low_rank}; step {run['start']} to {run['stop']}{note}"]
-        rows = [["layers", "matrices", "at most", "rank", "stable rank", "effective rank",
-                 f"below {result['small']:g}"]]
-        rows += [[kind, str(about["num_matrices"]), str(about["max_rank"]), _rank(about), f"{about['stable_rank']:.1f}",
-                  "-" if about["effective_rank"] is None else f"{about['effective_rank']:.1f}",
-                  "-" if about["num_below"] is None else f"{about['num_below']} of {about['num_values']}"]
-                 for kind, about in run["kinds"].items()]
-        rows.append(["all", str(sum(about["num_matrices"] for about in run["kinds"].values())), "",
-                     f"{run['numerical_rank']:g}", "", "", ""])
+        rows = [
+            ["layers", "matrices", "at most", "rank", "stable rank", "effective rank", f"below {result['small']:g}"]
+        ]
+        rows += [
+            [
+                kind,
+                str(about["num_matrices"]),
+                str(about["max_rank"]),
+                _rank(about),
+                f"{about['stable_rank']:.1f}",
+                "-" if about["effective_rank"] is None else f"{about['effective_rank']:.1f}",
+                "-" if about["num_below"] is None else f"{about['num_below']} of {about['num_values']}",
+            ]
+            for kind, about in run["kinds"].items()
+        ]
+        rows.append(
+            [
+                "all",
+                str(sum(about["num_matrices"] for about in run["kinds"].values())),
+                "",
+                f"{run['numerical_rank']:g}",
+                "",
+                "",
+                "",
+            ]
+        )
         lines += rows_as_text(rows)
     return lines
 

@@ -25,9 +25,13 @@ def require_same_tokens(fingerprint: str) -> None:
         hosts.setdefault(other, []).append(f"{host} (rank {rank})")
     if len(hosts) > 1:
         shown = "; ".join(f"{_some(names)}: {other[:16]}" for other, names in hosts.items())
-        raise RecipeError([f"data.source: the ranks have tokenized different data. Fingerprints: {shown}. Give all "
-                           "hosts the same corpus and tokenizer: `python -m relora_ds prepare` on one of them, copy "
-                           "the directory to the others, and train with data.source=pretokenized data.path=DIR"])
+        raise RecipeError(
+            [
+                f"data.source: the ranks have tokenized different data. Fingerprints: {shown}. Give all "
+                "hosts the same corpus and tokenizer: `python -m relora_ds prepare` on one of them, copy "
+                "the directory to the others, and train with data.source=pretokenized data.path=DIR"
+            ]
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -47,8 +47,10 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.parent / f".{path.name}.lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise ValueError(f"data.cache_dir: {str(path.parent)!r} cannot be written ({error.strerror}); name a directory "
-                         f"that can be, or set RELORA_DS_CACHE to one") from None
+        raise ValueError(
+            f"data.cache_dir: {str(path.parent)!r} cannot be written ({error.strerror}); name a directory "
+            f"that can be, or set RELORA_DS_CACHE to one"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
@@ -61,8 +63,12 @@ def locked(path: Path) -> Iterator[None]:
             yield
 
 
-def ensure_directory(final: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None],
-                     is_worth_keeping: Callable[[Path], bool] = lambda partial: False) -> Path:
+def ensure_directory(
+    final: Path,
+    is_complete: Callable[[Path], bool],
+    build: Callable[[Path], None],
+    is_worth_keeping: Callable[[Path], bool] = lambda partial: False,
+) -> Path:
     """Return `final` after making sure that it is complete.
 
     `build(partial)` fills a directory; it runs only where `is_complete(final)` is false. The directory is new and

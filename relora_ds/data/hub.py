@@ -83,12 +83,22 @@ def c4_shards(directory: str, config: str, split: str, held_out: Sequence[Path] 
         train = without(train, held_out)
         if train:
             return {"train": train} | ({"validation": validation} if validation and split != "validation" else {})
-    raise ValueError(f"data.path: {directory!r} holds no shard c4-{split}.*.json.gz, nor does its folder {config}; "
-                     f"copy shards of {C4_NAME} there, or remove data.path to stream them from the hub")
+    raise ValueError(
+        f"data.path: {directory!r} holds no shard c4-{split}.*.json.gz, nor does its folder {config}; "
+        f"copy shards of {C4_NAME} there, or remove data.path to stream them from the hub"
+    )
 
 
-def open_splits(name: str, config: str | None, split: str, text_column: str, *, streaming: bool,
-                files: dict[str, list[Path]] | None = None, held_out: Sequence[Path] = ()) -> Splits:
+def open_splits(
+    name: str,
+    config: str | None,
+    split: str,
+    text_column: str,
+    *,
+    streaming: bool,
+    files: dict[str, list[Path]] | None = None,
+    held_out: Sequence[Path] = (),
+) -> Splits:
     """The documents of a corpus and of its own validation split.
 
     files: {split: files} to read instead of those of the hub. held_out: files of validation text. Raises ValueError:
@@ -117,8 +127,11 @@ def open_splits(name: str, config: str | None, split: str, text_column: str, *, 
     if train not in found:
         raise ValueError(f"data.split: {split!r} is not in {name!r}; it has: {', '.join(found)}")
     own = next((own for own in VALIDATION_SPLITS if own in found and own != train), None)
-    return Splits(_documents(found[train], name, text_column, files and files["train"]),
-                  own and _documents(found[own], name, text_column, files and files["validation"]), str(builder.hash))
+    return Splits(
+        _documents(found[train], name, text_column, files and files["train"]),
+        own and _documents(found[own], name, text_column, files and files["validation"]),
+        str(builder.hash),
+    )
 
 
 class HeldOutError(ValueError):
@@ -130,17 +143,21 @@ def _require_held_out(builder: datasets.DatasetBuilder, name: str, split: str, h
         return
     read = [Path(file) for file in (builder.config.data_files or {}).get(split, ()) if Path(file).is_file()]
     if both := [file for file in read if file not in without(read, held_out)]:
-        raise HeldOutError(f"data.validation: {str(both[0])!r} is also training text of data.source {name!r}; move it "
-                           f"elsewhere, or use data.source=text with data.path={name}, which leaves it out")
+        raise HeldOutError(
+            f"data.validation: {str(both[0])!r} is also training text of data.source {name!r}; move it "
+            f"elsewhere, or use data.source=text with data.path={name}, which leaves it out"
+        )
 
 
 def _unreachable_message(name: str, reason: str, streaming: bool) -> str:
     """One line: what cannot be reached, and how to do without."""
     cached = "" if streaming else "HF_HUB_OFFLINE=1 where the Hugging Face cache holds it, or "
     shards = "local shards in data.path, or " if name == C4_NAME else ""
-    return (f"data.source: {name!r} cannot be read from the Hugging Face hub ({reason}); check the name, or work "
-            f"offline: {cached}{shards}`python -m relora_ds prepare` on a machine with a connection and "
-            f"data.source=pretokenized here")
+    return (
+        f"data.source: {name!r} cannot be read from the Hugging Face hub ({reason}); check the name, or work "
+        f"offline: {cached}{shards}`python -m relora_ds prepare` on a machine with a connection and "
+        f"data.source=pretokenized here"
+    )
 
 
 def _opening_message(name: str, config: str | None, error: Exception, streaming: bool) -> str:
@@ -152,8 +169,9 @@ def _opening_message(name: str, config: str | None, error: Exception, streaming:
     return f"data.source: {name!r} cannot be opened ({type(error).__name__}: {text})"
 
 
-def _documents(split: datasets.Dataset | datasets.IterableDataset, name: str, text_column: str,
-               files: list[Path] | None) -> Documents:
+def _documents(
+    split: datasets.Dataset | datasets.IterableDataset, name: str, text_column: str, files: list[Path] | None
+) -> Documents:
     import datasets
 
     if split.column_names is not None and text_column not in split.column_names:
@@ -163,18 +181,22 @@ def _documents(split: datasets.Dataset | datasets.IterableDataset, name: str, te
         assert files is None or len(files) == num_shards, "a shard is a file"
         where = list(map(str, files or (f"{name}, shard {index} of {num_shards}" for index in range(num_shards))))
         # The size and the mtime of local files are in the key of the cache entry (corpora.py).
-        remedy = ("copy the file again and run again: as its time and size change, tokenizing starts from the beginning"
-                  if files or is_local(name) else
-                  "repair it, or the connection, and run again: the tokenized pieces are kept")
-        shards = [partial(_stream, split, num_shards, index, where[index], text_column, remedy)
-                  for index in range(num_shards)]
+        remedy = (
+            "copy the file again and run again: as its time and size change, tokenizing starts from the beginning"
+            if files or is_local(name)
+            else "repair it, or the connection, and run again: the tokenized pieces are kept"
+        )
+        shards = [
+            partial(_stream, split, num_shards, index, where[index], text_column, remedy) for index in range(num_shards)
+        ]
     else:
         shards = [partial(_rows, split, start, name, text_column) for start in range(0, len(split), ROWS_PER_SHARD)]
     return Documents(shards)
 
 
-def _stream(split: datasets.IterableDataset, num_shards: int, index: int, where: str,
-            text_column: str, remedy: str) -> Iterator[str]:
+def _stream(
+    split: datasets.IterableDataset, num_shards: int, index: int, where: str, text_column: str, remedy: str
+) -> Iterator[str]:
     rows = iter(split.shard(num_shards, index))
     while True:
         try:
@@ -182,8 +204,9 @@ def _stream(split: datasets.IterableDataset, num_shards: int, index: int, where:
         except StopIteration:
             return
         except Exception as error:  # a lost connection, a damaged file: pyarrow's, zlib's, fsspec's, … errors
-            raise ValueError(f"data.source: {where} cannot be read ({type(error).__name__}: {first_line(error)}); "
-                             f"{remedy}") from error
+            raise ValueError(
+                f"data.source: {where} cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}"
+            ) from error
         if text_column not in row:
             raise ValueError(no_column(text_column, where, row))
         text = text_of(row[text_column], text_column, where)
@@ -197,8 +220,10 @@ def _rows(split: datasets.Dataset, start: int, name: str, text_column: str) -> I
         yield from _texts(part, name, text_column)
     except UnicodeDecodeError:
         row = next(row for row in range(len(part)) if not _is_readable(part, row))
-        raise ValueError(f"data.source: {name!r} is not UTF-8 (column {text_column}, row {start + row}); write it "
-                         f"again with its text in UTF-8, or without the row") from None
+        raise ValueError(
+            f"data.source: {name!r} is not UTF-8 (column {text_column}, row {start + row}); write it "
+            f"again with its text in UTF-8, or without the row"
+        ) from None
 
 
 def _is_readable(part: datasets.Dataset, row: int) -> bool:

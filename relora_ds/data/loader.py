@@ -27,18 +27,29 @@ class TrainLoader:
     fewer rows than one batch.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, batch_sequences: int, micro_batch_size: int, rank: int,
-                 world_size: int, seed: int, padding: Padding | None = None) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        batch_sequences: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        padding: Padding | None = None,
+    ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         self.gradient_accumulation_steps = _accumulation_steps(batch_sequences, micro_batch_size, world_size)
         self.rows = PackedRows(tokens, seq_len) if padding is None else PaddedRows(tokens, seq_len, padding)
         self.num_sequences = len(self.rows)
         if self.num_sequences < batch_sequences:
             what = f"sequences of {seq_len} tokens" if padding is None else "documents (data.packing=false)"
-            raise ValueError(f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} {what} "
-                             f"in the corpus ({len(tokens)} tokens); lower it, "
-                             f"{'shorten data.seq_len' if padding is None else 'set data.packing=true'} or use a "
-                             f"larger corpus")
+            raise ValueError(
+                f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} {what} "
+                f"in the corpus ({len(tokens)} tokens); lower it, "
+                f"{'shorten data.seq_len' if padding is None else 'set data.packing=true'} or use a "
+                f"larger corpus"
+            )
         self.batch_sequences = batch_sequences
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -76,9 +87,11 @@ class TrainLoader:
         """Continue from `state`. Raises ValueError if it cannot belong to this corpus and sequence length."""
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < self.num_sequences:
-            raise ValueError(f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} "
-                             f"sequences; resume with the data, data.seq_len and data.packing that the run started "
-                             f"with")
+            raise ValueError(
+                f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} "
+                f"sequences; resume with the data, data.seq_len and data.packing that the run started "
+                f"with"
+            )
         self.consumed = epoch * self.num_sequences + position
 
     def _sequences(self, start: int, stop: int) -> np.ndarray:
@@ -87,7 +100,7 @@ class TrainLoader:
         while start < stop:
             epoch, position = divmod(start, self.num_sequences)
             count = min(stop - start, self.num_sequences - position)
-            parts.append(self._permutation(epoch)[position:position + count])
+            parts.append(self._permutation(epoch)[position : position + count])
             start += count
         return np.concatenate(parts)
 
@@ -98,9 +111,15 @@ class TrainLoader:
         return self._order
 
 
-def evaluation_batches(tokens: np.ndarray, seq_len: int, micro_batch_size: int, rank: int, world_size: int,
-                       padding: Padding | None = None, max_tokens: int | None = None
-                       ) -> Iterator[dict[str, torch.Tensor]]:
+def evaluation_batches(
+    tokens: np.ndarray,
+    seq_len: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    padding: Padding | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's part of one pass over the validation tokens, or over about `max_tokens` of them.
 
     Packed (padding None): every token but the first is predicted exactly once. Windows of `seq_len` tokens start every
@@ -118,8 +137,10 @@ def evaluation_batches(tokens: np.ndarray, seq_len: int, micro_batch_size: int, 
     assert 0 <= rank < world_size, (rank, world_size)
     rows = None if padding is None else PaddedRows(tokens, seq_len, padding)
     if seq_len < 2 or len(tokens) < 2 or (rows is not None and len(rows) == 0):
-        raise ValueError(f"data.validation: {len(tokens)} tokens in rows of data.seq_len {seq_len} leave nothing to "
-                         f"predict; both must be at least 2")
+        raise ValueError(
+            f"data.validation: {len(tokens)} tokens in rows of data.seq_len {seq_len} leave nothing to "
+            f"predict; both must be at least 2"
+        )
     stride = seq_len - 1
     every = 1 if max_tokens is None else -(-len(tokens) // max_tokens)
     num_all = -(-(len(tokens) - 1) // stride) if rows is None else len(rows)
@@ -136,8 +157,8 @@ def _windows(tokens: np.ndarray, seq_len: int, stride: int, indices: np.ndarray)
     labels = np.full((len(indices), seq_len), IGNORED_LABEL, dtype=np.int64)
     for row, index in enumerate(indices):
         if index >= 0:
-            window = tokens[index * stride:index * stride + seq_len]
-            input_ids[row, :len(window)] = labels[row, :len(window)] = window
+            window = tokens[index * stride : index * stride + seq_len]
+            input_ids[row, : len(window)] = labels[row, : len(window)] = window
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 

@@ -1,8 +1,8 @@
 """Local files as a corpus: text, JSON lines and parquet, told apart by their suffix.
 
-    *.txt, anything unknown                    UTF-8 text, one document per file
-    *.jsonl *.json, also with .gz              one document per line, in the field `data.text_column`
-    *.parquet                                  one document per row, in the column `data.text_column`
+*.txt, anything unknown                    UTF-8 text, one document per file
+*.jsonl *.json, also with .gz              one document per line, in the field `data.text_column`
+*.parquet                                  one document per row, in the column `data.text_column`
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def find(path: str | os.PathLike, field: str) -> list[Path]:
     for file in files:
         if not file.name.lower().endswith(KNOWN_SUFFIXES) and file.suffix.lower() in REFUSED_SUFFIXES:
             how = "decompress" if file.suffix.lower() in COMPRESSED_SUFFIXES else "convert"
-            raise ValueError(f"{field}: {str(file)!r} is neither plain text nor {', '.join(KNOWN_SUFFIXES[1:])}; "
-                             f"{how} it to one of them")
+            raise ValueError(
+                f"{field}: {str(file)!r} is neither plain text nor {', '.join(KNOWN_SUFFIXES[1:])}; "
+                f"{how} it to one of them"
+            )
     files = [file for file in files if file.stat().st_size > 0]
     if not files:
         raise ValueError(f"{field}: {name!r} holds only empty files; give at least one file with text")
@@ -74,8 +76,11 @@ def without(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
     """Return those of `files` that are none of `others`, also under another name: a link, upper and lower case."""
     resolved = {file.resolve() for file in others}
     inodes = {(stat.st_dev, stat.st_ino) for stat in map(Path.stat, others)}
-    return [file for file in files
-            if file.resolve() not in resolved and (file.stat().st_dev, file.stat().st_ino) not in inodes]
+    return [
+        file
+        for file in files
+        if file.resolve() not in resolved and (file.stat().st_dev, file.stat().st_ino) not in inodes
+    ]
 
 
 def _below(directory: Path, field: str) -> list[Path]:
@@ -83,26 +88,36 @@ def _below(directory: Path, field: str) -> list[Path]:
     found, left_out = [], []
 
     def unreadable(error: OSError) -> None:
-        raise ValueError(f"{field}: {error.filename!r} cannot be read ({error.strerror}); make it readable, or give a "
-                         f"glob without it")
+        raise ValueError(
+            f"{field}: {error.filename!r} cannot be read ({error.strerror}); make it readable, or give a "
+            f"glob without it"
+        )
 
     for folder, folders, names in os.walk(directory, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
             is_known = file.name.lower().endswith(KNOWN_SUFFIXES) and file.is_file()
             (found if is_known else left_out).append(file)
-        left_out += [link for link in (Path(folder, name) for name in folders)
-                     if link.is_symlink() and not link.resolve().is_relative_to(directory.resolve())]
+        left_out += [
+            link
+            for link in (Path(folder, name) for name in folders)
+            if link.is_symlink() and not link.resolve().is_relative_to(directory.resolve())
+        ]
     if left_out:
         named = _names(sorted(left_out), directory)
     if not found:
         also = f" (not read: {named})" if left_out else ""
-        raise ValueError(f"{field}: directory {str(directory)!r} holds no {', '.join(KNOWN_SUFFIXES)} file{also}; give "
-                         f"a glob for text files named otherwise")
+        raise ValueError(
+            f"{field}: directory {str(directory)!r} holds no {', '.join(KNOWN_SUFFIXES)} file{also}; give "
+            f"a glob for text files named otherwise"
+        )
     if left_out:
-        warnings.warn(f"{field}: of the directory {str(directory)!r} only {', '.join(KNOWN_SUFFIXES)} files are read, "
-                      f"and not: {named}; convert what is text to one of these kinds, or give a glob", DataWarning,
-                      stacklevel=3)
+        warnings.warn(
+            f"{field}: of the directory {str(directory)!r} only {', '.join(KNOWN_SUFFIXES)} files are read, "
+            f"and not: {named}; convert what is text to one of these kinds, or give a glob",
+            DataWarning,
+            stacklevel=3,
+        )
     return sorted(found)
 
 
@@ -160,8 +175,10 @@ def read(file: Path, text_column: str) -> Iterator[str]:
     try:
         yield from (text for text in texts if text.strip())
     except OSError as error:
-        raise ValueError(f"data.path: {str(file)!r} cannot be read ({error.strerror or first_line(error)}); make it "
-                         f"readable, or leave it out") from None
+        raise ValueError(
+            f"data.path: {str(file)!r} cannot be read ({error.strerror or first_line(error)}); make it "
+            f"readable, or leave it out"
+        ) from None
 
 
 def text_of(value: object, text_column: str, where: str) -> str:
@@ -169,8 +186,10 @@ def text_of(value: object, text_column: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"data.text_column: {text_column!r} holds {type(value).__name__}, not text, in {where}; name "
-                         f"a column of text")
+        raise ValueError(
+            f"data.text_column: {text_column!r} holds {type(value).__name__}, not text, in {where}; name "
+            f"a column of text"
+        )
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -206,19 +225,24 @@ def _field(line: bytes, text_column: str, file: Path, number: int) -> str:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path: {where} is not UTF-8 (byte {error.start} of the line); "
-                         f"{utf8.advice(file)}") from None
+        raise ValueError(
+            f"data.path: {where} is not UTF-8 (byte {error.start} of the line); {utf8.advice(file)}"
+        ) from None
     except json.JSONDecodeError as error:
         if b"\0" in line and utf8.other_encoding(line):
-            raise ValueError(f"data.path: {where} is not UTF-8 (zeros between the letters); "
-                             f"{utf8.advice(file)}") from None
+            raise ValueError(
+                f"data.path: {where} is not UTF-8 (zeros between the letters); {utf8.advice(file)}"
+            ) from None
         raise ValueError(f"data.path: {where} is not JSON ({error.msg}); write one object per line") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
-        raise ValueError(f"data.path: {where} cannot be read as JSON ({first_line(error)}); correct the line or remove "
-                         f"it") from None
+        raise ValueError(
+            f"data.path: {where} cannot be read as JSON ({first_line(error)}); correct the line or remove it"
+        ) from None
     if not isinstance(row, dict):
-        raise ValueError(f"data.path: {where} is no JSON object; write one object per line, with the text in the field "
-                         f"data.text_column {text_column!r}")
+        raise ValueError(
+            f"data.path: {where} is no JSON object; write one object per line, with the text in the field "
+            f"data.text_column {text_column!r}"
+        )
     if text_column not in row:
         raise ValueError(no_column(text_column, where, row))
     return text_of(row[text_column], text_column, where)
@@ -235,12 +259,15 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
             batches = table.iter_batches(batch_size=1024, columns=[text_column])
             for row, value in enumerate(value for batch in batches for value in _values(batch.column(0))):
                 if isinstance(value, UnicodeDecodeError):
-                    raise ValueError(f"data.path: {str(file)!r} is not UTF-8 (column {text_column}, row {row}); "
-                                     f"write it again with its text in UTF-8, or without the row")
+                    raise ValueError(
+                        f"data.path: {str(file)!r} is not UTF-8 (column {text_column}, row {row}); "
+                        f"write it again with its text in UTF-8, or without the row"
+                    )
                 yield text_of(value, text_column, f"{str(file)!r}, row {row}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"data.path: {str(file)!r} cannot be read as parquet ({first_line(error)}); copy it "
-                         f"again") from None
+        raise ValueError(
+            f"data.path: {str(file)!r} cannot be read as parquet ({first_line(error)}); copy it again"
+        ) from None
 
 
 def _values(column: pyarrow.Array) -> list:

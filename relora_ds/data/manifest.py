@@ -104,5 +104,8 @@ def _read(manifest: Path) -> dict:
         found = json.loads(manifest.read_text(encoding="utf-8")).items()
     except (OSError, ValueError, AttributeError):
         return {}
-    return {name: entry for name, entry in found
-            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)}
+    return {
+        name: entry
+        for name, entry in found
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+    }

@@ -83,17 +83,26 @@ def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) ->
         metadata = pretokenized.read_metadata(directory)
     train, fingerprint = _map(directory, "train", metadata), metadata["fingerprint"]
     if data.source == "pretokenized" and data.max_tokens is not None and data.max_tokens < len(train):
-        train = train[:data.max_tokens]
+        train = train[: data.max_tokens]
         fingerprint = _sha256([fingerprint, data.max_tokens])
     if len(train) < data.seq_len and data.packing:
-        raise ValueError(f"data.seq_len: {data.seq_len} is more than the {len(train)} training tokens of "
-                         f"{data.source!r} ({metadata['validation_tokens']} are held out); shorten it or use a larger "
-                         f"corpus")
+        raise ValueError(
+            f"data.seq_len: {data.seq_len} is more than the {len(train)} training tokens of "
+            f"{data.source!r} ({metadata['validation_tokens']} are held out); shorten it or use a larger "
+            f"corpus"
+        )
     return PreparedData(
-        train=train, validation=_map(directory, "validation", metadata), validation_words=metadata["validation_words"],
-        validation_bytes=metadata["validation_bytes"], tokenizer_dir=tokenizer_dir, vocab_size=metadata["vocab_size"],
-        eos_id=metadata["eos_id"], fingerprint=fingerprint, directory=directory,
-        padding=None if data.packing else Padding(metadata["eos_id"], metadata["pad_id"]))
+        train=train,
+        validation=_map(directory, "validation", metadata),
+        validation_words=metadata["validation_words"],
+        validation_bytes=metadata["validation_bytes"],
+        tokenizer_dir=tokenizer_dir,
+        vocab_size=metadata["vocab_size"],
+        eos_id=metadata["eos_id"],
+        fingerprint=fingerprint,
+        directory=directory,
+        padding=None if data.packing else Padding(metadata["eos_id"], metadata["pad_id"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,11 @@ def _tokenized(data: DataConfig, trust_remote_code: bool) -> tuple[Path, Path | 
     given = None if data.tokenizer is None else tokenizer.load(data.tokenizer, trust_remote_code)
     key = _key(data, corpus, given)
     directory = ensure_directory(
-        cache_root(data) / "tokens" / _sha256(key), lambda path: pretokenized.is_intact(path, cache_root(data)),
-        lambda path: _build(path, data, corpus, given, key), tokenization.has_pieces)
+        cache_root(data) / "tokens" / _sha256(key),
+        lambda path: pretokenized.is_intact(path, cache_root(data)),
+        lambda path: _build(path, data, corpus, given, key),
+        tokenization.has_pieces,
+    )
     if given is None:
         return directory, directory / "tokenizer"
     place = Path(data.tokenizer).expanduser()
@@ -147,43 +159,71 @@ def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBas
         # model directory need not have its gigabytes of weights hashed.
         backend = getattr(given, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
-        tokenizer_key = {"sha256": hashlib.sha256(state.encode()).hexdigest(), "eos_id": given.eos_token_id,
-                         "pad_id": given.pad_token_id}
+        tokenizer_key = {
+            "sha256": hashlib.sha256(state.encode()).hexdigest(),
+            "eos_id": given.eos_token_id,
+            "pad_id": given.pad_token_id,
+        }
         if encoding.reads_names(given):  # entries of versions that gave control tokens for their names
             tokenizer_key["names_are_text"] = True
-    return {"format": FORMAT_VERSION, "source": data.source, "corpus": corpus.sha256, "text_column": data.text_column,
-            "max_tokens": data.max_tokens, "tokenizer": tokenizer_key}
+    return {
+        "format": FORMAT_VERSION,
+        "source": data.source,
+        "corpus": corpus.sha256,
+        "text_column": data.text_column,
+        "max_tokens": data.max_tokens,
+        "tokenizer": tokenizer_key,
+    }
 
 
-def _build(directory: Path, data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBase | None,
-           key: dict) -> None:
+def _build(
+    directory: Path, data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBase | None, key: dict
+) -> None:
     splits = corpus.open()
     progress = tokenization.progress_of(directory, splits.revision)
     if given is None:
         given = _trained_tokenizer(directory / "tokenizer", data, corpus, splits.train, progress)
     dtype = tokenization.dtype_of(given)
     tokenization.write_tokens(directory, "train", splits.train, given, dtype, progress, data.max_tokens)
-    tokenization.write_tokens(directory, "validation", splits.validation, given, dtype, progress,
-                              corpus.max_validation_tokens, whole_documents=True)
+    tokenization.write_tokens(
+        directory,
+        "validation",
+        splits.validation,
+        given,
+        dtype,
+        progress,
+        corpus.max_validation_tokens,
+        whole_documents=True,
+    )
     train, validation = progress.train, progress.validation
     if train.tokens == 0 or validation.tokens == 0:
         (directory / tokenization.PROGRESS).unlink()  # there is nothing to go on from
-        raise ValueError(f"data.source: {data.source!r} gives {train.tokens} training and {validation.tokens} "
-                         f"validation tokens; both need text, use a larger corpus or set data.validation")
+        raise ValueError(
+            f"data.source: {data.source!r} gives {train.tokens} training and {validation.tokens} "
+            f"validation tokens; both need text, use a larger corpus or set data.validation"
+        )
     metadata = {
-        "train_tokens": train.tokens, "train_documents": train.documents, "validation_tokens": validation.tokens,
-        "validation_documents": validation.documents, "validation_words": validation.words,
-        "validation_bytes": validation.bytes, "dtype": dtype.name, "vocab_size": tokenizer.num_ids(given),
+        "train_tokens": train.tokens,
+        "train_documents": train.documents,
+        "validation_tokens": validation.tokens,
+        "validation_documents": validation.documents,
+        "validation_words": validation.words,
+        "validation_bytes": validation.bytes,
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.num_ids(given),
         "eos_id": given.eos_token_id,
         "pad_id": given.eos_token_id if given.pad_token_id is None else given.pad_token_id,
-        "trained_tokenizer": data.tokenizer is None, "revision": splits.revision, "key": key,
+        "trained_tokenizer": data.tokenizer is None,
+        "revision": splits.revision,
+        "key": key,
     }
     pretokenized.write_metadata(directory, metadata)
     (directory / tokenization.PROGRESS).unlink()
 
 
-def _trained_tokenizer(directory: Path, data: DataConfig, corpus: corpora.Corpus, documents: Documents,
-                       progress: tokenization.Progress) -> PreTrainedTokenizerBase:
+def _trained_tokenizer(
+    directory: Path, data: DataConfig, corpus: corpora.Corpus, documents: Documents, progress: tokenization.Progress
+) -> PreTrainedTokenizerBase:
     before = progress.tokenizer_sha256
     if before and before == pretokenized.tokenizer_hashes(directory.parent):
         return tokenizer.load(directory)

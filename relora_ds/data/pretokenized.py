@@ -51,8 +51,9 @@ def write(source: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> 
         metadata = _read(source)
         write_metadata(partial, metadata)
         if _read(partial)["fingerprint"] != metadata["fingerprint"]:
-            raise ValueError(f"{directory} cannot be written: the tokens in {source} changed while they were copied; "
-                             f"run it again")
+            raise ValueError(
+                f"{directory} cannot be written: the tokens in {source} changed while they were copied; run it again"
+            )
         os.replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -61,16 +62,23 @@ def write(source: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> 
 def write_metadata(directory: Path, metadata: dict) -> None:
     """Write metadata.json for the tokens in `directory`: `metadata`, the files' hashes, fingerprint and checksum."""
     hashes = {split: manifest.sha256_of_file(directory / f"{split}.bin") for split in SPLITS}
-    metadata = {**metadata, "sha256": hashes, "tokenizer_sha256": tokenizer_hashes(directory),
-                "fingerprint": _fingerprint(metadata, hashes)}
+    metadata = {
+        **metadata,
+        "sha256": hashes,
+        "tokenizer_sha256": tokenizer_hashes(directory),
+        "fingerprint": _fingerprint(metadata, hashes),
+    }
     metadata["checksum"] = checksum(metadata)
     write_atomically(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
 
 
 def tokenizer_hashes(directory: Path) -> dict[str, str]:
     """{name below `directory`: sha256} of the files of its tokenizer."""
-    return {str(file.relative_to(directory)): manifest.sha256_of_file(file)
-            for file in sorted((directory / "tokenizer").rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(directory)): manifest.sha256_of_file(file)
+        for file in sorted((directory / "tokenizer").rglob("*"))
+        if file.is_file()
+    }
 
 
 def is_intact(directory: Path, cache_root: Path) -> bool:
@@ -96,15 +104,18 @@ def is_intact(directory: Path, cache_root: Path) -> bool:
 def read_metadata(path: str | Path | None) -> dict:
     """metadata.json of a directory. ValueError: not a directory of tokens, or one that was cut short."""
     if not path:
-        raise ValueError("data.path: missing; data.source=pretokenized needs a directory that `python -m relora_ds "
-                         "prepare` wrote")
+        raise ValueError(
+            "data.path: missing; data.source=pretokenized needs a directory that `python -m relora_ds prepare` wrote"
+        )
     directory = Path(path).expanduser()
     try:
         metadata = _read(directory)
         problem = _size_problem(directory, metadata)
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"data.path: {str(path)!r} holds no tokens; name a directory that `python -m relora_ds "
-                         f"prepare` wrote, all of it") from None
+        raise ValueError(
+            f"data.path: {str(path)!r} holds no tokens; name a directory that `python -m relora_ds "
+            f"prepare` wrote, all of it"
+        ) from None
     if problem:
         raise ValueError(f"data.path: {problem}; copy the directory again")
     return metadata
@@ -178,4 +189,3 @@ def checksum(metadata: dict) -> str:
     """sha256 of all entries but the checksum itself."""
     rest = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-

@@ -64,8 +64,10 @@ def hold_out(source: Documents, fraction: float) -> tuple[Documents, Documents]:
     if _is_small(source, fraction):
         train, held_out = cut(list(source), fraction)
         return in_memory(train), in_memory(held_out)
-    return (Documents(source.shards, lambda index: not _is_held_out(index, fraction)),
-            Documents(source.shards, lambda index: _is_held_out(index, fraction)))
+    return (
+        Documents(source.shards, lambda index: not _is_held_out(index, fraction)),
+        Documents(source.shards, lambda index: _is_held_out(index, fraction)),
+    )
 
 
 def cut(texts: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
@@ -77,7 +79,7 @@ def cut(texts: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
     for index, text in enumerate(texts):
         if remaining < len(text) or index == len(texts) - 1:
             at = _nearest_boundary(text, remaining)
-            train, held_out = [*texts[:index], text[:at]], [text[at:], *texts[index + 1:]]
+            train, held_out = [*texts[:index], text[:at]], [text[at:], *texts[index + 1 :]]
             return [text for text in train if text.strip()], [text for text in held_out if text.strip()]
         remaining -= len(text)
     return [], []
@@ -85,8 +87,9 @@ def cut(texts: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
 
 def _is_small(source: Documents, fraction: float) -> bool:
     """Whether the documents are too few to hold out whole ones. Reads no more of them than it takes to know."""
-    return not any(count >= MIN_DOCUMENTS_TO_SPLIT and int(count * fraction) > 0
-                   for count, _ in enumerate(source, start=1))
+    return not any(
+        count >= MIN_DOCUMENTS_TO_SPLIT and int(count * fraction) > 0 for count, _ in enumerate(source, start=1)
+    )
 
 
 def _is_held_out(index: int, fraction: float) -> bool:

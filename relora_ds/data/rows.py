@@ -28,7 +28,7 @@ class PackedRows:
     """Row i is the tokens [i·seq_len, (i+1)·seq_len). Tokens beyond the last whole row are never seen."""
 
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
-        self._windows = tokens[:len(tokens) // seq_len * seq_len].reshape(-1, seq_len)
+        self._windows = tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -47,8 +47,10 @@ class PaddedRows:
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, padding: Padding) -> None:
-        ends = [np.flatnonzero(tokens[start:start + TOKENS_AT_A_TIME] == padding.eos_id) + start + 1
-                for start in range(0, len(tokens), TOKENS_AT_A_TIME)]
+        ends = [
+            np.flatnonzero(tokens[start : start + TOKENS_AT_A_TIME] == padding.eos_id) + start + 1
+            for start in range(0, len(tokens), TOKENS_AT_A_TIME)
+        ]
         ends = np.unique(np.concatenate([*ends, [len(tokens)]]))  # the last document may have been cut by max_tokens
         starts = np.concatenate([[0], ends[:-1]])
         used = ends - starts >= 2
@@ -65,7 +67,7 @@ class PaddedRows:
         for row, index in enumerate(indices):
             if index >= 0:
                 start, length = self._starts[index], self._lengths[index]
-                input_ids[row, :length] = labels[row, :length] = self._tokens[start:start + length]
+                input_ids[row, :length] = labels[row, :length] = self._tokens[start : start + length]
         return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
     def num_predicted(self, indices: np.ndarray) -> int:

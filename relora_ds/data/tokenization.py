@@ -100,8 +100,16 @@ def has_pieces(directory: Path) -> bool:
     return (directory / PROGRESS).is_file()
 
 
-def write_tokens(directory: Path, split: str, documents: Documents, given: PreTrainedTokenizerBase, dtype: np.dtype,
-                 progress: Progress, max_tokens: int | None = None, whole_documents: bool = False) -> None:
+def write_tokens(
+    directory: Path,
+    split: str,
+    documents: Documents,
+    given: PreTrainedTokenizerBase,
+    dtype: np.dtype,
+    progress: Progress,
+    max_tokens: int | None = None,
+    whole_documents: bool = False,
+) -> None:
     """Write the ids of `documents`, EOS after each, to `<split>.bin`, from where `progress` stands to the end.
 
     max_tokens: where to stop, exactly, or with `whole_documents` at the end of the document that gets there. No shard
@@ -113,14 +121,23 @@ def write_tokens(directory: Path, split: str, documents: Documents, given: PreTr
     state: SplitProgress = getattr(progress, split)
     digest = _hash(path, state.tokens * dtype.itemsize)
     if state.tokens and state.sha256 != digest.hexdigest():
-        warnings.warn(f"data.cache_dir: {str(path)!r}, which was not finished, is not as it was written; it is made "
-                      f"again", DataWarning, stacklevel=2)
+        warnings.warn(
+            f"data.cache_dir: {str(path)!r}, which was not finished, is not as it was written; it is made again",
+            DataWarning,
+            stacklevel=2,
+        )
         state, digest = SplitProgress(), hashlib.sha256()
         setattr(progress, split, state)
     if state.is_done:
         return
-    bar = tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, total=max_tokens, initial=state.tokens,
-               disable=not sys.stderr.isatty())
+    bar = tqdm(
+        desc=f"tokenizing {split}",
+        unit=" tokens",
+        unit_scale=True,
+        total=max_tokens,
+        initial=state.tokens,
+        disable=not sys.stderr.isatty(),
+    )
     with open(path, "ab") as file, bar, _all_cores():
         file.truncate(state.tokens * dtype.itemsize)
         num_ids = tokenizer.num_ids(given)
@@ -144,8 +161,13 @@ def write_tokens(directory: Path, split: str, documents: Documents, given: PreTr
     progress.commit(directory)
 
 
-def _encode(batch: list[tuple[str, Place | None]], given: PreTrainedTokenizerBase, state: SplitProgress,
-            max_tokens: int | None, whole_documents: bool) -> tuple[list[int], bool]:
+def _encode(
+    batch: list[tuple[str, Place | None]],
+    given: PreTrainedTokenizerBase,
+    state: SplitProgress,
+    max_tokens: int | None,
+    whole_documents: bool,
+) -> tuple[list[int], bool]:
     """(the ids of a batch as far as they are wanted, whether that is all that is wanted); counts them in `state`."""
     ids: list[int] = []
     room = float("inf") if max_tokens is None else max_tokens - state.tokens

@@ -83,9 +83,7 @@ def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> Pre
     small for the characters in them; RuntimeError when transformers would tokenize otherwise than
     sentencepiece.
     """
-    lines = list(
-        _lines(documents)
-    )  # a list: an error while reading must not have to pass through sentencepiece
+    lines = list(_lines(documents))  # a list: an error while reading must not have to pass through sentencepiece
     if not lines:
         raise ValueError("data.source: the corpus holds no text to train a tokenizer on")
     model = io.BytesIO()
@@ -169,18 +167,12 @@ def verify(tokenizer: PreTrainedTokenizerBase, model_file: str | Path) -> None:
     """
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     if len(tokenizer) != pieces.get_piece_size():
-        raise RuntimeError(
-            f"transformers loads {len(tokenizer)} tokens of {pieces.get_piece_size()} in {model_file}"
-        )
+        raise RuntimeError(f"transformers loads {len(tokenizer)} tokens of {pieces.get_piece_size()} in {model_file}")
     for sample, ids in zip(SAMPLES, encode(tokenizer, SAMPLES), strict=True):
         if ids != pieces.encode(sample):
-            raise RuntimeError(
-                f"transformers encodes {sample!r} as {ids}, sentencepiece as {pieces.encode(sample)}"
-            )
+            raise RuntimeError(f"transformers encodes {sample!r} as {ids}, sentencepiece as {pieces.encode(sample)}")
         if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != sample:
-            raise RuntimeError(
-                f"{sample!r} does not survive encoding and decoding: {tokenizer.decode(ids)!r}"
-            )
+            raise RuntimeError(f"{sample!r} does not survive encoding and decoding: {tokenizer.decode(ids)!r}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:

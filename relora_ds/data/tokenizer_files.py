@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 CONFIG_FILE = "tokenizer_config.json"
 # Beside those that the tokenizer's own class names: transformers 5 has one class for many vocabularies.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model")
-_VOCABULARIES = (*SENTENCEPIECE, "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
-                 "special_tokens_map.json", "tekken.json", "tiktoken.model")
+_VOCABULARIES = (
+    *SENTENCEPIECE,
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tekken.json",
+    "tiktoken.model",
+)
 # What `save_pretrained` adds to a configuration that does not have it and that transformers 5 finds again by itself:
 # how the tokenizer happened to be loaded, and defaults. `add_prefix_space` makes transformers 4 rebuild a tokenizer
 # from a sentencepiece model, which need not be there.
@@ -48,12 +56,14 @@ def save(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         if (source / CONFIG_FILE).is_file():
             given = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    write_atomically(directory / CONFIG_FILE,
-                     json.dumps(_config(tokenizer, config, given), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(
+        directory / CONFIG_FILE, json.dumps(_config(tokenizer, config, given), indent=2, ensure_ascii=False) + "\n"
+    )
 
 
-def misread(directory: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
-            trust_remote_code: bool = False) -> str | None:
+def misread(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], trust_remote_code: bool = False
+) -> str | None:
     """Return a warning where `AutoTokenizer` gives other ids than `tokenizer` for the model in `directory`, else None.
 
     For some families transformers 5 takes the family's own class, whatever tokenizer_config.json names: Qwen2's turns
@@ -67,15 +77,18 @@ def misread(directory: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence
         return f"{directory}: AutoTokenizer cannot load the tokenizer: {error}"
     if all(found(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts):
         return None
-    return (f"{directory}: AutoTokenizer reads the tokenizer as {type(found).__name__}, because of the model's family, "
-            f"and gives other ids than the run trained with; load it with PreTrainedTokenizerFast.from_pretrained")
+    return (
+        f"{directory}: AutoTokenizer reads the tokenizer as {type(found).__name__}, because of the model's family, "
+        f"and gives other ids than the run trained with; load it with PreTrainedTokenizerFast.from_pretrained"
+    )
 
 
 def _config(tokenizer: PreTrainedTokenizerBase, saved: dict, given: dict) -> dict:
     """Return the tokenizer_config.json: what `save_pretrained` wrote, with the settings of the tokenizer's origin."""
     given = {key: value for key, value in given.items() if key not in ("auto_map", "chat_template")}  # `saved` has them
     config = {key: value for key, value in saved.items() if key not in _ADDED_BY_SAVING} | {
-        key: value for key, value in given.items() if key not in _ADDED_BY_SAVING - {"add_prefix_space"}}
+        key: value for key, value in given.items() if key not in _ADDED_BY_SAVING - {"add_prefix_space"}
+    }
     name = config.get("tokenizer_class")
     config["tokenizer_class"] = _GENERIC_CLASS.get(name, name)
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dict under this name
@@ -94,8 +107,14 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool] | Non
     """Whether a call puts BOS before and EOS after a text; None where it adds other tokens ([CLS], for instance)."""
     text, bos, eos = "a", [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     plain, full = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
-    return next((added for added in ((False, False), (True, False), (False, True), (True, True))
-                 if bos * added[0] + plain + eos * added[1] == full), None)
+    return next(
+        (
+            added
+            for added in ((False, False), (True, False), (False, True), (True, True))
+            if bos * added[0] + plain + eos * added[1] == full
+        ),
+        None,
+    )
 
 
 def _text(token: str | dict) -> str:

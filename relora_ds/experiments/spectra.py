@@ -74,9 +74,14 @@ def measure(sources: Sequence[Path], before: str | None = None, trust_remote_cod
     layers = [linear_layers(window, wrapped, trust_remote_code) for window in windows]
     for window, names in zip(windows, layers, strict=True):
         _require_same_shapes(window, names)
-    return {"share": RANK_SHARE, "small": SMALL,
-            "runs": [{"name": name, "source": str(path), **_measured(window, names)}
-                     for name, path, window, names in zip(short_names(paths), paths, windows, layers, strict=True)]}
+    return {
+        "share": RANK_SHARE,
+        "small": SMALL,
+        "runs": [
+            {"name": name, "source": str(path), **_measured(window, names)}
+            for name, path, window, names in zip(short_names(paths), paths, windows, layers, strict=True)
+        ],
+    }
 
 
 def window_of(source: Path, before: str | None = None) -> Window:
@@ -90,7 +95,7 @@ def window_of(source: Path, before: str | None = None) -> Window:
     if before is not None:
         return Window(after, contents, _named(before, after))
     kept = store.directories(after.parent)
-    earlier = [path for path in kept[:kept.index(after)] if is_checkpoint(path)] if after in kept else []
+    earlier = [path for path in kept[: kept.index(after)] if is_checkpoint(path)] if after in kept else []
     switch = _end_of_warm_start(after)
     if (begun := after.with_name(tag_of(switch))) in earlier:
         return Window(after, contents, begun)
@@ -99,9 +104,11 @@ def window_of(source: Path, before: str | None = None) -> Window:
         return Window(after, contents, None, "" if has_base else WITH_INITIAL_VALUE)
     if earlier:
         return Window(after, contents, earlier[0], OLDEST)
-    raise ValueError(f"{after}: no earlier checkpoint of its run is kept, so what training added is unknown; train "
-                     f"with checkpoint.every={switch or 'STEPS'} checkpoint.keep_every={switch or 'STEPS'}, or name a "
-                     "checkpoint of the same network with --before STEP_OR_PATH")
+    raise ValueError(
+        f"{after}: no earlier checkpoint of its run is kept, so what training added is unknown; train "
+        f"with checkpoint.every={switch or 'STEPS'} checkpoint.keep_every={switch or 'STEPS'}, or name a "
+        "checkpoint of the same network with --before STEP_OR_PATH"
+    )
 
 
 def linear_layers(window: Window, wrapped: set[str], trust_remote_code: bool = False) -> list[str]:
@@ -122,8 +129,10 @@ def _named(before: str, after: Path) -> Path:
         found = after.with_name(tag_of(int(before)))
         if not is_checkpoint(found):
             there = ", ".join(path.name for path in store.directories(after.parent)) or "none"
-            raise ValueError(f"--before: {before}, but {after.parent} has no {found.name}; there are {there}; "
-                             "checkpoint.keep_every keeps those at its multiples")
+            raise ValueError(
+                f"--before: {before}, but {after.parent} has no {found.name}; there are {there}; "
+                "checkpoint.keep_every keeps those at its multiples"
+            )
     else:
         found = find_checkpoint(Path(before).expanduser().resolve())
     if found == after:
@@ -139,8 +148,10 @@ def _end_of_warm_start(after: Path) -> int:
 
 def _all_linears(window: Window, trust_remote_code: bool) -> list[str]:
     if not (window.after / "config.json").is_file():
-        raise ValueError(f"{window.after}: which of its weights are linear layers is unknown: it has no low-rank "
-                         "layers, and is no transformers model (no config.json); compare it with a low-rank run")
+        raise ValueError(
+            f"{window.after}: which of its weights are linear layers is unknown: it has no low-rank "
+            "layers, and is no transformers model (no config.json); compare it with a low-rank run"
+        )
     model = meta_model(load_config(window.after, trust_remote_code))
     head = model.get_output_embeddings()
     others = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
@@ -154,8 +165,10 @@ def _require_same_shapes(window: Window, layers: list[str]) -> None:
     for layer in layers:
         if before.get(layer) != after[layer]:
             there = tuple(before[layer]) if layer in before else "missing"
-            raise ValueError(f"--before: {window.before} is of another network than {window.after}: {layer} is {there} "
-                             f"there and {tuple(after[layer])} here; name a checkpoint of the same network")
+            raise ValueError(
+                f"--before: {window.before} is of another network than {window.after}: {layer} is {there} "
+                f"there and {tuple(after[layer])} here; name a checkpoint of the same network"
+            )
 
 
 def _measured(window: Window, layers: list[str]) -> dict:
@@ -167,11 +180,18 @@ def _measured(window: Window, layers: list[str]) -> dict:
             except ValueError as error:
                 raise ValueError(f"{window.after}: {layer}: {error}") from error
             spectra.setdefault(layer.rpartition(".")[2], []).append(found)
-    return {"method": method_text(window.after.parent.parent), "r": contents.relora["r"] if contents.relora else None,
-            "restarts": len(contents.restarts), "start": window.start, "stop": contents.step,
-            "before": window.before and str(window.before), "after": str(window.after), "note": window.note,
-            "numerical_rank": median(one.numerical_rank() for several in spectra.values() for one in several),
-            "kinds": {kind: _summary(several) for kind, several in spectra.items()}}
+    return {
+        "method": method_text(window.after.parent.parent),
+        "r": contents.relora["r"] if contents.relora else None,
+        "restarts": len(contents.restarts),
+        "start": window.start,
+        "stop": contents.step,
+        "before": window.before and str(window.before),
+        "after": str(window.after),
+        "note": window.note,
+        "numerical_rank": median(one.numerical_rank() for several in spectra.values() for one in several),
+        "kinds": {kind: _summary(several) for kind, several in spectra.items()},
+    }
 
 
 def _update(before: OpenModel | None, after: OpenModel, layer: str) -> Tensor:
@@ -182,14 +202,17 @@ def _update(before: OpenModel | None, after: OpenModel, layer: str) -> Tensor:
 def _summary(spectra: list[Spectrum]) -> dict:
     """Of the matrices of one kind."""
     effective, below = [one.effective_rank for one in spectra], [one.count_below() for one in spectra]
-    return {"num_matrices": len(spectra), "max_rank": max(one.num_all for one in spectra),
-            "is_exact": all(one.is_exact for one in spectra),
-            "numerical_rank": median(one.numerical_rank() for one in spectra),
-            "stable_rank": _rounded(median(one.stable_rank for one in spectra)),
-            "effective_rank": None if None in effective else _rounded(median(effective)),
-            "num_values": sum(one.num_all for one in spectra),
-            "num_below": None if None in below else sum(below),
-            "singular_values": [[_rounded(value) for value in one.singular_values.tolist()] for one in spectra]}
+    return {
+        "num_matrices": len(spectra),
+        "max_rank": max(one.num_all for one in spectra),
+        "is_exact": all(one.is_exact for one in spectra),
+        "numerical_rank": median(one.numerical_rank() for one in spectra),
+        "stable_rank": _rounded(median(one.stable_rank for one in spectra)),
+        "effective_rank": None if None in effective else _rounded(median(effective)),
+        "num_values": sum(one.num_all for one in spectra),
+        "num_below": None if None in below else sum(below),
+        "singular_values": [[_rounded(value) for value in one.singular_values.tolist()] for one in spectra],
+    }
 
 
 def _rounded(value: float) -> float:

@@ -78,14 +78,33 @@ def read_suite(name: str, scale: str) -> Suite:
     rows = [_row(row, about, scale, recipes) for row, about in declared.get("rows", {}).items()]
     for sweep in declared.get("sweeps", []):
         changes = sweep["set"] if isinstance(sweep["set"], list) else sweep["set"][scale]
-        rows += [_row(group, {**about, "set": [*about.get("set", []), *changes]}, scale, recipes, sweep["axis"], value)
-                 for group, about in sweep["rows"].items() for value in sweep["values"][scale]]
-    return Suite(name, scale, declared["title"], declared["text"], tuple(rows), declared.get("reference"),
-                 declared["seeds"], declared.get("spectra", False))
+        rows += [
+            _row(group, {**about, "set": [*about.get("set", []), *changes]}, scale, recipes, sweep["axis"], value)
+            for group, about in sweep["rows"].items()
+            for value in sweep["values"][scale]
+        ]
+    return Suite(
+        name,
+        scale,
+        declared["title"],
+        declared["text"],
+        tuple(rows),
+        declared.get("reference"),
+        declared["seeds"],
+        declared.get("spectra", False),
+    )
 
 
-def _row(name: str, about: dict, scale: str, recipes: dict[str, Recipe], axis: str | None = None,
-         value: float | None = None) -> Row:
+def _row(
+    name: str, about: dict, scale: str, recipes: dict[str, Recipe], axis: str | None = None, value: float | None = None
+) -> Row:
     overrides = tuple(text.format(value=value, **recipes) for text in about.get("set", []))
-    return Row(name if axis is None else f"{name}, {axis} {value:g}", f"{SCALES[scale]}_{about['recipe']}", overrides,
-               axis, name if axis else None, value, about.get("paper"))
+    return Row(
+        name if axis is None else f"{name}, {axis} {value:g}",
+        f"{SCALES[scale]}_{about['recipe']}",
+        overrides,
+        axis,
+        name if axis else None,
+        value,
+        about.get("paper"),
+    )

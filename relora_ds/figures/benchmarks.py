@@ -11,7 +11,6 @@ from relora_ds.figures.style import DASHES, LIGHT, Theme, colour, rc
 PARTS = {"compute_s": "compute", "optimizer_s": "optimizer", "communication_s": "communication"}
 
 
-
 def save_two_hosts(result: dict, path: Path) -> None:
     """Draw what `bench.two_hosts.with_predictions` returns into a PNG."""
     _save(draw_two_hosts, result, path)
@@ -42,8 +41,16 @@ def draw_two_hosts(result: dict, theme: Theme) -> Figure:
                 width = [found[name][part] for name in names]
                 axes.barh(names, width, left=left, color=colour(theme, i), label=label, height=0.62)
                 left = [start + more for start, more in zip(left, width, strict=True)]
-            axes.plot([found[name]["predicted_s"] for name in names], names, linestyle="none", marker="|",
-                      markersize=13, markeredgewidth=2, color=theme.ink, label="predicted")
+            axes.plot(
+                [found[name]["predicted_s"] for name in names],
+                names,
+                linestyle="none",
+                marker="|",
+                markersize=13,
+                markeredgewidth=2,
+                color=theme.ink,
+                label="predicted",
+            )
             axes.set_title(f"{shape}, {rate / 1e6:,.0f} Mbit/s" if rate else shape)
             axes.grid(False, axis="y")
             axes.set_xlim(left=0)
@@ -65,13 +72,25 @@ def draw_clusters(result: dict, theme: Theme) -> Figure:
     for preset, axes in zip(presets, panels, strict=True):
         for i, gpus in enumerate(sizes):
             for j, method in enumerate(methods):
-                rows = {(row["method"], row["network_gbits"]): row for row in inside
-                        if row["preset"] == preset and row["gpus"] == gpus and "error" not in row}
-                speeds = [(gbits, rows["full rank", gbits]["seconds"] / row["seconds"])
-                          for (name, gbits), row in rows.items() if name == method and ("full rank", gbits) in rows]
+                rows = {
+                    (row["method"], row["network_gbits"]): row
+                    for row in inside
+                    if row["preset"] == preset and row["gpus"] == gpus and "error" not in row
+                }
+                speeds = [
+                    (gbits, rows["full rank", gbits]["seconds"] / row["seconds"])
+                    for (name, gbits), row in rows.items()
+                    if name == method and ("full rank", gbits) in rows
+                ]
                 if speeds:
-                    axes.plot(*zip(*speeds, strict=True), color=colour(theme, i), linestyle=DASHES[j], marker="o",
-                              markersize=4, label=f"{gpus:,} GPUs, {method}")
+                    axes.plot(
+                        *zip(*speeds, strict=True),
+                        color=colour(theme, i),
+                        linestyle=DASHES[j],
+                        marker="o",
+                        markersize=4,
+                        label=f"{gpus:,} GPUs, {method}",
+                    )
         axes.set_xscale("log")
         axes.set_yscale("log")
         ticks = sorted({row["network_gbits"] for row in inside})

@@ -17,14 +17,22 @@ LINEAR = 0.02  # nats per token: larger differences are drawn to a logarithmic s
 CAPTIONS = {
     "loss": "Loss in nats per token: training (lines, the mean over the seeds) and validation (points, one a seed).",
     "differences": "Training loss less the reference's, on the same batches: the mean over the seeds, and their range. "
-                   f"To scale up to {LINEAR} nats, logarithmic beyond.",
+    f"To scale up to {LINEAR} nats, logarithmic beyond.",
     "singular_values": "Singular values of what training added to the weights, the first seed's.",
     "singular_values_sorted": "The same, each matrix relative to its largest and in order; thick: the median matrix.",
 }
 
 
-def save_suite(name: str, title: str, blocks: list, curves: dict[str, list[dict]], reference: str | None,
-               sweeps: dict[str, dict], spectra: dict | None, directory: Path) -> list[Path]:
+def save_suite(
+    name: str,
+    title: str,
+    blocks: list,
+    curves: dict[str, list[dict]],
+    reference: str | None,
+    sweeps: dict[str, dict],
+    spectra: dict | None,
+    directory: Path,
+) -> list[Path]:
     """Write what there is into `directory`: `NAME.html` with everything in it, and `NAME_*.png`; returns the files.
 
     Args:
@@ -69,8 +77,17 @@ def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
             shown.append((tokens, losses))
             for run in runs:
                 points = np.array(run["curve"])
-                axes.plot(points[:, 0], points[:, 1], color=hue, marker="o", markersize=4, linewidth=0,
-                          markeredgecolor=theme.ground, markeredgewidth=0.6, zorder=3)
+                axes.plot(
+                    points[:, 0],
+                    points[:, 1],
+                    color=hue,
+                    marker="o",
+                    markersize=4,
+                    linewidth=0,
+                    markeredgecolor=theme.ground,
+                    markeredgewidth=0.6,
+                    zorder=3,
+                )
                 shown.append((points[:, 0], points[:, 1]))
         if found := limits(shown):
             axes.set_ylim(*found)
@@ -94,12 +111,20 @@ def draw_differences(curves: dict[str, list[dict]], reference: str, theme: Theme
                 continue
             # Where both have points: only then are they means over the same batches.
             tokens = reduce(np.intersect1d, [curve[:, 0] for pair in pairs for curve in pair])
-            differences = np.array([mine[np.isin(mine[:, 0], tokens), 1] - their[np.isin(their[:, 0], tokens), 1]
-                                    for mine, their in pairs])
-            axes.plot(tokens, differences.mean(axis=0), color=colour(theme, i), linestyle=dash(i), linewidth=1.6,
-                      label=name)
-            axes.fill_between(tokens, differences.min(axis=0), differences.max(axis=0), color=colour(theme, i),
-                              alpha=0.25, linewidth=0)
+            differences = np.array(
+                [mine[np.isin(mine[:, 0], tokens), 1] - their[np.isin(their[:, 0], tokens), 1] for mine, their in pairs]
+            )
+            axes.plot(
+                tokens, differences.mean(axis=0), color=colour(theme, i), linestyle=dash(i), linewidth=1.6, label=name
+            )
+            axes.fill_between(
+                tokens,
+                differences.min(axis=0),
+                differences.max(axis=0),
+                color=colour(theme, i),
+                alpha=0.25,
+                linewidth=0,
+            )
         axes.axhline(0, color=theme.ink, linewidth=0.8)
         axes.set_yscale("symlog", linthresh=LINEAR)  # small leads beside large ones
         axes.set_title(f"Training loss less {reference}'s")
@@ -118,8 +143,14 @@ def draw_sweep(axis: str, groups: dict[str, list[tuple[float, list[float]]]], th
         values = sorted({value for found in groups.values() for value, _ in found})
         for i, (name, found) in enumerate(groups.items()):
             places = [values.index(value) for value, _ in found]  # evenly spaced: 0.9 and 0.999 are far apart
-            axes.plot(places, [np.mean(losses) for _, losses in found], color=colour(theme, i), linestyle=dash(i),
-                      linewidth=1.6, label=name)
+            axes.plot(
+                places,
+                [np.mean(losses) for _, losses in found],
+                color=colour(theme, i),
+                linestyle=dash(i),
+                linewidth=1.6,
+                label=name,
+            )
             points = [(place, one) for place, (_, losses) in zip(places, found, strict=True) for one in losses]
             axes.plot(*zip(*points, strict=True), color=colour(theme, i), marker="o", markersize=4, linewidth=0)
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])

@@ -41,8 +41,19 @@ blockquote span { color: var(--soft) }
 def html_page(runs: list[RunRecord], light: dict[str, bytes], dark: dict[str, bytes]) -> str:
     """The page. `light` and `dark`: PNG files by figure name, one of each for either colour scheme."""
     title = escape(", ".join(run.name for run in runs))
-    columns = ["run", "method", "state", "step", "tokens", "validation loss", "perplexity", "restarts",
-               "trainable / all parameters", "sent by each rank", "full rank would send"]
+    columns = [
+        "run",
+        "method",
+        "state",
+        "step",
+        "tokens",
+        "validation loss",
+        "perplexity",
+        "restarts",
+        "trainable / all parameters",
+        "sent by each rank",
+        "full rank would send",
+    ]
     head = "".join(f"<th>{column}</th>" for column in columns)
     rows = ""
     for run in runs:
@@ -50,13 +61,21 @@ def html_page(runs: list[RunRecord], light: dict[str, bytes], dark: dict[str, by
         if text := _sentence(run):
             rows += f'<tr><td class="said" colspan="{len(columns)}">{escape(text)}</td></tr>'
     figures = "".join(_figure(CAPTIONS[name], light[name], dark[name]) for name in light)
-    samples = "".join(f"<p><b>{escape(run.name)}</b></p>" + "".join(
-        f"<blockquote><span>{escape(prompt)}</span>{escape(text)}</blockquote>" for prompt, text in run.samples)
-        for run in runs if run.samples)
+    samples = "".join(
+        f"<p><b>{escape(run.name)}</b></p>"
+        + "".join(
+            f"<blockquote><span>{escape(prompt)}</span>{escape(text)}</blockquote>" for prompt, text in run.samples
+        )
+        for run in runs
+        if run.samples
+    )
     if samples:
         samples = f"<h2>What the networks write after the grey words</h2>{samples}"
-    return _page(title, f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
-                        f"{figures}\n{samples}")
+    return _page(
+        title,
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
+        f"{figures}\n{samples}",
+    )
 
 
 def suite_page(title: str, blocks: list[str | list[list[str]]], figures: list[tuple[str, bytes, bytes]]) -> str:
@@ -71,14 +90,18 @@ def suite_page(title: str, blocks: list[str | list[list[str]]], figures: list[tu
 
 def _page(title: str, body: str) -> str:
     """`title` is escaped already."""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-            f"<body><h1>{title}</h1>\n{body}</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{title}</h1>\n{body}</body></html>\n"
+    )
 
 
 def _table(rows: list[list[str]]) -> str:
-    head, *body = ("".join(f"<{cell}>{escape(text)}</{cell}>" for text in row)
-                   for row, cell in zip(rows, ["th", *["td"] * len(rows)], strict=False))
+    head, *body = (
+        "".join(f"<{cell}>{escape(text)}</{cell}>" for text in row)
+        for row, cell in zip(rows, ["th", *["td"] * len(rows)], strict=False)
+    )
     lines = "".join(f"<tr>{line}</tr>" for line in body)
     return f'<div class="wide"><table class="suite"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
@@ -88,9 +111,18 @@ def _row(run: RunRecord) -> list[str]:
     loss = float(last[0]) if len(last) else np.nan
     share = f"{human_count(run.trainable)} / {human_count(run.total)}" if run.total else "–"
     sent = [human_bytes(train[c][-1]) if run.has_traffic else "–" for c in ("total_bytes_wire", "full_rank_bytes_wire")]
-    return [run.name, run.method, run.state, f"{train['step'][-1]:.0f}", human_count(train["tokens"][-1]),
-            f"{loss:.4f}" if np.isfinite(loss) else "–", f"{np.exp(loss):.2f}" if np.isfinite(loss) else "–",
-            str(len(run.restarts)), share, *sent]
+    return [
+        run.name,
+        run.method,
+        run.state,
+        f"{train['step'][-1]:.0f}",
+        human_count(train["tokens"][-1]),
+        f"{loss:.4f}" if np.isfinite(loss) else "–",
+        f"{np.exp(loss):.2f}" if np.isfinite(loss) else "–",
+        str(len(run.restarts)),
+        share,
+        *sent,
+    ]
 
 
 def _sentence(run: RunRecord) -> str:
@@ -101,9 +133,11 @@ def _sentence(run: RunRecord) -> str:
 
 
 def _figure(caption: str, light: bytes, dark: bytes) -> str:
-    return (f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
-            f'<img src="{_inline(light)}" alt="{escape(caption)}"></picture>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>\n")
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
+        f'<img src="{_inline(light)}" alt="{escape(caption)}"></picture>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+    )
 
 
 def _inline(png: bytes) -> str:

@@ -33,9 +33,19 @@ def _loss(runs: list[RunRecord], theme: Theme) -> Figure:
     figure, (axes,) = _figure(height=4.6)
     axes.set_title(_title("Loss", runs))
     _draw_loss(axes, runs, theme, "step")
-    _legend(axes, runs, theme, [("train", {"linewidth": 1.6}),
-                                *([("validation", {"marker": "o", "linewidth": 0, "markersize": 5})]
-                                  if any(len(run.evaluations["step"]) for run in runs) else [])])
+    _legend(
+        axes,
+        runs,
+        theme,
+        [
+            ("train", {"linewidth": 1.6}),
+            *(
+                [("validation", {"marker": "o", "linewidth": 0, "markersize": 5})]
+                if any(len(run.evaluations["step"]) for run in runs)
+                else []
+            ),
+        ],
+    )
     return figure
 
 
@@ -77,13 +87,23 @@ def _traffic(runs: list[RunRecord], theme: Theme) -> Figure:
         axes.plot(steps, sent, color=colour(theme, i), linestyle=dash(i), linewidth=1.8)
         if len(runs) == 1 and sent[-1] > 0:
             axes.fill_between(steps, sent, full, color=colour(theme, i), alpha=0.12, linewidth=0)
-            axes.annotate(f"full rank: {full[-1] / sent[-1]:.2f}x", (steps[-1], (sent[-1] + full[-1]) / 2),
-                          xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
+            axes.annotate(
+                f"full rank: {full[-1] / sent[-1]:.2f}x",
+                (steps[-1], (sent[-1] + full[-1]) / 2),
+                xytext=(-6, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+            )
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_ticks(human_bytes))
     _mark(axes, runs, theme)
-    _legend(axes, runs, theme, [("what full rank would have sent", {"color": theme.ink, "linestyle": (0, (2, 2)),
-                                                                             "linewidth": 1})])
+    _legend(
+        axes,
+        runs,
+        theme,
+        [("what full rank would have sent", {"color": theme.ink, "linestyle": (0, (2, 2)), "linewidth": 1})],
+    )
     return figure
 
 
@@ -112,8 +132,17 @@ def _draw_loss(axes: Axes, runs: list[RunRecord | None], theme: Theme, scale: st
         if len(present) <= MOST_RAW_RUNS and is_smoothed(losses):
             axes.plot(x, run.train["loss"], color=hue, linewidth=0.7, alpha=0.25)
         axes.plot(x, losses, color=hue, linestyle=dash(i), linewidth=1.6)
-        axes.plot(run.evaluations[scale], run.evaluations["val_loss"], color=hue, marker="o", markersize=5, linewidth=0,
-                  markeredgecolor=theme.ground, markeredgewidth=0.8, zorder=3)
+        axes.plot(
+            run.evaluations[scale],
+            run.evaluations["val_loss"],
+            color=hue,
+            marker="o",
+            markersize=5,
+            linewidth=0,
+            markeredgecolor=theme.ground,
+            markeredgewidth=0.8,
+            zorder=3,
+        )
         curves += [(run.train["step"], losses), (run.evaluations["step"], run.evaluations["val_loss"])]
     if shown := limits(curves):
         axes.set_ylim(*shown)
@@ -132,30 +161,50 @@ def _mark(axes: Axes, runs: list[RunRecord], theme: Theme) -> None:
             for step in run.switches:
                 axes.axvline(step, color=theme.ink, linestyle="-", linewidth=0.9, alpha=0.6, zorder=1)
         else:
-            axes.plot(run.restarts, [0.015 + 0.03 * i] * len(run.restarts), color=colour(theme, i), marker="|",
-                      markersize=7, markeredgewidth=1.6, linewidth=0, transform=axes.get_xaxis_transform(), zorder=4)
+            axes.plot(
+                run.restarts,
+                [0.015 + 0.03 * i] * len(run.restarts),
+                color=colour(theme, i),
+                marker="|",
+                markersize=7,
+                markeredgewidth=1.6,
+                linewidth=0,
+                transform=axes.get_xaxis_transform(),
+                zorder=4,
+            )
 
 
-def _legend(axes: Axes, runs: list[RunRecord], theme: Theme, others: list[tuple[str, dict]] = (),
-            marks: bool = True) -> None:
+def _legend(
+    axes: Axes, runs: list[RunRecord], theme: Theme, others: list[tuple[str, dict]] = (), marks: bool = True
+) -> None:
     """Below the axes: colours name the runs (a single one is named in the title), signs say what is drawn.
 
     Args:
         marks: whether `_mark` has drawn restarts and switches here.
     """
-    entries = [(run.name, {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
-               for i, run in enumerate(runs) if len(runs) > 1]
+    entries = [
+        (run.name, {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
+        for i, run in enumerate(runs)
+        if len(runs) > 1
+    ]
     entries += [(label, {"color": theme.ink if len(runs) > 1 else colour(theme, 0), **how}) for label, how in others]
     if marks and any(run.restarts for run in runs):
-        sign = {"linestyle": ":", "linewidth": 1} if len(runs) == 1 else \
-            {"marker": "|", "markersize": 7, "markeredgewidth": 1.6, "linewidth": 0}
+        sign = (
+            {"linestyle": ":", "linewidth": 1}
+            if len(runs) == 1
+            else {"marker": "|", "markersize": 7, "markeredgewidth": 1.6, "linewidth": 0}
+        )
         entries.append(("restart", {"color": theme.ink, **sign}))
     if marks and len(runs) == 1 and runs[0].switches:
         entries.append(("end of the warm start", {"color": theme.ink, "linewidth": 0.9}))
     if not entries:
         return
-    axes.figure.legend([Line2D([], [], **how) for _, how in entries], [label for label, _ in entries],
-                       loc="outside lower left", ncols=min(len(entries), 5))
+    axes.figure.legend(
+        [Line2D([], [], **how) for _, how in entries],
+        [label for label, _ in entries],
+        loc="outside lower left",
+        ncols=min(len(entries), 5),
+    )
 
 
 def _title(text: str, runs: list[RunRecord]) -> str:

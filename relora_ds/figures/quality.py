@@ -30,8 +30,16 @@ def draw_quality(result: dict, theme: Theme) -> Figure:
         for axes, values in shown:
             for one in values:
                 axes.plot(tokens, one, color=colour(theme, i), linewidth=0.6, alpha=0.4)
-            axes.plot(tokens, values.mean(axis=0), color=colour(theme, i), linestyle=dash(i), linewidth=1.8,
-                      marker="o", markersize=3.5, label=name if axes is losses else None)
+            axes.plot(
+                tokens,
+                values.mean(axis=0),
+                color=colour(theme, i),
+                linestyle=dash(i),
+                linewidth=1.8,
+                marker="o",
+                markersize=3.5,
+                label=name if axes is losses else None,
+            )
     losses.set_title("Validation loss")
     losses.set_ylabel("nats per token")
     differences.set_title(f"Difference to {reference}, per cent")

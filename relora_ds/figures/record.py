@@ -74,13 +74,23 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         evaluations[column] = np.interp(evaluations["step"], [0, *train["step"]], [0, *train[column]])
     status, phases = read_json(directory / "status.json"), lines.get("phase", [{}])
     return RunRecord(
-        name=name, method=method_text(directory), state=status.get("state", "unknown"), reason=status.get("reason", ""),
-        verdict=read_json(directory / "summary.json").get("verdict", ""), train=train, evaluations=evaluations,
+        name=name,
+        method=method_text(directory),
+        state=status.get("state", "unknown"),
+        reason=status.get("reason", ""),
+        verdict=read_json(directory / "summary.json").get("verdict", ""),
+        train=train,
+        evaluations=evaluations,
         restarts=[line["step"] for line in lines.get("restart", [])],
-        switches=[after["step"] for before, after in zip(phases, phases[1:], strict=False)
-                  if before["phase"] != after["phase"]],
-        trainable=phases[-1].get("trainable_parameters", 0), total=phases[-1].get("total_parameters", 0),
-        samples=[(s["prompt"], s["text"]) for s in lines.get("eval", [{}])[-1].get("samples", [])])
+        switches=[
+            after["step"]
+            for before, after in zip(phases, phases[1:], strict=False)
+            if before["phase"] != after["phase"]
+        ],
+        trainable=phases[-1].get("trainable_parameters", 0),
+        total=phases[-1].get("total_parameters", 0),
+        samples=[(s["prompt"], s["text"]) for s in lines.get("eval", [{}])[-1].get("samples", [])],
+    )
 
 
 def _column(lines: list[dict], key: str) -> np.ndarray:

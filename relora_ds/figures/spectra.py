@@ -29,15 +29,20 @@ def save_spectra(result: dict, directory: Path) -> list[Path]:
 def draw_spectra(result: dict, theme: Theme) -> dict[str, Figure]:
     """`{file name without ending: figure}`: a panel for each kind of layer, a colour for each run."""
     with rc_context(rc(theme)):
-        return {"singular_values": _histograms(result["runs"], theme),
-                "singular_values_sorted": _sorted(result["runs"], result["share"], theme)}
+        return {
+            "singular_values": _histograms(result["runs"], theme),
+            "singular_values_sorted": _sorted(result["runs"], result["share"], theme),
+        }
 
 
 def _histograms(runs: list[dict], theme: Theme) -> Figure:
     figure, panels = _panels(runs, "Singular values of the updates")
     for kind, axes in panels.items():
-        values = {i: np.concatenate(run["kinds"][kind]["singular_values"]) for i, run in enumerate(runs)
-                  if kind in run["kinds"]}
+        values = {
+            i: np.concatenate(run["kinds"][kind]["singular_values"])
+            for i, run in enumerate(runs)
+            if kind in run["kinds"]
+        }
         edges = np.histogram_bin_edges(np.concatenate(list(values.values())), BINS)
         for i, mine in values.items():
             counts, _ = np.histogram(mine, edges)
@@ -65,9 +70,15 @@ def _sorted(runs: list[dict], share: float, theme: Theme) -> Figure:
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=5)
     _label(panels, "number of the singular value", "share of the largest")
-    _legend(figure, runs, theme, [("r", {"color": theme.ink, "linestyle": ":", "linewidth": 1.2}),
-                                  (f"{share:g}: what counts as rank", {"color": theme.ink, "linestyle": (0, (2, 2)),
-                                                                      "linewidth": 0.8})])
+    _legend(
+        figure,
+        runs,
+        theme,
+        [
+            ("r", {"color": theme.ink, "linestyle": ":", "linewidth": 1.2}),
+            (f"{share:g}: what counts as rank", {"color": theme.ink, "linestyle": (0, (2, 2)), "linewidth": 0.8}),
+        ],
+    )
     return figure
 
 
@@ -78,8 +89,9 @@ def _draw_sorted(axes: Axes, run: dict, kind: str, i: int, theme: Theme) -> None
         axes.plot(np.arange(1, len(curve) + 1), curve, color=colour(theme, i), linewidth=0.5, alpha=0.35)
     if curves:
         longest = max(map(len, curves))
-        middle = np.nanmedian([np.pad(curve, (0, longest - len(curve)), constant_values=np.nan) for curve in curves],
-                              axis=0)
+        middle = np.nanmedian(
+            [np.pad(curve, (0, longest - len(curve)), constant_values=np.nan) for curve in curves], axis=0
+        )
         axes.plot(np.arange(1, longest + 1), middle, color=colour(theme, i), linestyle=dash(i), linewidth=1.8)
     if run["r"] is not None:
         axes.axvline(run["r"], color=colour(theme, i), linestyle=":", linewidth=1.2)
@@ -93,7 +105,7 @@ def _panels(runs: list[dict], title: str) -> tuple[Figure, dict[str, Axes]]:
     figure = Figure(figsize=(9.6, 0.9 + 2.2 * rows), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     every = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in every[len(kinds):]:
+    for axes in every[len(kinds) :]:
         axes.set_visible(False)
     panels = dict(zip(kinds, every, strict=False))
     for kind, axes in panels.items():
@@ -114,10 +126,16 @@ def _label(panels: dict[str, Axes], x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, runs: list[dict], theme: Theme, others: list[tuple[str, dict]] = ()) -> None:
-    entries = [(_label_of(run), {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
-               for i, run in enumerate(runs)] + list(others)
-    figure.legend([Line2D([], [], **how) for _, how in entries], [label for label, _ in entries],
-                  loc="outside lower left", ncols=min(len(entries), 5))
+    entries = [
+        (_label_of(run), {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
+        for i, run in enumerate(runs)
+    ] + list(others)
+    figure.legend(
+        [Line2D([], [], **how) for _, how in entries],
+        [label for label, _ in entries],
+        loc="outside lower left",
+        ncols=min(len(entries), 5),
+    )
 
 
 def _label_of(run: dict) -> str:

@@ -15,10 +15,8 @@ class Theme:
     runs: tuple[str, ...]
 
 
-LIGHT = Theme("#ffffff", "#24292f", "#c9d1d9",
-              ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))
-DARK = Theme("#14181d", "#d7dde4", "#3a434d",
-             ("#4da9e0", "#ff8b4d", "#2cc79a", "#e79ac6", "#f2be4e", "#9ad4f5"))
+LIGHT = Theme("#ffffff", "#24292f", "#c9d1d9", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))
+DARK = Theme("#14181d", "#d7dde4", "#3a434d", ("#4da9e0", "#ff8b4d", "#2cc79a", "#e79ac6", "#f2be4e", "#9ad4f5"))
 DASHES = ("-", "--", ":")  # runs beyond the number of colours
 
 SKIPPED_SHARE = 0.05  # of the steps: the fall from ln(vocabulary) would press all that follows to the bottom
@@ -27,12 +25,28 @@ SKIPPED_SHARE = 0.05  # of the steps: the fall from ln(vocabulary) would press a
 def rc(theme: Theme) -> dict:
     """matplotlib's settings for a theme."""
     return {
-        "figure.facecolor": theme.ground, "savefig.facecolor": theme.ground, "axes.facecolor": theme.ground,
-        "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
-        "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint, "grid.linewidth": 0.6,
-        "grid.alpha": 0.6, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
-        "font.size": 10, "legend.frameon": False, "legend.fontsize": 9, "lines.solid_capstyle": "round",
+        "figure.facecolor": theme.ground,
+        "savefig.facecolor": theme.ground,
+        "axes.facecolor": theme.ground,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.6,
+        "grid.alpha": 0.6,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "font.size": 10,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.solid_capstyle": "round",
     }
 
 

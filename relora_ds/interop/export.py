@@ -23,8 +23,15 @@ logger = logging.getLogger(__name__)
 FORMATS = ("hf", "peft")
 
 
-def export(source: Path | str, directory: Path | str, *, checkpoint: str | None = None, dtype: str = "fp32",
-           format: str = "hf", trust_remote_code: bool = False) -> Path:
+def export(
+    source: Path | str,
+    directory: Path | str,
+    *,
+    checkpoint: str | None = None,
+    dtype: str = "fp32",
+    format: str = "hf",
+    trust_remote_code: bool = False,
+) -> Path:
     """Write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base. One process, on CPU.
 
     Args:
@@ -63,10 +70,14 @@ def export(source: Path | str, directory: Path | str, *, checkpoint: str | None 
     for place in places:
         if has_tokenizer:
             shutil.copytree(tag.parent / TOKENIZER, place, dirs_exist_ok=True)
-    about = {"total_parameters": sum(shape.numel() for shape in weights.shapes.values()),
-             "restarts": len(weights.contents.restarts), **_about(tag)}
-    write_text(directory / "README.md",
-                     model_card(about, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft"))
+    about = {
+        "total_parameters": sum(shape.numel() for shape in weights.shapes.values()),
+        "restarts": len(weights.contents.restarts),
+        **_about(tag),
+    }
+    write_text(
+        directory / "README.md", model_card(about, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft")
+    )
     return tag
 
 
@@ -108,22 +119,32 @@ def _about(tag: Path) -> dict:
         return {"model": "A model", "verdict": f"Exported from the checkpoint `{tag.name}`."}
     saved = manifest.read(tag)
     state, step, total = saved.run, saved.step, saved.run["total_steps"]
-    about = {"model": state["model"], "method": state["recipe"]["method"], "step": step,
-             "tokens": state["account"]["tokens"], "restarts": state["account"]["restarts"],
-             "verdict": f"Exported from the checkpoint `{tag.name}`, after {step:,} of the run's {total:,} steps "
-                        f"(phase {state['phase']})."}
-    evaluations = [line for line in read_metrics(tag.parent.parent)
-                   if line["kind"] == "eval" and line["step"] <= step]
+    about = {
+        "model": state["model"],
+        "method": state["recipe"]["method"],
+        "step": step,
+        "tokens": state["account"]["tokens"],
+        "restarts": state["account"]["restarts"],
+        "verdict": f"Exported from the checkpoint `{tag.name}`, after {step:,} of the run's {total:,} steps "
+        f"(phase {state['phase']}).",
+    }
+    evaluations = [line for line in read_metrics(tag.parent.parent) if line["kind"] == "eval" and line["step"] <= step]
     if evaluations:
         about |= {key: evaluations[-1].get(key) for key in ("val_loss", "ppl")}
         about["evaluated_at"] = evaluations[-1]["step"]
     return about
 
 
-_ROWS = {"method": ("method", "{}"), "tokens": ("tokens", "{:,}"), "step": ("steps", "{:,}"),
-         "restarts": ("restarts", "{}"), "total_parameters": ("parameters", "{:,}"),
-         "val_loss": ("validation loss (nats per token)", "{:.4f}"), "ppl": ("validation perplexity", "{:.2f}"),
-         "evaluated_at": ("evaluated after step", "{:,}")}
+_ROWS = {
+    "method": ("method", "{}"),
+    "tokens": ("tokens", "{:,}"),
+    "step": ("steps", "{:,}"),
+    "restarts": ("restarts", "{}"),
+    "total_parameters": ("parameters", "{:,}"),
+    "val_loss": ("validation loss (nats per token)", "{:.4f}"),
+    "ppl": ("validation perplexity", "{:.2f}"),
+    "evaluated_at": ("evaluated after step", "{:,}"),
+}
 
 
 def model_card(about: dict, recipe_yaml: str, peft: bool = False) -> str:
@@ -134,8 +155,9 @@ def model_card(about: dict, recipe_yaml: str, peft: bool = False) -> str:
         recipe_yaml: the run's recipe, or "".
         peft: for an adapter with its base.
     """
-    rows = "\n".join(f"| {label} | {text.format(about[key])} |" for key, (label, text) in _ROWS.items()
-                     if about.get(key) is not None)
+    rows = "\n".join(
+        f"| {label} | {text.format(about[key])} |" for key, (label, text) in _ROWS.items() if about.get(key) is not None
+    )
     recipe = f"\n<details><summary>Recipe</summary>\n\n```yaml\n{recipe_yaml}```\n\n</details>\n" if recipe_yaml else ""
     return f"""---
 library_name: {"peft" if peft else "transformers"}

@@ -70,8 +70,10 @@ class ReLoRACallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, config: ReLoRAConfig):
         if not isinstance(trainer, Trainer):
-            raise ValueError(f"trainer: {type(trainer).__name__} is no Trainer; use "
-                             "trainer.add_callback(ReLoRACallback(trainer, config))")
+            raise ValueError(
+                f"trainer: {type(trainer).__name__} is no Trainer; use "
+                "trainer.add_callback(ReLoRACallback(trainer, config))"
+            )
         found = problems(trainer, config)
         if found:
             raise ValueError("\n".join(found))
@@ -86,12 +88,17 @@ class ReLoRACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, wrapper = self.trainer, self.trainer.accelerator.deepspeed_engine_wrapped
-        if not (isinstance(trainer.model_wrapped, ReLoRAEngine) and wrapper is not None
-                and wrapper.engine is trainer.model_wrapped and isinstance(trainer.lr_scheduler, _Schedule)):
+        if not (
+            isinstance(trainer.model_wrapped, ReLoRAEngine)
+            and wrapper is not None
+            and wrapper.engine is trainer.model_wrapped
+            and isinstance(trainer.lr_scheduler, _Schedule)
+        ):
             raise RuntimeError(
                 "ReLoRACallback: the Trainer trains with something else than the engine made for it; transformers "
                 f"{transformers.__version__} or accelerate {accelerate.__version__} differs from the versions that "
-                "relora_ds supports, or a subclass overrides create_scheduler without calling the Trainer's")
+                "relora_ds supports, or a subclass overrides create_scheduler without calling the Trainer's"
+            )
         self._logged = wrapper.engine.last_restart
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -100,23 +107,33 @@ class ReLoRACallback(TrainerCallback):
             return
         self._logged = report
         should_log = control.should_log
-        self.trainer.log({"restarts": report.restarts, "prune_fraction_m": report.prune_fraction_m,
-                          "prune_fraction_v": report.prune_fraction_v, "merge_loss": report.merge_loss,
-                          "restart_s": report.restart_s})
+        self.trainer.log(
+            {
+                "restarts": report.restarts,
+                "prune_fraction_m": report.prune_fraction_m,
+                "prune_fraction_v": report.prune_fraction_v,
+                "merge_loss": report.merge_loss,
+                "restart_s": report.restart_s,
+            }
+        )
         control.should_log = should_log  # log() clears it, and the step's loss would go unlogged
 
 
 def problems(trainer: Trainer, config: ReLoRAConfig) -> list[str]:
     """Everything about `trainer` that ReLoRA cannot train with, one message each."""
     if not trainer.is_deepspeed_enabled:
-        return ['TrainingArguments.deepspeed: not set, and ReLoRACallback trains on DeepSpeed only; pass '
-                'deepspeed="ds_configs/zero1.json" (zero0.json is plain data parallelism)']
+        return [
+            "TrainingArguments.deepspeed: not set, and ReLoRACallback trains on DeepSpeed only; pass "
+            'deepspeed="ds_configs/zero1.json" (zero0.json is plain data parallelism)'
+        ]
     args, model = trainer.args, trainer.model
     found = list(config.problems())
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if (seen := trainer.accelerator.num_processes) != world_size:
-        found.append(f"TrainingArguments: accelerate sees {seen} process(es) of {world_size}, so every rank would "
-                     "train on the same data; without GPUs set use_cpu=True")
+        found.append(
+            f"TrainingArguments: accelerate sees {seen} process(es) of {world_size}, so every rank would "
+            "train on the same data; without GPUs set use_cpu=True"
+        )
     if isinstance(trainer, _ReLoRATrainer) or trainer.model_wrapped is not model:
         found.append("trainer: it has a ReLoRACallback, or an engine, already; build a new Trainer")
     elif not lowrank_layers(model):
@@ -126,8 +143,10 @@ def problems(trainer: Trainer, config: ReLoRAConfig) -> list[str]:
     if any(given is not None for given in (trainer.optimizer, trainer.lr_scheduler, trainer.optimizer_cls_and_kwargs)):
         found.append("optimizers: optimizer and learning rate must follow the restarts; leave them out")
     if args.optim not in OPTIMIZERS or args.optim_args:
-        found.append(f"TrainingArguments.optim: {args.optim.value} {args.optim_args or ''} is not available; use "
-                     f"{' or '.join(OPTIMIZERS)} without optim_args")
+        found.append(
+            f"TrainingArguments.optim: {args.optim.value} {args.optim_args or ''} is not available; use "
+            f"{' or '.join(OPTIMIZERS)} without optim_args"
+        )
     for field in ("auto_find_batch_size", "torch_compile"):
         if getattr(args, field):
             found.append(f"TrainingArguments.{field}: True is not available with ReLoRACallback; leave it out")
@@ -153,8 +172,10 @@ def min_lr_ratio(args: TrainingArguments) -> float:
         return kwargs["min_lr_rate"]
     if kind == "cosine_with_min_lr" and set(kwargs) == {"min_lr"}:
         return kwargs["min_lr"] / args.learning_rate
-    raise ValueError(f"TrainingArguments.lr_scheduler_type: {kind} {kwargs or ''} is not available, ReLoRA restarts a "
-                     'cosine; use "cosine", or "cosine_with_min_lr" with lr_scheduler_kwargs={"min_lr_rate": 0.1}')
+    raise ValueError(
+        f"TrainingArguments.lr_scheduler_type: {kind} {kwargs or ''} is not available, ReLoRA restarts a "
+        'cosine; use "cosine", or "cosine_with_min_lr" with lr_scheduler_kwargs={"min_lr_rate": 0.1}'
+    )
 
 
 class _ReLoRATrainer(Trainer):
@@ -165,8 +186,10 @@ class _ReLoRATrainer(Trainer):
             raise ValueError("ReLoRACallback: made, but not added; use trainer.add_callback(ReLoRACallback(...))")
         if isinstance(self.model_wrapped, ReLoRAEngine):
             if not resume_from_checkpoint:
-                raise ValueError("train: this Trainer has trained already; pass resume_from_checkpoint, or build a new "
-                                 "Trainer with what save_model wrote")
+                raise ValueError(
+                    "train: this Trainer has trained already; pass resume_from_checkpoint, or build a new "
+                    "Trainer with what save_model wrote"
+                )
             self.accelerator.deepspeed_engine_wrapped = None  # else it is destroyed, and then used nevertheless
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -183,8 +206,10 @@ class _ReLoRATrainer(Trainer):
     def relora_prepare(self, *objects):
         """`Accelerator.prepare` of the model and its optimizer: the same objects, with the engine behind them."""
         if not any(isinstance(item, DummyOptim) for item in objects):
-            raise ValueError("ReLoRACallback: evaluation before train() (use eval_on_start=True), or an optimizer of a "
-                             "Trainer subclass; neither is available, the engine is made by train()")
+            raise ValueError(
+                "ReLoRACallback: evaluation before train() (use eval_on_start=True), or an optimizer of a "
+                "Trainer subclass; neither is available, the engine is made by train()"
+            )
         if isinstance(self.model_wrapped, ReLoRAEngine):
             engine = self.model_wrapped  # a resume in the same process, perhaps with other max_steps
             engine.lr_scheduler.config = dataclasses.replace(engine.lr_scheduler.config, **self._schedule())
@@ -196,24 +221,38 @@ class _ReLoRATrainer(Trainer):
         accelerator.deepspeed_config = engine.config
         accelerator._models.append(engine)
         accelerator._optimizers.append(optimizer)
-        prepared = tuple(engine if isinstance(item, nn.Module) else optimizer if isinstance(item, DummyOptim) else item
-                         for item in objects)
+        prepared = tuple(
+            engine if isinstance(item, nn.Module) else optimizer if isinstance(item, DummyOptim) else item
+            for item in objects
+        )
         return prepared if len(prepared) > 1 else prepared[0]
 
     def _make_engine(self) -> ReLoRAEngine:
         args = self.args
         precision = ds_config.precision_of(self.accelerator.deepspeed_plugin.deepspeed_config) or "fp32"
         return initialize(
-            model=self.model, config=self.relora_settings, relora=self.relora, lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay,
-            precision=precision, micro_batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps, max_grad_norm=args.max_grad_norm,
-            seed=args.seed, **self._schedule())[0]
+            model=self.model,
+            config=self.relora_settings,
+            relora=self.relora,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            precision=precision,
+            micro_batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
+            **self._schedule(),
+        )[0]
 
     def _schedule(self) -> dict:
         total_steps = self.state.max_steps
-        return {"total_steps": total_steps, "warmup_steps": self.args.get_warmup_steps(total_steps),
-                "min_lr_ratio": min_lr_ratio(self.args)}
+        return {
+            "total_steps": total_steps,
+            "warmup_steps": self.args.get_warmup_steps(total_steps),
+            "min_lr_ratio": min_lr_ratio(self.args),
+        }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the merged plain model in fp32, and what the Trainer writes beside it. Collective: on all ranks."""

@@ -38,9 +38,22 @@ logger = logging.getLogger(__name__)
 BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
 _HASH = "sha256:"
 # What a LoraConfig may say beside nothing, and the update be s·B·A, with s = lora_alpha / r.
-_PLAIN = {"base_model_name_or_path", "bias", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout",
-          "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules",
-          "task_type"}
+_PLAIN = {
+    "base_model_name_or_path",
+    "bias",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+}
 
 
 def weights_sha256(directory: Path) -> str:
@@ -77,17 +90,27 @@ def verify(directory: Path, base: Path | None = None) -> None:
     path = directory / ADAPTER_CONFIG
     expected = json.loads(path.read_text()).get("revision") if path.is_file() else None
     if not str(expected).startswith(_HASH):
-        raise ValueError(f"{directory}: no adapter that relora_ds exported (its {ADAPTER_CONFIG} names no base by "
-                         "sha256); merge a foreign adapter with PEFT's merge_and_unload and use the merged model")
+        raise ValueError(
+            f"{directory}: no adapter that relora_ds exported (its {ADAPTER_CONFIG} names no base by "
+            "sha256); merge a foreign adapter with PEFT's merge_and_unload and use the merged model"
+        )
     if (found := weights_sha256(base)) != expected:
-        raise ValueError(f"{directory}: the adapter belongs to a base with {expected}, but {base} has {found}: the "
-                         "base has moved on; use adapter and base of one export")
+        raise ValueError(
+            f"{directory}: the adapter belongs to a base with {expected}, but {base} has {found}: the "
+            "base has moved on; use adapter and base of one export"
+        )
 
 
-def load(directory: Path | str, base: Path | str | None = None, dtype: torch.dtype = torch.float32,
-         is_trainable: bool = False, trust_remote_code: bool = False):
+def load(
+    directory: Path | str,
+    base: Path | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    is_trainable: bool = False,
+    trust_remote_code: bool = False,
+):
     """The `PeftModel` of an export, after `verify`. Arguments and errors: see there."""
     from peft import PeftModel
+
     directory = Path(directory)
     base = directory / BASE if base is None else Path(base)
     verify(directory, base)
@@ -127,12 +150,15 @@ def merged_weights(directory: Path, config: PretrainedConfig, trust_remote_code:
     base = pretrained_weights(directory / BASE, config, trust_remote_code)
     modules = [name.removesuffix(".weight") for name in base.shapes]
     layers = [name for name in modules if _factor(name, "A") in adapter]
-    if {key for key, value in about.items() if value} <= _PLAIN and \
-            {_factor(layer, which) for layer in layers for which in ("A", "B")} == set(adapter):
+    if {key for key, value in about.items() if value} <= _PLAIN and {
+        _factor(layer, which) for layer in layers for which in ("A", "B")
+    } == set(adapter):
         return MergedWeights(base, adapter, layers, about["lora_alpha"] / about["r"])
     logger.info("%s: the adapter is not a plain one of relora_ds, so PEFT merges it whole, on rank 0", directory)
-    return WholeWeights(build_without_values(config, dtype=torch.float32), lambda: load(
-        directory, trust_remote_code=trust_remote_code).merge_and_unload())
+    return WholeWeights(
+        build_without_values(config, dtype=torch.float32),
+        lambda: load(directory, trust_remote_code=trust_remote_code).merge_and_unload(),
+    )
 
 
 def _factor(layer: str, which: str) -> str:
@@ -156,8 +182,10 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
         raise ValueError("--format peft needs PEFT; pip install peft") from error
     config, layers = saved.contents.relora, saved.contents.layers
     if not layers:
-        raise ValueError("--format peft: the checkpoint has no adapter, it trains at full rank (method full or "
-                         "control, or the warm start); use --format hf")
+        raise ValueError(
+            "--format peft: the checkpoint has no adapter, it trains at full rank (method full or "
+            "control, or the warm start); use --format hf"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{BASE}.", dir=directory) as temporary:
         save_model(base, temporary)
@@ -165,8 +193,10 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
         if not existing.exists():
             shutil.copytree(temporary, existing)
         elif (found := weights_sha256(existing)) != sha256:
-            raise ValueError(f"{directory}: its {BASE}/ has {found}, this adapter belongs to a base with {sha256}: the "
-                             "base has moved on; choose another directory")
+            raise ValueError(
+                f"{directory}: its {BASE}/ has {found}, this adapter belongs to a base with {sha256}: the "
+                "base has moved on; choose another directory"
+            )
     factors = {}
     for name in layers:
         for which, value in zip(("A", "B"), saved.factors(name), strict=True):
@@ -175,9 +205,14 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
     os.replace(directory / f"{ADAPTER_WEIGHTS}.tmp", directory / ADAPTER_WEIGHTS)
     alpha = config["lora_alpha"]
     LoraConfig(
-        task_type="CAUSAL_LM", r=config["r"], lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=config["lora_dropout"], target_modules=_target_modules(base, set(layers)),
-        base_model_name_or_path=str((directory / BASE).resolve()), revision=sha256, inference_mode=True,
+        task_type="CAUSAL_LM",
+        r=config["r"],
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=config["lora_dropout"],
+        target_modules=_target_modules(base, set(layers)),
+        base_model_name_or_path=str((directory / BASE).resolve()),
+        revision=sha256,
+        inference_mode=True,
     ).save_pretrained(directory)
 
 

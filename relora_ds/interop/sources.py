@@ -68,10 +68,14 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
     if name is not None:
         raise ValueError(f"--checkpoint: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
     if is_run:
-        raise ValueError(f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
-                         "resume=auto, and set checkpoint.every for earlier ones")
-    raise ValueError(f"{source}: neither a run of relora_ds nor a checkpoint; name a directory with recipe.yaml, or "
-                     "that of one step, such as RUN/checkpoints/step_00005000")
+        raise ValueError(
+            f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
+            "resume=auto, and set checkpoint.every for earlier ones"
+        )
+    raise ValueError(
+        f"{source}: neither a run of relora_ds nor a checkpoint; name a directory with recipe.yaml, or "
+        "that of one step, such as RUN/checkpoints/step_00005000"
+    )
 
 
 def locate(source: str, field: str = "init_from") -> tuple[str, str]:
@@ -86,8 +90,10 @@ def locate(source: str, field: str = "init_from") -> tuple[str, str]:
     path = Path(source).expanduser()
     if not path.is_dir():
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(f"{field}: {source} is no directory; give a run, a checkpoint, a Hugging Face model, or a "
-                             "PEFT export of relora_ds")
+            raise ValueError(
+                f"{field}: {source} is no directory; give a run, a checkpoint, a Hugging Face model, or a "
+                "PEFT export of relora_ds"
+            )
         return "huggingface", source
     if (path / peft.ADAPTER_CONFIG).is_file():
         return "peft", str(path)
@@ -96,8 +102,10 @@ def locate(source: str, field: str = "init_from") -> tuple[str, str]:
     if store.has_run(path) or is_checkpoint(path) or (path / "latest").is_file():
         return "checkpoint", str(find_checkpoint(path))
     if not (path / "config.json").is_file():
-        raise ValueError(f"{field}: {source} is neither a run, a checkpoint, a Hugging Face model nor a PEFT export of "
-                         "relora_ds; name a directory with recipe.yaml, manifest.json or config.json")
+        raise ValueError(
+            f"{field}: {source} is neither a run, a checkpoint, a Hugging Face model nor a PEFT export of "
+            "relora_ds; name a directory with recipe.yaml, manifest.json or config.json"
+        )
     return "huggingface", str(path)
 
 
@@ -146,8 +154,9 @@ def tokenizer_of(source: str, field: str = "init_from") -> str:
     return str(Path(path).parent / TOKENIZER) if kind == "checkpoint" else path
 
 
-def plain_model(checkpoint: Path, weights: WeightSource, dtype: torch.dtype,
-                trust_remote_code: bool = False) -> PreTrainedModel:
+def plain_model(
+    checkpoint: Path, weights: WeightSource, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The plain model of a checkpoint's configuration, filled with `weights` in `dtype`; no other copy is in memory."""
     with _clear_errors(str(checkpoint), "checkpoint"):
         config = export_config(_saved_config(checkpoint, trust_remote_code))
@@ -164,8 +173,10 @@ def plain_model(checkpoint: Path, weights: WeightSource, dtype: torch.dtype,
 def _saved_config(checkpoint: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The configuration beside a checkpoint's weights or, where that file is damaged, the one in the manifest."""
     if not _lists(checkpoint, "config.json"):
-        raise ValueError(f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
-                         "relora_ds.interop.export.merged_state and save the tensors yourself")
+        raise ValueError(
+            f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
+            "relora_ds.interop.export.merged_state and save the tensors yourself"
+        )
     if (damage := _damage(checkpoint, "config.json")) is not None:
         logger.warning("%s; the configuration in %s serves", damage, manifest.NAME)
         values = dict(manifest.read(checkpoint).model["config"])
@@ -192,11 +203,15 @@ def _clear_errors(source: str, field: str):
     try:
         yield
     except pickle.UnpicklingError as error:  # torch.load with weights_only: tensors and nothing else
-        raise ValueError(f"{field}: {source} has weights in a pickle of more than tensors, which could run code; "
-                         "convert it to safetensors where you trust it") from error
+        raise ValueError(
+            f"{field}: {source} has weights in a pickle of more than tensors, which could run code; "
+            "convert it to safetensors where you trust it"
+        ) from error
     except UntrustedCode as error:
         raise ValueError(f"{field}: {error}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{field}: {source} cannot be loaded ({reason}); give a run, a checkpoint, a Hugging Face "
-                         "model, or a PEFT export of relora_ds") from error
+        raise ValueError(
+            f"{field}: {source} cannot be loaded ({reason}); give a run, a checkpoint, a Hugging Face "
+            "model, or a PEFT export of relora_ds"
+        ) from error

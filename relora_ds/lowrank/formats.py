@@ -96,7 +96,7 @@ class Packed(Format):
         views, offset = [], 0
         for dtype, size in self.parts(shape):
             length = dtype.itemsize * size.numel()
-            views.append(stored[offset:offset + length].view(dtype).view(size))
+            views.append(stored[offset : offset + length].view(dtype).view(size))
             offset += _aligned(length)
         return views
 
@@ -159,7 +159,7 @@ class FP8(Packed):
     def quantize(self, value, dtype):
         scale = _row_scale(value, self.LARGEST)
         codes = (value / scale).to(torch.float8_e4m3fn)
-        return self.pack([codes, scale, codes.t()][:2 + self._keeps_both(value.shape)], value.shape)
+        return self.pack([codes, scale, codes.t()][: 2 + self._keeps_both(value.shape)], value.shape)
 
     def dequantize(self, stored, shape, dtype):
         codes, scale = self.unpack(stored, shape)[:2]
@@ -212,8 +212,10 @@ class NF4(Packed):
 
     def problem(self, shape):
         if shape.numel() % BLOCK:
-            return (f"nf4 stores blocks of {BLOCK} weights, which do not divide its {shape[0]}x{shape[1]}; leave it "
-                    "out of relora.target_modules, or use frozen_dtype=int8")
+            return (
+                f"nf4 stores blocks of {BLOCK} weights, which do not divide its {shape[0]}x{shape[1]}; leave it "
+                "out of relora.target_modules, or use frozen_dtype=int8"
+            )
         return None
 
     def parts(self, shape):
@@ -221,8 +223,12 @@ class NF4(Packed):
         codes = (torch.uint8, torch.Size([shape.numel() // 2, 1]))
         if not self.double:
             return [codes, (torch.float32, torch.Size([blocks]))]
-        return [codes, (torch.uint8, torch.Size([blocks])), (torch.float32, torch.Size([-(-blocks // SUPERBLOCK)])),
-                (torch.float32, torch.Size([1]))]
+        return [
+            codes,
+            (torch.uint8, torch.Size([blocks])),
+            (torch.float32, torch.Size([-(-blocks // SUPERBLOCK)])),
+            (torch.float32, torch.Size([1])),
+        ]
 
     def quantize(self, value, dtype):
         codes, scale = _bitsandbytes().quantize_4bit(value.contiguous(), BLOCK, "nf4", torch.uint8)
@@ -236,10 +242,14 @@ class NF4(Packed):
         codes, *scales = self.unpack(stored, shape)
         if self.double:
             inner, outer, offset = scales
-            scale = _bitsandbytes().dequantize_blockwise(inner, outer, _dynamic_map(stored.device), SUPERBLOCK,
-                                                         torch.float32) + offset
+            scale = (
+                _bitsandbytes().dequantize_blockwise(
+                    inner, outer, _dynamic_map(stored.device), SUPERBLOCK, torch.float32
+                )
+                + offset
+            )
         else:
-            scale, = scales
+            (scale,) = scales
         # One block a row: its AVX-512 kernel takes other scales where rows end within a block (bitsandbytes 0.50).
         blocks = torch.Size([scale.numel(), BLOCK])
         return _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", blocks, dtype).view(shape)
@@ -321,8 +331,9 @@ def _quantized_rows(rows: Tensor, columns: Tensor | None = None) -> tuple[Tensor
     return codes, inverse.float().reciprocal_()
 
 
-def _scaled_product(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, *,
-                    fast: bool) -> Tensor:
+def _scaled_product(
+    rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
     """`(rows · row_scale) · (codes · scale)`: e4m3 by rows `[n, k]` and by columns `[k, m]`; fp32 `[n, 1]`, `[1, m]`.
 
     fast: add up in fewer bits than fp32's; gradients are not (NVIDIA's TransformerEngine does the same).

@@ -55,7 +55,7 @@ class MergeLedger:
 
     def sample(self, value: Tensor) -> Tensor:
         """Its places of a full-size tensor: 1-D, a copy."""
-        return value.flatten()[::self._stride].clone()
+        return value.flatten()[:: self._stride].clone()
 
     def add(self, intended: Tensor, lost: Tensor) -> None:
         """Of one merge, samples on the CPU: the update, and what the stored copy has more or less than it."""

@@ -26,15 +26,22 @@ from relora_ds.lowrank.reinit import GradientSketch
 
 _library = torch.library.Library("relora_ds", "DEF")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
-_library.define("linear(Tensor rows, Tensor? weight, Tensor? h, Tensor lora_B, Tensor? bias, float scaling, "
-                "str format, SymInt[]? shape=None) -> Tensor")
+_library.define(
+    "linear(Tensor rows, Tensor? weight, Tensor? h, Tensor lora_B, Tensor? bias, float scaling, "
+    "str format, SymInt[]? shape=None) -> Tensor"
+)
 _library.define("linear_input_grad(Tensor g, Tensor? weight, Tensor? gB, Tensor lora_A, str format) -> Tensor")
 
 
 # 16-bit dtypes that this machine's CPU has no units for.
-SLOW_ON_CPU = {dtype for dtype, supported in ((torch.bfloat16, "_is_mkldnn_bf16_supported"),
-                                               (torch.float16, "_is_mkldnn_fp16_supported"))
-                if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)())}
+SLOW_ON_CPU = {
+    dtype
+    for dtype, supported in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)())
+}
 
 
 def _in_fp32_where_16_bit_is_slow(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -42,6 +49,7 @@ def _in_fp32_where_16_bit_is_slow(kernel: Callable[..., Tensor]) -> Callable[...
 
     So operands are widened for the length of the kernel, and the result is rounded once.
     """
+
     @functools.wraps(kernel)
     def widened(first: Tensor, *others) -> Tensor:
         dtype = first.dtype
@@ -57,8 +65,16 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def _linear(rows: Tensor, weight: Tensor | None, h: Tensor | None, lora_B: Tensor, bias: Tensor | None,
-            scaling: float, format: str, shape: Sequence[int] | None = None) -> Tensor:
+def _linear(
+    rows: Tensor,
+    weight: Tensor | None,
+    h: Tensor | None,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    format: str,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """Compute `rows Wᵀ + s h Bᵀ + b`; without W or without h, leave that term out.
 
     shape: of the result, `[..., out]`; None for `[n, out]`. The result gets it in place, because autograd refuses
@@ -99,10 +115,15 @@ product = _operator("product", _product)
 linear = _operator("linear", _linear)
 linear_input_grad = _operator("linear_input_grad", _linear_input_grad)
 torch.library.register_fake("relora_ds::product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
-torch.library.register_fake("relora_ds::linear", lambda rows, weight, h, lora_B, bias, scaling, format,
-                            shape=None: rows.new_empty((rows.shape[0], lora_B.shape[0]) if shape is None else shape))
-torch.library.register_fake("relora_ds::linear_input_grad", lambda g, weight, gB, lora_A, format:
-                            g.new_empty(g.shape[0], lora_A.shape[1]))
+torch.library.register_fake(
+    "relora_ds::linear",
+    lambda rows, weight, h, lora_B, bias, scaling, format, shape=None: rows.new_empty(
+        (rows.shape[0], lora_B.shape[0]) if shape is None else shape
+    ),
+)
+torch.library.register_fake(
+    "relora_ds::linear_input_grad", lambda g, weight, gB, lora_A, format: g.new_empty(g.shape[0], lora_A.shape[1])
+)
 
 
 def _shape_of_result(x: Tensor, lora_B: Tensor) -> tuple[int, ...] | None:
@@ -114,8 +135,17 @@ class LowRankLinearFunction(torch.autograd.Function):
     """Autograd node of `lowrank_linear`; gradients flow to `x`, `lora_A`, `lora_B` and `bias`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-                scaling: float, format: str, sketch: GradientSketch | None) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        format: str,
+        sketch: GradientSketch | None,
+    ) -> Tensor:
         # Detached, so that backward refuses an input changed in between with autograd's usual message.
         rows = x.detach().reshape(-1, x.shape[-1])
         h = product(rows, lora_A.t())
@@ -168,8 +198,16 @@ class FrozenLinearFunction(torch.autograd.Function):
         return grad_x.view(ctx.x_shape), None, None, None, None
 
 
-def lowrank_linear(x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-                   scaling: float, format: Format = DENSE, sketch: GradientSketch | None = None) -> Tensor:
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    format: Format = DENSE,
+    sketch: GradientSketch | None = None,
+) -> Tensor:
     """`x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias` (paper Eq. 2), fused.
 
     Args:

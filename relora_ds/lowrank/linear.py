@@ -57,9 +57,19 @@ class ReLoRALinear(nn.Module):
         sketch: set it to a `GradientSketch`, and every backward adds W's gradient to it (not with dropout).
     """
 
-    def __init__(self, in_features: int, out_features: int, weight: nn.Parameter | None,
-                 bias: nn.Parameter | None, *, r: int, lora_alpha: float, lora_dropout: float = 0.0,
-                 dtype: torch.dtype = torch.float32, device: torch.device | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ):
         super().__init__()
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.scaling = lora_alpha / r
@@ -78,8 +88,9 @@ class ReLoRALinear(nn.Module):
         """`[..., in_features]` to `[..., out_features]`."""
         if self.training and self.lora_dropout > 0:
             return self._forward_with_dropout(x)
-        return lowrank_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.format,
-                              self.sketch)
+        return lowrank_linear(
+            x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.format, self.sketch
+        )
 
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         # Dropout stands on the low-rank branch only (as in PEFT), so its input differs from the dense
@@ -117,6 +128,8 @@ class ReLoRALinear(nn.Module):
         return update.add_(self.format.dequantize(self.weight, self.weight_shape, torch.float32))
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-                f"scaling={self.scaling:g}, base={self.weight is not None}, bias={self.bias is not None}, "
-                f"format={self.format.name}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"scaling={self.scaling:g}, base={self.weight is not None}, bias={self.bias is not None}, "
+            f"format={self.format.name}"
+        )

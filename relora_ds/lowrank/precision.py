@@ -31,8 +31,13 @@ def _choose_fp32() -> Callable[[], None]:
         torch.set_float32_matmul_precision("highest")
         return functools.partial(torch.set_float32_matmul_precision, before)
     # The older functions refuse to be asked once the newer ones were used, and these know all that those have chosen.
-    before = [(backend.matmul, _own_precision(backend.matmul, parent)) for backend, parent in (
-        (torch.backends.cuda, torch.backends.cudnn), (torch.backends.mkldnn, torch.backends.mkldnn))]
+    before = [
+        (backend.matmul, _own_precision(backend.matmul, parent))
+        for backend, parent in (
+            (torch.backends.cuda, torch.backends.cudnn),
+            (torch.backends.mkldnn, torch.backends.mkldnn),
+        )
+    ]
     _set_precisions([(matmul, "ieee") for matmul, _ in before])
     return functools.partial(_set_precisions, before)
 

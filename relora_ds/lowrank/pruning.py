@@ -30,8 +30,9 @@ def _no_reduce(_: Tensor) -> None:
     pass
 
 
-def kth_largest_magnitude(values: Sequence[Tensor], keep: Sequence[int],
-                          reduce: Callable[[Tensor], None] = _no_reduce) -> tuple[Tensor, Tensor]:
+def kth_largest_magnitude(
+    values: Sequence[Tensor], keep: Sequence[int], reduce: Callable[[Tensor], None] = _no_reduce
+) -> tuple[Tensor, Tensor]:
     """For each tensor the bits of its `keep`-th largest magnitude, exactly, over all its pieces.
 
     Args:
@@ -94,5 +95,5 @@ def magnitude_mask(values: Tensor, reset_ratio: float) -> Tensor:
 def random_mask(numel: int, reset_ratio: float, generator: torch.Generator) -> Tensor:
     """Bool mask `[numel]` on CPU with exactly `num_kept` entries True, drawn from a CPU generator."""
     mask = torch.zeros(numel, dtype=torch.bool)
-    mask[torch.randperm(numel, generator=generator)[:num_kept(numel, reset_ratio)]] = True
+    mask[torch.randperm(numel, generator=generator)[: num_kept(numel, reset_ratio)]] = True
     return mask

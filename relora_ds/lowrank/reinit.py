@@ -31,7 +31,7 @@ def orthogonal_A(r: int, in_features: int, *, seed: int, restart: int, name: str
     cycles = max(1, in_features // r)
     generator = keyed_generator(f"{seed}/{restart // cycles}/{name}/orthogonal")
     # Only as many of the matrix's columns as there have been cycles; later ones do not change the earlier.
-    random = torch.randn(in_features, cycles * r, generator=generator)[:, :(restart % cycles + 1) * r]
+    random = torch.randn(in_features, cycles * r, generator=generator)[:, : (restart % cycles + 1) * r]
     return torch.linalg.qr(random).Q[:, -r:].t().contiguous().mul_(ROW_NORM)
 
 

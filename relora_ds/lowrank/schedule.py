@@ -14,9 +14,16 @@ def scheduled_restarts(total_steps: int, restart_every: int | None) -> list[int]
     return list(range(restart_every, total_steps, restart_every)) if restart_every else []
 
 
-def lr_multiplier(step: int, *, total_steps: int, warmup_steps: int = 0, restart_every: int | None = None,
-                  restart_warmup_steps: int = 0, min_lr_ratio: float = 0.0,
-                  restarts: Sequence[int] | None = None) -> float:
+def lr_multiplier(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    restart_every: int | None = None,
+    restart_warmup_steps: int = 0,
+    min_lr_ratio: float = 0.0,
+    restarts: Sequence[int] | None = None,
+) -> float:
     """The factor on the base learning rate for update number `step + 1`.
 
     Linear over `warmup_steps`, then a cosine from 1 to `min_lr_ratio` at `total_steps`; after a restart
@@ -31,6 +38,7 @@ def lr_multiplier(step: int, *, total_steps: int, warmup_steps: int = 0, restart
     Returns:
         A factor in [0, 1].
     """
+
     def base(k: int) -> float:
         if k < warmup_steps:
             return k / warmup_steps

@@ -83,8 +83,10 @@ def spectrum_of(update: Tensor, *, exact_up_to: int = EXACT_UP_TO, num_largest: 
     assert update.ndim == 2 and num_largest >= 1
     update = update.detach().to("cpu", torch.promote_types(update.dtype, torch.float32))
     if not torch.isfinite(update).all():
-        raise ValueError(f"an update of shape {tuple(update.shape)} has values that are not finite; use a checkpoint "
-                         "from before the training diverged")
+        raise ValueError(
+            f"an update of shape {tuple(update.shape)} has values that are not finite; use a checkpoint "
+            "from before the training diverged"
+        )
     num_all = min(update.shape)
     values = torch.linalg.svdvals(update) if num_all <= exact_up_to else _largest(update, min(num_largest, num_all))
     return Spectrum(values, num_all, float(torch.linalg.vector_norm(update, dtype=torch.float64)))

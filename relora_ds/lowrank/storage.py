@@ -18,8 +18,10 @@ def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
     if reason := format.unavailable():
         found.append(f"relora.frozen_dtype: {config.frozen_dtype} {reason}")
     if config.frozen_master == "none" and format.floating_dtype(DTYPES[precision]) == torch.float16:
-        found.append("relora.frozen_master: none needs weights stored in bf16 or fp32, where they can be rounded "
-                     "without bias, or in 8 or 4 bits; use frozen_master=cpu")
+        found.append(
+            "relora.frozen_master: none needs weights stored in bf16 or fp32, where they can be rounded "
+            "without bias, or in 8 or 4 bits; use frozen_master=cpu"
+        )
     return found
 
 
@@ -33,8 +35,10 @@ def _storage_warnings(config: ReLoRAConfig, precision: str, stage: int) -> Itera
     if config.frozen_double_quant and stored != "nf4":
         yield f"relora.frozen_double_quant: true has no effect with frozen_dtype {config.frozen_dtype}; it is for nf4"
     if config.frozen_placement == "sharded" and stage < 3:
-        yield (f"relora.frozen_placement: sharded has no effect at ZeRO stage {stage}, where every rank has whole "
-               "weights; use a configuration of stage 3")
+        yield (
+            f"relora.frozen_placement: sharded has no effect at ZeRO stage {stage}, where every rank has whole "
+            "weights; use a configuration of stage 3"
+        )
     if config.frozen_master != "cpu" and stored == "fp32":
         yield f"relora.frozen_master: {config.frozen_master} has no effect: W is stored in fp32, which needs no master"
     elif config.frozen_master == "none" and config.restart_every is not None:
@@ -44,8 +48,10 @@ def _storage_warnings(config: ReLoRAConfig, precision: str, stage: int) -> Itera
             lost = f"rounded to {stored}, and what is rounded away is lost"
             if stored in _LOST_WITHOUT_MASTER:
                 lost += f" ({_LOST_WITHOUT_MASTER[stored]:g} % of 20 updates that make up 10 % of W)"
-        yield (f"relora.frozen_master: none means that each merged W is {lost}; the metric merge_loss tells how much, "
-               "and frozen_master=cpu loses nothing")
+        yield (
+            f"relora.frozen_master: none means that each merged W is {lost}; the metric merge_loss tells how much, "
+            "and frozen_master=cpu loses nothing"
+        )
 
 
 def is_sharded(config: ReLoRAConfig, stage: int) -> bool:
@@ -56,8 +62,12 @@ def is_sharded(config: ReLoRAConfig, stage: int) -> bool:
 def format_at(config: ReLoRAConfig, precision: str, stage: int, *, in_fp8: bool) -> Format:
     """The format of the stored copies at a ZeRO stage. in_fp8: the devices multiply in fp8 (`multiplies_fp8`)."""
     # Sharded, the codes of the transposed weights would be gathered at every step too.
-    return format_of(config.frozen_dtype, precision, double_quant=config.frozen_double_quant,
-                     in_fp8=in_fp8 and not is_sharded(config, stage))
+    return format_of(
+        config.frozen_dtype,
+        precision,
+        double_quant=config.frozen_double_quant,
+        in_fp8=in_fp8 and not is_sharded(config, stage),
+    )
 
 
 def has_masters(config: ReLoRAConfig, precision: str) -> bool:
@@ -72,5 +82,7 @@ def shape_problems(shapes: dict[str, torch.Size], format: Format) -> list[str]:
     for name, shape in shapes.items():
         if format.problem(shape):
             names.setdefault(shape, []).append(name)
-    return [f"relora.frozen_dtype: {first}{f' and {len(others)} more' if others else ''}: {format.problem(shape)}"
-            for shape, (first, *others) in names.items()]
+    return [
+        f"relora.frozen_dtype: {first}{f' and {len(others)} more' if others else ''}: {format.problem(shape)}"
+        for shape, (first, *others) in names.items()
+    ]

@@ -107,8 +107,7 @@ def summary(names: list[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(generic(name), []).append(name)
-    return ", ".join(first + (f" (and {len(others)} like it)" if others else "")
-                     for first, *others in groups.values())
+    return ", ".join(first + (f" (and {len(others)} like it)" if others else "") for first, *others in groups.values())
 
 
 def _peculiarity(linear: nn.Linear) -> str | None:
@@ -117,8 +116,10 @@ def _peculiarity(linear: nn.Linear) -> str | None:
         return "has no shape yet (a lazy module); run the model once first"
     if "forward" in vars(linear):
         return "has a forward function put into this one module"
-    if any(getattr(linear, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                                                "_backward_pre_hooks")):
+    if any(
+        getattr(linear, hooks)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    ):
         return "has hooks, which wrapping would drop; remove them, or register them on the wrapped model"
     if set(linear._parameters) != {"weight", "bias"} or not isinstance(linear.weight, nn.Parameter):
         return "computes its weight from other tensors (weight norm, pruning or a parametrization)"
@@ -140,8 +141,11 @@ def _is_plain(linear: nn.Linear) -> bool:
             for mode in (None, True, False):
                 point = x.clone().requires_grad_()
                 linear.training = mode is True
-                y = F.linear(point, **tensors) if mode is None else \
-                    torch.func.functional_call(linear, tensors, (point,))
+                y = (
+                    F.linear(point, **tensors)
+                    if mode is None
+                    else torch.func.functional_call(linear, tensors, (point,))
+                )
                 y.square().sum().backward()
                 results.append(y.detach())
                 x_grads.append(point.grad)
@@ -149,8 +153,9 @@ def _is_plain(linear: nn.Linear) -> bool:
             return False
         finally:
             linear.training = training
-    return all(isinstance(y, Tensor) and torch.allclose(y, results[0], rtol=1e-5, atol=1e-6) for y in results) and \
-        all(torch.allclose(grad, x_grads[0], rtol=1e-5, atol=1e-6) for grad in x_grads)
+    return all(isinstance(y, Tensor) and torch.allclose(y, results[0], rtol=1e-5, atol=1e-6) for y in results) and all(
+        torch.allclose(grad, x_grads[0], rtol=1e-5, atol=1e-6) for grad in x_grads
+    )
 
 
 def _read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -161,8 +166,13 @@ def _read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         for name, flags in _weights_read_by(type(module)):
             part = module._modules.get(name)
             if isinstance(part, nn.Linear) and not any(getattr(module, flag, None) is False for flag in flags):
-                yield part, (f"is not always called: {type(module).__name__} reads its weight directly, where the "
-                             "low-rank update would be missing")
+                yield (
+                    part,
+                    (
+                        f"is not always called: {type(module).__name__} reads its weight directly, where the "
+                        "low-rank update would be missing"
+                    ),
+                )
 
 
 @functools.cache
@@ -191,14 +201,21 @@ def _weights_read_in(node: ast.AST, flags: tuple[str, ...] = ()) -> Iterator[tup
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "hasattr"):
         return
-    if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load) \
-            and (name := _own_attribute(node.value)):
+    if (
+        isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and isinstance(node.ctx, ast.Load)
+        and (name := _own_attribute(node.value))
+    ):
         yield name, flags
     for field, value in ast.iter_fields(node):
         inner = flags
         if isinstance(node, ast.If) and field == "body":
-            tests = node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) \
+            tests = (
+                node.test.values
+                if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
                 else [node.test]
+            )
             inner += tuple(flag for test in tests if (flag := _own_attribute(test)) not in (None, "training"))
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

@@ -24,18 +24,25 @@ def align_tie_flag(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or (tied := _is_tied(model)) is None or _built_tied(model) == tied:
         return None
-    flags = {id(part): (part, part.tie_word_embeddings) for part in (config, config.get_text_config(decoder=True))
-             if hasattr(part, "tie_word_embeddings")}
+    flags = {
+        id(part): (part, part.tie_word_embeddings)
+        for part in (config, config.get_text_config(decoder=True))
+        if hasattr(part, "tie_word_embeddings")
+    }
     said = config.tie_word_embeddings
     for part, _ in flags.values():
         part.tie_word_embeddings = tied
     if _built_tied(model) != tied:
         for part, before in flags.values():
             part.tie_word_embeddings = before
-        raise ValueError(f"model: embeddings and output head {_WORDS[tied]}, and {type(model).__name__} cannot be "
-                         f"saved and loaded like that; {'untie' if tied else 'tie'} them before wrapping")
-    return (f"config.tie_word_embeddings: {said} does not agree with the model, whose embeddings and output head "
-            f"{_WORDS[tied]}; it is set to {tied}, so that exports and checkpoints are loaded as this model")
+        raise ValueError(
+            f"model: embeddings and output head {_WORDS[tied]}, and {type(model).__name__} cannot be "
+            f"saved and loaded like that; {'untie' if tied else 'tie'} them before wrapping"
+        )
+    return (
+        f"config.tie_word_embeddings: {said} does not agree with the model, whose embeddings and output head "
+        f"{_WORDS[tied]}; it is set to {tied}, so that exports and checkpoints are loaded as this model"
+    )
 
 
 def _is_tied(model: nn.Module) -> bool | None:

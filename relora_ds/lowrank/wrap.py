@@ -89,9 +89,16 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
     for name, linear in target_linears(model, config).items():
         rows, columns = full_shape(linear.weight)  # a subclass may call them otherwise
         layers[name] = layer = ReLoRALinear(
-            columns, rows, linear.weight if base else None, linear.bias,
-            r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            dtype=linear.weight.dtype, device=linear.weight.device)
+            columns,
+            rows,
+            linear.weight if base else None,
+            linear.bias,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+        )
         layer.initial_seed = None if _has_values(linear.weight) else seed
         _initialise(layer, name, seed, base)
     replace_modules(model, layers)
@@ -108,8 +115,9 @@ def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Put plain `nn.Linear`s back, with the given merged weights `{module name: [out, in]}`; in place."""
     linears = {}
     for name, layer in lowrank_layers(model).items():
-        linears[name] = linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None,
-                                           device="meta")
+        linears[name] = linear = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
         linear.weight = nn.Parameter(weights[name])
         linear.bias = layer.bias
     replace_modules(model, linears)
@@ -125,8 +133,9 @@ def merge_and_unwrap(model: nn.Module) -> nn.Module:
     Single process, in place, in the precision of the parameters; an engine's `save_merged` does the same
     from the fp32 masters of all ranks.
     """
-    return unwrap(model, {name: layer.merged_weight().to(layer.lora_A.dtype)
-                          for name, layer in lowrank_layers(model).items()})
+    return unwrap(
+        model, {name: layer.merged_weight().to(layer.lora_A.dtype) for name, layer in lowrank_layers(model).items()}
+    )
 
 
 def target_linears(model: nn.Module, config: ReLoRAConfig) -> dict[str, nn.Linear]:
@@ -153,41 +162,57 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
         found += _unfit_problems(unfit)
         for pattern in wanted:
             if not any(matches(names, [pattern]) for names, _ in modules):
-                found.append(f"relora.target_modules: {pattern!r} matches no module; the model's linears are "
-                             f"{', '.join(_linear_suffixes(model)) or 'none'}")
-            elif not others and not any(isinstance(module, nn.Linear) and matches(names, [pattern])
-                                        for names, module in modules):
+                found.append(
+                    f"relora.target_modules: {pattern!r} matches no module; the model's linears are "
+                    f"{', '.join(_linear_suffixes(model)) or 'none'}"
+                )
+            elif not others and not any(
+                isinstance(module, nn.Linear) and matches(names, [pattern]) for names, module in modules
+            ):
                 found.append(f"relora.target_modules: {pattern!r} matches no nn.Linear; name the linears themselves")
     if others:
-        found.append(f"relora.target_modules: the projections {', '.join(others)} are transformers' Conv1D (GPT-2's), "
-                     "not nn.Linear; relora_ds wraps nn.Linear only: choose a model family that uses it")
+        found.append(
+            f"relora.target_modules: the projections {', '.join(others)} are transformers' Conv1D (GPT-2's), "
+            "not nn.Linear; relora_ds wraps nn.Linear only: choose a model family that uses it"
+        )
     elif not targets and excluded:
-        found.append(f"relora.exclude_modules: {config.exclude_modules} leaves nothing of relora.target_modules "
-                     f"{config.target_modules!r}; name fewer modules")
+        found.append(
+            f"relora.exclude_modules: {config.exclude_modules} leaves nothing of relora.target_modules "
+            f"{config.target_modules!r}; name fewer modules"
+        )
     elif not targets and config.target_modules == ALL_LINEAR:
         found += _unfit_problems(unfit) or [
-            "relora.target_modules: 'all-linear' matches nothing: the model has no nn.Linear beside its head"]
+            "relora.target_modules: 'all-linear' matches nothing: the model has no nn.Linear beside its head"
+        ]
     found += _rank_problems(targets, config)
     found += shape_problems({name: full_shape(linear.weight) for name, linear in targets.items()}, format)
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     if shared := [name for name, linear in targets.items() if uses[id(linear.weight)] > 1]:
-        found.append(f"relora.target_modules: the weight of {summary(shared)} is shared with another module and cannot "
-                     "be frozen and merged for one of them; leave it out, for instance with "
-                     f"relora.exclude_modules=[{', '.join(_last_names(shared))}]")
+        found.append(
+            f"relora.target_modules: the weight of {summary(shared)} is shared with another module and cannot "
+            "be frozen and merged for one of them; leave it out, for instance with "
+            f"relora.exclude_modules=[{', '.join(_last_names(shared))}]"
+        )
     for pattern in as_list(config.exclude_modules):
         if not any(matches(names, [pattern]) for names, _ in modules):
-            found.append(f"relora.exclude_modules: {pattern!r} matches no module; the model's linears are "
-                         f"{', '.join(_linear_suffixes(model)) or 'none'}")
+            found.append(
+                f"relora.exclude_modules: {pattern!r} matches no module; the model's linears are "
+                f"{', '.join(_linear_suffixes(model)) or 'none'}"
+            )
     for pattern in as_list(config.trainable_modules):
         if pattern not in DEFAULT_TRAINABLE_MODULES and not any(matches(names, [pattern]) for names, _ in modules):
-            found.append(f"relora.trainable_modules: {pattern!r} matches no module; use module names or "
-                         f"{', '.join(DEFAULT_TRAINABLE_MODULES)}")
+            found.append(
+                f"relora.trainable_modules: {pattern!r} matches no module; use module names or "
+                f"{', '.join(DEFAULT_TRAINABLE_MODULES)}"
+            )
     return found
 
 
 def _unfit_problems(unfit: dict[str, str]) -> list[str]:
-    return [f"relora.target_modules: {text}; leave it out, for instance with {remedy}"
-            for text, remedy in _unfit_texts(unfit)]
+    return [
+        f"relora.target_modules: {text}; leave it out, for instance with {remedy}"
+        for text, remedy in _unfit_texts(unfit)
+    ]
 
 
 def _unfit_texts(unfit: dict[str, str]) -> list[tuple[str, str]]:
@@ -195,8 +220,10 @@ def _unfit_texts(unfit: dict[str, str]) -> list[tuple[str, str]]:
     reasons: dict[str, list[str]] = {}
     for name, reason in unfit.items():
         reasons.setdefault(reason, []).append(name)
-    return [(f"{summary(names)} {reason}", f"relora.exclude_modules=[{', '.join(_last_names(names))}]")
-            for reason, names in reasons.items()]
+    return [
+        (f"{summary(names)} {reason}", f"relora.exclude_modules=[{', '.join(_last_names(names))}]")
+        for reason, names in reasons.items()
+    ]
 
 
 def _last_names(names: list[str]) -> list[str]:
@@ -212,9 +239,11 @@ def _rank_problems(targets: dict[str, nn.Linear], config: ReLoRAConfig) -> list[
     found = []
     for names in small.values():
         rows, columns = full_shape(targets[names[0]].weight)
-        found.append(f"relora.r: {config.r} exceeds the smaller side of {summary(names)} ({rows}x{columns}); use "
-                     f"r <= {min(rows, columns)}, or leave it out with "
-                     f"relora.exclude_modules=[{', '.join(_last_names(names))}]")
+        found.append(
+            f"relora.r: {config.r} exceeds the smaller side of {summary(names)} ({rows}x{columns}); use "
+            f"r <= {min(rows, columns)}, or leave it out with "
+            f"relora.exclude_modules=[{', '.join(_last_names(names))}]"
+        )
     return found
 
 
@@ -222,11 +251,14 @@ def warnings(model: nn.Module, config: ReLoRAConfig) -> list[str]:
     """Return what wrapping a plain model with a config that has no problems leaves out or does not do."""
     targets, found = find_targets(model, config), []
     if config.target_modules == ALL_LINEAR:
-        found += [f"relora.target_modules: {text}. It is left out and gets no low-rank update; {remedy} says so"
-                  for text, remedy in _unfit_texts(targets.unfit)]
+        found += [
+            f"relora.target_modules: {text}. It is left out and gets no low-rank update; {remedy} says so"
+            for text, remedy in _unfit_texts(targets.unfit)
+        ]
     if config.exclude_modules and not targets.excluded:
-        found.append(f"relora.exclude_modules: {config.exclude_modules} has no effect: relora.target_modules names "
-                     "none of them")
+        found.append(
+            f"relora.exclude_modules: {config.exclude_modules} has no effect: relora.target_modules names none of them"
+        )
     return found + _frozen_warning(model, config, targets.linears)
 
 
@@ -243,8 +275,10 @@ def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: dict[str, n
     if not frozen:
         return []
     share = 100 * sum(sizes[key] for key in frozen) / sum(sizes.values())
-    return [f"{share:.3g} % of the parameters are frozen for good, because neither relora.target_modules nor "
-            f"relora.trainable_modules names them: {summary(list(frozen.values()))}"]
+    return [
+        f"{share:.3g} % of the parameters are frozen for good, because neither relora.target_modules nor "
+        f"relora.trainable_modules names them: {summary(list(frozen.values()))}"
+    ]
 
 
 def _trained_whole(model: nn.Module, config: ReLoRAConfig) -> set[int]:
@@ -255,8 +289,11 @@ def _trained_whole(model: nn.Module, config: ReLoRAConfig) -> set[int]:
     for names, module in named_places(model):
         if isinstance(module, ReLoRALinear):
             continue
-        kinds = {"embeddings": isinstance(module, nn.Embedding), "head": module is head,
-                 "norms": "norm" in type(module).__name__.lower()}
+        kinds = {
+            "embeddings": isinstance(module, nn.Embedding),
+            "head": module is head,
+            "norms": "norm" in type(module).__name__.lower(),
+        }
         if matches(names, patterns) or any(kinds.get(pattern, False) for pattern in patterns):
             chosen |= {id(parameter) for parameter in module.parameters()}
     return chosen
@@ -273,8 +310,9 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             members[_group_of(name, parameter)].append(parameter)
     decay = {"lora": weight_decay, "matrices": weight_decay, "vectors": 0.0}
-    return [{"name": group, "params": params, "weight_decay": decay[group]}
-            for group, params in members.items() if params]
+    return [
+        {"name": group, "params": params, "weight_decay": decay[group]} for group, params in members.items() if params
+    ]
 
 
 def is_lora_parameter(name: str) -> bool:
@@ -284,9 +322,11 @@ def is_lora_parameter(name: str) -> bool:
 
 def _refuse_to_save(*args, **kwargs) -> None:
     """In place of a wrapped model's `save_pretrained`, whose files `from_pretrained` would load without A and B."""
-    raise ValueError("save_pretrained: the model is wrapped, and its low-rank updates would be dropped when it is "
-                     "loaded; use engine.save_merged, ReLoRACallback with the Hugging Face Trainer, or "
-                     "relora_ds.merge_and_unwrap in a single process")
+    raise ValueError(
+        "save_pretrained: the model is wrapped, and its low-rank updates would be dropped when it is "
+        "loaded; use engine.save_merged, ReLoRACallback with the Hugging Face Trainer, or "
+        "relora_ds.merge_and_unwrap in a single process"
+    )
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

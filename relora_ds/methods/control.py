@@ -27,9 +27,15 @@ class Control(Method):
     def prepare(self, model: nn.Module) -> nn.Module:
         config, num_trainable = self._shape(model)
         small = model_without_values(config, self.recipe.model)
-        logger.info("control: hidden %d, ffn %d, %d heads, %d layers: %s parameters for ReLoRA's %s trainable ones",
-                    config.hidden_size, config.intermediate_size, config.num_attention_heads,
-                    config.num_hidden_layers, f"{count_parameters(small)[1]:,}", f"{num_trainable:,}")
+        logger.info(
+            "control: hidden %d, ffn %d, %d heads, %d layers: %s parameters for ReLoRA's %s trainable ones",
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_hidden_layers,
+            f"{count_parameters(small)[1]:,}",
+            f"{num_trainable:,}",
+        )
         return small
 
     def _shape(self, model: nn.Module):

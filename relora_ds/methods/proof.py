@@ -51,8 +51,15 @@ class _UnsupportedAttentionError(Exception):
     """The family has no such implementation of attention."""
 
 
-def prove(config: PretrainedConfig, relora: ReLoRAConfig | None, *, base: bool = True, precision: str = "fp32",
-          attention: str = "sdpa", next_token: bool = True) -> Proof:
+def prove(
+    config: PretrainedConfig,
+    relora: ReLoRAConfig | None,
+    *,
+    base: bool = True,
+    precision: str = "fp32",
+    attention: str = "sdpa",
+    next_token: bool = True,
+) -> Proof:
     """Run a small copy of the model that `config` describes.
 
     Args:
@@ -70,28 +77,42 @@ def prove(config: PretrainedConfig, relora: ReLoRAConfig | None, *, base: bool =
     transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _prove(config, relora, base, precision, attention if attention in ("sdpa", "eager") else "eager",
-                          next_token)
+            return _prove(
+                config, relora, base, precision, attention if attention in ("sdpa", "eager") else "eager", next_token
+            )
     except _UnsupportedAttentionError:
         otherwise = prove(config, relora, base=base, precision=precision, attention="eager", next_token=next_token)
         if otherwise.problems:
             return otherwise
-        return Proof([f"model.attn_implementation: {attention} is not supported by transformers' {config.model_type} "
-                      "models; use model.attn_implementation=eager"])
+        return Proof(
+            [
+                f"model.attn_implementation: {attention} is not supported by transformers' {config.model_type} "
+                "models; use model.attn_implementation=eager"
+            ]
+        )
     except _NotRunnableError as error:
         if next_token and type(config).__module__.startswith("transformers."):  # not the copy's fault: see tests/models
-            return Proof([f"model.name_or_path: transformers' {config.model_type} models of this configuration cannot "
-                          f"be run on text alone ({error}); correct the configuration, or choose a decoder-only family "
-                          "such as LLaMA, Qwen or GPT-NeoX"])
+            return Proof(
+                [
+                    f"model.name_or_path: transformers' {config.model_type} models of this configuration cannot "
+                    f"be run on text alone ({error}); correct the configuration, or choose a decoder-only family "
+                    "such as LLaMA, Qwen or GPT-NeoX"
+                ]
+            )
         what = "the model" if relora is None else "the model and its low-rank updates"
-        return Proof(warnings=[f"model: {what} could not be tried on a small copy ({error}); compare the first "
-                               "training and validation losses"])
+        return Proof(
+            warnings=[
+                f"model: {what} could not be tried on a small copy ({error}); compare the first "
+                "training and validation losses"
+            ]
+        )
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _prove(config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, precision: str, attention: str,
-           next_token: bool) -> Proof:
+def _prove(
+    config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, precision: str, attention: str, next_token: bool
+) -> Proof:
     model = _small_model(config, attention)
     ids = _tokens(model, 0)
     try:
@@ -108,24 +129,42 @@ def _prove(config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, pr
         return Proof()
     names = target_linears(meta_model(config), relora)
     kinds = {generic(name) for name in names}
-    here = {name: generic(name) for (name, *_), module in named_places(model)
-            if isinstance(module, nn.Linear) and generic(name) in kinds}
+    here = {
+        name: generic(name)
+        for (name, *_), module in named_places(model)
+        if isinstance(module, nn.Linear) and generic(name) in kinds
+    }
     if not here:
         raise _NotRunnableError("it has none of relora.target_modules")
-    trial = _Trial(model, dataclasses.replace(
-        relora, r=1, lora_alpha=1.0, lora_dropout=0.0, exclude_modules=None, trainable_modules=None), base, precision)
+    trial = _Trial(
+        model,
+        dataclasses.replace(
+            relora, r=1, lora_alpha=1.0, lora_dropout=0.0, exclude_modules=None, trainable_modules=None
+        ),
+        base,
+        precision,
+    )
     faults = trial.faults(sorted(here))
     if faults and set(faults.values()) != {_NO_GRADIENT}:  # which kinds of linears are they?
-        faults = {name: reason for kind in sorted(kinds)
-                  for name, reason in trial.faults([name for name in here if here[name] == kind]).items()} or faults
+        faults = {
+            name: reason
+            for kind in sorted(kinds)
+            for name, reason in trial.faults([name for name in here if here[name] == kind]).items()
+        } or faults
     reasons: dict[str, set[str]] = {}
     for name, reason in faults.items():
         reasons.setdefault(reason, set()).add(here[name])
     missing = kinds - set(here.values())
-    warnings = [f"relora.target_modules: {summary(sorted(missing))} could not be tried on a small copy"] \
-        if missing else []
-    return Proof([_problem(reason, [name for name in names if generic(name) in bad], list(names))
-                  for reason, bad in reasons.items()], warnings)
+    warnings = (
+        [f"relora.target_modules: {summary(sorted(missing))} could not be tried on a small copy"] if missing else []
+    )
+    return Proof(
+        [
+            _problem(reason, [name for name in names if generic(name) in bad], list(names))
+            for reason, bad in reasons.items()
+        ],
+        warnings,
+    )
 
 
 def _small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
@@ -167,11 +206,15 @@ def _language_model_problems(config: PretrainedConfig, output, ids: Tensor, ahea
     family = f"transformers' {config.model_type} models"
     remedy = "choose a decoder-only family such as LLaMA, Qwen or GPT-NeoX"
     if output.logits.shape[:2] != ids.shape:
-        return [f"model.name_or_path: {family} give logits of shape {tuple(output.logits.shape)} for ids of shape "
-                f"{tuple(ids.shape)}; {remedy}"]
+        return [
+            f"model.name_or_path: {family} give logits of shape {tuple(output.logits.shape)} for ids of shape "
+            f"{tuple(ids.shape)}; {remedy}"
+        ]
     if not ahead <= 1e-4:
-        return [f"model.name_or_path: {family} let a token see those after it, so that they cannot be trained to "
-                f"predict the next one; set is_decoder: true in their configuration if they have it, or {remedy}"]
+        return [
+            f"model.name_or_path: {family} let a token see those after it, so that they cannot be trained to "
+            f"predict the next one; set is_decoder: true in their configuration if they have it, or {remedy}"
+        ]
     if output.loss is None:
         return [f"model.name_or_path: {family} compute no loss from labels; {remedy}"]
     flat = output.logits.float()
@@ -180,11 +223,15 @@ def _language_model_problems(config: PretrainedConfig, output, ids: Tensor, ahea
     loss = output.loss.item()
     if abs(loss - copied) <= 1e-5 * abs(copied):
         kind = ", an encoder-decoder's decoder," if getattr(config, "is_encoder_decoder", False) else ""
-        return [f"model.name_or_path: {family}{kind} do not shift the labels: their loss is that of repeating each "
-                f"token, not of predicting the next one; {remedy}"]
+        return [
+            f"model.name_or_path: {family}{kind} do not shift the labels: their loss is that of repeating each "
+            f"token, not of predicting the next one; {remedy}"
+        ]
     if abs(loss - shifted) > 1e-4 * abs(shifted) and getattr(output, "aux_loss", None) is None:
-        return [f"model.name_or_path: {family} return a loss of {loss:.4f} where the cross-entropy of the next token "
-                f"is {shifted:.4f}: training and validation loss would not be comparable; {remedy}"]
+        return [
+            f"model.name_or_path: {family} return a loss of {loss:.4f} where the cross-entropy of the next token "
+            f"is {shifted:.4f}: training and validation loss would not be comparable; {remedy}"
+        ]
     return []
 
 
@@ -203,8 +250,9 @@ class _Trial:
         with torch.no_grad():
             plain = _run(self.model, ids).logits
         try:
-            model = wrap_quietly(copy.deepcopy(self.model), dataclasses.replace(self.relora, target_modules=names),
-                                 base=self.base)
+            model = wrap_quietly(
+                copy.deepcopy(self.model), dataclasses.replace(self.relora, target_modules=names), base=self.base
+            )
             if self.base:
                 with torch.no_grad():
                     if not _distance(plain, _run(model, ids).logits) <= SAME:
@@ -262,8 +310,10 @@ def _without_experts(name: str) -> str:
 
 def _problem(reason: str, bad: list[str], names: list[str]) -> str:
     patterns = list(dict.fromkeys(_shortest_pattern(name, bad, names) for name in bad))
-    return (f"relora.target_modules: {summary(bad)} {reason}; leave it out with "
-            f"relora.exclude_modules=[{', '.join(patterns)}]")
+    return (
+        f"relora.target_modules: {summary(bad)} {reason}; leave it out with "
+        f"relora.exclude_modules=[{', '.join(patterns)}]"
+    )
 
 
 def _shortest_pattern(name: str, bad: list[str], names: list[str]) -> str:

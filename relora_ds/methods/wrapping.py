@@ -32,5 +32,6 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
 
 def _has_small_copy(model: nn.Module) -> bool:
     """Return True if the model is what its configuration alone would give."""
-    return isinstance(model, PreTrainedModel) and \
-        type(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    return isinstance(model, PreTrainedModel) and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(
+        type(model.config), None
+    )

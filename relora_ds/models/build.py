@@ -30,17 +30,29 @@ from relora_ds.recipe_checks import nearest
 from relora_ds.remote_code import UntrustedCode
 
 # What all presets share. 1024 positions at least, as in the papers' configurations; rotary positions cost nothing.
-_PRESET_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02,
-                    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+_PRESET_DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 _PRESET_MIN_POSITIONS = 1024
 
 # Published models pad the embedding above the tokenizer's size, to a multiple of 64 to 512 rows.
 _MAX_VOCAB_PADDING = 1024
 
 
-def build_config(model: ModelConfig, vocab_size: int, seq_len: int, bos_id: int | None = None,
-                 eos_id: int | None = None, pad_id: int | None = None,
-                 trust_remote_code: bool = False) -> PretrainedConfig:
+def build_config(
+    model: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
     """The configuration of the network, fitted to the tokenizer and the sequence length.
 
     vocab_size: size of the tokenizer, in pieces; it replaces the configuration's own for random weights. seq_len: in
@@ -58,8 +70,10 @@ def build_config(model: ModelConfig, vocab_size: int, seq_len: int, bos_id: int 
     text = config.get_text_config(decoder=True)  # models of images and text have their language model's apart
     longest = getattr(text, "max_position_embeddings", None) or 0
     if 0 < longest < seq_len:  # XLNet says -1: it has no limit
-        raise ValueError(f"data.seq_len: {seq_len} is above the {longest} positions of {model.name_or_path}; use "
-                         f"data.seq_len={longest} or another model")
+        raise ValueError(
+            f"data.seq_len: {seq_len} is above the {longest} positions of {model.name_or_path}; use "
+            f"data.seq_len={longest} or another model"
+        )
     if model.init == "pretrained":
         _check_vocabulary(model, text, vocab_size)
         tied_as_stored(config, meta_model(config), model.name_or_path)
@@ -94,25 +108,32 @@ def _named_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfi
     except UntrustedCode as error:
         raise ValueError(f"model.name_or_path: {error}") from error
     except Exception as error:  # OSError, ValueError, KeyError, ..., by what is wrong with it
-        raise ValueError(f"model.name_or_path: {name_or_path!r} has no readable configuration; use a hub id, a "
-                         f"directory with config.json, or a JSON file with model_type ({error})") from error
+        raise ValueError(
+            f"model.name_or_path: {name_or_path!r} has no readable configuration; use a hub id, a "
+            f"directory with config.json, or a JSON file with model_type ({error})"
+        ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         kind = ", an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else ""
-        raise ValueError(f"model.name_or_path: {name_or_path} is a {config.model_type} model{kind}, which is no causal "
-                         "language model of transformers; choose a decoder-only family such as LLaMA, Qwen or GPT-NeoX")
+        raise ValueError(
+            f"model.name_or_path: {name_or_path} is a {config.model_type} model{kind}, which is no causal "
+            "language model of transformers; choose a decoder-only family such as LLaMA, Qwen or GPT-NeoX"
+        )
     return config
 
 
 def _check_vocabulary(model: ModelConfig, config: PretrainedConfig, vocab_size: int) -> None:
     padding = config.vocab_size - vocab_size
     if not 0 <= padding < _MAX_VOCAB_PADDING:
-        raise ValueError(f"model.init: the pretrained weights of {model.name_or_path} have a vocabulary of "
-                         f"{config.vocab_size}, the tokenizer has {vocab_size}; use "
-                         f"data.tokenizer={model.name_or_path}, or model.init=random")
+        raise ValueError(
+            f"model.init: the pretrained weights of {model.name_or_path} have a vocabulary of "
+            f"{config.vocab_size}, the tokenizer has {vocab_size}; use "
+            f"data.tokenizer={model.name_or_path}, or model.init=random"
+        )
 
 
-def build_model(config: PretrainedConfig, model: ModelConfig, seed: int,
-                trust_remote_code: bool = False) -> PreTrainedModel:
+def build_model(
+    config: PretrainedConfig, model: ModelConfig, seed: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The network, fp32 on the CPU: random weights drawn from `seed` alone, or the pretrained ones.
 
     The same seed gives the same weights on every rank, and the global random state is left as it was.
@@ -135,8 +156,9 @@ def model_without_values(config: PretrainedConfig, model: ModelConfig | None = N
     return network
 
 
-def initial_weights(config: PretrainedConfig, model: ModelConfig, seed: int,
-                    trust_remote_code: bool = False) -> RandomWeights | StoredWeights | WholeWeights:
+def initial_weights(
+    config: PretrainedConfig, model: ModelConfig, seed: int, trust_remote_code: bool = False
+) -> RandomWeights | StoredWeights | WholeWeights:
     """What `build_model` fills the network with, one tensor at a time: a source of weights as an engine takes it."""
     if model.init == "pretrained":
         return pretrained_weights(model.name_or_path, config, trust_remote_code)
@@ -154,8 +176,10 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def cannot_build(config: PretrainedConfig, error: Exception) -> str:
     """The message about a configuration of which transformers makes no network."""
-    return (f"model: transformers cannot build this {config.model_type} model ({type(error).__name__}: {error}); "
-            "correct its configuration")
+    return (
+        f"model: transformers cannot build this {config.model_type} model ({type(error).__name__}: {error}); "
+        "correct its configuration"
+    )
 
 
 def count_parameters(config: PretrainedConfig) -> int:

@@ -37,6 +37,7 @@ def problems() -> list[str]:
 
 def _has_triton() -> bool:
     from torch.utils._triton import has_triton
+
     return has_triton()
 
 

@@ -25,24 +25,33 @@ def control_config(config: PretrainedConfig, num_trainable: int) -> PretrainedCo
     ValueError: num_trainable above the full network's parameters, below the smallest shape's, or a family without
     hidden_size, intermediate_size and num_attention_heads in its configuration.
     """
-    missing = [name for name in ("hidden_size", "intermediate_size", "num_attention_heads")
-               if getattr(config, name, None) is None]
+    missing = [
+        name
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads")
+        if getattr(config, name, None) is None
+    ]
     if missing:
-        raise ValueError(f"method: control cannot shrink a {config.model_type} model, whose configuration has no "
-                         f"{', '.join(missing)}; use a LLaMA, Qwen2 or GPT-NeoX shape")
+        raise ValueError(
+            f"method: control cannot shrink a {config.model_type} model, whose configuration has no "
+            f"{', '.join(missing)}; use a LLaMA, Qwen2 or GPT-NeoX shape"
+        )
     full = count_parameters(config)
     if num_trainable > full:
-        raise ValueError(f"method: control would need {num_trainable:,} parameters, as many as the low-rank run "
-                         f"trains, but the whole network has {full:,}; use a lower relora.r, or method=full")
+        raise ValueError(
+            f"method: control would need {num_trainable:,} parameters, as many as the low-rank run "
+            f"trains, but the whole network has {full:,}; use a lower relora.r, or method=full"
+        )
     if num_trainable == full:
         return copy.deepcopy(config)
     step = _head_size_step(config)
     num_sizes = config.hidden_size // (config.num_attention_heads * step)
     smallest = count_parameters(_shrunk(config, step))
     if num_sizes < 1 or num_trainable < smallest:
-        raise ValueError(f"method: control would need {num_trainable:,} parameters, but the smallest network with "
-                         f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads has {smallest:,}; "
-                         "use a higher relora.r")
+        raise ValueError(
+            f"method: control would need {num_trainable:,} parameters, but the smallest network with "
+            f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads has {smallest:,}; "
+            "use a higher relora.r"
+        )
     low, high = 1, num_sizes + 1  # the largest head size whose proportional network is not too large is in [low, high)
     while high - low > 1:
         middle = (low + high) // 2
@@ -57,8 +66,12 @@ def control_config(config: PretrainedConfig, num_trainable: int) -> PretrainedCo
 def _head_size_step(config: PretrainedConfig) -> int:
     """Head sizes must be multiples of this: the rotated part of a head is an even whole number of channels."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rotated = rope.get("partial_rotary_factor") or getattr(config, "rotary_pct", None) \
-        or getattr(config, "partial_rotary_factor", None) or 1.0
+    rotated = (
+        rope.get("partial_rotary_factor")
+        or getattr(config, "rotary_pct", None)
+        or getattr(config, "partial_rotary_factor", None)
+        or 1.0
+    )
     return next(step for step in range(2, 129, 2) if math.isclose(step * rotated % 2, 0) and step * rotated >= 2)
 
 

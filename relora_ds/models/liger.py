@@ -40,6 +40,7 @@ def apply(model: PreTrainedModel) -> PreTrainedModel:
     if found := problems(model):
         raise ValueError("\n".join(found))
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
     # The fused loss multiplies by the head's weight itself: a low-rank update of the head would be left out.
     plain_head = type(model.get_output_embeddings()) is nn.Linear
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=plain_head)
@@ -48,4 +49,5 @@ def apply(model: PreTrainedModel) -> PreTrainedModel:
 
 def _families() -> set[str]:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
     return set(MODEL_TYPE_TO_APPLY_LIGER_FN)

@@ -40,8 +40,12 @@ def load_config(name_or_path: str | Path, trust_remote_code: bool) -> Pretrained
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`; see `load_config`."""
-    return load_weights(name_or_path, config=load_config(name_or_path, trust_remote_code), dtype=dtype,
-                        trust_remote_code=trust_remote_code)
+    return load_weights(
+        name_or_path,
+        config=load_config(name_or_path, trust_remote_code),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def load_weights(name_or_path: str | Path, **options) -> PreTrainedModel:
@@ -54,11 +58,14 @@ def load_weights(name_or_path: str | Path, **options) -> PreTrainedModel:
 def refuse_missing(name_or_path: str | Path, names: Iterable[str]) -> None:
     """Raise a ValueError where weights are missing."""
     if missing := sorted(names):
-        raise ValueError(f"{name_or_path}: the weights of {len(missing)} parameters are missing (first: {missing[0]}); "
-                         "if it is the output head, tie_word_embeddings in config.json may have to be true")
+        raise ValueError(
+            f"{name_or_path}: the weights of {len(missing)} parameters are missing (first: {missing[0]}); "
+            "if it is the output head, tie_word_embeddings in config.json may have to be true"
+        )
 
 
 def from_config(config: PretrainedConfig, **options) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_config`, with the model's own code where `load_config` left a reference to it."""
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=hasattr(config, "auto_map"),
-                                            **options)
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), trust_remote_code=hasattr(config, "auto_map"), **options
+    )

@@ -62,8 +62,9 @@ class StoredWeights:
         return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)  # not the file's memory
 
 
-def pretrained_weights(name_or_path: str | Path, config: PretrainedConfig,
-                       trust_remote_code: bool) -> StoredWeights | WholeWeights:
+def pretrained_weights(
+    name_or_path: str | Path, config: PretrainedConfig, trust_remote_code: bool
+) -> StoredWeights | WholeWeights:
     """The weights of a model directory or hub id, for the network that `config` describes.
 
     What transformers converts when it loads (fused experts, pickles, quantized files, code of the model's own) it loads
@@ -73,9 +74,11 @@ def pretrained_weights(name_or_path: str | Path, config: PretrainedConfig,
         ValueError: weights are missing or of another shape, by name.
         Exception: those of transformers; UnpicklingError where a pickle holds more than tensors.
     """
+
     def load() -> PreTrainedModel:
-        return load_weights(name_or_path, config=copy.deepcopy(config), dtype=torch.float32,
-                            trust_remote_code=trust_remote_code)
+        return load_weights(
+            name_or_path, config=copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
 
     model, files = build_without_values(config, dtype=torch.float32), _files(name_or_path)
     if not files:
@@ -88,8 +91,9 @@ def pretrained_weights(name_or_path: str | Path, config: PretrainedConfig,
         refuse_missing(name_or_path, _missing(model, places))
         reason = _difference(model, places)
     if reason is None:
-        return StoredWeights({names[0]: next(places[name] for name in names if name in places)
-                              for names, _ in tensor_names(model)})
+        return StoredWeights(
+            {names[0]: next(places[name] for name in names if name in places) for names, _ in tensor_names(model)}
+        )
     logger.info("%s: %s, so transformers loads it whole, on rank 0", name_or_path, reason)
     return WholeWeights(model, load)
 
@@ -130,8 +134,11 @@ def _rename(model: PreTrainedModel, stored: list[Stored], places: dict[str, Stor
 
 def _missing(model: PreTrainedModel, places: dict[str, Stored]) -> list[str]:
     ignored = model._keys_to_ignore_on_load_missing or ()
-    return [names[0] for names, _ in tensor_names(model) if not places.keys() & set(names)
-            and not any(re.search(pattern, names[0]) for pattern in ignored)]
+    return [
+        names[0]
+        for names, _ in tensor_names(model)
+        if not places.keys() & set(names) and not any(re.search(pattern, names[0]) for pattern in ignored)
+    ]
 
 
 def _difference(model: PreTrainedModel, places: dict[str, Stored]) -> str | None:
@@ -141,8 +148,10 @@ def _difference(model: PreTrainedModel, places: dict[str, Stored]) -> str | None
         if found is None:
             return f"{names[0]} is not in it"
         if found.shape != tensor.shape:
-            raise ValueError(f"{names[0]} is {tuple(found.shape)} there instead of {tuple(tensor.shape)}, as its "
-                             "config.json wants it")
+            raise ValueError(
+                f"{names[0]} is {tuple(found.shape)} there instead of {tuple(tensor.shape)}, as its "
+                "config.json wants it"
+            )
         if found.is_floating_point() != tensor.is_floating_point():
             return f"{names[0]} is of {found.dtype} there"
         if found.is_floating_point() and found.element_size() == 1:

@@ -44,14 +44,19 @@ class RandomWeights:
                 self._model = build_without_values(config, dtype=torch.float32)
         parameters, self._buffers = dict(self._model.named_parameters()), persistent_buffers(self._model)
         self.shapes: Mapping[str, torch.Size] = {
-            name: tensor.shape for name, tensor in (*parameters.items(), *self._buffers.items())}
+            name: tensor.shape for name, tensor in (*parameters.items(), *self._buffers.items())
+        }
         self._together = [name for name in parameters if name not in self._calls]
         self._built: dict[str, Tensor] = {}
         self.owners: Mapping[str, int] | None = dict.fromkeys(self._together, 0) or None
         if self._together:
-            logger.info("random weights: %d of %d tensors (first: %s) cannot be drawn one at a time; rank 0 builds %s",
-                        len(self._together), len(parameters), self._together[0],
-                        "the model whole" if self._keep is None else "them together")
+            logger.info(
+                "random weights: %d of %d tensors (first: %s) cannot be drawn one at a time; rank 0 builds %s",
+                len(self._together),
+                len(parameters),
+                self._together[0],
+                "the model whole" if self._keep is None else "them together",
+            )
 
     def read(self, name: str) -> Tensor:
         """Draw a tensor. Each can be read once."""

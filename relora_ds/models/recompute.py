@@ -21,20 +21,34 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 # The operators, by name: not every version of torch, and not every process, has all of them.
-PRODUCTS = {"relora_ds::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm",
-             "aten::_grouped_mm"}
-ATTENTION = {"aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-              "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-              "aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward",
-              "aten::_efficient_attention_forward"}
+PRODUCTS = {
+    "relora_ds::linear",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_mm",
+    "aten::_grouped_mm",
+}
+ATTENTION = {
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+}
 
 
 def problems(model: PreTrainedModel, mode: str) -> list[str]:
     """Why `model` (which may be on meta) cannot be checkpointed so."""
     if mode == "none" or model.supports_gradient_checkpointing:
         return []
-    return [f"activation_checkpointing: {mode} is not supported by transformers' {model.config.model_type} models; use "
-            "activation_checkpointing=none and, for memory, a smaller train.micro_batch_size"]
+    return [
+        f"activation_checkpointing: {mode} is not supported by transformers' {model.config.model_type} models; use "
+        "activation_checkpointing=none and, for memory, a smaller train.micro_batch_size"
+    ]
 
 
 def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:

@@ -17,8 +17,19 @@ from transformers import PreTrainedModel
 from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 # In-place operations whose result does not depend on what was there.
-_FILLS = {"bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_",
-          "uniform_", "zero_"}
+_FILLS = {
+    "bernoulli_",
+    "cauchy_",
+    "copy_",
+    "exponential_",
+    "fill_",
+    "geometric_",
+    "log_normal_",
+    "normal_",
+    "random_",
+    "uniform_",
+    "zero_",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Trace(TorchDispatchMode):
         """The writes that a parameter's value depends on; none where it is never filled."""
         own, writes = self._id(parameter), self._writes.get(self._id(parameter), [])
         fills = [number for number, write in enumerate(writes) if write.fills and own not in write.inputs]
-        return writes[fills[-1]:] if fills else []
+        return writes[fills[-1] :] if fills else []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -141,6 +152,8 @@ def traced_init() -> Iterator[Trace]:
 
 def _filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of `torch.nn.init`, each of which fills a tensor; some do nothing on the meta device."""
+
     def fill(tensor: Tensor, *args, **kwargs) -> Tensor:
         return tensor.zero_() if tensor.is_meta else function(tensor, *args, **kwargs)
+
     return fill

@@ -63,8 +63,11 @@ def build_without_values(config: PretrainedConfig, **options) -> PreTrainedModel
             return from_config(config, **options)
     except Exception as error:  # whatever an operation on the meta device raises in the code of a family
         model = from_config(config, **options)  # a configuration of which no model can be made fails here, too
-        logger.warning("%s computes with its parameters while it is built (%s), so every rank builds it whole for a "
-                       "moment", type(model).__name__, str(error).split("\n")[0])
+        logger.warning(
+            "%s computes with its parameters while it is built (%s), so every rank builds it whole for a moment",
+            type(model).__name__,
+            str(error).split("\n")[0],
+        )
     for parameter in model.parameters():
         set_value(parameter, parameter.detach().to("meta"))
     return model
@@ -81,8 +84,10 @@ def fill(model: PreTrainedModel, weights) -> PreTrainedModel:
         first, *others = [name for name in names if name in weights.shapes]
         value = weights.read(first)
         if differ := [name for name in others if not torch.equal(weights.read(name), value)]:
-            raise ValueError(f"weights: {first} and {differ[0]} differ, but share one tensor in this model; set "
-                             "tie_word_embeddings to false in its configuration")
+            raise ValueError(
+                f"weights: {first} and {differ[0]} differ, but share one tensor in this model; set "
+                "tie_word_embeddings to false in its configuration"
+            )
         if isinstance(tensor, nn.Parameter):
             set_value(tensor, value.to(tensor.dtype))
         else:

@@ -29,9 +29,17 @@ from relora_ds.models.build import meta_model
 from relora_ds.models.loading import from_config
 
 
-def activation_bytes(method: Method, config: PretrainedConfig, *, precision: str, micro_batch_size: int, seq_len: int,
-                     attn_implementation: str = "sdpa", checkpointing: str = "none",
-                     format: Format = DENSE) -> int | None:
+def activation_bytes(
+    method: Method,
+    config: PretrainedConfig,
+    *,
+    precision: str,
+    micro_batch_size: int,
+    seq_len: int,
+    attn_implementation: str = "sdpa",
+    checkpointing: str = "none",
+    format: Format = DENSE,
+) -> int | None:
     """Peak bytes of a micro-step beside weights, gradients and optimizer; None for a network that cannot be traced.
 
     Two layers and three are traced, and the rest extrapolated: all layers of a network are alike.

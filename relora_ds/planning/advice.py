@@ -51,8 +51,12 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
     config, _ = network_of(recipe)
     micro_batches = micro_batches_to_try(recipe.batch_sequences, world_size)
     if not micro_batches:
-        raise RecipeError([f"train.batch_sequences: {recipe.batch_sequences} cannot be split over {world_size} ranks; "
-                           f"use a multiple of {world_size}"])
+        raise RecipeError(
+            [
+                f"train.batch_sequences: {recipe.batch_sequences} cannot be split over {world_size} ranks; "
+                f"use a multiple of {world_size}"
+            ]
+        )
     method = method_of(recipe)
     measured = _measured_seconds(method, config, resolved, device)
     reference = flops_per_token(shapes_of(method, config), config, recipe.data.seq_len)
@@ -64,17 +68,29 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
         found = []
         for stage in range(4):
             for size in micro_batches:
-                changed = dataclasses.replace(resolved, recipe=dataclasses.replace(
-                    variant, train=dataclasses.replace(variant.train, micro_batch_size=size)))
+                changed = dataclasses.replace(
+                    resolved,
+                    recipe=dataclasses.replace(
+                        variant, train=dataclasses.replace(variant.train, micro_batch_size=size)
+                    ),
+                )
                 result = cost(changed, method, config, stage=stage, world_size=world_size, shapes=shapes)
                 held = peak(result.items, first + (size - 1) * (second - first))
                 if device.type == "cpu":
                     held += total(result.items, HOST, KEPT)
-                found.append(predict(
-                    stage=stage, r=r, micro_batch_size=size, memory=held, wire=result.step[1],
-                    tokens_per_step=recipe.tokens_per_step, world_size=world_size,
-                    bandwidth=link.wire_per_second(stage),
-                    seconds_per_token=measured * flops_per_token(shapes, config, recipe.data.seq_len) / reference))
+                found.append(
+                    predict(
+                        stage=stage,
+                        r=r,
+                        micro_batch_size=size,
+                        memory=held,
+                        wire=result.step[1],
+                        tokens_per_step=recipe.tokens_per_step,
+                        world_size=world_size,
+                        bandwidth=link.wire_per_second(stage),
+                        seconds_per_token=measured * flops_per_token(shapes, config, recipe.data.seq_len) / reference,
+                    )
+                )
         return found
 
     own = []
@@ -98,8 +114,13 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
                 layer.store_weight(format.quantize(layer.weight.detach().float(), dtype), format, as_buffer=False)
         return recompute.apply(model, recipe.activation_checkpointing)
 
-    return seconds_per_token(build, config, device, seq_len=recipe.data.seq_len,
-                             micro_batch_size=min(MEASURED_MICRO_BATCH, recipe.train.micro_batch_size))
+    return seconds_per_token(
+        build,
+        config,
+        device,
+        seq_len=recipe.data.seq_len,
+        micro_batch_size=min(MEASURED_MICRO_BATCH, recipe.train.micro_batch_size),
+    )
 
 
 def _available_memory(device: torch.device) -> float:

@@ -34,9 +34,13 @@ def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
     """The learning rate of the run's update number `step + 1`, for a step of `phase`."""
     relora = phase.method.relora
     return phase.lr * lr_multiplier(
-        step - phase.start, total_steps=phase.total_steps, warmup_steps=phase.warmup_steps,
+        step - phase.start,
+        total_steps=phase.total_steps,
+        warmup_steps=phase.warmup_steps,
         restart_every=relora.restart_every if relora else None,
-        restart_warmup_steps=relora.restart_warmup_steps if relora else 0, min_lr_ratio=recipe.optim.min_lr_ratio)
+        restart_warmup_steps=relora.restart_warmup_steps if relora else 0,
+        min_lr_ratio=recipe.optim.min_lr_ratio,
+    )
 
 
 def events(recipe: Recipe) -> list[Event]:
@@ -51,8 +55,11 @@ def events(recipe: Recipe) -> list[Event]:
             moments.append((step, f"restart {number}"))
             if relora.restart_warmup_steps:
                 moments.append((step + relora.restart_warmup_steps, "end of the re-warm-up"))
-        found += [Event(step, phase.name, what, learning_rate(recipe, phase, step))
-                  for step, what in sorted(moments, key=lambda moment: moment[0]) if step < phase.stop]
+        found += [
+            Event(step, phase.name, what, learning_rate(recipe, phase, step))
+            for step, what in sorted(moments, key=lambda moment: moment[0])
+            if step < phase.stop
+        ]
     last = phases_of(recipe)[-1]
     found.append(Event(last.stop, last.name, "end of the run", learning_rate(recipe, last, last.stop - 1)))
     return found
@@ -104,4 +111,4 @@ def _phase_at(phases: list[Phase], step: int) -> Phase:
 
 
 def _sampled(steps: range, at_most: int = 50) -> range:
-    return steps[::max(1, len(steps) // at_most)]
+    return steps[:: max(1, len(steps) // at_most)]

@@ -39,8 +39,10 @@ class Wire:
 
     def __post_init__(self):
         if self.bandwidth <= 0 or self.latency < 0:
-            raise ValueError(f"a wire of {self.bandwidth:g} bytes per second and {self.latency:g} s of latency cannot "
-                             "be; give a bandwidth above 0")
+            raise ValueError(
+                f"a wire of {self.bandwidth:g} bytes per second and {self.latency:g} s of latency cannot "
+                "be; give a bandwidth above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,16 @@ def parse_cluster(text: str) -> tuple[int, int]:
     return int(nodes), int(devices)
 
 
-def predict_step(resolved: Resolved, method: Method, config: PretrainedConfig, cluster: Cluster, *, stage: int,
-                 device_flops: float, shapes: Shapes | None = None) -> Step:
+def predict_step(
+    resolved: Resolved,
+    method: Method,
+    config: PretrainedConfig,
+    cluster: Cluster,
+    *,
+    stage: int,
+    device_flops: float,
+    shapes: Shapes | None = None,
+) -> Step:
     """One optimizer step of `method` on `cluster`.
 
     Args:
@@ -108,9 +118,14 @@ def predict_step(resolved: Resolved, method: Method, config: PretrainedConfig, c
     resolved = dataclasses.replace(resolved, recipe=recipe)
     shapes = shapes or shapes_of(method, config)
     found = cost(resolved, method, config, stage=stage, world_size=cluster.world_size, shapes=shapes)
-    zero = memory.zero_section(recipe, memory.at_stage(resolved.deepspeed, stage), shapes,
-                               precision=resolved.precision, accumulation=found.accumulation,
-                               world_size=cluster.world_size)
+    zero = memory.zero_section(
+        recipe,
+        memory.at_stage(resolved.deepspeed, stage),
+        shapes,
+        precision=resolved.precision,
+        accumulation=found.accumulation,
+        world_size=cluster.world_size,
+    )
     wire = found.step[1]
     tokens = recipe.batch_sequences * recipe.data.seq_len
     flops = flops_per_token(shapes, config, recipe.data.seq_len)
@@ -119,8 +134,9 @@ def predict_step(resolved: Resolved, method: Method, config: PretrainedConfig, c
     compute = tokens / cluster.world_size * flops / device_flops
     communication = cluster.communication(wire, passes_of(shapes, zero, found.accumulation))
     seconds = max(compute, communication) if stage == 3 else compute + communication
-    return Step(stage, cluster.world_size, recipe.batch_sequences, wire, compute, communication, seconds,
-                tokens / seconds)
+    return Step(
+        stage, cluster.world_size, recipe.batch_sequences, wire, compute, communication, seconds, tokens / seconds
+    )
 
 
 def passes_of(shapes: Shapes, zero: dict, accumulation: int) -> float:
@@ -142,5 +158,9 @@ def with_batch_for(recipe: Recipe, world_size: int) -> Recipe:
     """The recipe with the batch nearest to its own that so many ranks can split, into micro-batches of at most its."""
     rows = max(1, round(recipe.batch_sequences / world_size))  # of each rank
     micro = max(size for size in range(1, min(rows, recipe.train.micro_batch_size) + 1) if rows % size == 0)
-    return dataclasses.replace(recipe, train=dataclasses.replace(
-        recipe.train, micro_batch_size=micro, batch_sequences=rows * world_size, batch_tokens=None))
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(
+            recipe.train, micro_batch_size=micro, batch_sequences=rows * world_size, batch_tokens=None
+        ),
+    )

@@ -36,8 +36,15 @@ class Cost:
     restart: tuple[float, float] | None
 
 
-def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage: int | None = None,
-         world_size: int | None = None, shapes: Shapes | None = None) -> Cost:
+def cost(
+    resolved: Resolved,
+    method: Method,
+    config: PretrainedConfig,
+    *,
+    stage: int | None = None,
+    world_size: int | None = None,
+    shapes: Shapes | None = None,
+) -> Cost:
     """The cost of training the network `config` by `method`. Default: the recipe's stage and world size.
 
     shapes: those of `method` on `config`, if they are known already.
@@ -51,18 +58,30 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
         accumulation = accumulation_steps(recipe, world_size)
     except RecipeError:
         accumulation = None
-    zero = memory.zero_section(recipe, deepspeed, shapes, precision=precision, accumulation=accumulation or 1,
-                               world_size=world_size)
-    items = memory.state(shapes, zero, method.relora, precision=precision, world_size=world_size,
-                         accumulation=accumulation or 1)
+    zero = memory.zero_section(
+        recipe, deepspeed, shapes, precision=precision, accumulation=accumulation or 1, world_size=world_size
+    )
+    items = memory.state(
+        shapes, zero, method.relora, precision=precision, world_size=world_size, accumulation=accumulation or 1
+    )
     items += host.moments(
-        shapes, storage_of(shapes, method.relora, precision=precision, stage=stage), method.relora,
-        world_size=world_size, after_warm_start=0 < recipe.full_rank_steps < recipe.total_steps
-        and not isinstance(method, Full))
+        shapes,
+        storage_of(shapes, method.relora, precision=precision, stage=stage),
+        method.relora,
+        world_size=world_size,
+        after_warm_start=0 < recipe.full_rank_steps < recipe.total_steps and not isinstance(method, Full),
+    )
     step = restart = None
     if accumulation is not None:
-        step = step_bytes(shapes, zero, method.relora, precision=precision, accumulation=accumulation,
-                          world_size=world_size, checkpointing=recipe.activation_checkpointing)
+        step = step_bytes(
+            shapes,
+            zero,
+            method.relora,
+            precision=precision,
+            accumulation=accumulation,
+            world_size=world_size,
+            checkpointing=recipe.activation_checkpointing,
+        )
     if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
         merge = peak_bytes(shapes.merged, method.relora.r, stage=stage, world_size=world_size)
         items.append(memory.Item("a merge", merge, when=memory.RESTART))
@@ -70,12 +89,18 @@ def cost(resolved: Resolved, method: Method, config: PretrainedConfig, *, stage:
     return Cost(stage, world_size, accumulation, shapes, items, step, restart)
 
 
-def activations_of(resolved: Resolved, method: Method, config: PretrainedConfig,
-                micro_batch_size: int | None = None) -> int | None:
+def activations_of(
+    resolved: Resolved, method: Method, config: PretrainedConfig, micro_batch_size: int | None = None
+) -> int | None:
     """`activation_bytes` of the recipe. micro_batch_size: default its own."""
     recipe = resolved.recipe
     return activation_bytes(
-        method, config, precision=resolved.precision, seq_len=recipe.data.seq_len,
+        method,
+        config,
+        precision=resolved.precision,
+        seq_len=recipe.data.seq_len,
         micro_batch_size=micro_batch_size or recipe.train.micro_batch_size,
-        attn_implementation=recipe.model.attn_implementation, checkpointing=recipe.activation_checkpointing,
-        format=format_here(method.relora, resolved.precision, resolved.stage))
+        attn_implementation=recipe.model.attn_implementation,
+        checkpointing=recipe.activation_checkpointing,
+        format=format_here(method.relora, resolved.precision, resolved.stage),
+    )

@@ -16,17 +16,24 @@ CHECKPOINT = "checkpoint"  # from the first one on, what is trained; until it is
 HOST_MOMENTS = (BUILD, SWITCH, RESTART, CHECKPOINT)
 
 
-def moments(shapes: Shapes, storage: Storage, relora: ReLoRAConfig | None, *, world_size: int,
-            after_warm_start: bool) -> list[Item]:
+def moments(
+    shapes: Shapes, storage: Storage, relora: ReLoRAConfig | None, *, world_size: int, after_warm_start: bool
+) -> list[Item]:
     """What the rank with the most of it holds on the host for a while."""
     largest = max([*map(max, shapes.groups), *shapes.frozen, *(shape.numel() for shape in shapes.merged.values())])
-    items = [Item("a whole tensor as it is read", MASTER * largest, HOST, BUILD),
-             *(Item("copies of masters and moments", (MASTER + MOMENTS) * _mine(shapes, world_size), HOST, when)
-               for when in (RESTART, CHECKPOINT))]
+    items = [
+        Item("a whole tensor as it is read", MASTER * largest, HOST, BUILD),
+        *(
+            Item("copies of masters and moments", (MASTER + MOMENTS) * _mine(shapes, world_size), HOST, when)
+            for when in (RESTART, CHECKPOINT)
+        ),
+    ]
     if after_warm_start:
         weights = shapes.num_trainable - sum(shapes.factors) + shapes.num_frozen
-        items += [Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, SWITCH),
-                  Item("a whole tensor as it is read", MASTER * largest, HOST, SWITCH)]
+        items += [
+            Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, SWITCH),
+            Item("a whole tensor as it is read", MASTER * largest, HOST, SWITCH),
+        ]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
     if masters and relora.frozen_master == "cpu":
         items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))

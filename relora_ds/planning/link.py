@@ -91,8 +91,10 @@ def _collectives(size: int, device: torch.device) -> list[tuple[str, int, float,
     n = dist.get_world_size()
     piece = torch.zeros(-(-size // (4 * n)), dtype=torch.float32, device=device)
     whole = torch.zeros(n * len(piece), dtype=torch.float32, device=device)
-    return [("all_reduce", 4 * len(whole), 2 * (n - 1) / n, lambda: dist.all_reduce(whole)),
-            ("all_gather", 4 * len(whole), (n - 1) / n, lambda: dist.all_gather_into_tensor(whole, piece))]
+    return [
+        ("all_reduce", 4 * len(whole), 2 * (n - 1) / n, lambda: dist.all_reduce(whole)),
+        ("all_gather", 4 * len(whole), (n - 1) / n, lambda: dist.all_gather_into_tensor(whole, piece)),
+    ]
 
 
 def _timed(call: Callable, device: torch.device) -> float:
@@ -115,15 +117,23 @@ def _slowest(value: float, device: torch.device) -> float:
     return shared.item()
 
 
-def seconds_per_token(build: Callable[[PretrainedConfig], torch.nn.Module], config: PretrainedConfig,
-                      device: torch.device, *, micro_batch_size: int, seq_len: int, repeats: int = 3) -> float:
+def seconds_per_token(
+    build: Callable[[PretrainedConfig], torch.nn.Module],
+    config: PretrainedConfig,
+    device: torch.device,
+    *,
+    micro_batch_size: int,
+    seq_len: int,
+    repeats: int = 3,
+) -> float:
     """Forward and backward of the whole network, per token of a rank, from one and two of its layers. Collective.
 
     build: from a configuration to a module on `device`, as the method wants it.
     """
     num_layers = config.num_hidden_layers
-    one, two = (_seconds_of_layers(build, config, device, layers, micro_batch_size, seq_len, repeats)
-                for layers in (1, 2))
+    one, two = (
+        _seconds_of_layers(build, config, device, layers, micro_batch_size, seq_len, repeats) for layers in (1, 2)
+    )
     whole = one + (num_layers - 1) * max(two - one, 0.0)
     return _slowest(whole / (micro_batch_size * seq_len), device)
 
@@ -174,13 +184,24 @@ class Candidate:
     tokens_per_s: float
 
 
-def predict(*, stage: int, r: int | None, micro_batch_size: int, memory: int, wire: float, tokens_per_step: int,
-            world_size: int, seconds_per_token: float, bandwidth: float) -> Candidate:
+def predict(
+    *,
+    stage: int,
+    r: int | None,
+    micro_batch_size: int,
+    memory: int,
+    wire: float,
+    tokens_per_step: int,
+    world_size: int,
+    seconds_per_token: float,
+    bandwidth: float,
+) -> Candidate:
     """A step's seconds, and tokens per second over all ranks."""
     compute = tokens_per_step / world_size * seconds_per_token
     communication = wire / bandwidth
-    return Candidate(stage, r, micro_batch_size, memory, compute, communication,
-                     tokens_per_step / (compute + communication))
+    return Candidate(
+        stage, r, micro_batch_size, memory, compute, communication, tokens_per_step / (compute + communication)
+    )
 
 
 def recommend(candidates: list[Candidate], available: float) -> Candidate | None:

@@ -16,12 +16,37 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LIBRARIES = ("torch", "deepspeed", "transformers", "datasets", "huggingface_hub", "safetensors", "sentencepiece",
-             "tensorboard")
+LIBRARIES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+)
 EXTRAS = ("peft", "bitsandbytes", "liger-kernel", "flash-attn", "matplotlib")
-VARIABLES = ("NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT",
-             "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "SLURM_JOB_ID",
-             "SLURM_NNODES", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "RELORA_DS_VERBOSE")
+VARIABLES = (
+    "NCCL_",
+    "GLOO_",
+    "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "OMP_NUM_THREADS",
+    "SLURM_JOB_ID",
+    "SLURM_NNODES",
+    "SLURM_NTASKS",
+    "SLURM_STEP_NODELIST",
+    "RELORA_DS_VERBOSE",
+)
 HUB_SECONDS = 4.0
 
 
@@ -37,8 +62,15 @@ class Findings:
 def examine() -> Findings:
     """Look at everything. Takes seconds: torch is imported, and the hub is asked for a sign of life."""
     found = Findings()
-    for section, look in (("software", _software), ("devices", _devices), ("backends", _backends),
-                          ("host", _host), ("compilers", _compilers), ("environment", _environment), ("hub", _hub)):
+    for section, look in (
+        ("software", _software),
+        ("devices", _devices),
+        ("backends", _backends),
+        ("host", _host),
+        ("compilers", _compilers),
+        ("environment", _environment),
+        ("hub", _hub),
+    ):
         try:
             look(found)
         except Exception as error:  # a library that is half installed can raise anything
@@ -52,7 +84,7 @@ def requirements() -> dict[str, str]:
         lines = [line for line in importlib.metadata.requires("relora_ds") or () if "extra ==" not in line]
     except importlib.metadata.PackageNotFoundError:
         lines = _requirements_of_checkout()
-    names = [line[:next((i for i, c in enumerate(line) if c in "<>=!~ ("), len(line))] for line in lines]
+    names = [line[: next((i for i, c in enumerate(line) if c in "<>=!~ ("), len(line))] for line in lines]
     return {name: line.removeprefix(name).strip(" ()") for name, line in zip(names, lines, strict=True)}
 
 
@@ -61,8 +93,14 @@ def _requirements_of_checkout() -> list[str]:
     if not setup.is_file():
         return []
     body = ast.parse(setup.read_text(encoding="utf-8")).body
-    return next((ast.literal_eval(node.value) for node in body
-                 if isinstance(node, ast.Assign) and node.targets[0].id == "INSTALL_REQUIRES"), [])
+    return next(
+        (
+            ast.literal_eval(node.value)
+            for node in body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "INSTALL_REQUIRES"
+        ),
+        [],
+    )
 
 
 def _software(found: Findings) -> None:
@@ -90,6 +128,7 @@ def _version_problem(name: str, version: str | None, wanted: str) -> str | None:
     if not wanted:
         return None
     from transformers.utils.versions import require_version
+
     try:
         require_version(f"{name}{wanted}")
     except ImportError:
@@ -102,36 +141,50 @@ def _devices(found: Findings) -> None:
 
     from relora_ds.lowrank.formats import multiplies_fp8
     from relora_ds.zero import accelerator
+
     found.facts.append(("devices", "CUDA of torch", str(torch.version.cuda)))
     found.essential += accelerator.problems()
     if not torch.cuda.is_available():
         found.facts.append(("devices", "GPUs", "none: training runs on the CPU"))
         if shutil.which("nvidia-smi"):
-            found.others.append("devices: nvidia-smi is here, but torch sees no GPU; look at CUDA_VISIBLE_DEVICES, the "
-                                "driver, and whether torch is a CUDA build")
+            found.others.append(
+                "devices: nvidia-smi is here, but torch sees no GPU; look at CUDA_VISIBLE_DEVICES, the "
+                "driver, and whether torch is a CUDA build"
+            )
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         fp8 = "yes" if multiplies_fp8(torch.device("cuda", index)) else "no"
         bf16 = "yes" if about.major >= 8 or torch.version.hip else "no"
-        found.facts.append(("devices", f"GPU {index}", f"{about.name}, {about.total_memory / 1e9:.1f} GB, capability "
-                                                       f"{about.major}.{about.minor}, bf16 {bf16}, fp8 {fp8}"))
+        found.facts.append(
+            (
+                "devices",
+                f"GPU {index}",
+                f"{about.name}, {about.total_memory / 1e9:.1f} GB, capability "
+                f"{about.major}.{about.minor}, bf16 {bf16}, fp8 {fp8}",
+            )
+        )
     found.facts.append(("devices", "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
 
 
 def _backends(found: Findings) -> None:
     import torch
     import torch.distributed as dist
+
     if not dist.is_available():
         found.essential.append("torch.distributed: this build of torch has none; install one that does")
         return
-    for name, available in (("nccl", dist.is_nccl_available), ("gloo", dist.is_gloo_available),
-                            ("mpi", dist.is_mpi_available)):
+    for name, available in (
+        ("nccl", dist.is_nccl_available),
+        ("gloo", dist.is_gloo_available),
+        ("mpi", dist.is_mpi_available),
+    ):
         found.facts.append(("backends", name, "available" if available() else "no"))
     needed = "nccl" if torch.cuda.is_available() else "gloo"
     if not (dist.is_nccl_available() if needed == "nccl" else dist.is_gloo_available()):
-        found.essential.append(f"{needed}: this build of torch lacks it, and the ranks talk through it; install a "
-                               "build that has it")
+        found.essential.append(
+            f"{needed}: this build of torch lacks it, and the ranks talk through it; install a build that has it"
+        )
 
 
 def _host(found: Findings) -> None:
@@ -146,15 +199,18 @@ def _host(found: Findings) -> None:
         free = shutil.disk_usage(shared).total
         found.facts.append(("host", "/dev/shm", f"{free / 1e9:.1f} GB"))
         if free < 1e9:
-            found.others.append(f"/dev/shm: {free / 1e6:.0f} MB is little for NCCL between the GPUs of a host; in a "
-                                "container, start it with --ipc=host or --shm-size=8g")
+            found.others.append(
+                f"/dev/shm: {free / 1e6:.0f} MB is little for NCCL between the GPUs of a host; in a "
+                "container, start it with --ipc=host or --shm-size=8g"
+            )
 
 
 def _compilers(found: Findings) -> None:
     for name in ("g++", "nvcc", "ninja"):
         found.facts.append(("compilers", name, shutil.which(name) or "none"))
-    found.facts.append(("compilers", "needed", "none: relora_ds trains with torch's AdamW, which DeepSpeed need not "
-                                               "compile"))
+    found.facts.append(
+        ("compilers", "needed", "none: relora_ds trains with torch's AdamW, which DeepSpeed need not compile")
+    )
 
 
 def _environment(found: Findings) -> None:
@@ -171,8 +227,10 @@ def _hub(found: Findings) -> None:
     answer = _within(HUB_SECONDS, lambda: _status(address))
     found.facts.append(("hub", "Hugging Face hub", f"{address}: {answer}"))
     if answer != "reachable":
-        found.others.append(f"hub: {address} cannot be reached ({answer}); models and data sets must be local, and "
-                            "HF_HUB_OFFLINE=1 spares every run the wait")
+        found.others.append(
+            f"hub: {address} cannot be reached ({answer}); models and data sets must be local, and "
+            "HF_HUB_OFFLINE=1 spares every run the wait"
+        )
 
 
 def _status(address: str) -> str:

@@ -50,8 +50,9 @@ def total(items: list[Item], where: str, *when: str) -> int:
 
 def peak(items: list[Item], activations: int = 0) -> int:
     """Bytes on the device at the highest of three summits: backward, with its activations, optimizer, and restart."""
-    return total(items, DEVICE, KEPT) + max(total(items, DEVICE, BACKWARD) + activations,
-                                            *(total(items, DEVICE, when) for when in (OPTIMIZER, RESTART)))
+    return total(items, DEVICE, KEPT) + max(
+        total(items, DEVICE, BACKWARD) + activations, *(total(items, DEVICE, when) for when in (OPTIMIZER, RESTART))
+    )
 
 
 def at_stage(deepspeed: dict, stage: int) -> dict:
@@ -64,19 +65,30 @@ def at_stage(deepspeed: dict, stage: int) -> dict:
     return {**deepspeed, "zero_optimization": zero}
 
 
-def zero_section(recipe: Recipe, deepspeed: dict, shapes: Shapes, *, precision: str, accumulation: int,
-                 world_size: int) -> dict:
+def zero_section(
+    recipe: Recipe, deepspeed: dict, shapes: Shapes, *, precision: str, accumulation: int, world_size: int
+) -> dict:
     """DeepSpeed's `zero_optimization` as the engine will get it: every "auto" filled in."""
     resolved = ds_config.resolve(
-        {**deepspeed, "train_batch_size": ds_config.AUTO, "train_micro_batch_size_per_gpu": ds_config.AUTO,
-         "gradient_accumulation_steps": ds_config.AUTO},  # another world size may be asked about than they are for
-        precision=precision, micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation,
-        world_size=world_size, max_grad_norm=recipe.optim.max_grad_norm, num_trainable=shapes.num_trainable)
+        {
+            **deepspeed,
+            "train_batch_size": ds_config.AUTO,
+            "train_micro_batch_size_per_gpu": ds_config.AUTO,
+            "gradient_accumulation_steps": ds_config.AUTO,
+        },  # another world size may be asked about than they are for
+        precision=precision,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=accumulation,
+        world_size=world_size,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        num_trainable=shapes.num_trainable,
+    )
     return resolved["zero_optimization"]
 
 
-def state(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, world_size: int,
-          accumulation: int) -> list[Item]:
+def state(
+    shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, world_size: int, accumulation: int
+) -> list[Item]:
     """What the rank with the most of it holds, without activations.
 
     Args:
@@ -92,8 +104,13 @@ def state(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision:
     else:
         items = _stage_3(shapes, storage, zero, e, world_size)
     if storage.with_masters:
-        items.append(Item("fp32 masters of the frozen weights", masters_bytes(shapes, world_size),
-                          HOST if relora.frozen_master == "cpu" else DEVICE))
+        items.append(
+            Item(
+                "fp32 masters of the frozen weights",
+                masters_bytes(shapes, world_size),
+                HOST if relora.frozen_master == "cpu" else DEVICE,
+            )
+        )
     ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))
     items.append(Item("ledgers of the merges", ledgers, HOST))
     return [item for item in items if item.size]
@@ -112,8 +129,9 @@ def _stage_0(shapes: Shapes, storage: Storage, e: int) -> list[Item]:
     ]
 
 
-def _stage_1_and_2(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int,
-                   accumulation: int) -> list[Item]:
+def _stage_1_and_2(
+    shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int, accumulation: int
+) -> list[Item]:
     groups = [share(sum(group), world_size) for group in shapes.groups]
     mine, trainable = sum(groups), shapes.num_trainable
     offloaded = _device_of(zero, "offload_optimizer") == HOST
@@ -126,15 +144,19 @@ def _stage_1_and_2(shapes: Shapes, storage: Storage, zero: dict, e: int, world_s
         Item("reduce buckets", e * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1), when=BACKWARD),
     ]
     if not offloaded:
-        return items + [Item("gradients", e * mine, when=OPTIMIZER),
-                        # One group after the other is unscaled, clipped and stepped.
-                        Item("fp32 copies of the gradients", MASTER * max(groups), when=OPTIMIZER)]
+        return items + [
+            Item("gradients", e * mine, when=OPTIMIZER),
+            # One group after the other is unscaled, clipped and stepped.
+            Item("fp32 copies of the gradients", MASTER * max(groups), when=OPTIMIZER),
+        ]
     largest = max(map(max, shapes.groups))
     if accumulation > 1 and zero["stage"] == 2:
         items.append(Item("accumulated gradients", e * mine, HOST))
-    return items + [Item("fp32 gradients of the offloaded optimizer", MASTER * mine, HOST),
-                    Item("buffers of the offloaded optimizer", e * (mine + largest), HOST),
-                    Item("buffers of the offloaded optimizer", e * largest)]
+    return items + [
+        Item("fp32 gradients of the offloaded optimizer", MASTER * mine, HOST),
+        Item("buffers of the offloaded optimizer", e * (mine + largest), HOST),
+        Item("buffers of the offloaded optimizer", e * largest),
+    ]
 
 
 def _stage_3(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int) -> list[Item]:
@@ -145,8 +167,9 @@ def _stage_3(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: i
     # What may be alive at once is counted in elements, of one byte or of several.
     live = min(1.0, int(zero["stage3_max_live_parameters"]) / max(1, gathered.elements))
     optimizer, weights = _device_of(zero, "offload_optimizer"), _device_of(zero, "offload_param")
-    largest_group = min(max(share(sum(group), world_size) for group in shapes.groups),
-                        int(zero.get("sub_group_size", 1_000_000_000)))
+    largest_group = min(
+        max(share(sum(group), world_size) for group in shapes.groups), int(zero.get("sub_group_size", 1_000_000_000))
+    )
     items = [
         *_weights(e * mine, frozen, weights),
         Item("frozen weights", storage.num_bytes - storage.sharded_bytes),

@@ -73,8 +73,9 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
         return recipe.data.vocab_size, "data.vocab_size; the tokenizer is trained when the run starts"
     if Path(name).expanduser().is_dir():
         return num_ids(load_tokenizer(name, recipe.trust_remote_code)), f"tokenizer {name}"
-    return recipe.data.vocab_size, (f"data.vocab_size; tokenizer {name} is not loaded: set data.vocab_size to its "
-                                    "size for exact figures")
+    return recipe.data.vocab_size, (
+        f"data.vocab_size; tokenizer {name} is not loaded: set data.vocab_size to its size for exact figures"
+    )
 
 
 def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
@@ -91,9 +92,12 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in method.param_groups(model)),
         merged={name: layer.weight_shape for name, layer in layers.items()},
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in weights),
-        factors=tuple(p.numel() for layer in layers.values()
-                      for name, p in layer.named_parameters() if is_lora_parameter(name)),
-        repeated=tuple(p.numel() for name, p in model.named_parameters()
-                       if p.requires_grad and name.startswith(repeated)),
+        factors=tuple(
+            p.numel() for layer in layers.values() for name, p in layer.named_parameters() if is_lora_parameter(name)
+        ),
+        repeated=tuple(
+            p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)
+        ),
         repeated_merged=frozenset(name for name in layers if name.startswith(repeated)),
-        looked_up=(looked_up, 0) if embedding.requires_grad else (0, looked_up))
+        looked_up=(looked_up, 0) if embedding.requires_grad else (0, looked_up),
+    )

@@ -66,8 +66,11 @@ def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, s
         like = format.stored_like(shape, DTYPES[precision], "meta")
         return Stored(like.numel(), like.element_size(), sharded)
 
-    return Storage({name: stored(shape) for name, shape in shapes.merged.items()}, frozen,
-                   with_masters=has_masters(relora, precision))
+    return Storage(
+        {name: stored(shape) for name, shape in shapes.merged.items()},
+        frozen,
+        with_masters=has_masters(relora, precision),
+    )
 
 
 def format_here(relora: ReLoRAConfig | None, precision: str, stage: int) -> Format:
@@ -99,6 +102,7 @@ class Gathered:
 
 def gathered_by_stage_3(shapes: Shapes, storage: Storage, zero: dict, element_size: int) -> Gathered:
     """zero: a resolved `zero_optimization` section. element_size: bytes of an element that trains."""
+
     def sizes(trainable: Iterable[int], frozen: Iterable[Stored]) -> list[tuple[int, int]]:
         return [(size, element_size) for size in trainable] + [(s.numel, s.element_size) for s in frozen if s.sharded]
 

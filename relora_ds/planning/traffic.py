@@ -9,8 +9,16 @@ from relora_ds.zero.traffic import expected_step
 HISTOGRAM_BYTES = 4 * (2**11 + 2**10 + 2**10)
 
 
-def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, accumulation: int,
-               world_size: int, checkpointing: str = "none") -> tuple[float, float]:
+def step_bytes(
+    shapes: Shapes,
+    zero: dict,
+    relora: ReLoRAConfig | None,
+    *,
+    precision: str,
+    accumulation: int,
+    world_size: int,
+    checkpointing: str = "none",
+) -> tuple[float, float]:
     """`(payload, wire)` of one optimizer step; see `expected_step`.
 
     zero: a resolved `zero_optimization` section. Where the network is larger than what stage 3 may keep gathered,
@@ -19,13 +27,25 @@ def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, preci
     """
     stage, element_size = zero["stage"], ELEMENT_SIZE[precision]
     if stage < 3:
-        return expected_step(stage, trainable=shapes.num_trainable, frozen_bytes=0, element_size=element_size,
-                             accumulation=accumulation, world_size=world_size)
+        return expected_step(
+            stage,
+            trainable=shapes.num_trainable,
+            frozen_bytes=0,
+            element_size=element_size,
+            accumulation=accumulation,
+            world_size=world_size,
+        )
     storage = storage_of(shapes, relora, precision=precision, stage=stage)
     gathered = gathered_by_stage_3(shapes, storage, zero, element_size)
     payload, wire = expected_step(
-        stage, trainable=shapes.num_trainable, frozen_bytes=storage.sharded_bytes, element_size=element_size,
-        accumulation=accumulation, world_size=world_size, small_bytes=gathered.small_bytes)
+        stage,
+        trainable=shapes.num_trainable,
+        frozen_bytes=storage.sharded_bytes,
+        element_size=element_size,
+        accumulation=accumulation,
+        world_size=world_size,
+        small_bytes=gathered.small_bytes,
+    )
     again = gathered.repeated_bytes if checkpointing != "none" else 0
     if gathered.elements > min(int(zero["stage3_max_live_parameters"]), int(zero["stage3_max_reuse_distance"])):
         again += gathered.num_bytes
@@ -33,8 +53,9 @@ def step_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, preci
     return payload + again, wire + again * (world_size - 1) / world_size
 
 
-def restart_bytes(shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision: str,
-                  world_size: int) -> tuple[float, float]:
+def restart_bytes(
+    shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision: str, world_size: int
+) -> tuple[float, float]:
     """`(payload, wire)` of one restart; checksums and counts of ties, a few hundred bytes a layer, are left out.
 
     Every frozen weight is broadcast by its owner, as it is stored. Where the masters are split (stages 1 to 3), A and

@@ -44,8 +44,13 @@ class StepTraffic:
         self._engine, self._first = engine, engine.t  # a resumed engine does not begin at 0
         stage = engine.zero_optimization_stage()
         self.full_rank = expected_step(
-            stage, trainable=full_rank_elements, frozen_bytes=0, element_size=element_size(engine),
-            accumulation=engine.gradient_accumulation_steps(), world_size=engine.dp_world_size)
+            stage,
+            trainable=full_rank_elements,
+            frozen_bytes=0,
+            element_size=element_size(engine),
+            accumulation=engine.gradient_accumulation_steps(),
+            world_size=engine.dp_world_size,
+        )
         self.payload = self.wire = 0.0
         self._regular = (0.0, 0.0)
 

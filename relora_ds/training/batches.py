@@ -10,8 +10,16 @@ from relora_ds.zero.accelerator import is_cuda
 def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
     """From `state` (of a loader's `state_dict`) on, or from the beginning; made ahead where a GPU computes."""
     recipe, data = plan.recipe, plan.data
-    loader = TrainLoader(data.train, recipe.data.seq_len, recipe.batch_sequences, recipe.train.micro_batch_size,
-                         dist.get_rank(), dist.get_world_size(), recipe.seed, data.padding)
+    loader = TrainLoader(
+        data.train,
+        recipe.data.seq_len,
+        recipe.batch_sequences,
+        recipe.train.micro_batch_size,
+        dist.get_rank(),
+        dist.get_world_size(),
+        recipe.seed,
+        data.padding,
+    )
     if state is not None:
         loader.load_state_dict(state)
     return Prefetched(loader, ahead=is_cuda(), pin=is_cuda())

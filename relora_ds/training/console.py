@@ -25,18 +25,22 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     import transformers
+
     transformers.utils.logging.disable_progress_bar()
     from relora_ds.zero import accelerator
+
     accelerator.problems()  # imports deepspeed, which sets its logger's level
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed)\..*")
     from relora_ds.data.reading import DataWarning
+
     # One rank of a host says what is to be said of its files, without the line of the program that it comes from.
     warnings.filterwarnings("ignore" if int(os.environ.get("LOCAL_RANK", 0)) else "once", category=DataWarning)
     warnings.formatwarning = lambda message, category, *place: (
-        f"WARNING: {message}\n" if issubclass(category, DataWarning) else _format(message, category, *place))
+        f"WARNING: {message}\n" if issubclass(category, DataWarning) else _format(message, category, *place)
+    )
 
 
 class View:
@@ -55,9 +59,14 @@ class View:
             logging.getLogger("relora_ds").setLevel(logging.INFO)
             if self.console.is_terminal:
                 self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(bar_width=8),  # all of it in 80 columns
-                    TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
-                    TextColumn("eta"), TimeRemainingColumn(), console=self.console)
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=8),  # all of it in 80 columns
+                    TextColumn("{task.completed}/{task.total}"),
+                    TextColumn("{task.fields[figures]}"),
+                    TextColumn("eta"),
+                    TimeRemainingColumn(),
+                    console=self.console,
+                )
                 self._task = self._bar.add_task("starting", total=total_steps, figures="")
                 self._bar.start()
         else:

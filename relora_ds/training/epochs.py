@@ -16,5 +16,7 @@ def short_corpus(recipe: Recipe, train_tokens: int, num_sequences: int) -> list[
         return []
     epochs = recipe.total_steps * recipe.batch_sequences / num_sequences
     repeated = f"; the run reads it {epochs:.2f} times" if epochs > 1 else ""
-    return [f"data.max_tokens: {asked} is more than the {train_tokens} training tokens of the corpus{repeated}; use a "
-            "larger corpus, or remove it"]
+    return [
+        f"data.max_tokens: {asked} is more than the {train_tokens} training tokens of the corpus{repeated}; use a "
+        "larger corpus, or remove it"
+    ]

@@ -43,8 +43,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, device: torch.device,
-             max_tokens: int | None = None) -> Evaluation:
+def evaluate(
+    model,
+    data: PreparedData,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    device: torch.device,
+    max_tokens: int | None = None,
+) -> Evaluation:
     """Evaluate on the validation split. Collective; leaves the model in the mode it was in.
 
     Args:
@@ -67,10 +74,14 @@ def evaluate(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
     nats, tokens = sums[0].item(), int(sums[1].item())
     # Words and bytes are counted over the whole split: tokens not predicted have the average token's share of nats.
     whole = nats * len(data.validation) / tokens
-    return Evaluation(val_loss=nats / tokens, val_tokens=tokens, ppl=_exp(nats / tokens),
-                      word_ppl=_exp(whole / data.validation_words),
-                      bits_per_byte=whole / math.log(2) / data.validation_bytes,
-                      galore_loss=None if data.padding is None else off_by_one.item() / world_size)
+    return Evaluation(
+        val_loss=nats / tokens,
+        val_tokens=tokens,
+        ppl=_exp(nats / tokens),
+        word_ppl=_exp(whole / data.validation_words),
+        bits_per_byte=whole / math.log(2) / data.validation_bytes,
+        galore_loss=None if data.padding is None else off_by_one.item() / world_size,
+    )
 
 
 @torch.no_grad()
@@ -85,8 +96,10 @@ def rehearse(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
         try:
             _nats_and_tokens(model, batch, device).tolist()
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"train.micro_batch_size: {micro_batch_size} sequences of {seq_len} tokens "
-                                         f"are too many to evaluate; lower it ({error})") from error
+            raise torch.OutOfMemoryError(
+                f"train.micro_batch_size: {micro_batch_size} sequences of {seq_len} tokens "
+                f"are too many to evaluate; lower it ({error})"
+            ) from error
 
 
 @contextmanager
@@ -99,8 +112,9 @@ def _in_evaluation(model) -> Iterator[None]:
         model.train(training)
 
 
-def _batches(data: PreparedData, seq_len: int, micro_batch_size: int,
-             max_tokens: int | None = None) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    data: PreparedData, seq_len: int, micro_batch_size: int, max_tokens: int | None = None
+) -> Iterator[dict[str, Tensor]]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size, data.padding, max_tokens)
 
@@ -123,8 +137,10 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     num_rows, length, vocab_size = logits.shape
     next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
     at_once = max(1, LOGITS_AT_ONCE // vocab_size)
-    losses = [F.cross_entropy(some.float(), wanted, reduction="none", ignore_index=IGNORED_LABEL)
-              for some, wanted in zip(logits.flatten(0, 1).split(at_once), next_labels.split(at_once), strict=True)]
+    losses = [
+        F.cross_entropy(some.float(), wanted, reduction="none", ignore_index=IGNORED_LABEL)
+        for some, wanted in zip(logits.flatten(0, 1).split(at_once), next_labels.split(at_once), strict=True)
+    ]
     return torch.cat(losses).view(num_rows, length)[:, :-1].flatten()
 
 

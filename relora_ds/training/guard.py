@@ -1,8 +1,8 @@
 """Which steps are not to be trusted, and when to give up.
 
-    non-finite    DeepSpeed and the engine find it: no rank applies the step
-    loss spike    found here, in a loss far above those before it; `guard.on_spike` says what follows
-    too many      steps in a row that were not applied end the run
+non-finite    DeepSpeed and the engine find it: no rank applies the step
+loss spike    found here, in a loss far above those before it; `guard.on_spike` says what follows
+too many      steps in a row that were not applied end the run
 """
 
 import math
@@ -22,7 +22,6 @@ _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 class GuardError(RuntimeError):
     """The run stops itself (exit code 3)."""
-
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,10 @@ class BadSteps:
         """Report a step. Raises GuardError after `max_bad_steps` bad ones in a row."""
         self._in_a_row = 0 if applied else self._in_a_row + 1
         if self._in_a_row >= self._most:
-            raise GuardError(f"guard.max_bad_steps: {self._in_a_row} steps in a row had a non-finite loss or gradient, "
-                             "or a loss spike; none was applied. Lower optim.lr, or look at the data of these steps")
+            raise GuardError(
+                f"guard.max_bad_steps: {self._in_a_row} steps in a row had a non-finite loss or gradient, "
+                "or a loss spike; none was applied. Lower optim.lr, or look at the data of these steps"
+            )
 
 
 class LossSpikes:

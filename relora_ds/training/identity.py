@@ -16,15 +16,23 @@ _ELSEWHERE = ("run_dir", "resume", "overwrite", "init_from")  # of the process, 
 
 def of(plan: Plan) -> dict:
     """JSON values for a manifest."""
-    return {"model": model_name(plan.recipe), "data": plan.data.fingerprint, "total_steps": plan.recipe.total_steps,
-            "recipe": _flat(plan), "world_size": plan.world_size}
+    return {
+        "model": model_name(plan.recipe),
+        "data": plan.data.fingerprint,
+        "total_steps": plan.recipe.total_steps,
+        "recipe": _flat(plan),
+        "world_size": plan.world_size,
+    }
 
 
 def changes(saved: Manifest, plan: Plan) -> list[str]:
     """What is otherwise in the recipe now, key by key; none of it hinders the run."""
     then, now = saved.run["recipe"], _flat(plan)
-    found = [f"resume: {name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now})
-             if then.get(name) != now.get(name)]
+    found = [
+        f"resume: {name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
     if saved.run["world_size"] != plan.world_size:
         found.append(f"resume: {saved.run['world_size']} ranks wrote the checkpoint, {plan.world_size} go on")
     return found
@@ -42,8 +50,10 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
     if old != new and saved.step > min(old, new):
         found.append(f"warm_start_steps was {old}, is {new}, and the checkpoint is after step {saved.step}")
     if saved.run["data"] != plan.data.fingerprint:
-        found.append("the training data or the tokenizer are others (data.source, data.path, data.tokenizer, "
-                     "data.max_tokens, or the files themselves)")
+        found.append(
+            "the training data or the tokenizer are others (data.source, data.path, data.tokenizer, "
+            "data.max_tokens, or the files themselves)"
+        )
     if plan.recipe.total_steps < saved.step:
         found.append(f"train.steps is {plan.recipe.total_steps}, and the checkpoint is after step {saved.step}")
     if found:

@@ -47,8 +47,15 @@ class Journal:
         history: (step, phase, Evaluation) of all evaluations of the run.
     """
 
-    def __init__(self, plan: Plan, view: View, account: Account, spikes: LossSpikes, resume_step: int,
-                 may_write: Callable[[], bool]):
+    def __init__(
+        self,
+        plan: Plan,
+        view: View,
+        account: Account,
+        spikes: LossSpikes,
+        resume_step: int,
+        may_write: Callable[[], bool],
+    ):
         self._recipe, self._account, self._view, self._spikes = plan.recipe, account, view, spikes
         run_dir, is_first = Path(plan.recipe.run_dir), dist.get_rank() == 0
         self._metrics = MetricsLog(run_dir, enabled=is_first, resume_step=resume_step, may_write=may_write)
@@ -92,14 +99,26 @@ class Journal:
             seconds, extra = self._clock.mean_seconds(), {}
             if after_restart:
                 extra["max_update_over_lr"] = max_update_over_lr(
-                    engine.shards, [n for n in engine.shards.names if n.endswith("lora_A")],
-                    betas=tuple(recipe.optim.betas), eps=recipe.optim.eps, device=engine.device)
-            line = {"loss": self.collect_losses(), "lr": lr,
-                    "grad_norm": float(engine.get_global_grad_norm()), "tokens": account.tokens,
-                    "tokens_per_s": recipe.tokens_per_step / seconds, "step_s": self._clock.newest,
-                    "bytes_payload": self._traffic.payload, "bytes_wire": self._traffic.wire,
-                    "total_bytes_wire": account.bytes_wire, "full_rank_bytes_wire": account.full_rank_wire,
-                    "peak_memory_bytes": report.peak_memory(engine.device), "restarts": account.restarts}
+                    engine.shards,
+                    [n for n in engine.shards.names if n.endswith("lora_A")],
+                    betas=tuple(recipe.optim.betas),
+                    eps=recipe.optim.eps,
+                    device=engine.device,
+                )
+            line = {
+                "loss": self.collect_losses(),
+                "lr": lr,
+                "grad_norm": float(engine.get_global_grad_norm()),
+                "tokens": account.tokens,
+                "tokens_per_s": recipe.tokens_per_step / seconds,
+                "step_s": self._clock.newest,
+                "bytes_payload": self._traffic.payload,
+                "bytes_wire": self._traffic.wire,
+                "total_bytes_wire": account.bytes_wire,
+                "full_rank_bytes_wire": account.full_rank_wire,
+                "peak_memory_bytes": report.peak_memory(engine.device),
+                "restarts": account.restarts,
+            }
             self._write("train", **line, **extra)
             figures = f"loss {line['loss']:.4f}  lr {lr:.1e}  {line['tokens_per_s']:,.0f} tok/s"
         self._view.step(account.step, recipe.total_steps, self._phase.name, figures, shown)
@@ -129,12 +148,22 @@ class Journal:
         """A restart has taken place."""
         done = self._engine.last_restart
         ranks = self._update_ranks()
-        self._write("restart", **{
-            "restarts": self._account.restarts, "prune_fraction_m": done.prune_fraction_m,
-            "prune_fraction_v": done.prune_fraction_v, "merge_drift": done.merge_drift, "merge_loss": done.merge_loss,
-            "merge_loss_total": done.merge_loss_total,
-            "update_norms": done.update_norms, "relative_update_norms": done.relative_update_norms,
-            "restart_s": done.restart_s, "checksum": done.checksum, **({"update_ranks": ranks} if ranks else {})})
+        self._write(
+            "restart",
+            **{
+                "restarts": self._account.restarts,
+                "prune_fraction_m": done.prune_fraction_m,
+                "prune_fraction_v": done.prune_fraction_v,
+                "merge_drift": done.merge_drift,
+                "merge_loss": done.merge_loss,
+                "merge_loss_total": done.merge_loss_total,
+                "update_norms": done.update_norms,
+                "relative_update_norms": done.relative_update_norms,
+                "restart_s": done.restart_s,
+                "checksum": done.checksum,
+                **({"update_ranks": ranks} if ranks else {}),
+            },
+        )
         self._view.line(report.restart_line(self._account.step, done))
 
     def _update_ranks(self) -> dict[str, float] | None:
@@ -143,8 +172,10 @@ class Journal:
         start = Path(self._recipe.run_dir) / "checkpoints" / tag_of(self._phase.start)
         ranks = update_ranks(self._engine, start)
         if ranks is None:
-            self._view.warn(f"log.update_rank: not every rank can read {start}, from where the update is measured; it "
-                            "needs a run_dir that all hosts share")
+            self._view.warn(
+                f"log.update_rank: not every rank can read {start}, from where the update is measured; it "
+                "needs a run_dir that all hosts share"
+            )
         return ranks
 
     def evaluation(self, result: Evaluation, samples: list[Sample]) -> None:
@@ -162,11 +193,19 @@ class Journal:
         """Those that were completed in the background, or failed."""
         for done in finished:
             if done.error is not None:
-                self._view.warn(f"the checkpoint after step {done.step} failed: {done.error}; training goes on, and "
-                                "the checkpoints before it stay")
+                self._view.warn(
+                    f"the checkpoint after step {done.step} failed: {done.error}; training goes on, and "
+                    "the checkpoints before it stay"
+                )
                 continue
-            self._write("checkpoint", step=done.step, bytes=done.bytes, new_bytes=done.new_bytes, stall_s=done.stall_s,
-                        write_s=done.write_s)
+            self._write(
+                "checkpoint",
+                step=done.step,
+                bytes=done.bytes,
+                new_bytes=done.new_bytes,
+                stall_s=done.stall_s,
+                write_s=done.write_s,
+            )
             self._view.line(report.checkpoint_line(done))
 
     def close(self) -> None:
@@ -174,8 +213,9 @@ class Journal:
         self._metrics.close()
 
     def _write(self, kind: str, *, step: int | None = None, **values) -> None:
-        self._metrics.write(kind, step=self._account.step if step is None else step, t=self._engine.t,
-                            phase=self._phase.name, **values)
+        self._metrics.write(
+            kind, step=self._account.step if step is None else step, t=self._engine.t, phase=self._phase.name, **values
+        )
 
 
 def _evaluations(run_dir: Path) -> list[tuple[int, str, Evaluation]]:

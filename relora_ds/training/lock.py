@@ -79,7 +79,8 @@ def lock(run_dir: Path) -> Lock:
             with file:
                 raise ValueError(
                     f"run_dir: {run_dir} is being written by {_read(file).strip() or 'another process'}; stop that "
-                    "one, wait for its end, or choose another run_dir") from None
+                    "one, wait for its end, or choose another run_dir"
+                ) from None
         except OSError:
             pass
         if _is_at(path, os.fstat(file.fileno())):

@@ -23,17 +23,35 @@ _BOARD_RETRY_S = 60  # before TensorBoard's writer is started again after an err
 # What a number of metrics.jsonl is called in TensorBoard, whose charts are grouped by what stands before the "/".
 # A mapping (`update_norms`) becomes one chart per entry; None: it never changes and needs no chart.
 TENSORBOARD_TAGS = {
-    "train": {"loss": "loss/train", "lr": "optim/lr", "grad_norm": "optim/grad_norm", "tokens": "progress/tokens",
-              "restarts": "progress/restarts", "tokens_per_s": "speed/tokens_per_s", "step_s": "speed/step_s",
-              "bytes_payload": "traffic/step_bytes_payload", "bytes_wire": "traffic/step_bytes_wire",
-              "total_bytes_wire": "traffic/total_bytes_wire",
-              "full_rank_bytes_wire": "traffic/total_bytes_wire_of_full_rank",
-              "peak_memory_bytes": "memory/peak_bytes", "max_update_over_lr": "restart/max_update_over_lr"},
-    "eval": {"val_loss": "loss/validation", "ppl": "perplexity/per_token", "word_ppl": "perplexity/per_word",
-             "bits_per_byte": "perplexity/bits_per_byte", "galore_loss": "loss/validation_as_galore",
-             "val_tokens": None},
-    "restart": {"restarts": None, "update_norms": "update_norm", "relative_update_norms": "update_norm_relative",
-                "update_ranks": "update_rank"},
+    "train": {
+        "loss": "loss/train",
+        "lr": "optim/lr",
+        "grad_norm": "optim/grad_norm",
+        "tokens": "progress/tokens",
+        "restarts": "progress/restarts",
+        "tokens_per_s": "speed/tokens_per_s",
+        "step_s": "speed/step_s",
+        "bytes_payload": "traffic/step_bytes_payload",
+        "bytes_wire": "traffic/step_bytes_wire",
+        "total_bytes_wire": "traffic/total_bytes_wire",
+        "full_rank_bytes_wire": "traffic/total_bytes_wire_of_full_rank",
+        "peak_memory_bytes": "memory/peak_bytes",
+        "max_update_over_lr": "restart/max_update_over_lr",
+    },
+    "eval": {
+        "val_loss": "loss/validation",
+        "ppl": "perplexity/per_token",
+        "word_ppl": "perplexity/per_word",
+        "bits_per_byte": "perplexity/bits_per_byte",
+        "galore_loss": "loss/validation_as_galore",
+        "val_tokens": None,
+    },
+    "restart": {
+        "restarts": None,
+        "update_norms": "update_norm",
+        "relative_update_norms": "update_norm_relative",
+        "update_ranks": "update_rank",
+    },
     "phase": {"trainable_parameters": "parameters/trainable", "total_parameters": "parameters/total"},
 }
 
@@ -49,8 +67,14 @@ class MetricsLog:
         may_write: whether the directory is this run's now.
     """
 
-    def __init__(self, run_dir: Path, *, enabled: bool, resume_step: int | None = None,
-                 may_write: Callable[[], bool] = lambda: True):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool,
+        resume_step: int | None = None,
+        may_write: Callable[[], bool] = lambda: True,
+    ):
         self.enabled, self._may_write = enabled, may_write
         if not enabled:
             return
@@ -75,8 +99,11 @@ class MetricsLog:
         try:
             _append(self._path, "".join(self._unwritten).encode())
         except OSError as error:
-            logger.warning("%s lacks the newest lines: %s; they are written when it is possible again", METRICS,
-                           error.strerror or error)
+            logger.warning(
+                "%s lacks the newest lines: %s; they are written when it is possible again",
+                METRICS,
+                error.strerror or error,
+            )
         else:
             self._unwritten.clear()
 
@@ -132,13 +159,15 @@ class _Board:
 
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, because reading metrics needs no torch
+
         self._writer = SummaryWriter(self._directory, purge_step=self._purge_step)
         self._purge_step = None  # a writer that replaces this one hides nothing
 
     def _fail(self, error: Exception) -> None:
         self._writer, self._retry_at = None, time.monotonic() + _BOARD_RETRY_S
-        logger.warning("TensorBoard lacks events (metrics.jsonl has the numbers): %s",
-                       getattr(error, "strerror", None) or error)
+        logger.warning(
+            "TensorBoard lacks events (metrics.jsonl has the numbers): %s", getattr(error, "strerror", None) or error
+        )
 
 
 def _append(path: Path, data: bytes) -> None:

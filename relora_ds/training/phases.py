@@ -66,8 +66,9 @@ def phases_of(recipe: Recipe) -> list[Phase]:
         ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
         lr = optim.lr if optim.warm_start_lr is None else optim.warm_start_lr
         phases.append(Phase("warm_start", Full(recipe), 0, warm, lr, recipe.total_steps, ramp))
-    phases.append(Phase(recipe.method, method, warm, recipe.total_steps, optim.lr, recipe.total_steps - warm,
-                        optim.warmup_steps))
+    phases.append(
+        Phase(recipe.method, method, warm, recipe.total_steps, optim.lr, recipe.total_steps - warm, optim.warmup_steps)
+    )
     return phases
 
 
@@ -82,12 +83,25 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         liger.apply(model)
     recompute.apply(model, recipe.activation_checkpointing)
     engine, *_ = initialize(
-        model, plan.deepspeed, phase.method.relora, lr=phase.lr, total_steps=phase.total_steps,
-        warmup_steps=phase.warmup_steps, min_lr_ratio=recipe.optim.min_lr_ratio, betas=tuple(recipe.optim.betas),
-        eps=recipe.optim.eps, precision=plan.precision, micro_batch_size=recipe.train.micro_batch_size,
-        gradient_accumulation_steps=plan.accumulation, max_grad_norm=recipe.optim.max_grad_norm,
-        weight_decay=recipe.optim.weight_decay, param_groups=phase.method.param_groups(model), seed=recipe.seed,
-        after_step=phase.method.after_step, weights=_weights(plan, model, handover, resuming))
+        model,
+        plan.deepspeed,
+        phase.method.relora,
+        lr=phase.lr,
+        total_steps=phase.total_steps,
+        warmup_steps=phase.warmup_steps,
+        min_lr_ratio=recipe.optim.min_lr_ratio,
+        betas=tuple(recipe.optim.betas),
+        eps=recipe.optim.eps,
+        precision=plan.precision,
+        micro_batch_size=recipe.train.micro_batch_size,
+        gradient_accumulation_steps=plan.accumulation,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        weight_decay=recipe.optim.weight_decay,
+        param_groups=phase.method.param_groups(model),
+        seed=recipe.seed,
+        after_step=phase.method.after_step,
+        weights=_weights(plan, model, handover, resuming),
+    )
     if recipe.compile and plan.stage < 3:  # at stage 3 it would compile DeepSpeed's hooks around every layer
         compilation.apply(engine.module)
     if handover is not None and handover.moments:
@@ -115,8 +129,11 @@ def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:
     owners = readers_of(prepared)
     moments, steps = {}, {}
     if plan.recipe.carry_moments:
-        trains = {name: owners[name] for name, p in prepared.named_parameters()
-                  if p.requires_grad and name in engine.shards.names}
+        trains = {
+            name: owners[name]
+            for name, p in prepared.named_parameters()
+            if p.requires_grad and name in engine.shards.names
+        }
         moments = {what: collect_moments(engine.shards, what, trains) for what in MOMENTS}
         steps = {group: step for group, step in engine.shards.adam_steps().items() if group != "lora"}
     weights = collect_owned(engine.module, engine.shards, engine.frozen, device=engine.device, owners=owners)

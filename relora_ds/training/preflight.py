@@ -74,8 +74,10 @@ class Resolved:
         found = [self.restarted] if self.restarted else []
         found += recipe.warnings()
         if recipe.compile and self.stage == 3:
-            found.append("compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
-                         "configuration of stages 0 to 2")
+            found.append(
+                "compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
+                "configuration of stages 0 to 2"
+            )
         if relora is not None:
             found += storage_warnings(relora, self.precision, self.stage)
         return found + list(self.model_warnings)
@@ -103,8 +105,13 @@ class Plan(Resolved):
         return found
 
 
-def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None,
-            to_run: bool = True, cuda_bf16: bool | None = None) -> Resolved:
+def resolve(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    to_run: bool = True,
+    cuda_bf16: bool | None = None,
+) -> Resolved:
     """Read a recipe and check all that can be checked without its data.
 
     Args:
@@ -117,20 +124,28 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
     """
     recipe, problems = read_recipe(name_or_path, overrides)
     recipe, restarted = as_restarted(recipe) if to_run else (recipe, None)
-    if recipe.train.batch_sequences is recipe.train.batch_tokens is None and \
-            not any(problem.startswith("train.") for problem in problems):
+    if recipe.train.batch_sequences is recipe.train.batch_tokens is None and not any(
+        problem.startswith("train.") for problem in problems
+    ):
         raise RecipeError(problems, name_or_path)  # it could not be read at all, and whatever follows means nothing
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     precision = resolve_precision(recipe.precision, accelerator.computes_bf16() if cuda_bf16 is None else cuda_bf16)
     accumulation, settings = 0, {}
     if to_run and not problems:
         problems += early_problems(recipe, recipe_files(name_or_path))
-    for found in (lambda: data.problems(recipe.data), lambda: _model_problems(recipe),
-                  lambda: _init_from_problems(recipe), *([lambda: machine_problems(recipe)] if to_run else [])):
+    for found in (
+        lambda: data.problems(recipe.data),
+        lambda: _model_problems(recipe),
+        lambda: _init_from_problems(recipe),
+        *([lambda: machine_problems(recipe)] if to_run else []),
+    ):
         # A field that the recipe's own checks found fault with is not reported twice.
         named = {p.partition(":")[0] for p in problems}
-        problems += [p for p in _errors_of(found) if p.partition(":")[0] not in named
-                     and not (problems and p.startswith("model: "))]  # it may be built from what is wrong
+        problems += [
+            p
+            for p in _errors_of(found)
+            if p.partition(":")[0] not in named and not (problems and p.startswith("model: "))
+        ]  # it may be built from what is wrong
     if not any(p.startswith(("train.", "data.seq_len", "deepspeed")) for p in problems):
         try:
             accumulation = accumulation_steps(recipe, world_size)
@@ -148,8 +163,15 @@ def resolve(name_or_path: str, overrides: Sequence[str] = (), world_size: int | 
     proof = _proof(recipe, precision)
     if proof.problems:
         raise RecipeError(proof.problems, name_or_path)
-    return Resolved(recipe, settings, precision, world_size, accumulation, restarted=restarted,
-                    model_warnings=(*method_of(recipe).warnings(_guessed_model(recipe)), *proof.warnings))
+    return Resolved(
+        recipe,
+        settings,
+        precision,
+        world_size,
+        accumulation,
+        restarted=restarted,
+        model_warnings=(*method_of(recipe).warnings(_guessed_model(recipe)), *proof.warnings),
+    )
 
 
 def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
@@ -164,19 +186,35 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     try:
         prepared = data.prepare(recipe.data, recipe.seed, recipe.trust_remote_code)
         tokenizer = load_tokenizer(prepared.tokenizer_dir, recipe.trust_remote_code)
-        config = build_config(recipe.model, prepared.vocab_size, recipe.data.seq_len, tokenizer.bos_token_id,
-                              tokenizer.eos_token_id, tokenizer.pad_token_id, recipe.trust_remote_code)
+        config = build_config(
+            recipe.model,
+            prepared.vocab_size,
+            recipe.data.seq_len,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            recipe.trust_remote_code,
+        )
         if found := method_of(recipe).problems(meta_model(config)) + _init_from_problems(recipe, config):
             raise RecipeError(found, name_or_path)
         _open_first_weights(recipe)
-        loader = TrainLoader(prepared.train, recipe.data.seq_len, recipe.batch_sequences,
-                             recipe.train.micro_batch_size, 0, resolved.world_size, recipe.seed, prepared.padding)
+        loader = TrainLoader(
+            prepared.train,
+            recipe.data.seq_len,
+            recipe.batch_sequences,
+            recipe.train.micro_batch_size,
+            0,
+            resolved.world_size,
+            recipe.seed,
+            prepared.padding,
+        )
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(str(error).splitlines(), name_or_path) from error
-    return Plan(**vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config,
-                num_sequences=loader.num_sequences)
+    return Plan(
+        **vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config, num_sequences=loader.num_sequences
+    )
 
 
 def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[dict, list[str]]:
@@ -186,18 +224,27 @@ def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[di
     except ValueError as error:
         return {}, [str(error)]
     return settings, ds_config.problems(
-        settings, precision=None if recipe.precision == "auto" else precision,
-        micro_batch_size=recipe.train.micro_batch_size, accumulation=accumulation or None,
-        max_grad_norm=recipe.optim.max_grad_norm, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas),
-        eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
-        batch_size=recipe.batch_sequences) or ds_types.problems(settings)
+        settings,
+        precision=None if recipe.precision == "auto" else precision,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=accumulation or None,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        lr=recipe.optim.lr,
+        betas=tuple(recipe.optim.betas),
+        eps=recipe.optim.eps,
+        weight_decay=recipe.optim.weight_decay,
+        batch_size=recipe.batch_sequences,
+    ) or ds_types.problems(settings)
 
 
 def _model_problems(recipe: Recipe) -> list[str]:
     """What is wrong between network and method, found on a network without storage (its vocabulary is a guess)."""
     model = _guessed_model(recipe)
-    return attention.problems(model, recipe.model.attn_implementation) + method_of(recipe).problems(model) + \
-        recompute.problems(model, recipe.activation_checkpointing)
+    return (
+        attention.problems(model, recipe.model.attn_implementation)
+        + method_of(recipe).problems(model)
+        + recompute.problems(model, recipe.activation_checkpointing)
+    )
 
 
 def machine_problems(recipe: Recipe) -> list[str]:
@@ -211,8 +258,13 @@ def machine_problems(recipe: Recipe) -> list[str]:
 def _proof(recipe: Recipe, precision: str) -> Proof:
     """Try a small copy of the network."""
     method = method_of(recipe)
-    return prove(_guessed_config(recipe), method.relora, base=recipe.method != "lora" or recipe.lora.base != "none",
-                 precision=precision, attention=recipe.model.attn_implementation)
+    return prove(
+        _guessed_config(recipe),
+        method.relora,
+        base=recipe.method != "lora" or recipe.lora.base != "none",
+        precision=precision,
+        attention=recipe.model.attn_implementation,
+    )
 
 
 def _guessed_model(recipe: Recipe) -> PreTrainedModel:
@@ -220,8 +272,12 @@ def _guessed_model(recipe: Recipe) -> PreTrainedModel:
 
 
 def _guessed_config(recipe: Recipe) -> PretrainedConfig:
-    return build_config(dataclasses.replace(recipe.model, init="random"), recipe.data.vocab_size,
-                        recipe.data.seq_len, trust_remote_code=recipe.trust_remote_code)
+    return build_config(
+        dataclasses.replace(recipe.model, init="random"),
+        recipe.data.vocab_size,
+        recipe.data.seq_len,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) -> list[str]:
@@ -237,9 +293,15 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
     there = _shapes(config_of(recipe.init_from, recipe.trust_remote_code))
     here = _shapes(config)
     name = next((name for name in [*here, *there] if here.get(name) != there.get(name)), None)
-    return [] if name is None else [
-        f"init_from: {recipe.init_from} holds another model than the recipe's: {name} is {there.get(name, 'absent')} "
-        f"there and {here.get(name, 'absent')} here; use the same model section and data.tokenizer={recipe.init_from}"]
+    return (
+        []
+        if name is None
+        else [
+            f"init_from: {recipe.init_from} holds another model than the recipe's: {name} is "
+            f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here; use the same model section and "
+            f"data.tokenizer={recipe.init_from}"
+        ]
+    )
 
 
 def _open_first_weights(recipe: Recipe) -> None:
@@ -247,11 +309,15 @@ def _open_first_weights(recipe: Recipe) -> None:
 
     ValueError where they do not. (A checkpoint is verified when it is read: that takes its time once.)
     """
-    source, field = (recipe.init_from, "init_from") if recipe.init_from else \
-        (recipe.model.name_or_path, "model.name_or_path")
+    source, field = (
+        (recipe.init_from, "init_from") if recipe.init_from else (recipe.model.name_or_path, "model.name_or_path")
+    )
     begins_there = recipe.init_from or recipe.model.init == "pretrained"
-    if begins_there and not store.may_resume(Path(recipe.run_dir), recipe.resume) and \
-            locate(source, field)[0] == "huggingface":
+    if (
+        begins_there
+        and not store.may_resume(Path(recipe.run_dir), recipe.resume)
+        and locate(source, field)[0] == "huggingface"
+    ):
         weights_of(source, recipe.trust_remote_code, field)
 
 

@@ -20,7 +20,7 @@ def drift_probe(engine, tokens: np.ndarray, *, seq_len: int, micro_batch_size: i
     rows = min(SEQUENCES, micro_batch_size, len(tokens) // seq_len)
     if not rows:
         return None
-    input_ids = torch.from_numpy(tokens[:rows * seq_len].astype("int64")).view(rows, seq_len).to(engine.device)
+    input_ids = torch.from_numpy(tokens[: rows * seq_len].astype("int64")).view(rows, seq_len).to(engine.device)
     # Nearly all models of transformers can leave out the others.
     kept = {"logits_to_keep": POSITIONS} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
     return lambda: module(input_ids=input_ids, **kept).logits[:, -POSITIONS:].clone()

@@ -19,15 +19,26 @@ from relora_ds.config import Recipe
 _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _REFUSED = "refused"  # the name of the mark
 # {variable: its value at the first start}: Slurm, torchrun, AWS Batch, Google Cloud Batch, LSF, Grid Engine
-FIRST_START = {"SLURM_RESTART_COUNT": "0", _ATTEMPT: "0", "AWS_BATCH_JOB_ATTEMPT": "1",
-               "BATCH_TASK_RETRY_ATTEMPT": "0", "LSB_RESTART": "N", "RESTARTED": "0"}
+FIRST_START = {
+    "SLURM_RESTART_COUNT": "0",
+    _ATTEMPT: "0",
+    "AWS_BATCH_JOB_ATTEMPT": "1",
+    "BATCH_TASK_RETRY_ATTEMPT": "0",
+    "LSB_RESTART": "N",
+    "RESTARTED": "0",
+}
 
 
 def restarted_by(environment: Mapping[str, str] = os.environ) -> str | None:
     """Return the variable, with its value, that marks this start as a repeated one; None at a job's first start."""
-    return next((f"{name}={environment[name]}" for name, first in FIRST_START.items()
-                 if environment.get(name, "") not in ("", first)
-                 and not (name == _ATTEMPT and _was_refused(environment))), None)
+    return next(
+        (
+            f"{name}={environment[name]}"
+            for name, first in FIRST_START.items()
+            if environment.get(name, "") not in ("", first) and not (name == _ATTEMPT and _was_refused(environment))
+        ),
+        None,
+    )
 
 
 def remember_refusal(environment: Mapping[str, str] = os.environ) -> None:
@@ -40,8 +51,10 @@ def remember_refusal(environment: Mapping[str, str] = os.environ) -> None:
 def _was_refused(environment: Mapping[str, str]) -> bool:
     """Whether torchrun's attempt before this one was refused; its files are in …/attempt_N/LOCAL_RANK/."""
     directory, attempt = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parent, environment[_ATTEMPT]
-    return attempt.isdecimal() and \
-        (directory.parent.parent / f"attempt_{int(attempt) - 1}" / directory.name / _REFUSED).exists()
+    return (
+        attempt.isdecimal()
+        and (directory.parent.parent / f"attempt_{int(attempt) - 1}" / directory.name / _REFUSED).exists()
+    )
 
 
 def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
@@ -55,9 +68,11 @@ def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
         return recipe, None
     if recipe.resume and not store.directories(Path(recipe.run_dir) / "checkpoints"):
         return recipe, None
-    asked = " and ".join(([f"resume={recipe.resume}"] if recipe.resume else [])
-                         + (["overwrite=true"] if recipe.overwrite else []))
+    asked = " and ".join(
+        ([f"resume={recipe.resume}"] if recipe.resume else []) + (["overwrite=true"] if recipe.overwrite else [])
+    )
     instead = f", not {asked}" if asked else ""
     return dataclasses.replace(recipe, resume="auto", overwrite=False), (
         f"resume: this job was restarted ({variable}), which means resume=auto{instead}; unset the variable for a "
-        "start that is no restart")
+        "start that is no restart"
+    )

@@ -35,8 +35,11 @@ _RUN = {
         r"replaced": {r"step_\d{8,}(\.\d+)?": _CHECKPOINT},  # what a run went back behind
         r"\.?step_\d{8,}(\.\w+)*": _CHECKPOINT,  # also one that is being written, deleted or was put aside
     },
-    r"export": {r"README\.md(\..+\.tmp)?|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
-                **_CONFIG, **_TOKENIZER},
+    r"export": {
+        r"README\.md(\..+\.tmp)?|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
+        **_CONFIG,
+        **_TOKENIZER,
+    },
 }
 # File systems put these anywhere; nobody's work is in them.
 _OF_THE_FILE_SYSTEM = re.compile(r"lost\+found|\.nfs\w+|\.snapshots?")
@@ -86,18 +89,22 @@ def look(run_dir: Path) -> Contents:
 def is_run(run_dir: Path) -> bool:
     """Return True if at least one file has the contents that a run writes; damaged ones beside it do not matter."""
     status, summary = (_json(run_dir / name) for name in ("status.json", "summary.json"))
-    return ({"state", "step", "exit_code"} <= status.keys() or {"method", "step", "verdict"} <= summary.keys()
-            or {"method", "seed", "run_dir", "model", "relora", "train", "data", "guard"} <= _recipe(run_dir).keys()
-            or {"kind", "step", "t", "phase"} <= _first_metric(run_dir).keys()
-            or any((path / manifest.NAME).is_file() for path in store.directories(run_dir / "checkpoints")))
+    return (
+        {"state", "step", "exit_code"} <= status.keys()
+        or {"method", "step", "verdict"} <= summary.keys()
+        or {"method", "seed", "run_dir", "model", "relora", "train", "data", "guard"} <= _recipe(run_dir).keys()
+        or {"kind", "step", "t", "phase"} <= _first_metric(run_dir).keys()
+        or any((path / manifest.NAME).is_file() for path in store.directories(run_dir / "checkpoints"))
+    )
 
 
 def run_around(directory: Path) -> Path | None:
     """Return the run whose checkpoints, export or curves a directory is, or is in; None where there is none."""
     inner = [name for name, what in _RUN.items() if what is not None]
     places = directory.resolve()
-    return next((place.parent for place in (places, *places.parents) if place.name in inner and is_run(place.parent)),
-                None)
+    return next(
+        (place.parent for place in (places, *places.parents) if place.name in inner and is_run(place.parent)), None
+    )
 
 
 def saved_before(run_dir: Path) -> str | None:
@@ -163,8 +170,9 @@ def _foreign(directory: Path, ours: dict, prefix: str = "") -> list[str]:
 
 def _entries(directory: Path) -> list[os.DirEntry]:
     with os.scandir(directory) as entries:
-        return sorted((entry for entry in entries if not _OF_THE_FILE_SYSTEM.fullmatch(entry.name)),
-                      key=lambda entry: entry.name)
+        return sorted(
+            (entry for entry in entries if not _OF_THE_FILE_SYSTEM.fullmatch(entry.name)), key=lambda entry: entry.name
+        )
 
 
 _UNKNOWN = object()
@@ -182,8 +190,11 @@ def _is_blank(entry: os.DirEntry) -> bool:
     if entry.is_dir():
         return not any(filenames for _, _, filenames in os.walk(entry.path))
     text = _head(Path(entry.path)).strip()
-    return (entry.stat().st_size == 0 or text == "{}"
-            or (entry.name == "lock" and re.fullmatch(r"process \d+ on \S+", text) is not None))
+    return (
+        entry.stat().st_size == 0
+        or text == "{}"
+        or (entry.name == "lock" and re.fullmatch(r"process \d+ on \S+", text) is not None)
+    )
 
 
 def _head(path: Path) -> str:

@@ -52,8 +52,9 @@ class Claim:
                 raise ValueError("\n".join(found))
         except OSError as error:
             self.close()
-            raise ValueError(_cannot_be_written(recipe.run_dir, error.filename or recipe.run_dir, error.strerror)) \
-                from error
+            raise ValueError(
+                _cannot_be_written(recipe.run_dir, error.filename or recipe.run_dir, error.strerror)
+            ) from error
         except ValueError:
             self.close()
             raise
@@ -83,10 +84,15 @@ class Claim:
         if not os.path.samestat(now, self._directory):
             found = run_contents.look(self._run_dir)
             if found.is_begun or found.claimed:
-                raise ValueError(f"run_dir: {self._run_dir} was moved or deleted while its run trained, and another "
-                                 "run is there now; resume the moved one under its new name")
-            logger.warning("run_dir: %s was moved or deleted while its run trained; the run goes on in a new directory "
-                           "of that name", self._run_dir)
+                raise ValueError(
+                    f"run_dir: {self._run_dir} was moved or deleted while its run trained, and another "
+                    "run is there now; resume the moved one under its new name"
+                )
+            logger.warning(
+                "run_dir: %s was moved or deleted while its run trained; the run goes on in a new directory "
+                "of that name",
+                self._run_dir,
+            )
         self._directory = now
 
     def close(self) -> None:
@@ -154,13 +160,16 @@ def _contents_problem(recipe: Recipe, contents: Contents) -> str | None:
         return saved and (
             f"resume: auto, but {recipe.run_dir} has no checkpoint left, and the run had some ({saved}); a start from "
             "the beginning would replace what it left. Put checkpoints/ back, or set overwrite=true to delete the run, "
-            "or another run_dir")
+            "or another run_dir"
+        )
     if not contents.is_begun or _resumes_in_place(recipe):
         return None
     if recipe.resume and restarted_by() and not has_checkpoints and not run_contents.saved_before(run_dir):
         return None  # the job's earlier start died before its first checkpoint
-    return (f"run_dir: {recipe.run_dir} holds a run already; set resume=auto to continue it, overwrite=true to delete "
-            "it, or another run_dir")
+    return (
+        f"run_dir: {recipe.run_dir} holds a run already; set resume=auto to continue it, overwrite=true to delete "
+        "it, or another run_dir"
+    )
 
 
 def _resume_problem(recipe: Recipe) -> str | None:
@@ -170,8 +179,10 @@ def _resume_problem(recipe: Recipe) -> str | None:
     run_dir, source = Path(recipe.run_dir).resolve(), Path(recipe.resume).resolve()
     if run_dir not in source.parents:
         return None
-    return (f"resume: {recipe.resume} lies in run_dir {recipe.run_dir}, but is no checkpoint of its run "
-            "(run_dir/checkpoints/step_…); use another run_dir, or resume=auto to continue the run in it")
+    return (
+        f"resume: {recipe.resume} lies in run_dir {recipe.run_dir}, but is no checkpoint of its run "
+        "(run_dir/checkpoints/step_…); use another run_dir, or resume=auto to continue the run in it"
+    )
 
 
 def _resumes_in_place(recipe: Recipe) -> bool:
@@ -198,13 +209,17 @@ def _cannot_be_written(run_dir: str, place: object, why: str) -> str:
 
 
 def _mixed(recipe: Recipe, foreign: Sequence[str]) -> str:
-    return (f"run_dir: {recipe.run_dir} holds a run and {_some(foreign)}, which no run writes; overwrite=true deletes "
-            "nothing else than a run, so move these elsewhere, or choose another run_dir")
+    return (
+        f"run_dir: {recipe.run_dir} holds a run and {_some(foreign)}, which no run writes; overwrite=true deletes "
+        "nothing else than a run, so move these elsewhere, or choose another run_dir"
+    )
 
 
 def _no_run(recipe: Recipe, foreign: Sequence[str]) -> str:
-    return (f"run_dir: {recipe.run_dir} exists and holds something that is no run of relora_ds ({_some(foreign)}); "
-            "neither resume=auto nor overwrite=true touches it: choose another one")
+    return (
+        f"run_dir: {recipe.run_dir} exists and holds something that is no run of relora_ds ({_some(foreign)}); "
+        "neither resume=auto nor overwrite=true touches it: choose another one"
+    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -218,8 +233,10 @@ def _inputs_inside(recipe: Recipe, recipe_files: Sequence[Path]) -> list[str]:
     found = []
     for field, value in _inputs(recipe, recipe_files):
         if any(run_dir in (place, *place.parents) for place in _places(field, value)):
-            found.append(f"{field}: {value} lies in run_dir {recipe.run_dir}, which overwrite=true deletes; move it "
-                         "elsewhere, or use another run_dir")
+            found.append(
+                f"{field}: {value} lies in run_dir {recipe.run_dir}, which overwrite=true deletes; move it "
+                "elsewhere, or use another run_dir"
+            )
     return found
 
 
@@ -227,9 +244,15 @@ def _inputs(recipe: Recipe, recipe_files: Sequence[Path]) -> Iterator[tuple[str,
     """Yield (field, path) of all that may be a local file or directory."""
     yield from (("--config", str(path)) for path in recipe_files)
     data = recipe.data
-    values = {"init_from": recipe.init_from, "resume": recipe.resume, "model.name_or_path": recipe.model.name_or_path,
-              "data.source": data.source, "data.path": data.path, "data.validation": data.validation,
-              "data.tokenizer": data.tokenizer}
+    values = {
+        "init_from": recipe.init_from,
+        "resume": recipe.resume,
+        "model.name_or_path": recipe.model.name_or_path,
+        "data.source": data.source,
+        "data.path": data.path,
+        "data.validation": data.validation,
+        "data.tokenizer": data.tokenizer,
+    }
     if not (DS_CONFIG_DIR / f"{recipe.deepspeed}.json").is_file():
         values["deepspeed"] = recipe.deepspeed
     yield from ((field, value) for field, value in values.items() if isinstance(value, str))
@@ -249,5 +272,8 @@ def _places(field: str, value: str) -> Iterator[Path]:
             yield from (file.resolve() for file in localfiles.find(value, field))
     elif path.is_dir():
         for directory, subdirectories, files in os.walk(path):
-            yield from (Path(entry).resolve() for name in (*subdirectories, *files)
-                        if os.path.islink(entry := os.path.join(directory, name)))
+            yield from (
+                Path(entry).resolve()
+                for name in (*subdirectories, *files)
+                if os.path.islink(entry := os.path.join(directory, name))
+            )

@@ -38,7 +38,7 @@ def first_documents(tokens: np.ndarray, eos_id: int, num: int, seq_len: int) -> 
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts
     length = min(PROMPT_TOKENS, seq_len // 2, int(lengths.max()))
-    rows = [tokens[start:start + length] for start in starts[lengths >= length][:num]] if length else []
+    rows = [tokens[start : start + length] for start in starts[lengths >= length][:num]] if length else []
     return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(len(rows), length))
 
 
@@ -71,8 +71,9 @@ def continuations(model, prompts: Tensor, *, num_tokens: int, seed: int, device:
     return ids.cpu()
 
 
-def draw_samples(model, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, *, seq_len: int, seed: int,
-                 device: torch.device) -> list[Sample]:
+def draw_samples(
+    model, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, *, seq_len: int, seed: int, device: torch.device
+) -> list[Sample]:
     """Continue `prompts` (of `first_documents`) by at most 32 tokens each, as text. Collective."""
     if not len(prompts):
         return []
@@ -84,8 +85,8 @@ def draw_samples(model, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, *, 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> Sample:
     new = ids[length:]
     if tokenizer.eos_token_id in new:
-        new = new[:new.index(tokenizer.eos_token_id)]
+        new = new[: new.index(tokenizer.eos_token_id)]
     prompt = tokenizer.decode(ids[:length])
     whole = tokenizer.decode(ids[:length] + new)
     # Decoded alone, the new tokens would lose the space or the bytes that tie them to the prompt.
-    return Sample(prompt, whole[len(prompt):] if whole.startswith(prompt) else tokenizer.decode(new))
+    return Sample(prompt, whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(new))

@@ -124,9 +124,16 @@ class Trainer:
             if state == "failed" and read_json(path).get("state") == "failed":
                 return  # what failed first is the reason, what follows from it is not
             try:
-                write_json(path, {
-                    "state": state, "step": self.account.step, "reason": reason, "exit_code": exit_code,
-                    "time": time.time()})
+                write_json(
+                    path,
+                    {
+                        "state": state,
+                        "step": self.account.step,
+                        "reason": reason,
+                        "exit_code": exit_code,
+                        "time": time.time(),
+                    },
+                )
             except OSError as error:  # a full disk is no reason to stop
                 self.view.warn(f"status.json is not up to date: {error}")
 
@@ -135,8 +142,11 @@ class Trainer:
     def _find_checkpoint(self) -> store.Found | None:
         """Start the process group, lock the run directory, find the checkpoint to resume from. Nothing is written."""
         init_distributed()
-        self.watchdog = Watchdog(self.recipe.guard.watchdog_seconds, lambda: f"step {self.account.step}",
-                                 lambda message, code: self.set_status("failed", message, code))
+        self.watchdog = Watchdog(
+            self.recipe.guard.watchdog_seconds,
+            lambda: f"step {self.account.step}",
+            lambda message, code: self.set_status("failed", message, code),
+        )
         self.is_first = dist.get_rank() == 0
         self.view = View(self.is_first, self.recipe.total_steps)
         require_same_tokens(self.plan.data.fingerprint)  # so every rank has looked at the directory and is here
@@ -168,15 +178,23 @@ class Trainer:
         self.spikes = LossSpikes(recipe.guard, saved.run["losses"] if saved else ())
         if self.stop is None:
             self.stop = StopRequest()
-        self.journal = Journal(self.plan, self.view, self.account, self.spikes,
-                               resume_step=self.account.step if saved else -1,  # what left no checkpoint is forgotten
-                               may_write=self._holds_run_dir)
+        self.journal = Journal(
+            self.plan,
+            self.view,
+            self.account,
+            self.spikes,
+            resume_step=self.account.step if saved else -1,  # what left no checkpoint is forgotten
+            may_write=self._holds_run_dir,
+        )
         self.prompts = first_documents(data.validation, data.eos_id, recipe.eval.samples, recipe.data.seq_len)
         self.full_rank_elements = count_parameters(meta_model(self.plan.model_config))[0]
         for line in report.opening(self.plan, phases_of(recipe), checkpoint and self.account.step):
             self.view.line(line)
-        for warning in (*self.plan.warnings(), *(checkpoint.passed_over if checkpoint else ()),
-                        *(identity.changes(saved, self.plan) if checkpoint else ())):
+        for warning in (
+            *self.plan.warnings(),
+            *(checkpoint.passed_over if checkpoint else ()),
+            *(identity.changes(saved, self.plan) if checkpoint else ()),
+        ):
             self.view.warn(warning)
         self.set_status("running")
 
@@ -224,8 +242,13 @@ class Trainer:
         self.watchdog.beat()
         if self.sharing is None:  # once, while the disk has room
             self.sharing = find_peers(self.run_dir / "checkpoints")
-        self.writer = CheckpointWriter(self.engine, self.run_dir / "checkpoints", self._prune_checkpoints,
-                                       checkpoint and (checkpoint.directory, checkpoint.manifest), self.sharing)
+        self.writer = CheckpointWriter(
+            self.engine,
+            self.run_dir / "checkpoints",
+            self._prune_checkpoints,
+            checkpoint and (checkpoint.directory, checkpoint.manifest),
+            self.sharing,
+        )
         report.begin_peak_memory(self.engine.device)  # else a phase would go on from the peak of the one before
         self.engine.drift_probe = drift_probe(self.engine, self.plan.data.validation, **self._batches)
         self.traffic = StepTraffic(self.engine, self.full_rank_elements)
@@ -299,10 +322,21 @@ class Trainer:
             return
         self._last_evaluated = step
         self.clock.drain()  # what the device still does is the step's
-        result = evaluate(self.engine, self.plan.data, **self._batches, device=self.engine.device,
-                          max_tokens=None if step == self.phase.stop else self.recipe.eval.max_tokens)
-        samples = draw_samples(self.engine, self.plan.tokenizer, self.prompts, seq_len=self.recipe.data.seq_len,
-                               seed=self.recipe.seed, device=self.engine.device)
+        result = evaluate(
+            self.engine,
+            self.plan.data,
+            **self._batches,
+            device=self.engine.device,
+            max_tokens=None if step == self.phase.stop else self.recipe.eval.max_tokens,
+        )
+        samples = draw_samples(
+            self.engine,
+            self.plan.tokenizer,
+            self.prompts,
+            seq_len=self.recipe.data.seq_len,
+            seed=self.recipe.seed,
+            device=self.engine.device,
+        )
         self.journal.evaluation(result, samples)
 
     def _checkpoint_if_due(self) -> None:
@@ -315,9 +349,16 @@ class Trainer:
         self.clock.drain()
         self._claim_run_dir()
         self.journal.collect_losses()  # the window of losses is saved
-        self.writer.save(self.account.step, {
-            "phase": self.phase.name, "loader": self.loader.state_dict(), "account": self.account.state(),
-            "losses": list(self.spikes.losses), **identity.of(self.plan)})
+        self.writer.save(
+            self.account.step,
+            {
+                "phase": self.phase.name,
+                "loader": self.loader.state_dict(),
+                "account": self.account.state(),
+                "losses": list(self.spikes.losses),
+                **identity.of(self.plan),
+            },
+        )
         self.set_status("running")
 
     def _save_and_stop(self) -> None:
@@ -349,15 +390,20 @@ class Trainer:
             raise GuardError("guard.on_spike: rollback, and no checkpoint could be written to go back to")
         step, run = checkpoint.manifest.step, checkpoint.manifest.run
         if [to for to, *_ in self._rolled_back].count(step) == MAX_ROLLBACKS:
-            raise GuardError(f"guard.on_spike: {MAX_ROLLBACKS} times back to step {step}, and a loss spike each time, "
-                             "with other data; lower optim.lr")
+            raise GuardError(
+                f"guard.on_spike: {MAX_ROLLBACKS} times back to step {step}, and a loss spike each time, "
+                "with other data; lower optim.lr"
+            )
         self._rolled_back.append((step, self.account.step, spike))
         self.view.line(f"after step {self.account.step}: going back to step {step}, with the data that come next")
         run["loader"] = self.loader.state_dict()
         # What the steps that are taken back cost stays in the account.
         was = run["account"]
-        run["account"] = self.account.state() | {"step": was["step"], "restarts": was["restarts"],
-                                                 "rollbacks": self.account.rollbacks + 1}
+        run["account"] = self.account.state() | {
+            "step": was["step"],
+            "restarts": was["restarts"],
+            "rollbacks": self.account.rollbacks + 1,
+        }
         return checkpoint
 
     def _prune_checkpoints(self) -> None:
@@ -392,16 +438,19 @@ class Trainer:
         if not self.journal.history or self.journal.history[-1][0] != self.account.step:  # resumed at the very end
             self._last_evaluated = None
             self._evaluate_if_due()
-        summary = report.summarise(self.plan, self.account, self.journal.history[-1][2],
-                                   *count_parameters(self.engine.module))
+        summary = report.summarise(
+            self.plan, self.account, self.journal.history[-1][2], *count_parameters(self.engine.module)
+        )
         if problem := write_results(self.engine, self.plan, summary):
             self.view.warn(problem)
         self.view.close()
         report.closing(self.view, self.run_dir, self.journal.history, summary)
         self.journal.close()
         if not is_saved:
-            raise GuardError(f"the state after step {self.account.step} could not be saved; the model is in "
-                             f"{self.run_dir / 'export'}")
+            raise GuardError(
+                f"the state after step {self.account.step} could not be saved; the model is in "
+                f"{self.run_dir / 'export'}"
+            )
         self.set_status("done", exit_code=0)
         release(self.engine)
         dist.barrier()

@@ -44,8 +44,10 @@ class Watchdog:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._every = min(5.0, seconds / 4)
         self._progress, self._closed = 0, threading.Event()
-        agreed = [f"relora_ds/watchdog/{uuid.uuid4()}",  # torchrun's store may have what earlier attempts said
-                  socket.gethostname()]
+        agreed = [
+            f"relora_ds/watchdog/{uuid.uuid4()}",  # torchrun's store may have what earlier attempts said
+            socket.gethostname(),
+        ]
         dist.broadcast_object_list(agreed, 0)
         self._prefix, self._first_host = agreed
         # Connected now: to connect to a store that has died takes as long as all of its time-outs.
@@ -103,8 +105,10 @@ class Watchdog:
         try:
             while True:
                 beats += 1
-                self._said.set(str(self._rank), json.dumps(
-                    {"beats": beats, "progress": self._progress, "host": socket.gethostname()}))
+                self._said.set(
+                    str(self._rank),
+                    json.dumps({"beats": beats, "progress": self._progress, "host": socket.gethostname()}),
+                )
                 if self._closed.wait(self._every):
                     return
         except RuntimeError:
@@ -135,8 +139,10 @@ class Watchdog:
             elif time.monotonic() - since > self._seconds:
                 blame = self.blame()
                 if self._progress == seen:
-                    self._end(f"guard.watchdog_seconds: no progress for {self._seconds:g} s at {self._where()}; "
-                              f"{blame}", EXIT_GUARD)
+                    self._end(
+                        f"guard.watchdog_seconds: no progress for {self._seconds:g} s at {self._where()}; {blame}",
+                        EXIT_GUARD,
+                    )
 
     def _end(self, message: str, code: int) -> None:
         def say() -> None:

@@ -11,8 +11,10 @@ import torch
 
 SUPPORTED = ("cuda", "cpu")
 # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES for its ranks, also where it has itself found no GPU.
-_REMEDY = ('hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU, and start with torchrun or single_node.sh, '
-           "because the deepspeed command shows them to its ranks again")
+_REMEDY = (
+    'hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU, and start with torchrun or single_node.sh, '
+    "because the deepspeed command shows them to its ranks again"
+)
 
 
 def is_cuda() -> bool:
@@ -47,8 +49,10 @@ def problems() -> list[str]:
     if name == "cpu" and has_gpu:
         return [f"DS_ACCELERATOR: cpu keeps DeepSpeed off the GPUs that PyTorch uses here; unset it, or {_REMEDY}"]
     if name == "cuda" and not has_gpu:
-        return ["DS_ACCELERATOR: cuda, but PyTorch sees no GPU here; look at CUDA_VISIBLE_DEVICES, the driver and "
-                "whether torch is a CUDA build, or unset it to train on the CPU"]
+        return [
+            "DS_ACCELERATOR: cuda, but PyTorch sees no GPU here; look at CUDA_VISIBLE_DEVICES, the driver and "
+            "whether torch is a CUDA build, or unset it to train on the CPU"
+        ]
     return rank_problems(_local_ranks())
 
 
@@ -57,8 +61,10 @@ def precision_problems(precision: str) -> list[str]:
     if precision != "bf16" or not is_cuda() or (device := _without_bf16()) is None:
         return []
     major, minor = torch.cuda.get_device_capability(device)
-    return [f"precision: bf16, but GPU {device} ({torch.cuda.get_device_name(device)}, compute capability "
-            f"{major}.{minor}) only emulates it; use fp16 or fp32, or GPUs of compute capability 8.0 or newer"]
+    return [
+        f"precision: bf16, but GPU {device} ({torch.cuda.get_device_name(device)}, compute capability "
+        f"{major}.{minor}) only emulates it; use fp16 or fp32, or GPUs of compute capability 8.0 or newer"
+    ]
 
 
 def rank_problems(ranks: int) -> list[str]:
@@ -66,8 +72,10 @@ def rank_problems(ranks: int) -> list[str]:
     gpus = torch.cuda.device_count()
     if gpus == 0 or ranks <= gpus:
         return []
-    return [f"LOCAL_RANK: {ranks} ranks on this machine, but PyTorch sees {gpus} GPU(s) here, and each rank needs one; "
-            f"start {gpus} (deepspeed --num_gpus {gpus}, torchrun --nproc_per_node {gpus}), or {_REMEDY}"]
+    return [
+        f"LOCAL_RANK: {ranks} ranks on this machine, but PyTorch sees {gpus} GPU(s) here, and each rank needs one; "
+        f"start {gpus} (deepspeed --num_gpus {gpus}, torchrun --nproc_per_node {gpus}), or {_REMEDY}"
+    ]
 
 
 def _without_bf16() -> int | None:
@@ -78,8 +86,10 @@ def _without_bf16() -> int | None:
 
 
 def _unsupported(name: str) -> str:
-    return (f"accelerator: DeepSpeed would compute on {name} devices, and relora_ds is made for CUDA devices (ROCm's "
-            "too) and the CPU; set DS_ACCELERATOR=cpu to train on the CPU")
+    return (
+        f"accelerator: DeepSpeed would compute on {name} devices, and relora_ds is made for CUDA devices (ROCm's "
+        "too) and the CPU; set DS_ACCELERATOR=cpu to train on the CPU"
+    )
 
 
 def _name() -> str:
@@ -88,6 +98,7 @@ def _name() -> str:
     before, logger.disabled = logger.disabled, True  # it warns, at its import, where it finds nothing but a CPU
     try:
         from deepspeed.accelerator import get_accelerator
+
         return get_accelerator().device_name()
     finally:
         logger.disabled = before

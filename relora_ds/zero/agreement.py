@@ -24,7 +24,7 @@ def checksum(piece: Tensor, start: int = 0) -> Tensor:
     bits = piece.detach().contiguous().view(_BITS[piece.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
     for at in range(0, bits.numel(), _CHUNK):
-        chunk = bits[at:at + _CHUNK].to(torch.int64, copy=True)
+        chunk = bits[at : at + _CHUNK].to(torch.int64, copy=True)
         first = 2 * (start + at) + 1
         total += chunk.mul_(torch.arange(first, first + 2 * chunk.numel(), 2, device=piece.device)).sum()
     return total
@@ -54,7 +54,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
     for name, layer in frozen.layers.items():
         weight = layer.weight
         start, stop = partition_range(weight) if is_partitioned(weight) else (0, weight.numel())
-        piece = weight.ds_tensor.data[:stop - start] if is_partitioned(weight) else weight.data.reshape(-1)
+        piece = weight.ds_tensor.data[: stop - start] if is_partitioned(weight) else weight.data.reshape(-1)
         names.append(f"{name}.weight")
         sums.append(checksum(piece, start))
         split.append(is_partitioned(weight))
@@ -87,8 +87,10 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
     wrong, common = torch.stack([wrong.to(torch.int64), common]).cpu()
     if wrong.any():
         first = names[int(wrong.nonzero()[0])]
-        raise RuntimeError(f"restart: the ranks do not agree on {first}, or its master and stored copy differ; "
-                           "training cannot go on from here. Resume from the last checkpoint and report this")
+        raise RuntimeError(
+            f"restart: the ranks do not agree on {first}, or its master and stored copy differ; "
+            "training cannot go on from here. Resume from the last checkpoint and report this"
+        )
     return hashlib.sha256(common.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -96,5 +98,5 @@ def _is_stale(shards: ShardView, name: str) -> Tensor:
     """Whether this rank's master of a LoRA factor is not what forward reads: a bool scalar."""
     shard = shards[name]
     piece, start = shards.forward_copy(name)
-    seen = piece[shard.start - start:shard.stop - start]
+    seen = piece[shard.start - start : shard.stop - start]
     return (shard.master.to(seen.device, seen.dtype) != seen).any()

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from torch import nn
 
 # Where it searches, and what it returns where there is nothing.
-_SEARCHES = (("transformers.masking_utils", "find_packed_sequence_indices", None),
-             ("transformers.modeling_flash_attention_utils", "_is_packed_sequence", False))
+_SEARCHES = (
+    ("transformers.masking_utils", "find_packed_sequence_indices", None),
+    ("transformers.modeling_flash_attention_utils", "_is_packed_sequence", False),
+)
 
 
 class _Thread(threading.local):
@@ -32,6 +34,7 @@ _thread = _Thread()
 
 def skip_search(forward: Callable) -> Callable:
     """Decorate an engine's forward: no search in a forward of a transformers model that is given no positions."""
+
     @functools.wraps(forward)
     def without_search(engine, *inputs, **kwargs):
         before, _thread.counted = _thread.counted, _counts_positions(engine.module, inputs, kwargs)
@@ -45,8 +48,12 @@ def skip_search(forward: Callable) -> Callable:
 
 def _counts_positions(model: nn.Module, inputs: tuple, kwargs: dict) -> bool:
     # Others' models may choose positions of their own. Positions may be among several unnamed inputs.
-    return type(model).__module__.startswith("transformers.models.") and len(inputs) <= 1 \
-        and kwargs.get("position_ids") is None and _install()
+    return (
+        type(model).__module__.startswith("transformers.models.")
+        and len(inputs) <= 1
+        and kwargs.get("position_ids") is None
+        and _install()
+    )
 
 
 @functools.cache

@@ -89,9 +89,11 @@ def require_all(found: dict[str, Tensor], directory: Path, frozen: FrozenWeights
     missing = torch.tensor(len(set(frozen.owned()) - set(found)), device=device)
     dist.all_reduce(missing)
     if missing:
-        raise ValueError(f"load_checkpoint: {directory} lacks {missing.item()} frozen weights (fp32 masters, or "
-                         "replicated copies without masters), so merges would be lost. Use a checkpoint that this "
-                         "engine's save_checkpoint wrote, with its files of all ranks")
+        raise ValueError(
+            f"load_checkpoint: {directory} lacks {missing.item()} frozen weights (fp32 masters, or "
+            "replicated copies without masters), so merges would be lost. Use a checkpoint that this "
+            "engine's save_checkpoint wrote, with its files of all ranks"
+        )
 
 
 def restore_ledgers(directory: Path, frozen: FrozenWeights) -> None:

@@ -68,11 +68,14 @@ def save_description(save_dir: str, tag: str, engine) -> None:
         "restarts": list(engine.restarts),
         "engine": engine_state(engine),
         "relora": None if engine.relora is None else dataclasses.asdict(engine.relora),
-        "layers": {name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
-                   for name, layer in lowrank_layers(module).items()},
+        "layers": {
+            name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
+            for name, layer in lowrank_layers(module).items()
+        },
         "frozen": dataclasses.asdict(engine.frozen.storage),
-        "parameters": {name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
-                       for name, p in module.named_parameters()},
+        "parameters": {
+            name: {"shape": list(full_shape(p)), "trains": p.requires_grad} for name, p in module.named_parameters()
+        },
         "buffers": list(persistent_buffers(module)),
         # The order in the flat partitions of ZeRO-3 and of stage 0 in 16 bit; stages 1 and 2 store names themselves.
         "groups": [[names[id(p)] for p in group] for group in getattr(engine.optimizer, "fp16_groups", [])],
@@ -108,8 +111,7 @@ class SavedModel:
 
     def base(self) -> dict[str, Tensor]:
         """The plain model without its current update: `W` of every low-rank layer (0 where it has none)."""
-        state = {name: value for name, value in {**self.trained, **self.frozen}.items()
-                 if not is_lora_parameter(name)}
+        state = {name: value for name, value in {**self.trained, **self.frozen}.items() if not is_lora_parameter(name)}
         for name, layer in self.layers.items():
             if not layer["base"]:
                 lora_A, lora_B = self.factors(name)
@@ -142,8 +144,10 @@ def read_description(directory: Path) -> dict:
     """
     path = directory / DESCRIPTION
     if not path.is_file():
-        raise ValueError(f"{directory}: no checkpoint that a relora_ds engine wrote (it has no {DESCRIPTION}); name "
-                         "the directory of one step, such as RUN/checkpoints/step_00005000")
+        raise ValueError(
+            f"{directory}: no checkpoint that a relora_ds engine wrote (it has no {DESCRIPTION}); name "
+            "the directory of one step, such as RUN/checkpoints/step_00005000"
+        )
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(about, dict) or not about.keys() >= _KEYS:
@@ -176,14 +180,18 @@ def problems(about: dict, engine) -> list[str]:
     def layout(stage: int) -> str:  # stages 1 and 2 keep the same files
         return "1 or 2" if stage in (1, 2) else str(stage)
 
-    pairs = [("ZeRO stage", layout(about["stage"]), layout(engine.zero_optimization_stage())),
-             ("bf16", about["bf16"], engine.bfloat16_enabled())]
+    pairs = [
+        ("ZeRO stage", layout(about["stage"]), layout(engine.zero_optimization_stage())),
+        ("bf16", about["bf16"], engine.bfloat16_enabled()),
+    ]
     for name in ("r", "lora_alpha"):
         pairs.append((f"relora.{name}", (about["relora"] or {}).get(name), getattr(relora, name, None)))
     found = [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
     if engine.frozen.layers and not (saved.with_masters or saved.exact) and not saved.same_bytes(now):
-        found.append(f"relora.frozen_dtype was {saved}, is {now}, and without fp32 masters (frozen_master: none) what "
-                     "was rounded once would be rounded again; go on as it was begun")
+        found.append(
+            f"relora.frozen_dtype was {saved}, is {now}, and without fp32 masters (frozen_master: none) what "
+            "was rounded once would be rounded again; go on as it was begun"
+        )
     return found
 
 
@@ -199,15 +207,20 @@ def read_model(directory: Path) -> SavedModel:
     shapes = {name: torch.Size(p["shape"]) for name, p in about["parameters"].items()}
     trains = {name for name, p in about["parameters"].items() if p["trains"]}
     stored = model_states(directory, about)
-    trained = {name: value.view(shapes[name]).contiguous() for name, value in _masters(directory, about, stored[0])
-               if name in trains}
+    trained = {
+        name: value.view(shapes[name]).contiguous()
+        for name, value in _masters(directory, about, stored[0])
+        if name in trains
+    }
     base = {f"{name}.weight": value for name, value in _base_weights(directory, about, stored, about["layers"]).items()}
     frozen = {name: _stored(name, about, stored) for name in shapes if name not in trains and name not in base}
     frozen |= {name: stored[0]["module"][name].detach() for name in about["buffers"] if name not in base} | base
     frozen = {name: value.float() if value.is_floating_point() else value for name, value in frozen.items()}
     if missing := sorted(trains - set(trained)):
-        raise ValueError(f"{directory}: the masters of {len(missing)} parameters are missing (first: {missing[0]}); "
-                         "use another checkpoint")
+        raise ValueError(
+            f"{directory}: the masters of {len(missing)} parameters are missing (first: {missing[0]}); "
+            "use another checkpoint"
+        )
     return SavedModel(about["t"], about["restarts"], about["relora"], about["layers"], trained, frozen)
 
 
@@ -227,15 +240,21 @@ def shapes_of(directory: Path) -> dict[str, torch.Size]:
 def plain_shapes(about: dict, buffers: dict[str, torch.Size]) -> dict[str, torch.Size]:
     """The shapes of a plain model's parameters and buffers, from a description of the model that was trained."""
     shapes = {name: torch.Size(p["shape"]) for name, p in about["parameters"].items() if not is_lora_parameter(name)}
-    return {**shapes, **{f"{name}.weight": torch.Size(layer["shape"]) for name, layer in about["layers"].items()},
-            **buffers}
+    return {
+        **shapes,
+        **{f"{name}.weight": torch.Size(layer["shape"]) for name, layer in about["layers"].items()},
+        **buffers,
+    }
 
 
 def model_states(directory: Path, about: dict) -> list[dict]:
     """The contents of DeepSpeed's files that are not the optimizer's: one, at stage 3 one of each rank."""
     ranks = range(about["world_size"])
-    names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks] if about["stage"] == 3 else \
-        ["mp_rank_00_model_states.pt"]
+    names = (
+        [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
+        if about["stage"] == 3
+        else ["mp_rank_00_model_states.pt"]
+    )
     return [_load(directory, name) for name in names]
 
 
@@ -252,16 +271,23 @@ def universal_tensor(directory: Path, name: str, what: str) -> Tensor:
 
 def _load(directory: Path, name: str) -> dict | Tensor:
     if not (directory / name).is_file():
-        raise ValueError(f"{directory}: {name} is missing, so a part of the weights is; copy the files of every rank "
-                         "into one directory, or use another checkpoint")
+        raise ValueError(
+            f"{directory}: {name} is missing, so a part of the weights is; copy the files of every rank "
+            "into one directory, or use another checkpoint"
+        )
     try:
         with torch.serialization.safe_globals(_SAFE):
             # mapped: Adam's moments, two thirds of a file, are never read
             return torch.load(directory / name, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, RuntimeError) else \
-            ("it is cut short, or holds objects of classes that are not loaded for safety's sake: client_state may "
-             "hold tensors and plain Python values")
+        reason = (
+            str(error).splitlines()[0]
+            if isinstance(error, RuntimeError)
+            else (
+                "it is cut short, or holds objects of classes that are not loaded for safety's sake: client_state may "
+                "hold tensors and plain Python values"
+            )
+        )
         raise ValueError(f"{directory}: {name} cannot be read ({reason}); use another checkpoint") from error
 
 
@@ -286,8 +312,10 @@ def _masters(directory: Path, about: dict, model_states: dict) -> Iterator[tuple
                     yield name, model_states["module"][name].flatten()
         return
     prefix = "bf16_" if about["bf16"] else ""
-    shards = [_load(directory, f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
-              for rank in range(about["world_size"])]
+    shards = [
+        _load(directory, f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+        for rank in range(about["world_size"])
+    ]
     yield from _from_partitions(about, shards) if about["stage"] == 3 else _from_fragments(shards)
 
 
@@ -302,7 +330,7 @@ def _from_fragments(shards: list[dict]) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:  # the ranks' parts follow each other in the flattened group
         for flat, mapping in zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True):
             for name, at in mapping.items():
-                pieces.setdefault(name, []).append(flat.detach()[at.start:at.start + at.numel])
+                pieces.setdefault(name, []).append(flat.detach()[at.start : at.start + at.numel])
     return ((name, torch.cat(parts)) for name, parts in pieces.items())
 
 
@@ -314,7 +342,7 @@ def _from_partitions(about: dict, shards: list[dict]) -> Iterator[tuple[str, Ten
         for name in names:
             numel = _numel(about, name)
             length = -(-numel // len(shards))
-            yield name, torch.cat([flat[offset:offset + length] for flat in flats])[:numel]
+            yield name, torch.cat([flat[offset : offset + length] for flat in flats])[:numel]
             offset += length
         assert offset == flats[0].numel(), "ZeRO-3's flat partitions are laid out otherwise"
 
@@ -328,26 +356,33 @@ def _stored(name: str, about: dict, states: list[dict]) -> Tensor:
     if about["stage"] < 3:
         return states[0]["module"][name].detach()
     shape = torch.Size(about["parameters"][name]["shape"])
-    return torch.cat([state["frozen_param_fragments"][name] for state in states])[:shape.numel()].view(shape)
+    return torch.cat([state["frozen_param_fragments"][name] for state in states])[: shape.numel()].view(shape)
 
 
 def _base_weights(directory: Path, about: dict, states: list[dict], layers: Container[str]) -> dict[str, Tensor]:
     """The frozen weights of low-rank layers: their masters, else what their stored copies stand for."""
     storage = Storage(**about["frozen"])
-    shapes = {name: torch.Size(layer["shape"]) for name, layer in about["layers"].items()
-              if layer["base"] and name in layers}
+    shapes = {
+        name: torch.Size(layer["shape"]) for name, layer in about["layers"].items() if layer["base"] and name in layers
+    }
     if not (storage.with_masters or storage.replicated):
-        return {name: storage.dequantize(_stored(f"{name}.weight", about, states), shape)
-                for name, shape in shapes.items()}
+        return {
+            name: storage.dequantize(_stored(f"{name}.weight", about, states), shape) for name, shape in shapes.items()
+        }
     found = {}
     for path in sorted(directory.glob(MASTERS_GLOB)):
         with safe_open(path, framework="pt") as file:
             for name in shapes:
                 key = name if storage.with_masters else STORED + name
                 if key in file.keys():  # noqa: SIM118 (not a dict)
-                    found[name] = file.get_tensor(key) if storage.with_masters else \
-                        storage.dequantize(file.get_tensor(key), shapes[name])
+                    found[name] = (
+                        file.get_tensor(key)
+                        if storage.with_masters
+                        else storage.dequantize(file.get_tensor(key), shapes[name])
+                    )
     if missing := [name for name in shapes if name not in found]:
-        raise ValueError(f"{directory}: the fp32 masters of {len(missing)} frozen weights are missing (first: "
-                         f"{missing[0]}); a {MASTERS_GLOB} file was lost, use another checkpoint")
+        raise ValueError(
+            f"{directory}: the fp32 masters of {len(missing)} frozen weights are missing (first: "
+            f"{missing[0]}); a {MASTERS_GLOB} file was lost, use another checkpoint"
+        )
     return found

@@ -19,8 +19,9 @@ from relora_ds.zero.weights import OwnedWeights, plain_tensors
 
 
 @torch.no_grad()
-def collect_merged(module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device,
-                   dst: int | None = None) -> dict[str, Tensor]:
+def collect_merged(
+    module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device, dst: int | None = None
+) -> dict[str, Tensor]:
     """`{parameter name: fp32 CPU tensor}` of the merged model, from the masters. Collective; nothing is changed.
 
     Persistent buffers are in it too.
@@ -28,33 +29,52 @@ def collect_merged(module: nn.Module, shards: ShardView, frozen: FrozenWeights, 
     Args:
         dst: the one rank that gets it (the others get {}), or None for every rank.
     """
-    return {name: value for name, value in _merged_tensors(module, shards, frozen, device, lambda name: dst)
-            if value is not None}
+    return {
+        name: value
+        for name, value in _merged_tensors(module, shards, frozen, device, lambda name: dst)
+        if value is not None
+    }
 
 
 @torch.no_grad()
-def collect_owned(module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device,
-                  owners: Mapping[str, int]) -> OwnedWeights:
+def collect_owned(
+    module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device, owners: Mapping[str, int]
+) -> OwnedWeights:
     """The same spread over the ranks, each tensor on its owner alone; those without an owner are left out."""
-    shapes = {tensor.name: tensor.shape for tensor in plain_tensors(module)
-              if tensor.name in owners and not is_lora_parameter(tensor.name)}
-    shapes |= {key: layer.weight_shape for name, layer in lowrank_layers(module).items()
-               if (key := f"{name}.weight") in owners}
-    found = {name: value for name, value in _merged_tensors(module, shards, frozen, device, owners.get, shapes)
-             if value is not None}
+    shapes = {
+        tensor.name: tensor.shape
+        for tensor in plain_tensors(module)
+        if tensor.name in owners and not is_lora_parameter(tensor.name)
+    }
+    shapes |= {
+        key: layer.weight_shape for name, layer in lowrank_layers(module).items() if (key := f"{name}.weight") in owners
+    }
+    found = {
+        name: value
+        for name, value in _merged_tensors(module, shards, frozen, device, owners.get, shapes)
+        if value is not None
+    }
     return OwnedWeights(shapes, owners, found)
 
 
 def collect_moments(shards: ShardView, what: str, owners: Mapping[str, int]) -> OwnedWeights:
     """The Adam moments `what` of the parameters in `owners`, each on its owner alone. Collective."""
     values = {name: shards.collect(name, what, owner) for name, owner in owners.items()}
-    return OwnedWeights({name: shards[name].shape for name in owners}, owners,
-                        {name: value for name, value in values.items() if value is not None})
+    return OwnedWeights(
+        {name: shards[name].shape for name in owners},
+        owners,
+        {name: value for name, value in values.items() if value is not None},
+    )
 
 
-def _merged_tensors(module: nn.Module, shards: ShardView, frozen: FrozenWeights, device: torch.device,
-                    dst_of: Callable[[str], int | None],
-                    wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
+def _merged_tensors(
+    module: nn.Module,
+    shards: ShardView,
+    frozen: FrozenWeights,
+    device: torch.device,
+    dst_of: Callable[[str], int | None],
+    wanted: Container[str] | None = None,
+) -> Iterator[tuple[str, Tensor | None]]:
     """Yield every tensor of the merged model (of `wanted`) by name, on the CPU; None on ranks that do not get it."""
     layers = lowrank_layers(module)
     for name, parameter in module.named_parameters():
@@ -86,8 +106,9 @@ def _parameter(name: str, parameter: nn.Parameter, shards: ShardView, dst: int |
         return parameter.detach().to("cpu", torch.float32, copy=True) if _gets(dst) else None
 
 
-def _merged(name: str, layer, shards: ShardView, frozen: FrozenWeights, device: torch.device,
-            dst: int | None) -> Tensor | None:
+def _merged(
+    name: str, layer, shards: ShardView, frozen: FrozenWeights, device: torch.device, dst: int | None
+) -> Tensor | None:
     """The merged weight of one layer, fp32 on `device`; None on ranks that are not asked for it."""
     owner = frozen.owners.get(name, dst)
     pair = shards.gather([f"{name}.lora_A", f"{name}.lora_B"], dst=owner)

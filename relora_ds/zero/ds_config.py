@@ -24,31 +24,102 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 MAX_REUSE_DISTANCE = 1_000_000_000
 
 # Top-level keys that are passed on. What of them is refused nevertheless is in _REFUSED.
-TOP_LEVEL_KEYS = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16", "bfloat16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "optimizer", "data_types", "checkpoint", "communication_data_type", "seq_parallel_communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "managed_gradient_accumulation",
-    "disable_allgather", "dataloader_drop_last", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
-    "dump_state", "log_level", "timers", "flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor",
-    "comet", "activation_checkpointing", "aio", "compile", "torch_autocast", "data_efficiency", "hybrid_engine",
-    "autotuning", "tensor_parallel", "sequence_parallel_size", "disable_python_gc", "vocabulary_size",
-})
+TOP_LEVEL_KEYS = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16",
+        "bfloat16",
+        "fp16",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "optimizer",
+        "data_types",
+        "checkpoint",
+        "communication_data_type",
+        "seq_parallel_communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "gradient_allreduce_op",
+        "managed_gradient_accumulation",
+        "disable_allgather",
+        "dataloader_drop_last",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "log_level",
+        "timers",
+        "flops_profiler",
+        "comms_logger",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "activation_checkpointing",
+        "aio",
+        "compile",
+        "torch_autocast",
+        "data_efficiency",
+        "hybrid_engine",
+        "autotuning",
+        "tensor_parallel",
+        "sequence_parallel_size",
+        "disable_python_gc",
+        "vocabulary_size",
+    }
+)
 
-ZERO_KEYS = frozenset({
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
-    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights",
-    "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_param",
-    "cpu_offload_use_pin_memory", "cpu_offload", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
-    "stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1",
-    "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear",
-    "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
-    "save_muon_momentum_buffer_in_memory", "leaf_module",
-})
+ZERO_KEYS = frozenset(
+    {
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "compute_grad_norm",
+        "load_from_fp32_weights",
+        "elastic_checkpoint",
+        "offload_param",
+        "offload_optimizer",
+        "zenflow",
+        "sub_group_size",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "cpu_offload",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+        "stage3_gather_fp16_weights_on_model_save",
+        "ignore_unused_parameters",
+        "legacy_stage1",
+        "round_robin_gradients",
+        "parameter_alignment",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "memory_efficient_linear",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+        "save_muon_momentum_buffer_in_memory",
+        "leaf_module",
+    }
+)
 
 _GONE = "DeepSpeed 0.19 has removed it; remove it"
 _ZEROPP = "ZeRO++ is not available in this version; remove it"
@@ -74,9 +145,16 @@ _REFUSED = {
     "bf16.bf16_master_weights_and_grads": ((False,), "merging needs fp32 masters; remove it"),
     "bf16.bf16_optimizer_states": ((False,), "Adam's states stay fp32; remove it"),
     "fp16.fp16_master_weights_and_grads": ((False,), "merging needs fp32 masters; remove it"),
-    "amp": ((), _GONE), "elasticity": ((), _GONE), "nebula": ((), _GONE), "sparse_attention": ((), _GONE),
-    "sparse_gradients": ((), _GONE), "quantize_training": ((), _GONE), "eigenvalue": ((), _GONE),
-    "compression_training": ((), _GONE), "curriculum_learning": ((), _GONE), "graph_harvesting": ((), _GONE),
+    "amp": ((), _GONE),
+    "elasticity": ((), _GONE),
+    "nebula": ((), _GONE),
+    "sparse_attention": ((), _GONE),
+    "sparse_gradients": ((), _GONE),
+    "quantize_training": ((), _GONE),
+    "eigenvalue": ((), _GONE),
+    "compression_training": ((), _GONE),
+    "curriculum_learning": ((), _GONE),
+    "graph_harvesting": ((), _GONE),
     "progressive_layer_drop": ((), _GONE),
     "zero_optimization.zero_quantized_weights": ((False,), _ZEROPP),
     "zero_optimization.zero_quantized_gradients": ((False,), _ZEROPP),
@@ -100,10 +178,18 @@ _REFUSED = {
 
 # Sections that DeepSpeed reads through models that take "auto" for "not given".
 _SECTIONS_WITH_AUTO = ("zero_optimization", "bf16", "fp16")
-_SECTIONS = {"zero_optimization": '{"stage": 1}', "bf16": '{"enabled": "auto"}', "fp16": '{"enabled": "auto"}',
-             "optimizer": '{"type": "AdamW"}'}
-_TOP_LEVEL_AUTOS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                    "gradient_clipping")
+_SECTIONS = {
+    "zero_optimization": '{"stage": 1}',
+    "bf16": '{"enabled": "auto"}',
+    "fp16": '{"enabled": "auto"}',
+    "optimizer": '{"type": "AdamW"}',
+}
+_TOP_LEVEL_AUTOS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
 
 
 def load(config: str | Path | dict) -> dict:
@@ -116,12 +202,15 @@ def load(config: str | Path | dict) -> dict:
     path = Path(config).expanduser()
     if not path.is_file():
         if str(config) not in ds_config_names():
-            raise ValueError(f"deepspeed: {config} is neither a file nor a shipped configuration"
-                             f"{nearest(path.stem, ds_config_names())}; shipped: {', '.join(ds_config_names())}")
+            raise ValueError(
+                f"deepspeed: {config} is neither a file nor a shipped configuration"
+                f"{nearest(path.stem, ds_config_names())}; shipped: {', '.join(ds_config_names())}"
+            )
         path = DS_CONFIG_DIR / f"{config}.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates,
-                              parse_constant=_refuse_constant)
+        settings = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
     except OSError as error:
         raise ValueError(f"deepspeed: {path} cannot be read ({error.strerror}); name a file that can") from error
     except (ValueError, RecursionError) as error:
@@ -158,10 +247,19 @@ def _precision_sections(config: dict) -> dict[str, str]:
     return {name: key for name, key in keys.items() if key in config}
 
 
-def problems(config: dict, *, precision: str | None = None, micro_batch_size: int | None = None,
-             accumulation: int | None = None, max_grad_norm: float | None = None, lr: float | None = None,
-             betas: tuple[float, float] | None = None, eps: float | None = None,
-             weight_decay: float | None = None, batch_size: int | None = None) -> list[str]:
+def problems(
+    config: dict,
+    *,
+    precision: str | None = None,
+    micro_batch_size: int | None = None,
+    accumulation: int | None = None,
+    max_grad_norm: float | None = None,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    batch_size: int | None = None,
+) -> list[str]:
     """Everything in `config` that is not supported, or contradicts the arguments (None = not compared).
 
     One line each: `deepspeed <key>: <value> <why>; <remedy>`. [] when it can run.
@@ -218,15 +316,18 @@ def _precision_problems(config: dict, precision: str | None) -> list[str]:
     found = []
     enabled = {name: _get(config, f"{key}.enabled") for name, key in _precision_sections(config).items()}
     if enabled.get("bf16") is True and enabled.get("fp16") is True:
-        found.append("bf16.enabled, fp16.enabled: both true; keep one, or \"auto\" for the recipe's precision")
+        found.append('bf16.enabled, fp16.enabled: both true; keep one, or "auto" for the recipe\'s precision')
     for name, value in enabled.items():
         if precision is not None and value not in (AUTO, _ABSENT, precision == name):
-            found.append(f'{name}.enabled: {_show(value)} contradicts precision {precision}; use "auto", or change '
-                         "precision")
+            found.append(
+                f'{name}.enabled: {_show(value)} contradicts precision {precision}; use "auto", or change precision'
+            )
     in_fp16 = precision == "fp16" or (precision is None and enabled.get("fp16") is True)
     if in_fp16 and _get(config, "zero_optimization.stage", 0) == 0:
-        found.append("fp16.enabled: true at stage 0, where DeepSpeed 0.19 divides gradients by a loss scale that its "
-                     "backward did not multiply by; use stage 1")
+        found.append(
+            "fp16.enabled: true at stage 0, where DeepSpeed 0.19 divides gradients by a loss scale that its "
+            "backward did not multiply by; use stage 1"
+        )
     if "bf16" in config and "bfloat16" in config:
         found.append("bfloat16: the old name of bf16, which is there too; remove it")
     return found
@@ -245,8 +346,10 @@ def _zero_problems(config: dict) -> list[str]:
         elif device not in ("none", "cpu", AUTO):
             found.append(f"zero_optimization.{key}.device: {device!r} is unknown; use cpu or none")
         elif device == "cpu" and stage < least:
-            found.append(f"zero_optimization.{key}.device: cpu has no effect at stage {stage}; use "
-                         f"{'a higher stage' if least == 1 else 'stage 3'}, or remove it")
+            found.append(
+                f"zero_optimization.{key}.device: cpu has no effect at stage {stage}; use "
+                f"{'a higher stage' if least == 1 else 'stage 3'}, or remove it"
+            )
     return found
 
 
@@ -256,16 +359,21 @@ def _optimizer_problems(config: dict) -> list[str]:
         return []
     kind = _get(config, "optimizer.type")
     if str(kind).lower() not in ("adam", "adamw"):
-        return [f"optimizer.type: {_show(kind)} is not available; only AdamW is (its states are pruned at a restart); "
-                "remove the block, optim.* sets its values"]
+        return [
+            f"optimizer.type: {_show(kind)} is not available; only AdamW is (its states are pruned at a restart); "
+            "remove the block, optim.* sets its values"
+        ]
     if kind in ("Adam", "adam") and _get(config, "optimizer.params.adam_w_mode", True) is False:
         return ["optimizer.params.adam_w_mode: false is not available (L2 instead of weight decay); remove it"]
     ignored = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused")
     params = _get(config, "optimizer.params", {})
     if not isinstance(params, dict):
         return [f"optimizer.params: {_show(params)} is not an object; remove it, optim.* sets its values"]
-    return [f"optimizer.params.{key}: {_show(value)} is not available; remove it" for key, value in params.items()
-            if key not in ignored and (key, value) not in (("amsgrad", False), ("bias_correction", True))]
+    return [
+        f"optimizer.params.{key}: {_show(value)} is not available; remove it"
+        for key, value in params.items()
+        if key not in ignored and (key, value) not in (("amsgrad", False), ("bias_correction", True))
+    ]
 
 
 def _conflicts(config: dict, expected: dict[str, tuple[object, str]]) -> list[str]:
@@ -277,8 +385,17 @@ def _conflicts(config: dict, expected: dict[str, tuple[object, str]]) -> list[st
     return found
 
 
-def resolve(config: dict, *, precision: str, micro_batch_size: int | None, accumulation: int | None, world_size: int,
-            max_grad_norm: float, num_trainable: int, cpu: bool = False) -> dict:
+def resolve(
+    config: dict,
+    *,
+    precision: str,
+    micro_batch_size: int | None,
+    accumulation: int | None,
+    world_size: int,
+    max_grad_norm: float,
+    num_trainable: int,
+    cpu: bool = False,
+) -> dict:
     """What `deepspeed.initialize` gets: `config` with every "auto", and everything that matters, filled in.
 
     Args:
@@ -311,12 +428,14 @@ def resolve(config: dict, *, precision: str, micro_batch_size: int | None, accum
         # So that a non-finite step is skipped on all ranks, as in fp16. It is the default since 0.19.
         settings["bf16"].setdefault("check_grad_overflow", True)
     _resolve_zero(settings["zero_optimization"], num_trainable, cpu)
-    for key, value in {"steps_per_print": 10**12,  # the trainer logs
-                       "wall_clock_breakdown": False,
-                       "zero_allow_untested_optimizer": True,
-                       "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: no compiled op
-                       # It waits for the GPU at the beginning and the end of every micro-step, for a line of its own.
-                       "timers": {"throughput": {"enabled": False}}}.items():
+    for key, value in {
+        "steps_per_print": 10**12,  # the trainer logs
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: no compiled op
+        # It waits for the GPU at the beginning and the end of every micro-step, for a line of its own.
+        "timers": {"throughput": {"enabled": False}},
+    }.items():
         settings.setdefault(key, value)
     return settings
 
@@ -329,8 +448,10 @@ def _resolve_batch(settings: dict, micro_batch_size: int | None, accumulation: i
     accumulation = _fill(settings, "gradient_accumulation_steps", accumulation)
     product = micro * accumulation * world_size
     if _fill(settings, "train_batch_size", product) != product:
-        raise ValueError(f"deepspeed train_batch_size: {batch} is not {product} = micro-batch {micro} × accumulation "
-                         f'{accumulation} × {world_size} ranks; use "auto"')
+        raise ValueError(
+            f"deepspeed train_batch_size: {batch} is not {product} = micro-batch {micro} × accumulation "
+            f'{accumulation} × {world_size} ranks; use "auto"'
+        )
 
 
 def _resolve_zero(zero: dict, num_trainable: int, cpu: bool) -> None:
@@ -358,8 +479,11 @@ def _fill(settings: dict, key: str, value):
 
 def without_autos(section: dict) -> dict:
     """Return a section without the values that DeepSpeed is to choose."""
-    return {key: without_autos(value) if isinstance(value, dict) else value
-            for key, value in section.items() if value != AUTO}
+    return {
+        key: without_autos(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != AUTO
+    }
 
 
 def _get(config: dict, dotted: str, default=_ABSENT):

@@ -8,8 +8,12 @@ from pydantic import ValidationError
 
 from relora_ds.zero.ds_config import without_autos
 
-_MODELS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "bfloat16": DeepSpeedBF16Config,
-           "fp16": DeepSpeedFP16Config}
+_MODELS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "bfloat16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+}
 
 
 def problems(config: dict) -> list[str]:
@@ -24,6 +28,8 @@ def problems(config: dict) -> list[str]:
             for one in error.errors():
                 key = ".".join(str(part) for part in (section, *one["loc"]))
                 reason = one["msg"][:1].lower() + one["msg"][1:]
-                found.append(f"deepspeed {key}: {json.dumps(one['input'], default=str)[:200]} ({reason}); correct it, "
-                             "or remove it")
+                found.append(
+                    f"deepspeed {key}: {json.dumps(one['input'], default=str)[:200]} ({reason}); correct it, "
+                    "or remove it"
+                )
     return found

@@ -43,14 +43,29 @@ from relora_ds.zero.weights import Nothing, WeightSource, sources_of
 logger = logging.getLogger(__name__)
 
 
-def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None = None, *,
-               lr: float, total_steps: int, warmup_steps: int = 0, min_lr_ratio: float = 0.0,
-               betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-               precision: str | None = None, micro_batch_size: int | None = None,
-               gradient_accumulation_steps: int | None = None, max_grad_norm: float | None = None,
-               training_data=None, collate_fn=None, param_groups: list[dict] | None = None, seed: int = 0,
-               after_step: Callable[["ReLoRAEngine"], None] | None = None,
-               weights: WeightSource | Nothing | None = None):
+def initialize(
+    model: nn.Module,
+    config: str | dict,
+    relora: ReLoRAConfig | None = None,
+    *,
+    lr: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    precision: str | None = None,
+    micro_batch_size: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    max_grad_norm: float | None = None,
+    training_data=None,
+    collate_fn=None,
+    param_groups: list[dict] | None = None,
+    seed: int = 0,
+    after_step: Callable[["ReLoRAEngine"], None] | None = None,
+    weights: WeightSource | Nothing | None = None,
+):
     """`deepspeed.initialize` for a model that `relora_ds.wrap` has wrapped (or a plain one, with `relora=None`).
 
     Args:
@@ -84,9 +99,17 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     if (changed := align_tie_flag(model)) and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(changed)
     settings = ds_config.load(config)
-    found = ds_config.problems(settings, precision=precision, micro_batch_size=micro_batch_size,
-                               accumulation=gradient_accumulation_steps, max_grad_norm=max_grad_norm,
-                               lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    found = ds_config.problems(
+        settings,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        accumulation=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
     if found:
         raise ValueError("\n".join(found))
     init_distributed()
@@ -95,9 +118,15 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
     if found := found + (storage_problems(relora, precision) if relora is not None else []):
         raise ValueError("\n".join(found))
     settings = ds_config.resolve(
-        settings, precision=precision, micro_batch_size=micro_batch_size, accumulation=gradient_accumulation_steps,
-        world_size=dist.get_world_size(), max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
-        num_trainable=count_parameters(model)[0], cpu=not accelerator.is_cuda())
+        settings,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        accumulation=gradient_accumulation_steps,
+        world_size=dist.get_world_size(),
+        max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
+        num_trainable=count_parameters(model)[0],
+        cpu=not accelerator.is_cuda(),
+    )
     stage = settings["zero_optimization"]["stage"]
 
     sources = sources_of(model, weights)
@@ -110,12 +139,22 @@ def initialize(model: nn.Module, config: str | dict, relora: ReLoRAConfig | None
 
     groups = param_groups or parameter_groups(model, weight_decay=weight_decay)
     adam = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
-    schedule = ScheduleConfig(total_steps, warmup_steps, min_lr_ratio,
-                              relora.restart_every if relora else None, relora.restart_warmup_steps if relora else 0)
+    schedule = ScheduleConfig(
+        total_steps,
+        warmup_steps,
+        min_lr_ratio,
+        relora.restart_every if relora else None,
+        relora.restart_warmup_steps if relora else 0,
+    )
     with nothing_broadcast():
         engine, optimizer, loader, scheduler = deepspeed.initialize(
-            model=model, optimizer=adam, config=settings, training_data=training_data, collate_fn=collate_fn,
-            lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule))
+            model=model,
+            optimizer=adam,
+            config=settings,
+            training_data=training_data,
+            collate_fn=collate_fn,
+            lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule),
+        )
 
     order_gathers(engine)
     shards = ShardView(engine)
@@ -173,8 +212,12 @@ class ReLoRAEngine(DeepSpeedEngine):
             return super().forward(*inputs, **kwargs)
         if self.relora is not None and self.relora.restart_init == "gradient":
             self._sketch_gradients()
-        with seeded_forward(f"{self.seed}/{self.t}/{self.num_accumulated}", dist.get_rank(), self.device,
-                            differs_on_cpu=self._masks_differ_on_cpu):
+        with seeded_forward(
+            f"{self.seed}/{self.t}/{self.num_accumulated}",
+            dist.get_rank(),
+            self.device,
+            differs_on_cpu=self._masks_differ_on_cpu,
+        ):
             return super().forward(*inputs, **kwargs)
 
     def _sketch_gradients(self) -> None:
@@ -183,8 +226,11 @@ class ReLoRAEngine(DeepSpeedEngine):
             return
         due = self.lr_scheduler.is_scheduled(self.t + 1)
         for name, layer in self.frozen.layers.items():
-            layer.sketch = GradientSketch(layer.r, layer.in_features, f"{self.seed}/{self.t}/{name}/sketch",
-                                          self.device) if due else None
+            layer.sketch = (
+                GradientSketch(layer.r, layer.in_features, f"{self.seed}/{self.t}/{name}/sketch", self.device)
+                if due
+                else None
+            )
 
     def step(self, lr_kwargs=None):
         """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""
@@ -204,8 +250,11 @@ class ReLoRAEngine(DeepSpeedEngine):
         shards = {name: self.shards[f"{name}.lora_B"] for name in lowrank_layers(self.module) if "expert" not in name}
         untrained = [name for name, shard in shards.items() if shard.exp_avg.numel() and not shard.exp_avg.any()]
         if untrained:
-            logger.warning("no gradient reached the low-rank update of %s in the first step: it is not called, or its "
-                           "result is not used; leave it out with relora.exclude_modules", summary(untrained))
+            logger.warning(
+                "no gradient reached the low-rank update of %s in the first step: it is not called, or its "
+                "result is not used; leave it out with relora.exclude_modules",
+                summary(untrained),
+            )
 
     def _backward_epilogue(self):
         # Our own count: DeepSpeed's micro_steps is not restored by a load, and counts calls of step(), which a loop
@@ -230,12 +279,22 @@ class ReLoRAEngine(DeepSpeedEngine):
         if not self.frozen.layers:
             raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
         if self.num_accumulated:
-            raise ValueError("restart: gradients of the old A and B are being accumulated; call it after the step() "
-                             "that applies them")
+            raise ValueError(
+                "restart: gradients of the old A and B are being accumulated; call it after the step() "
+                "that applies them"
+            )
         if self.t in self.restarts:
             raise ValueError(f"restart: there was one at step t={self.t} already; take a step first")
-        self.last_restart = restart(self.shards, self.frozen, self.relora, t=self.t, number=len(self.restarts) + 1,
-                                    seed=self.seed, device=self.device, probe=self._probe())
+        self.last_restart = restart(
+            self.shards,
+            self.frozen,
+            self.relora,
+            t=self.t,
+            number=len(self.restarts) + 1,
+            seed=self.seed,
+            device=self.device,
+            probe=self._probe(),
+        )
         self.lr_scheduler.record_restart()
         return self.last_restart
 
@@ -246,8 +305,10 @@ class ReLoRAEngine(DeepSpeedEngine):
     def save_merged(self, directory: str, dtype: torch.dtype = torch.float32) -> None:
         """Write a plain transformers model (safetensors, no trace of the low-rank layers). Collective."""
         if not hasattr(self.module, "save_pretrained"):
-            raise ValueError(f"save_merged: {type(self.module).__name__} is no transformers model (no save_pretrained)"
-                             "; use collect_merged() and save the tensors yourself")
+            raise ValueError(
+                f"save_merged: {type(self.module).__name__} is no transformers model (no save_pretrained)"
+                "; use collect_merged() and save the tensors yourself"
+            )
         state, failure = self.collect_merged(dst=0), [None]
         if dist.get_rank() == 0:
             try:
@@ -258,12 +319,13 @@ class ReLoRAEngine(DeepSpeedEngine):
         if failure[0] is not None:
             raise OSError(failure[0])
 
-    def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True,
-                        exclude_frozen_parameters=False):
+    def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, exclude_frozen_parameters=False):
         """DeepSpeed's, plus in the same tag the fp32 masters of the frozen weights and a description of the model."""
         if exclude_frozen_parameters and self.frozen.layers:
-            raise ValueError("exclude_frozen_parameters: True would lose every merge: with ReLoRA the frozen weights "
-                             "are training state; leave it False")
+            raise ValueError(
+                "exclude_frozen_parameters: True would lose every merge: with ReLoRA the frozen weights "
+                "are training state; leave it False"
+            )
         tag = str(tag if tag is not None else f"global_step{self.global_steps}")
         checkpoint_files.save_frozen(save_dir, tag, self.frozen)
         together("save_checkpoint", lambda: checkpoint_model.save_description(save_dir, tag, self))
@@ -282,14 +344,17 @@ class ReLoRAEngine(DeepSpeedEngine):
         latest = universal.LATEST if self.load_universal_checkpoint() else "latest"
         tag = newest_tag(load_dir, latest, self._is_checkpoint) if tag is None else str(tag)
         if tag is None:
-            logger.warning("load_checkpoint: no file `%s` in %s names a checkpoint; nothing is loaded", latest,
-                           load_dir)
+            logger.warning(
+                "load_checkpoint: no file `%s` in %s names a checkpoint; nothing is loaded", latest, load_dir
+            )
             return None, {}
         directory = Path(load_dir) / tag
         if self.load_universal_checkpoint():
             if args or kwargs:
-                raise ValueError(f"load_checkpoint: {[*args, *kwargs]} with a universal checkpoint, of which all is "
-                                 "loaded; leave it out")
+                raise ValueError(
+                    f"load_checkpoint: {[*args, *kwargs]} with a universal checkpoint, of which all is "
+                    "loaded; leave it out"
+                )
             return str(directory), universal.load(self, directory)
         about = checkpoint_model.agreed_description(directory)
         if about is not None and (found := checkpoint_model.problems(about, self)):
@@ -316,14 +381,16 @@ class ReLoRAEngine(DeepSpeedEngine):
         return path, client_state
 
     def _is_checkpoint(self, directory: Path) -> bool:
-        return (directory / checkpoint_model.DESCRIPTION).is_file() and \
-            universal.is_universal(directory) == self.load_universal_checkpoint()
+        return (directory / checkpoint_model.DESCRIPTION).is_file() and universal.is_universal(
+            directory
+        ) == self.load_universal_checkpoint()
 
     def _masters_in(self, directory: Path, saved: Storage | None) -> dict[str, Tensor] | None:
         """The fp32 values of what this rank owns in a checkpoint; None where DeepSpeed's files have all there is."""
         now = self.frozen.storage
-        if not self.frozen.layers or (saved and not saved.with_masters and not now.with_masters
-                                      and saved.same_bytes(now)):
+        if not self.frozen.layers or (
+            saved and not saved.with_masters and not now.with_masters and saved.same_bytes(now)
+        ):
             return None
         if saved and saved.exact:
             return checkpoint_model.read_base_weights(directory, self.frozen.owned())
@@ -337,10 +404,12 @@ class ReLoRAEngine(DeepSpeedEngine):
             own = {f"{name}.weight": layer.weight for name, layer in self.frozen.layers.items()}
             parameters = {} if self.frozen.storage.replicated else own
             checkpoint["module"] = {name: value for name, value in checkpoint["module"].items() if name not in own} | {
-                name: parameter.detach() for name, parameter in parameters.items()}
+                name: parameter.detach() for name, parameter in parameters.items()
+            }
             if checkpoint.get("frozen_param_fragments") is not None:
                 checkpoint["frozen_param_fragments"] |= {
-                    name: p.ds_tensor.detach() if is_partitioned(p) else p.detach() for name, p in parameters.items()}
+                    name: p.ds_tensor.detach() if is_partitioned(p) else p.detach() for name, p in parameters.items()
+                }
         super().load_module_state_dict(checkpoint, *args, **kwargs)
 
     def _relink(self) -> None:
@@ -385,4 +454,5 @@ class ReLoRAEngine(DeepSpeedEngine):
                 return self.drift_probe()
             finally:
                 self.module.train(training)
+
         return logits

@@ -10,9 +10,12 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def engine_state(engine) -> dict:
     """JSON values; the same on every rank."""
     scaler = _scaler(engine) if engine.fp16_enabled() else None
-    return {"scheduler": engine.lr_scheduler.state_dict(), "adam_steps": engine.shards.adam_steps(),
-            "counters": {name: getattr(engine, name) for name in _COUNTERS},
-            "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}}
+    return {
+        "scheduler": engine.lr_scheduler.state_dict(),
+        "adam_steps": engine.shards.adam_steps(),
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+    }
 
 
 def restore_engine_state(engine, state: dict) -> None:

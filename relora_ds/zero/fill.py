@@ -31,8 +31,13 @@ Place = Callable[[Tensor, int], None]  # takes a piece, and the element of the f
 
 
 @torch.no_grad()
-def fill(module: nn.Module, shards: ShardView, frozen: FrozenWeights, sources: list[WeightSource | PartitionedWeights],
-         device: torch.device) -> None:
+def fill(
+    module: nn.Module,
+    shards: ShardView,
+    frozen: FrozenWeights,
+    sources: list[WeightSource | PartitionedWeights],
+    device: torch.device,
+) -> None:
     """Give an engine's parameters and buffers the values of `sources`. Collective.
 
     Buffers that no source has get rank 0's values, low-rank factors those that they begin with.
@@ -83,8 +88,11 @@ class _Unfilled:
         for name, layer in lowrank_layers(self.module).items():
             if (seed := layer.initial_seed) is None:
                 continue
-            first_B = torch.zeros(layer.out_features, layer.r) if layer.weight is not None else \
-                initial_B(layer.out_features, layer.r, seed=seed, name=name)
+            first_B = (
+                torch.zeros(layer.out_features, layer.r)
+                if layer.weight is not None
+                else initial_B(layer.out_features, layer.r, seed=seed, name=name)
+            )
             self.shards.write(f"{name}.lora_A", initial_A(layer.r, layer.in_features, seed=seed, restart=0, name=name))
             self.shards.write(f"{name}.lora_B", first_B)
             layer.initial_seed = None
@@ -109,8 +117,12 @@ class _Unfilled:
         """Return what stores the pieces of a tensor, which every rank has."""
         if (layer := self._layers.get(tensor.name)) is not None:
             mine = self.frozen.owners[layer] == dist.get_rank()
-            return _Assembled(tensor.shape, torch.float32, self.device if mine else torch.device("meta"),
-                              lambda value: self.frozen.take(layer, value if mine else None))
+            return _Assembled(
+                tensor.shape,
+                torch.float32,
+                self.device if mine else torch.device("meta"),
+                lambda value: self.frozen.take(layer, value if mine else None),
+            )
         if tensor.name in self._buffers:
             buffer = self._buffers[tensor.name]
             return _Assembled(tensor.shape, buffer.dtype, buffer.device, buffer.copy_)
@@ -119,7 +131,7 @@ class _Unfilled:
             return lambda piece, start: self.shards.write(tensor.name, piece, start)
         if is_partitioned(parameter):
             return lambda piece, start: write_partition(parameter, piece, start)
-        return lambda piece, start: parameter.data.view(-1)[start:start + piece.numel()].copy_(piece)
+        return lambda piece, start: parameter.data.view(-1)[start : start + piece.numel()].copy_(piece)
 
     def _dtype(self, tensor: PlainTensor) -> torch.dtype:
         """In which a tensor is sent."""
@@ -177,8 +189,10 @@ def _read(source: WeightSource, tensor: PlainTensor | None) -> dict[str, Tensor]
     if value.shape != tensor.shape:
         raise ValueError(f"{first} is {tuple(value.shape)} instead of {tuple(tensor.shape)} when it is read")
     if differ:
-        raise ValueError(f"{first} and {differ[0]} differ, but share one tensor in this model; set tie_word_embeddings "
-                         "to false in its configuration")
+        raise ValueError(
+            f"{first} and {differ[0]} differ, but share one tensor in this model; set tie_word_embeddings "
+            "to false in its configuration"
+        )
     return {tensor.name: value}
 
 
@@ -187,13 +201,20 @@ def _on_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
 
 
-def _pieces(value: Tensor | None, sender: int, shape: torch.Size, dtype: torch.dtype,
-            device: torch.device) -> Iterator[tuple[Tensor, int]]:
+def _pieces(
+    value: Tensor | None, sender: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, int]]:
     """Yield rank `sender`'s tensor on every rank: 1-D pieces, and the element at which each begins. Collective."""
     flat = None if value is None else value.reshape(-1)
     for start, stop in _ranges(shape):
-        yield _sent(None if flat is None else flat[start:stop], sender,
-                    torch.empty(stop - start, dtype=dtype, device=device)), start
+        yield (
+            _sent(
+                None if flat is None else flat[start:stop],
+                sender,
+                torch.empty(stop - start, dtype=dtype, device=device),
+            ),
+            start,
+        )
 
 
 def _ranges(shape: torch.Size) -> Iterator[tuple[int, int]]:

@@ -101,8 +101,15 @@ class FrozenWeights:
         ValueError: a weight has a shape that the format cannot store; names it.
     """
 
-    def __init__(self, layers: dict[str, ReLoRALinear], relora: ReLoRAConfig | None, *, precision: str, stage: int,
-                 device: torch.device):
+    def __init__(
+        self,
+        layers: dict[str, ReLoRALinear],
+        relora: ReLoRAConfig | None,
+        *,
+        precision: str,
+        stage: int,
+        device: torch.device,
+    ):
         relora = relora or ReLoRAConfig()
         self.layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
         self.owners = frozen_owners(self.layers)
@@ -113,13 +120,19 @@ class FrozenWeights:
             raise ValueError("\n".join(found))
         stored_dtype = self.format.floating_dtype(self.dtype)
         self.with_masters = has_masters(relora, precision)
-        self.storage = Storage(self.format.name, next((n for n, dtype in DTYPES.items() if dtype == stored_dtype), ""),
-                               replicated, self.with_masters)
+        self.storage = Storage(
+            self.format.name,
+            next((n for n, dtype in DTYPES.items() if dtype == stored_dtype), ""),
+            replicated,
+            self.with_masters,
+        )
         self.ledgers = {name: MergeLedger(self.layers[name].weight_shape.numel()) for name in self.owned()}
         on_host = relora.frozen_master == "cpu"
         self.masters = MasterStore(
             {name: self.layers[name].weight_shape for name in self.owned() if self.with_masters},
-            torch.device("cpu") if on_host else device, pinned=on_host and device.type == "cuda")
+            torch.device("cpu") if on_host else device,
+            pinned=on_host and device.type == "cuda",
+        )
         for layer in self.layers.values():
             empty = self.format.stored_like(layer.weight_shape, self.dtype, device if replicated else "meta")
             layer.store_weight(empty, self.format, as_buffer=replicated)

@@ -40,8 +40,11 @@ def newest_tag(load_dir: str, name: str, is_checkpoint: Callable[[Path], bool]) 
         pointer = Path(load_dir) / name
         found = named_by(pointer)
         if found is None and os.path.lexists(pointer):
-            found = max((path for path in pointer.parent.iterdir() if is_checkpoint(path)),
-                        key=lambda path: path.stat().st_mtime, default=None)
+            found = max(
+                (path for path in pointer.parent.iterdir() if is_checkpoint(path)),
+                key=lambda path: path.stat().st_mtime,
+                default=None,
+            )
             logger.warning("%s names no checkpoint beside it; the newest one serves: %s", pointer, found)
         tag = [found and found.name]
     dist.broadcast_object_list(tag, 0)

@@ -57,17 +57,21 @@ def set_rank(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.setdefault("MASTER_PORT", str(place.port))
     if place.local_rank is None:
         if "LOCAL_RANK" not in environment:
-            raise ValueError(f"{place.launcher} started {place.world_size} processes but does not tell them which of "
-                             "their node's they are; set LOCAL_RANK for each, or start with torchrun or deepspeed")
+            raise ValueError(
+                f"{place.launcher} started {place.world_size} processes but does not tell them which of "
+                "their node's they are; set LOCAL_RANK for each, or start with torchrun or deepspeed"
+            )
     else:
         environment["LOCAL_RANK"] = place.local_rank
     if place.local_size is not None:
         environment["LOCAL_WORLD_SIZE"] = place.local_size
     if not environment.get("MASTER_ADDR"):
         if place.first_host is None:
-            raise ValueError(f"{place.launcher} started {place.world_size} processes on several nodes but does not "
-                             "say where rank 0 is; set MASTER_ADDR to the address of its node (Open MPI: "
-                             "mpirun -x MASTER_ADDR=…, MPICH: mpiexec -genv MASTER_ADDR …)")
+            raise ValueError(
+                f"{place.launcher} started {place.world_size} processes on several nodes but does not "
+                "say where rank 0 is; set MASTER_ADDR to the address of its node (Open MPI: "
+                "mpirun -x MASTER_ADDR=…, MPICH: mpiexec -genv MASTER_ADDR …)"
+            )
         environment["MASTER_ADDR"] = place.first_host
 
 
@@ -75,9 +79,15 @@ def _open_mpi(environment: Mapping[str, str]) -> _Place | None:
     size = environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if size == "1":
         return None
-    return _Place("Open MPI's mpirun", environment["OMPI_COMM_WORLD_RANK"], size,
-                  environment.get("OMPI_COMM_WORLD_LOCAL_RANK"), environment.get("OMPI_COMM_WORLD_LOCAL_SIZE"),
-                  "127.0.0.1" if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size else None, TORCH_PORT)
+    return _Place(
+        "Open MPI's mpirun",
+        environment["OMPI_COMM_WORLD_RANK"],
+        size,
+        environment.get("OMPI_COMM_WORLD_LOCAL_RANK"),
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE"),
+        "127.0.0.1" if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size else None,
+        TORCH_PORT,
+    )
 
 
 def _mpich(environment: Mapping[str, str]) -> _Place | None:
@@ -85,9 +95,15 @@ def _mpich(environment: Mapping[str, str]) -> _Place | None:
     size = environment.get("PMI_SIZE", "1")
     if size == "1" or ("MPI_LOCALRANKID" not in environment and _slurm(environment)):
         return None
-    return _Place("mpiexec", environment["PMI_RANK"], size, environment.get("MPI_LOCALRANKID"),
-                  environment.get("MPI_LOCALNRANKS"),
-                  "127.0.0.1" if environment.get("MPI_LOCALNRANKS") == size else None, TORCH_PORT)
+    return _Place(
+        "mpiexec",
+        environment["PMI_RANK"],
+        size,
+        environment.get("MPI_LOCALRANKID"),
+        environment.get("MPI_LOCALNRANKS"),
+        "127.0.0.1" if environment.get("MPI_LOCALNRANKS") == size else None,
+        TORCH_PORT,
+    )
 
 
 def _slurm(environment: Mapping[str, str]) -> _Place | None:
@@ -113,9 +129,11 @@ def _slurm(environment: Mapping[str, str]) -> _Place | None:
 
 def _tasks_of_node(environment: Mapping[str, str]) -> str | None:
     """The tasks of this node in SLURM_STEP_TASKS_PER_NODE, whose `4(x2),3` are three nodes."""
-    counts = [count for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?",
-                                                   environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-              for _ in range(int(nodes or 1))]
+    counts = [
+        count
+        for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        for _ in range(int(nodes or 1))
+    ]
     node = int(environment.get("SLURM_NODEID", 0))
     return counts[node] if node < len(counts) else None
 
@@ -134,8 +152,10 @@ def hosts_in(hostfile: Path) -> list[str]:
     hosts = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
     for number, host in enumerate(hosts):
         if not HOST_NAME.fullmatch(host):
-            raise ValueError(f"--hostfile: {host!r} in {hostfile} is not a host name or an address; they begin with a "
-                             "letter or digit and hold only letters, digits and . _ - : %")
+            raise ValueError(
+                f"--hostfile: {host!r} in {hostfile} is not a host name or an address; they begin with a "
+                "letter or digit and hold only letters, digits and . _ - : %"
+            )
         if host in hosts[:number]:
             raise ValueError(f"--hostfile: {host!r} is in {hostfile} twice; give it one line with all its slots")
     return hosts

@@ -10,8 +10,9 @@ from relora_ds.zero.shards import Shard, ShardView
 
 
 @torch.no_grad()
-def prune_moments(shards: ShardView, names: list[str], how: str, reset_ratio: float, *, seed: int, number: int,
-                  device: torch.device) -> tuple[float, float]:
+def prune_moments(
+    shards: ShardView, names: list[str], how: str, reset_ratio: float, *, seed: int, number: int, device: torch.device
+) -> tuple[float, float]:
     """Set the pruned entries of `exp_avg` and `exp_avg_sq` to 0, per tensor over all ranks. Collective.
 
     Args:
@@ -50,8 +51,9 @@ def prune_moments(shards: ShardView, names: list[str], how: str, reset_ratio: fl
 
 
 @torch.no_grad()
-def max_update_over_lr(shards: ShardView, names: list[str], *, betas: tuple[float, float], eps: float,
-                       device: torch.device) -> float:
+def max_update_over_lr(
+    shards: ShardView, names: list[str], *, betas: tuple[float, float], eps: float, device: torch.device
+) -> float:
     """max |Δp| / lr of the last Adam step, weight decay not counted, over the named parameters. Collective.
 
     Computed from the moments after the step. About 1 in ordinary training; it is where a reset that kept
@@ -64,15 +66,16 @@ def max_update_over_lr(shards: ShardView, names: list[str], *, betas: tuple[floa
         for name in names:
             shard = shards[name]
             if shard.exp_avg.numel():
-                m = shard.exp_avg / (1 - betas[0]**step)
-                v = shard.exp_avg_sq / (1 - betas[1]**step)
+                m = shard.exp_avg / (1 - betas[0] ** step)
+                v = shard.exp_avg_sq / (1 - betas[1] ** step)
                 largest = torch.maximum(largest, (m / (v.sqrt() + eps)).abs().max().to(device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 
 
-def _magnitude_masks(shards: ShardView, mine: list[Shard], moment: str, reset_ratio: float,
-                     device: torch.device) -> list[Tensor]:
+def _magnitude_masks(
+    shards: ShardView, mine: list[Shard], moment: str, reset_ratio: float, device: torch.device
+) -> list[Tensor]:
     # On the device of the collectives: an offloaded optimizer keeps its moments on the host.
     values = [getattr(shard, moment).to(device) for shard in mine]
     keep = [num_kept(shard.numel, reset_ratio) for shard in mine]
@@ -85,7 +88,7 @@ def _magnitude_masks(shards: ShardView, mine: list[Shard], moment: str, reset_ra
         counts = torch.zeros(dist.get_world_size(), len(values), dtype=torch.int64, device=device)
         counts[dist.get_rank()] = torch.stack([count_ties(v, t) for v, t in zip(values, threshold, strict=True)])
         dist.all_reduce(counts)
-        ties = (ties - counts[:dist.get_rank()].sum(0)).clamp(min=0)
+        ties = (ties - counts[: dist.get_rank()].sum(0)).clamp(min=0)
     return [keep_mask(v, t, n) for v, t, n in zip(values, threshold, ties, strict=True)]
 
 

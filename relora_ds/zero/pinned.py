@@ -37,8 +37,10 @@ def host_block(numel: int, *, pinned: bool) -> Tensor:
 def pin_memory(address: int, size: int) -> None:
     """Page-lock `size` bytes. RuntimeError: see `host_block`."""
     if error := int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE)):
-        raise RuntimeError(f"{size:,} bytes of host memory cannot be page-locked (cudaError {error}); allow more with "
-                           "ulimit -l, or keep the masters on the GPU with relora.frozen_master=device")
+        raise RuntimeError(
+            f"{size:,} bytes of host memory cannot be page-locked (cudaError {error}); allow more with "
+            "ulimit -l, or keep the masters on the GPU with relora.frozen_master=device"
+        )
 
 
 def unpin_memory(address: int) -> None:
@@ -85,12 +87,13 @@ class HostCopies:
         if self._block.numel() < total:
             self._block = host_block(total, pinned=self._pinned)
         found: dict[str, Tensor] = {}
-        for (stretch, names), copy in zip(stretches, self._block[:total].split([s.numel() for s, _ in stretches]),
-                                          strict=True):
+        for (stretch, names), copy in zip(
+            stretches, self._block[:total].split([s.numel() for s, _ in stretches]), strict=True
+        ):
             copy.copy_(stretch, non_blocking=True)
             for name in names:
                 at = tensors[name].storage_offset() - stretch.storage_offset()
-                found[name] = copy[at:at + tensors[name].numel()]
+                found[name] = copy[at : at + tensors[name].numel()]
         for device in {stretch.device for stretch, _ in stretches if stretch.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         return {name: found[name] for name in tensors}
@@ -183,7 +186,12 @@ class MasterStore(Mapping[str, Tensor]):
 
     def _new_block(self) -> dict[str, Tensor]:
         sizes = [shape.numel() for shape in self._shapes.values()]
-        block = (host_block(sum(sizes), pinned=self._pinned) if self._device.type == "cpu" else
-                 torch.empty(sum(sizes), device=self._device))
-        return {name: piece.view(shape) for (name, shape), piece in
-                zip(self._shapes.items(), block.split(sizes), strict=True)}
+        block = (
+            host_block(sum(sizes), pinned=self._pinned)
+            if self._device.type == "cpu"
+            else torch.empty(sum(sizes), device=self._device)
+        )
+        return {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(self._shapes.items(), block.split(sizes), strict=True)
+        }

@@ -20,16 +20,23 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     for name in state.keys() & tensors.keys():
         other = owners.setdefault(id(tensors[name]), name)
         if not torch.equal(state[other], state[name]):
-            raise ValueError(f"weights: {other} and {name} differ, but share one tensor in this model; set "
-                             "tie_word_embeddings to false in its configuration")
+            raise ValueError(
+                f"weights: {other} and {name} differ, but share one tensor in this model; set "
+                "tie_word_embeddings to false in its configuration"
+            )
     aliases = {id(tensor) for name, tensor in tensors.items() if name in state}
     missing = [name for name, tensor in tensors.items() if name not in state and id(tensor) not in aliases]
     unexpected = sorted(set(state) - set(tensors))
-    reshaped = [f"{name} {tuple(value.shape)} instead of {tuple(tensors[name].shape)}"
-                for name, value in state.items() if name in tensors and value.shape != tensors[name].shape]
+    reshaped = [
+        f"{name} {tuple(value.shape)} instead of {tuple(tensors[name].shape)}"
+        for name, value in state.items()
+        if name in tensors and value.shape != tensors[name].shape
+    ]
     if missing or unexpected or reshaped:
-        raise ValueError(f"weights: missing {missing or 'none'}, unexpected {unexpected or 'none'}, of another shape "
-                         f"{reshaped or 'none'}; they are of another model")
+        raise ValueError(
+            f"weights: missing {missing or 'none'}, unexpected {unexpected or 'none'}, of another shape "
+            f"{reshaped or 'none'}; they are of another model"
+        )
     for name, value in state.items():
         _take_over(tensors[name], value)
     return model
@@ -43,9 +50,12 @@ def _take_over(tensor: Tensor, value: Tensor) -> None:
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """What is saved with a model without being a parameter, by name: the bias of a router of experts, for instance."""
-    return {f"{prefix}.{name}" if prefix else name: buffer
-            for prefix, part in module.named_modules() for name, buffer in part.named_buffers(recurse=False)
-            if name not in part._non_persistent_buffers_set}
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
 
 
 def save_plain(module: nn.Module, state: dict[str, Tensor], directory: str, dtype: torch.dtype) -> None:

@@ -54,8 +54,13 @@ def drops_values_only(model: nn.Module) -> bool:
     """Return True if the model has dropout (in a module or by its configuration) and no LayerDrop."""
     config = getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    rates = [(name, value) for each in configs if each is not None for name, value in vars(each).items()
-             if "drop" in name and isinstance(value, (int, float)) and value > 0]
+    rates = [
+        (name, value)
+        for each in configs
+        if each is not None
+        for name, value in vars(each).items()
+        if "drop" in name and isinstance(value, (int, float)) and value > 0
+    ]
     if any("layerdrop" in name.replace("_", "") for name, _ in rates):
         return False
     modules = [getattr(module, "p", 0) for module in model.modules() if isinstance(module, _DropoutNd)]

@@ -73,8 +73,17 @@ class RestartReport:
 
 
 @torch.no_grad()
-def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t: int, number: int, seed: int,
-            device: torch.device, probe: Callable[[], Tensor] | None = None) -> RestartReport:
+def restart(
+    shards: ShardView,
+    frozen: FrozenWeights,
+    config: ReLoRAConfig,
+    *,
+    t: int,
+    number: int,
+    seed: int,
+    device: torch.device,
+    probe: Callable[[], Tensor] | None = None,
+) -> RestartReport:
     """Merge, reinitialise, prune, agree. Collective: every rank calls it between a step and the next forward.
 
     Args:
@@ -90,17 +99,34 @@ def restart(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, t
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
     _reinitialise(shards, frozen, config, seed=seed, number=number, device=device)
-    fraction_m, fraction_v = prune_moments(shards, [n for n in shards.names if is_lora_parameter(n)],
-                                           config.optimizer_reset, config.reset_ratio,
-                                           seed=seed, number=number, device=device)
+    fraction_m, fraction_v = prune_moments(
+        shards,
+        [n for n in shards.names if is_lora_parameter(n)],
+        config.optimizer_reset,
+        config.reset_ratio,
+        seed=seed,
+        number=number,
+        device=device,
+    )
     common = verify(shards, frozen, sent, device=device)
     seconds = _now(device) - started
     drift = _relative_change(before, probe(), device) if probe else None
     updates = {name: math.sqrt(update) for name, (_, update, *_) in squares.items()}
     relative = {name: _ratio(update, weight) for name, (_, update, weight, *_) in squares.items()}
     lost, intended, _, lost_so_far, intended_so_far = (sum(column) for column in zip(*squares.values(), strict=True))
-    return RestartReport(t, number, fraction_m, fraction_v, _ratio(lost, intended),
-                         _ratio(lost_so_far, intended_so_far), drift, updates, relative, seconds, common)
+    return RestartReport(
+        t,
+        number,
+        fraction_m,
+        fraction_v,
+        _ratio(lost, intended),
+        _ratio(lost_so_far, intended_so_far),
+        drift,
+        updates,
+        relative,
+        seconds,
+        common,
+    )
 
 
 def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size: int) -> int:
@@ -119,8 +145,9 @@ def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size:
     return _COPIES * 4 * max(shape.numel() for shape in shapes.values()) + max(factors)
 
 
-def _merge(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int,
-           device: torch.device) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+def _merge(
+    shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Merge in rounds: every owner one of its layers, at the same time, which are then broadcast one after the other.
 
     Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the first two over all
@@ -139,8 +166,9 @@ def _merge(shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int,
         for name in names:
             if (base := frozen.read(name, device)) is None:
                 continue
-            merged, stored[name], rows[name][:3], samples[name] = _merged(frozen, name, base, *factors.pop(name),
-                                                                          f"{seed}/{number}/{name}.weight")
+            merged, stored[name], rows[name][:3], samples[name] = _merged(
+                frozen, name, base, *factors.pop(name), f"{seed}/{number}/{name}.weight"
+            )
             frozen.keep(name, merged)
             del base, merged
             sent[name] = checksum(stored[name].reshape(-1))
@@ -161,8 +189,9 @@ def _rounds(frozen: FrozenWeights) -> list[list[str]]:
     return [list(filter(None, names)) for names in itertools.zip_longest(*by_owner.values())]
 
 
-def _merged(frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor,
-            key: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merged(
+    frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor, key: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge one layer on its owner, changing nothing but `base`, which is used up. key: of the rounding at random.
 
     Returns the merged weight, its stored copy, `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]`, and the ledger's samples of
@@ -191,8 +220,9 @@ def _add_to_ledgers(frozen: FrozenWeights, samples: dict[str, Tensor]) -> dict[s
     on_host = torch.cat([*samples.values()], dim=1).cpu().split([sample.shape[1] for sample in samples.values()], dim=1)
     for name, (intended, lost) in zip(samples, on_host, strict=True):
         frozen.ledgers[name].add(intended, lost)
-    sums = torch.stack([_square(value) for name in samples
-                        for value in (frozen.ledgers[name].lost, frozen.ledgers[name].intended)])
+    sums = torch.stack(
+        [_square(value) for name in samples for value in (frozen.ledgers[name].lost, frozen.ledgers[name].intended)]
+    )
     return dict(zip(samples, sums.view(-1, 2).to(frozen.device), strict=True))
 
 
@@ -204,8 +234,9 @@ def _gather_factors(shards: ShardView, frozen: FrozenWeights, names: list[str]) 
     return {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in names if f"{name}.lora_A" in found}
 
 
-def _require_finite(shards: ShardView, frozen: FrozenWeights, rounds: list[list[str]],
-                    device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+def _require_finite(
+    shards: ShardView, frozen: FrozenWeights, rounds: list[list[str]], device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Merge once for nothing: everything is read and multiplied twice, but there is no second copy of every weight.
 
     The largest layers are merged with all that belongs to it. So where a rank has no memory for a restart, all ranks
@@ -231,24 +262,29 @@ def _require_finite(shards: ShardView, frozen: FrozenWeights, rounds: list[list[
     dist.all_reduce(bad)
     found = dict(zip(frozen.layers, bad.tolist(), strict=True))
     if names := [name for name, code in found.items() if code == _FAILED]:
-        raise RuntimeError(f"restart: rank {frozen.owners[names[0]]} could not merge {names[0]}; nothing was changed"
-                           ) from failure
+        raise RuntimeError(
+            f"restart: rank {frozen.owners[names[0]]} could not merge {names[0]}; nothing was changed"
+        ) from failure
     if names := [name for name, code in found.items() if code]:
-        raise NonFiniteMergeError(f"restart: s·B·A merged into W would not be finite in {len(names)} of {len(found)} "
-                                  f"layers, the first {names[0]}; nothing was changed")
+        raise NonFiniteMergeError(
+            f"restart: s·B·A merged into W would not be finite in {len(names)} of {len(found)} "
+            f"layers, the first {names[0]}; nothing was changed"
+        )
     return kept
 
 
-def _can_merge(frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor, *,
-               with_all: bool) -> Tensor:
+def _can_merge(
+    frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor, *, with_all: bool
+) -> Tensor:
     """Whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
     if with_all:
         return frozen.can_store(_merged(frozen, name, base, lora_A, lora_B, "")[0])
     return frozen.can_store(add_update_(base, lora_A, lora_B, frozen.layers[name].scaling))
 
 
-def _reinitialise(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int,
-                  device: torch.device) -> None:
+def _reinitialise(
+    shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int, device: torch.device
+) -> None:
     for name, layer in frozen.layers.items():
         new_A = initial_A(layer.r, layer.in_features, seed=seed, restart=number, name=name)
         if config.restart_init != "kaiming":
@@ -257,8 +293,9 @@ def _reinitialise(shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig
         shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r, device=device))
 
 
-def _chosen_A(kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, seed: int, number: int,
-              device: torch.device) -> Tensor:
+def _chosen_A(
+    kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, seed: int, number: int, device: torch.device
+) -> Tensor:
     """The owner's choice, the same bits on every rank: decompositions differ between kinds of processors."""
     layer, owner, chosen = frozen.layers[name], frozen.owners[name], None
     if how == "gradient" and layer.sketch is not None:  # a restart by hand comes without
@@ -286,7 +323,11 @@ def _ratio(square: float, of: float) -> float:
 
 
 def _relative_change(before: Tensor, after: Tensor, device: torch.device) -> float:
-    squares = torch.stack([(after.float() - before.float()).square().sum(dtype=torch.float64),
-                           before.float().square().sum(dtype=torch.float64)]).to(device)
+    squares = torch.stack(
+        [
+            (after.float() - before.float()).square().sum(dtype=torch.float64),
+            before.float().square().sum(dtype=torch.float64),
+        ]
+    ).to(device)
     dist.all_reduce(squares)
     return float((squares[0] / squares[1]).sqrt())

@@ -35,8 +35,10 @@ def save_model(model: PreTrainedModel, directory: Path | str) -> None:
 
 def with_old_names(config: dict) -> dict:
     """Return a configuration that transformers 5 saved, with the names of transformers 4 beside the new ones."""
-    config = {name: with_old_names(value) if name.endswith("_config") and isinstance(value, dict) else _number(value)
-              for name, value in config.items()}
+    config = {
+        name: with_old_names(value) if name.endswith("_config") and isinstance(value, dict) else _number(value)
+        for name, value in config.items()
+    }
     old = _rotary(config.get("rope_parameters") or {})
     known = {**config, **old}
     old |= {name: known[new] for new, name in _OTHER_NAMES.get(config.get("model_type"), {}).items() if new in known}

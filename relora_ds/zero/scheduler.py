@@ -44,9 +44,14 @@ class ReLoRAScheduler:
     def multiplier(self) -> float:
         """The factor that update number `t + 1` uses."""
         c = self.config
-        return lr_multiplier(self.t, total_steps=c.total_steps, warmup_steps=c.warmup_steps,
-                             restart_warmup_steps=c.restart_warmup_steps, min_lr_ratio=c.min_lr_ratio,
-                             restarts=self.restarts)
+        return lr_multiplier(
+            self.t,
+            total_steps=c.total_steps,
+            warmup_steps=c.warmup_steps,
+            restart_warmup_steps=c.restart_warmup_steps,
+            min_lr_ratio=c.min_lr_ratio,
+            restarts=self.restarts,
+        )
 
     def is_scheduled(self, t: int) -> bool:
         """Whether the calendar has a restart directly after step `t`."""

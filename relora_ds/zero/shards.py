@@ -64,7 +64,7 @@ class Shard:
 
     def slice(self, value: Tensor) -> Tensor:
         """This rank's piece of a full-size tensor, 1-D."""
-        return value.reshape(-1)[self.start:self.stop]
+        return value.reshape(-1)[self.start : self.stop]
 
 
 class _Adapter:
@@ -91,7 +91,7 @@ class _Adapter:
         return [(i, p) for i, group in enumerate(self.inner.param_groups) for p in group["params"]]
 
     def write_forward_copy(self, parameter: nn.Parameter, piece: Tensor, start: int) -> None:
-        parameter.data.view(-1)[start:start + piece.numel()].copy_(piece)
+        parameter.data.view(-1)[start : start + piece.numel()].copy_(piece)
 
     def forward_copy(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         """What forward reads on this rank, 1-D, and its start in the flattened parameter."""
@@ -178,15 +178,17 @@ class _Stage3(_Adapter):
 
     def flats(self):
         # Between steps DeepSpeed keeps the inner optimizer's groups empty.
-        return [(self.wrapper.sub_group_to_group_id[i], flat)
-                for i, flat in enumerate(self.wrapper.fp32_partitioned_groups_flat)]
+        return [
+            (self.wrapper.sub_group_to_group_id[i], flat)
+            for i, flat in enumerate(self.wrapper.fp32_partitioned_groups_flat)
+        ]
 
     def write_forward_copy(self, parameter, piece, start):
         write_partition(parameter, piece, start)
 
     def forward_copy(self, parameter):
         start, stop = partition_range(parameter)
-        return parameter.ds_tensor.data[:stop - start], start
+        return parameter.ds_tensor.data[: stop - start], start
 
     def drop_gathered_copies(self):
         # After an evaluation, parameters are still gathered and an edited partition would go unseen.
@@ -213,14 +215,14 @@ def write_partition(parameter: nn.Parameter, value: Tensor, start: int = 0) -> N
     """Store this rank's part of `value`, which begins at element `start`, in a ZeRO-3 parameter, not gathered."""
     assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, "gathered: the edit would go unseen"
     first, stop = partition_range(parameter)
-    copy_common(parameter.ds_tensor.data[:stop - first], first, value.reshape(-1), start)
+    copy_common(parameter.ds_tensor.data[: stop - first], first, value.reshape(-1), start)
 
 
 def copy_common(into: Tensor, into_start: int, piece: Tensor, start: int) -> None:
     """Copy what two 1-D pieces of one tensor have in common, of which each begins at an element of it."""
     first, stop = max(into_start, start), min(into_start + into.numel(), start + piece.numel())
     if first < stop:
-        into[first - into_start:stop - into_start].copy_(piece[first - start:stop - start])
+        into[first - into_start : stop - into_start].copy_(piece[first - start : stop - start])
 
 
 def _adapter(engine: DeepSpeedEngine) -> _Adapter:
@@ -229,8 +231,10 @@ def _adapter(engine: DeepSpeedEngine) -> _Adapter:
         return _ADAPTERS[kind](engine.optimizer)
     if issubclass(kind, torch.optim.Optimizer):
         return _Unwrapped(engine.optimizer)
-    raise TypeError(f"relora_ds does not know how {kind.__name__} keeps its shards; "
-                    "supported: DeepSpeed 0.19 with Adam or AdamW at ZeRO stages 0 to 3")
+    raise TypeError(
+        f"relora_ds does not know how {kind.__name__} keeps its shards; "
+        "supported: DeepSpeed 0.19 with Adam or AdamW at ZeRO stages 0 to 3"
+    )
 
 
 class ShardView:
@@ -261,8 +265,10 @@ class ShardView:
             master, moments = torch.empty(0, device=self._device), [torch.empty(0, device=self._device)] * 2
         else:
             state = self._adapter.inner.state[at.flat]
-            master, *moments = (t.detach().view(-1)[at.offset:at.offset + at.stop - at.start]
-                                for t in (at.flat.data, state["exp_avg"], state["exp_avg_sq"]))
+            master, *moments = (
+                t.detach().view(-1)[at.offset : at.offset + at.stop - at.start]
+                for t in (at.flat.data, state["exp_avg"], state["exp_avg_sq"])
+            )
         return Shard(name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *moments)
 
     @torch.no_grad()
@@ -300,7 +306,7 @@ class ShardView:
         buffer = torch.zeros(sum(s.numel for s in shards), dtype=torch.float32, device=self._device)
         pieces = buffer.split([s.numel for s in shards]) if shards else []
         for shard, piece in zip(shards, pieces, strict=True):
-            piece[shard.start:shard.stop].copy_(getattr(shard, what))
+            piece[shard.start : shard.stop].copy_(getattr(shard, what))
         if self.partitioned and shards:
             # Every element is non-zero on one rank at most, so a sum is exact.
             if dst is None:
@@ -325,7 +331,7 @@ class ShardView:
             if self.partitioned:
                 dist.reduce(piece, dst)
             if here:
-                whole[start:start + piece.numel()].copy_(piece)
+                whole[start : start + piece.numel()].copy_(piece)
         return whole.view(shard.shape) if here else None
 
     def create_adam_state(self) -> None:
@@ -342,8 +348,10 @@ class ShardView:
     def adam_steps(self) -> dict[str, int]:
         """Adam's step count by parameter-group name ("lora", "matrices", "vectors")."""
         groups = self._adapter.inner.param_groups
-        return {groups[i].get("name", str(i)): int(self._adapter.inner.state[flat]["step"])
-                for i, flat in self._adapter.flats()}
+        return {
+            groups[i].get("name", str(i)): int(self._adapter.inner.state[flat]["step"])
+            for i, flat in self._adapter.flats()
+        }
 
     def set_adam_steps(self, steps: dict[str, int]) -> None:
         """Set Adam's step count of the named parameter groups."""

@@ -32,17 +32,28 @@ def init_distributed() -> None:
     else:
         # DeepSpeed would compile a shared-memory collective for CPU: half a minute, and a compiler needed.
         from deepspeed.ops import __compatible_ops__
+
         __compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized() and (store := _store_after_a_restart()) is not None:
-        dist.init_process_group(accelerator.backend(), store=store, rank=int(os.environ["RANK"]),
-                                world_size=int(os.environ["WORLD_SIZE"]), timeout=default_pg_timeout)
+        dist.init_process_group(
+            accelerator.backend(),
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=default_pg_timeout,
+        )
     if dist.is_initialized():
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed()
         return
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=os.environ.get("MASTER_PORT", "0"),
+        )
     deepspeed.init_distributed(dist_backend=accelerator.backend(), verbose=False)
 
 
@@ -54,8 +65,11 @@ def _store_after_a_restart() -> dist.Store | None:
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if (attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            or os.environ.get("GROUP_WORLD_SIZE") != "1"):
+    if (
+        attempt == "0"
+        or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        or os.environ.get("GROUP_WORLD_SIZE") != "1"
+    ):
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"relora_ds/attempt_{attempt}", store)
@@ -80,8 +94,10 @@ def host_group() -> dist.ProcessGroup:
     try:
         group = dist.new_group(backend="gloo", timeout=default_pg_timeout)  # to join them
     except RuntimeError as error:
-        raise RuntimeError(f"the ranks cannot talk over gloo, as they do on GPUs too: {error}; name the network "
-                           "interface that joins their machines in GLOO_SOCKET_IFNAME") from error
+        raise RuntimeError(
+            f"the ranks cannot talk over gloo, as they do on GPUs too: {error}; name the network "
+            "interface that joins their machines in GLOO_SOCKET_IFNAME"
+        ) from error
     _set_timeout(group, timedelta(days=1))  # a slow disk is no failure
     return group
 

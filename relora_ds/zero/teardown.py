@@ -52,4 +52,3 @@ def release(engine) -> None:
     gc.collect()
     if accelerator.is_cuda():
         torch.cuda.empty_cache()
-

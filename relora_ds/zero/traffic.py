@@ -103,6 +103,7 @@ def time_collectives() -> Iterator[Callable[[], dict[str, float]]]:
     `spent()` says how many so far, by collective. torch.distributed's own calls are not among them.
     """
     import deepspeed  # here, because planning counts bytes without it
+
     comm = deepspeed.comm.comm
     timers = comm.timers.get_timers()  # the log's own latencies (0.19) are sums over all calls before
     for timer in timers.values():
@@ -114,8 +115,16 @@ def time_collectives() -> Iterator[Callable[[], dict[str, float]]]:
         comm.comms_logger.enabled = False
 
 
-def expected_step(stage: int, *, trainable: int, frozen_bytes: int, element_size: int, accumulation: int,
-                  world_size: int, small_bytes: int = 0) -> tuple[float, float]:
+def expected_step(
+    stage: int,
+    *,
+    trainable: int,
+    frozen_bytes: int,
+    element_size: int,
+    accumulation: int,
+    world_size: int,
+    small_bytes: int = 0,
+) -> tuple[float, float]:
     """`(payload, wire)` bytes of one optimizer step, padding and control messages left out.
 
     With T trainable elements of `e` bytes: stage 0 reduces eT once; stage 1 reduces and gathers eT once; stage 2
@@ -134,8 +143,16 @@ def expected_step(stage: int, *, trainable: int, frozen_bytes: int, element_size
     return reduced + gathered, reduced * (one_way if stage == 3 else both_ways) + gathered * one_way
 
 
-def expected_collectives(stage: int, groups: list[list[int]], frozen: list[tuple[int, int]] = (), *,
-                         element_size: int, accumulation: int, world_size: int, kept_whole: int = 0) -> dict[str, int]:
+def expected_collectives(
+    stage: int,
+    groups: list[list[int]],
+    frozen: list[tuple[int, int]] = (),
+    *,
+    element_size: int,
+    accumulation: int,
+    world_size: int,
+    kept_whole: int = 0,
+) -> dict[str, int]:
     """Payload bytes by collective of one optimizer step, DeepSpeed's padding included: `expected_step` to the byte.
 
     Stages 1 and 2 pad the flattened group to two elements a rank in every precision; ZeRO-3 each parameter to as many
@@ -152,12 +169,18 @@ def expected_collectives(stage: int, groups: list[list[int]], frozen: list[tuple
     if stage == 0:
         return {"all_reduce": total}
     if stage < 3:
-        return {"all_reduce": total * (accumulation if stage == 2 else 1),
-                "all_gather": sum(_pad(sum(group), 2 * world_size) for group in groups) * element_size}
+        return {
+            "all_reduce": total * (accumulation if stage == 2 else 1),
+            "all_gather": sum(_pad(sum(group), 2 * world_size) for group in groups) * element_size,
+        }
     parameters = [(size, element_size) for size in trainable] + list(frozen)
-    return {"all_gather": sum(_pad(size, world_size) * num_bytes * (1 if size <= kept_whole else accumulation)
-                              for size, num_bytes in parameters),
-            "reduce_scatter": sum(_pad(size, world_size) for size in trainable) * element_size * accumulation}
+    return {
+        "all_gather": sum(
+            _pad(size, world_size) * num_bytes * (1 if size <= kept_whole else accumulation)
+            for size, num_bytes in parameters
+        ),
+        "reduce_scatter": sum(_pad(size, world_size) for size in trainable) * element_size * accumulation,
+    }
 
 
 def wire_bytes(collective: str, payload: float, world_size: int) -> float:

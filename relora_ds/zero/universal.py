@@ -19,10 +19,28 @@ from relora_ds.zero.shards import MOMENTS
 
 LATEST = "latest_universal"
 # In DeepSpeed's file of model states; everything else is the client's.
-_DEEPSPEED = {"module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-              "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
-              "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
-              "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info"}
+_DEEPSPEED = {
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "lr_scheduler",
+    "data_sampler",
+    "random_ltd",
+    "sparse_tensor_module_names",
+    "skipped_steps",
+    "global_steps",
+    "global_samples",
+    "dp_world_size",
+    "mp_world_size",
+    "checkpoint_parallel_dimensions",
+    "ds_config",
+    "ds_version",
+    "universal_checkpoint_info",
+}
 
 
 def is_universal(directory: Path) -> bool:
@@ -64,13 +82,17 @@ def load(engine, directory: Path) -> dict:
 def _read(engine, directory: Path) -> tuple[dict, checkpoint_model.SavedModel]:
     """Description and weights, if everything is there and fits."""
     if not (directory / checkpoint_model.DESCRIPTION).is_file():
-        raise ValueError(f"load_checkpoint: {directory} has none of the files relora_*, so merges would be lost; copy "
-                         "them there from the checkpoint that it was made of")
+        raise ValueError(
+            f"load_checkpoint: {directory} has none of the files relora_*, so merges would be lost; copy "
+            "them there from the checkpoint that it was made of"
+        )
     about = checkpoint_model.read_description(directory)
     storage = Storage(**about["frozen"])
     if engine.frozen.layers and not (storage.with_masters or storage.exact):
-        raise ValueError("relora.frozen_master: none, and a universal checkpoint cannot take stored copies along; load "
-                         "the checkpoint that it was made of")
+        raise ValueError(
+            "relora.frozen_master: none, and a universal checkpoint cannot take stored copies along; load "
+            "the checkpoint that it was made of"
+        )
     saved = checkpoint_model.read_model(directory)
     shapes = {shard.name: shard.shape for shard in engine.shards}
     if {name: value.shape for name, value in saved.trained.items()} != shapes:

@@ -66,7 +66,7 @@ class PartitionedWeights:
         """Elements of a flattened tensor on every rank, fp32. Collective."""
         (first, last), partition = self._partitions[name]
         value = torch.zeros(stop - start, device=device)
-        copy_common(value, start, partition[:last - first], first)
+        copy_common(value, start, partition[: last - first], first)
         dist.all_reduce(value)  # an element is non-zero on one rank at most: the sum is exact
         return value
 
@@ -124,26 +124,38 @@ def problems(source: WeightSource, model: nn.Module) -> list[str]:
     a base, it may have the weight that the layer replaced.
     """
     wanted = plain_tensors(model)
-    replaced = [PlainTensor([f"{name}.weight"], layer.weight_shape) for name, layer in lowrank_layers(model).items()
-                if layer.weight is None]
+    replaced = [
+        PlainTensor([f"{name}.weight"], layer.weight_shape)
+        for name, layer in lowrank_layers(model).items()
+        if layer.weight is None
+    ]
     known = {name: tensor.shape for tensor in (*wanted, *replaced) for name in tensor.names}
-    missing = [tensor.name for tensor in wanted
-               if not (source.shapes.keys() & set(tensor.names) or is_lora_parameter(tensor.name))]
+    missing = [
+        tensor.name
+        for tensor in wanted
+        if not (source.shapes.keys() & set(tensor.names) or is_lora_parameter(tensor.name))
+    ]
     unexpected = [name for name in source.shapes if name not in known]
-    reshaped = [f"{name} {tuple(shape)} instead of {tuple(known[name])}" for name, shape in source.shapes.items()
-                if name in known and torch.Size(shape) != known[name]]
+    reshaped = [
+        f"{name} {tuple(shape)} instead of {tuple(known[name])}"
+        for name, shape in source.shapes.items()
+        if name in known and torch.Size(shape) != known[name]
+    ]
     if not (missing or unexpected or reshaped):
         return []
-    return [f"weights: {_list('missing', missing)}, {_list('unexpected', unexpected)}, "
-            f"{_list('of another shape', reshaped)}; they are of another model"]
+    return [
+        f"weights: {_list('missing', missing)}, {_list('unexpected', unexpected)}, "
+        f"{_list('of another shape', reshaped)}; they are of another model"
+    ]
 
 
 def _unreadable(source: WeightSource) -> list[str]:
     """Why no rank could read a tensor of a source."""
     ranks = dist.get_world_size()
     absent = [name for name, owner in (source.owners or {}).items() if owner not in range(ranks)]
-    return [f"weights: {_list('of ranks that do not exist', absent)}; spread them over {ranks} rank(s)"] if absent \
-        else []
+    return (
+        [f"weights: {_list('of ranks that do not exist', absent)}; spread them over {ranks} rank(s)"] if absent else []
+    )
 
 
 def _list(what: str, names: list[str]) -> str:
@@ -151,8 +163,7 @@ def _list(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:3]) or 'none'}{more}"
 
 
-def sources_of(model: nn.Module,
-               weights: WeightSource | Nothing | None) -> list[WeightSource | PartitionedWeights]:
+def sources_of(model: nn.Module, weights: WeightSource | Nothing | None) -> list[WeightSource | PartitionedWeights]:
     """Everything that the values of an engine's parameters are read from: `weights`, or what `model` holds already.
 
     The low-rank factors that have values keep them. Rank 0's values count. Tensors are taken over, not copied.
@@ -160,26 +171,41 @@ def sources_of(model: nn.Module,
     Raises:
         ValueError: there are no values, or `weights` are of another model.
     """
-    _require_values(dict(model.named_buffers()), "buffers", ", which no source of weights has; leave only "
-                    "parameters there, as accelerate.init_empty_weights(include_buffers=False) does")
+    _require_values(
+        dict(model.named_buffers()),
+        "buffers",
+        ", which no source of weights has; leave only "
+        "parameters there, as accelerate.init_empty_weights(include_buffers=False) does",
+    )
     if weights is NOTHING:
         return []
-    unset = {f"{name}.{factor}" for name, layer in lowrank_layers(model).items() if layer.initial_seed is not None
-             for factor in ("lora_A", "lora_B")}
-    own = {name: p for name, p in model.named_parameters()
-           if name not in unset and (weights is None or is_lora_parameter(name))}
+    unset = {
+        f"{name}.{factor}"
+        for name, layer in lowrank_layers(model).items()
+        if layer.initial_seed is not None
+        for factor in ("lora_A", "lora_B")
+    }
+    own = {
+        name: p
+        for name, p in model.named_parameters()
+        if name not in unset and (weights is None or is_lora_parameter(name))
+    }
     if weights is None:
         _require_values(own, "parameters", "; pass weights=, a source of them (relora_ds.zero.weights)")
     elif found := problems(weights, model) or _unreadable(weights):
         raise ValueError("\n".join(found))
     partitioned = {name: p for name, p in own.items() if hasattr(p, "ds_tensor")}
     whole = {name: p.detach() for name, p in own.items() if name not in partitioned}
-    values = OwnedWeights({name: value.shape for name, value in whole.items()}, dict.fromkeys(whole, 0),
-                          whole if dist.get_rank() == 0 else {})
+    values = OwnedWeights(
+        {name: value.shape for name, value in whole.items()},
+        dict.fromkeys(whole, 0),
+        whole if dist.get_rank() == 0 else {},
+    )
     return [*([] if weights is None else [weights]), PartitionedWeights(partitioned), values]
 
 
 def _require_values(tensors: Mapping[str, Tensor], what: str, more: str) -> None:
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise ValueError(f"model: {len(empty)} of its {what} are on the meta device (the first: {empty[0]}) and have "
-                         f"no values{more}")
+        raise ValueError(
+            f"model: {len(empty)} of its {what} are on the meta device (the first: {empty[0]}) and have no values{more}"
+        )

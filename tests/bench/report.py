@@ -24,8 +24,10 @@ def measurements(page: str) -> dict[str, dict]:
 def block(record: dict) -> str:
     """The table of one measurement, and on what it was made."""
     from relora_ds.bench import BENCHMARKS
-    modules = {module.NAME: module for module in (importlib.import_module(f"relora_ds.bench.{name}")
-                                                  for name in BENCHMARKS)}
+
+    modules = {
+        module.NAME: module for module in (importlib.import_module(f"relora_ds.bench.{name}") for name in BENCHMARKS)
+    }
     made = dict(record["conditions"])
     device, cores = made.pop("device"), made.pop("cores")
     made.pop("threads")  # of the process that collects; what measures has its own, in the table's first line
@@ -45,6 +47,7 @@ def filled(page: str) -> str:
 def filled_cards() -> str:
     """The page of GPUs, with all that were checked: one line of each, and the tables of each."""
     from relora_ds.bench import gpu_report
+
     records = measurements("gpu")
     each = [f"### {name}\n{block(record)}" for name, record in records.items()]
     return _with_tables("gpu", lambda _: "\n".join([gpu_report.cards(records), "", *each]))
@@ -59,6 +62,7 @@ def main() -> None:
     """Write all pages and their figures."""
     from relora_ds.bench.two_hosts import with_predictions
     from relora_ds.figures.benchmarks import save_clusters, save_two_hosts
+
     for page in PAGES:
         (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")
     (DOCS / "gpu.md").write_text(filled_cards(), encoding="utf-8")

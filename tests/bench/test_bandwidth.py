@@ -11,17 +11,31 @@ def bench(*argv: str) -> dict:
     parser = argparse.ArgumentParser()
     bandwidth.add_arguments(parser)
     # In fp32 the smallest parameter of this shape, a norm's weight, is no smaller than the largest control message.
-    return bandwidth.run(parser.parse_args(["--preset", "llama_20m", "--vocab-size", "1000", "--r", "8", "--precision",
-                                            "fp32", *argv]))
+    return bandwidth.run(
+        parser.parse_args(["--preset", "llama_20m", "--vocab-size", "1000", "--r", "8", "--precision", "fp32", *argv])
+    )
 
 
-@pytest.mark.parametrize("argv", [
-    ("--stages", "1", "3", "--accumulation", "2"),
-    pytest.param(("--stages", "0", "2", "--accumulation", "1", "4"), marks=pytest.mark.slow),
-    pytest.param(("--stages", "3", "--accumulation", "1", "--ranks", "3"), marks=pytest.mark.slow)], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--stages", "1", "3", "--accumulation", "2"),
+        pytest.param(("--stages", "0", "2", "--accumulation", "1", "4"), marks=pytest.mark.slow),
+        pytest.param(("--stages", "3", "--accumulation", "1", "--ranks", "3"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
 def test_nothing_is_unexplained(argv):
-    result = bench(*argv, "--variants", "full rank", "PEFT, its default", "PEFT, same modules train",
-                   "ours, LoRA alone", "ours, dense", "ours, int8")
+    result = bench(
+        *argv,
+        "--variants",
+        "full rank",
+        "PEFT, its default",
+        "PEFT, same modules train",
+        "ours, LoRA alone",
+        "ours, dense",
+        "ours, int8",
+    )
     assert {row["variant"] for row in result["rows"]} >= {"full rank", "PEFT, its default", "ours, int8"}
     for row in result["rows"]:
         assert row["counted"] == row["expected"], row
@@ -34,8 +48,9 @@ def test_nothing_is_unexplained(argv):
         assert by["ours, dense", 1, "auto"] == by["PEFT, same modules train", 1, "auto"] < by["full rank", 1, "auto"]
 
 
-@pytest.mark.parametrize(("argv", "words"), [
-    (("--vocab-size", "0"), "data.vocab_size"), (("--preset", "nosuch"), "model.preset")])
+@pytest.mark.parametrize(
+    ("argv", "words"), [(("--vocab-size", "0"), "data.vocab_size"), (("--preset", "nosuch"), "model.preset")]
+)
 def test_what_cannot_be_is_known_before_a_rank_starts(monkeypatch, argv, words):
     monkeypatch.setattr(bandwidth, "run_on_ranks", lambda *_: pytest.fail("ranks were started"))
     with pytest.raises(ValueError, match=words):

@@ -13,8 +13,9 @@ def measure(argv: list[str]) -> dict:
 
 
 def test_what_is_written(tmp_path):
-    result, = ranks(1).run(measure, ["--preset", "tiny", "--r", "4", "--vocab-size", "512", "--repeats", "1",
-                                     "--directory", str(tmp_path)])
+    (result,) = ranks(1).run(
+        measure, ["--preset", "tiny", "--r", "4", "--vocab-size", "512", "--repeats", "1", "--directory", str(tmp_path)]
+    )
     first, between, same, full = result["rows"]
     trained, frozen, total = 75_712, 100_352, 176_064
     assert 12 * trained < between["bytes"] < 12 * trained + 40_000  # fp32 masters and two moments

@@ -43,7 +43,8 @@ def jobs(monkeypatch):
 
 def test_after_a_job_that_fails_or_dies_the_next_ones_are_done_in_another_process(jobs):
     one, fails, two, dies, three, four = check()._jobs(
-        [[name, {}] for name in ("works", "fails", "works", "dies", "works", "works")], 1, 60)
+        [[name, {}] for name in ("works", "fails", "works", "dies", "works", "works")], 1, 60
+    )
     assert fails == {"error": "it fails"} and dies["error"] == "exit code -11: it dies"
     pids = [found["result"]["pid"] for found in (one, two, three, four)]
     assert len(set(pids)) == 3 and pids[2] == pids[3]
@@ -57,8 +58,10 @@ def test_when_the_time_is_up_the_rest_is_said_to_be_left_out(jobs):
 
 
 def test_a_process_ends_with_its_children_and_its_lines_are_read_while_it_runs(tmp_path):
-    code = ("import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '300']); "
-            "open(os.environ['LINES'], 'w').write('{\"child\": %d}\\n{\"half\"' % child.pid); time.sleep(300)")
+    code = (
+        "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '300']); "
+        "open(os.environ['LINES'], 'w').write('{\"child\": %d}\\n{\"half\"' % child.pid); time.sleep(300)"
+    )
     lines = Process([sys.executable, "-c", code], "LINES").lines(60)
     child = next(lines)["child"]
     os.kill(child, 0)
@@ -73,6 +76,7 @@ def test_a_check_that_is_killed_leaves_what_it_has(tmp_path, monkeypatch, jobs):
 
     def killed(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(gpu_check.Check, "_speeds", killed)
     with pytest.raises(KeyboardInterrupt):
         check(out=tmp_path / "found.json").run()
@@ -88,6 +92,7 @@ def test_sigterm_ends_the_job_as_well(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             ended.append("job")
+
     monkeypatch.setattr(gpu_check.Check, "run", job)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
@@ -113,25 +118,61 @@ def test_the_most_of_a_card():
 
 
 def speed(name: str, tokens_per_s: float, **more) -> dict:
-    return {"name": name, "preset": "llama_350m", "stage": 1, "world_size": 1, "micro_batch_size": 8,
-            "tokens_per_s": tokens_per_s, "mfu": 0.4, "peak_bytes": 8e9, **more}
+    return {
+        "name": name,
+        "preset": "llama_350m",
+        "stage": 1,
+        "world_size": 1,
+        "micro_batch_size": 8,
+        "tokens_per_s": tokens_per_s,
+        "mfu": 0.4,
+        "peak_bytes": 8e9,
+        **more,
+    }
 
 
 CONDITIONS = {"device": "NVIDIA H200", "cores": 16, "threads": 1, "torch": "2.13.0"}
-RECORD = {"bench": "gpu-check", "conditions": CONDITIONS, "result": {
-    "tiny": False, "minutes": 12, "missing": {"liger-kernel": "its kernels"},
-    "machine": {"conditions": CONDITIONS, "gpus": 1, "memory_bytes": 150e9, "cuda": "13.0",
-                "measured_flops": 700e12},
-    "parts": {
-        "correctness": [{"name": "a", "outcome": "passed"},
-                        {"name": "b", "outcome": "failed", "error": "assert 1\nE  1 is not 2"}],
-        "speed at 350M": [speed("full rank", 1e5), speed("ours, dense", 1.5e5),
-                          {"name": "ours, nf4", "preset": "llama_350m", "stage": 3, "error": "out of memory"},
-                          {"name": "x", "skipped": "the time was up"}],
-        "restart": [{"name": "restart: ours, dense", "preset": "llama_350m", "stage": 1, "world_size": 1,
-                     "pauses_s": [0.5, 0.4, 0.6], "without_drift_s": [0.3, 0.2, 0.4], "step_s": 2.0},
-                    {"name": "restart: ours, nf4", "preset": "llama_1b", "stage": 1, "skipped": "the time was up"}],
-        "layer": [{"name": "one layer", "error": "RuntimeError: self must be row_major"}]}}}
+RECORD = {
+    "bench": "gpu-check",
+    "conditions": CONDITIONS,
+    "result": {
+        "tiny": False,
+        "minutes": 12,
+        "missing": {"liger-kernel": "its kernels"},
+        "machine": {
+            "conditions": CONDITIONS,
+            "gpus": 1,
+            "memory_bytes": 150e9,
+            "cuda": "13.0",
+            "measured_flops": 700e12,
+        },
+        "parts": {
+            "correctness": [
+                {"name": "a", "outcome": "passed"},
+                {"name": "b", "outcome": "failed", "error": "assert 1\nE  1 is not 2"},
+            ],
+            "speed at 350M": [
+                speed("full rank", 1e5),
+                speed("ours, dense", 1.5e5),
+                {"name": "ours, nf4", "preset": "llama_350m", "stage": 3, "error": "out of memory"},
+                {"name": "x", "skipped": "the time was up"},
+            ],
+            "restart": [
+                {
+                    "name": "restart: ours, dense",
+                    "preset": "llama_350m",
+                    "stage": 1,
+                    "world_size": 1,
+                    "pauses_s": [0.5, 0.4, 0.6],
+                    "without_drift_s": [0.3, 0.2, 0.4],
+                    "step_s": 2.0,
+                },
+                {"name": "restart: ours, nf4", "preset": "llama_1b", "stage": 1, "skipped": "the time was up"},
+            ],
+            "layer": [{"name": "one layer", "error": "RuntimeError: self must be row_major"}],
+        },
+    },
+}
 
 
 def test_the_tables():
@@ -143,7 +184,9 @@ def test_the_tables():
     assert "- restart: ours, nf4 (llama_1b, ZeRO-1): the time was up" in text
     assert "- its kernels: liger-kernel is not installed" in text
     assert gpu_report.suspicious(RECORD["result"]) == [
-        "correctness: b: E  1 is not 2", "layer: one layer: RuntimeError: self must be row_major"]
+        "correctness: b: E  1 is not 2",
+        "layer: one layer: RuntimeError: self must be row_major",
+    ]
     assert gpu_check.exit_code(RECORD["result"]) == 1
 
 
@@ -155,6 +198,7 @@ def test_one_line_for_each_card():
 
 def test_without_a_gpu_it_says_how_to_try(capsys):
     from relora_ds.__main__ import main
+
     assert main(["bench", "gpu-check"]) == 1
     assert "--tiny runs all of it on the CPU" in capsys.readouterr().err
     assert main(["bench", "gpu-check", "--tiny", "--minutes", "0"]) == 1
@@ -164,13 +208,20 @@ def test_without_a_gpu_it_says_how_to_try(capsys):
 @pytest.mark.slow
 def test_all_of_it_runs(tmp_path):
     out = tmp_path / "found.json"
-    done = subprocess.run(["bash", "launch_scripts/gpu_check.sh", str(out), "--tiny", "--minutes", "120"], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "launch_scripts/gpu_check.sh", str(out), "--tiny", "--minutes", "120"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())["result"]
     assert not gpu_report.suspicious(result)
-    measured = {part: [entry["name"] for entry in entries if "skipped" not in entry]
-                for part, entries in result["parts"].items()}
+    measured = {
+        part: [entry["name"] for entry in entries if "skipped" not in entry]
+        for part, entries in result["parts"].items()
+    }
     for part in gpu_check.TINY.presets:
         assert sorted(measured[part]) == sorted(gpu_check.ORDER)
     assert len(measured["several GPUs"]) == 6 and len(measured["restart"]) == 6 and measured["layer"]

@@ -8,8 +8,9 @@ MOST = 1.3  # fp32 copies of the network on a host, besides the engines
 
 
 def test_a_host_holds_one_copy_at_most_however_many_ranks_it_has():
-    result = host_memory.run(argparse.Namespace(
-        preset="llama_20m", vocab_size=32_000, r=64, precision="fp32", stages=[3], ranks=[2]))
+    result = host_memory.run(
+        argparse.Namespace(preset="llama_20m", vocab_size=32_000, r=64, precision="fp32", stages=[3], ranks=[2])
+    )
     (row,) = result["rows"]
     assert row["world_size"] == 2 and result["weights"] > 19e6
     for moment in ("build", "switch"):

@@ -20,7 +20,8 @@ def tiny_arguments(*given):
 def test_a_tiny_run_in_every_precision():
     result = bench.run(tiny_arguments("--hidden", "32", "64", "--r", "4", "--precision", "fp32", "bf16", "fp16"))
     assert [(e["precision"], e["hidden"], e["r"], e["rows"]) for e in result["measured"]] == [
-        (precision, hidden, 4, 8) for precision in ("fp32", "bf16", "fp16") for hidden in (32, 64)]
+        (precision, hidden, 4, 8) for precision in ("fp32", "bf16", "fp16") for hidden in (32, 64)
+    ]
     entry = result["measured"][0]
     assert list(entry["ms"]) == ["full", "naive", "peft", "dense", "bf16", "int8", "fp8", "nf4", "nf4_double"]
     assert entry["over_full"].keys() == entry["ms"].keys() == entry["over_naive"].keys()
@@ -40,10 +41,19 @@ def test_all_low_rank_layers_are_one_function():
         for mine, its in zip((layers["dense"].lora_A, layers["dense"].lora_B), adapters, strict=True):
             its.copy_(mine)
     assert {name for name, p in linear.named_parameters() if p.requires_grad} == {
-        "lora_A.default.weight", "lora_B.default.weight"}
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    }
     expected = layers["naive"](x)
-    for name, rtol in (("peft", 1e-5), ("dense", 1e-5), ("bf16", 0.01), ("int8", 0.02), ("fp8", 0.05), ("nf4", 0.15),
-                       ("nf4_double", 0.15)):
+    for name, rtol in (
+        ("peft", 1e-5),
+        ("dense", 1e-5),
+        ("bf16", 0.01),
+        ("int8", 0.02),
+        ("fp8", 0.05),
+        ("nf4", 0.15),
+        ("nf4_double", 0.15),
+    ):
         got = layers[name](x)
         assert (got - expected).norm() <= rtol * expected.norm(), name
     assert (layers["full"](x) - expected).norm() > 0.1 * expected.norm()  # without the update

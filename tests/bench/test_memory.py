@@ -38,24 +38,64 @@ def test_the_meter_sees_a_peak_that_is_over_and_what_is_kept():
 
 def test_the_table_compares_with_full_rank_under_the_same_checkpointing():
     def row(variant, mode, peak, host=0):
-        return {"variant": variant, "checkpointing": mode, "trainable": 1_000_000, "kept_bytes": 5 * 10**8,
-                "peak_bytes": peak, "reserved_bytes": 2 * peak, "host_bytes": host}
+        return {
+            "variant": variant,
+            "checkpointing": mode,
+            "trainable": 1_000_000,
+            "kept_bytes": 5 * 10**8,
+            "peak_bytes": peak,
+            "reserved_bytes": 2 * peak,
+            "host_bytes": host,
+        }
 
-    result = {"preset": "p", "vocab_size": 1000, "r": 4, "micro_batch_size": 1, "seq_len": 8, "precision": "bf16",
-              "threads": 2, "device": "cuda", "rows": [
-                  row("full rank", "none", 4 * 10**9), row("ours, nf4", "none", 10**9, 10**9),
-                  row("full rank", "full", 2 * 10**9), row("ours, nf4", "full", 10**9)]}
+    result = {
+        "preset": "p",
+        "vocab_size": 1000,
+        "r": 4,
+        "micro_batch_size": 1,
+        "seq_len": 8,
+        "precision": "bf16",
+        "threads": 2,
+        "device": "cuda",
+        "rows": [
+            row("full rank", "none", 4 * 10**9),
+            row("ours, nf4", "none", 10**9, 10**9),
+            row("full rank", "full", 2 * 10**9),
+            row("ours, nf4", "full", 10**9),
+        ],
+    }
     lines = [line for line in memory.markdown(result).splitlines() if line.startswith("| ours")]
-    assert lines == ["| ours, nf4 | none | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 25 % | 1.00 GB |",
-                     "| ours, nf4 | full | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 50 % | – |"]
+    assert lines == [
+        "| ours, nf4 | none | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 25 % | 1.00 GB |",
+        "| ours, nf4 | full | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 50 % | – |",
+    ]
 
 
 @pytest.mark.slow
 def test_engines_hold_what_the_account_says():
-    result = memory.run(arguments(
-        "--device", "cpu", "--preset", "llama_20m", "--r", "8", "--vocab-size", "1000", "--micro-batch-size", "8",
-        "--threads", "1", "--checkpointing", "none", "full", "--variants", "full rank", "ours, nf4",
-        "PEFT, same modules train"))
+    result = memory.run(
+        arguments(
+            "--device",
+            "cpu",
+            "--preset",
+            "llama_20m",
+            "--r",
+            "8",
+            "--vocab-size",
+            "1000",
+            "--micro-batch-size",
+            "8",
+            "--threads",
+            "1",
+            "--checkpointing",
+            "none",
+            "full",
+            "--variants",
+            "full rank",
+            "ours, nf4",
+            "PEFT, same modules train",
+        )
+    )
     rows = {(row["variant"], row["checkpointing"]): row for row in result["rows"]}
     for (variant, checkpointing), row in rows.items():
         assert row["kept_bytes"] < row["peak_bytes"], variant
@@ -83,10 +123,14 @@ def test_a_process_that_dies_is_a_row_with_its_last_line_and_the_others_are_meas
     good = {"trainable": 1e6, "kept_bytes": 1e9, "peak_bytes": 2e9, "reserved_bytes": 0, "host_bytes": 0}
     real = memory._in_a_process
     monkeypatch.setattr(memory, "require", lambda specs: None)  # it would find the mistake before
-    monkeypatch.setattr(memory, "_in_a_process", lambda spec, device:
-                        good if spec.variant == "ours, nf4" else real(spec, device))
-    result = memory.run(arguments("--device", "cpu", "--preset", "llama_1x", "--checkpointing", "none",
-                                  "--variants", "full rank", "ours, nf4"))
+    monkeypatch.setattr(
+        memory, "_in_a_process", lambda spec, device: good if spec.variant == "ours, nf4" else real(spec, device)
+    )
+    result = memory.run(
+        arguments(
+            "--device", "cpu", "--preset", "llama_1x", "--checkpointing", "none", "--variants", "full rank", "ours, nf4"
+        )
+    )
     error, row = result["rows"]
     assert error["error"].startswith("exit code 1; ") and "model.preset: 'llama_1x'" in error["error"]
     assert row["peak_bytes"] == 2e9

@@ -11,9 +11,19 @@ from relora_ds.bench import quality
 from relora_ds.config import load_recipe
 
 # tiny, on Python's own documentation: nothing is downloaded
-TINY = ["data.source=pydocs", "model.preset=tiny", "data.vocab_size=512", "data.seq_len=32", "train.steps=12",
-        "warm_start_steps=4", "relora.restart_every=4", "relora.restart_warmup_steps=1", "relora.r=4",
-        "optim.warmup_steps=1", "log.every=1"]
+TINY = [
+    "data.source=pydocs",
+    "model.preset=tiny",
+    "data.vocab_size=512",
+    "data.seq_len=32",
+    "train.steps=12",
+    "warm_start_steps=4",
+    "relora.restart_every=4",
+    "relora.restart_warmup_steps=1",
+    "relora.r=4",
+    "optim.warmup_steps=1",
+    "log.every=1",
+]
 
 
 def compare(runs: Path, *argv: str) -> dict:
@@ -30,7 +40,7 @@ class Trainings:
         self.failing: set[str] = set()
 
     def __call__(self, command, **_):
-        overrides = command[command.index("--config") + 2:]
+        overrides = command[command.index("--config") + 2 :]
         recipe = load_recipe(quality.RECIPE, overrides)
         directory = Path(recipe.run_dir)
         self.directories.append(directory.name)
@@ -39,11 +49,15 @@ class Trainings:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "recipe.yaml").write_text(recipe.to_yaml())
         loss = {"bf16": 4.0, "nf4": 4.04, "int8": 3.98}[recipe.relora.frozen_dtype] + recipe.seed
-        lines = [{"kind": "eval", "step": 6, "val_loss": loss + 1}, {"kind": "eval", "step": 12, "val_loss": loss},
-                 {"kind": "restart", "step": 8, "merge_loss": 0.1, "merge_loss_total": 0.2}]
+        lines = [
+            {"kind": "eval", "step": 6, "val_loss": loss + 1},
+            {"kind": "eval", "step": 12, "val_loss": loss},
+            {"kind": "restart", "step": 8, "merge_loss": 0.1, "merge_loss_total": 0.2},
+        ]
         (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (directory / "summary.json").write_text(json.dumps({
-            "val_loss": loss, "val_tokens": 99, "tokens": 3072, "step": 12, "restarts": 1, "seconds": 1.0}))
+        (directory / "summary.json").write_text(
+            json.dumps({"val_loss": loss, "val_tokens": 99, "tokens": 3072, "step": 12, "restarts": 1, "seconds": 1.0})
+        )
         return SimpleNamespace(returncode=0)
 
 
@@ -58,7 +72,8 @@ def trainings(monkeypatch, tmp_path):
 def test_each_seed_is_compared_with_the_reference_of_the_same_seed(tmp_path, trainings):
     result = compare(tmp_path, "--seeds", "2", "--variants", "nf4", "int8", "--jobs", "2")
     assert sorted(trainings.directories) == sorted(
-        f"{name}_seed{seed}" for name in ("bf16", "nf4", "int8") for seed in (0, 1))
+        f"{name}_seed{seed}" for name in ("bf16", "nf4", "int8") for seed in (0, 1)
+    )
     nf4 = result["variants"]["nf4"]
     assert nf4["difference_percent_by_seed"] == pytest.approx([1.0, 0.8])
     assert nf4["difference_percent"] == pytest.approx(0.9) and nf4["val_loss"] == pytest.approx(4.54)

@@ -34,8 +34,9 @@ def test_the_page_of_gpus_has_every_card_that_was_checked():
     parser = argparse.ArgumentParser()
     gpu_check.add_arguments(parser)
     assert f"{parser.get_default('minutes')} minutes at most" in text
-    assert list(re.findall(r"^\| ([\w .]+) \|", text[text.index("| part | what |"):], re.MULTILINE))[1:7] == list(
-        gpu_check.SHARES)
+    assert list(re.findall(r"^\| ([\w .]+) \|", text[text.index("| part | what |") :], re.MULTILINE))[1:7] == list(
+        gpu_check.SHARES
+    )
 
 
 def test_a_card_has_a_line_and_its_tables(tmp_path, monkeypatch):
@@ -60,8 +61,9 @@ def test_a_quantized_base_learns_as_well():
     result = MEASURED["quality"]
     assert result["seeds"] >= 3 and result["restarts"] >= 5
     for name, most in (("int8", 0.5), ("nf4", 2.0)):
-        assert all(abs(difference) < most for difference in
-                   result["variants"][name]["difference_percent_by_seed"]), name
+        assert all(abs(difference) < most for difference in result["variants"][name]["difference_percent_by_seed"]), (
+            name
+        )
 
 
 def test_masters_keep_what_would_be_lost():
@@ -88,12 +90,14 @@ def test_steps_are_near_their_ceiling_and_no_slower_than_pefts(name):
         if peft := next((peft for peft, ours in TWINS.items() if ours == variant), None):
             ceiling = full[size]["flops_per_token"] / row["flops_per_token"]
             assert speed_of(row, list(rows.values())) >= 0.85 * ceiling, (variant, size)
-            quotients = [theirs / ours for theirs, ours in
-                         zip(rows[peft, size]["steps_s"], row["steps_s"], strict=True)]  # of the same turn
+            quotients = [
+                theirs / ours for theirs, ours in zip(rows[peft, size]["steps_s"], row["steps_s"], strict=True)
+            ]  # of the same turn
             assert statistics.median(quotients) >= 0.98, (variant, size)
     assert {(512, 32), (512, 128), (2048, 32), (2048, 128)} <= {
         ({"llama_60m": 512, "wide_2": 2048}.get(MEASURED[one]["preset"].rpartition("/")[2]), MEASURED[one]["r"])
-        for one in STEPS}
+        for one in STEPS
+    }
 
 
 def test_a_restart_is_shorter_than_a_step_of_the_papers_batch():
@@ -140,8 +144,11 @@ def test_no_cable_is_too_fast_for_low_rank():
     rows = MEASURED["two_hosts_10gbit"]["rows"]
     full = {row["shape"]: row["step_s"] for row in rows if row["variant"] == FULL}
     assert all(row["step_s"] <= full[row["shape"]] for row in rows)
-    (best,) = (row for row in MEASURED["two_hosts_1gbit"]["rows"]
-               if (row["shape"], row["variant"]) == ("wide_4", "ours, LoRA alone"))
+    (best,) = (
+        row
+        for row in MEASURED["two_hosts_1gbit"]["rows"]
+        if (row["shape"], row["variant"]) == ("wide_4", "ours, LoRA alone")
+    )
     (base,) = (row for row in MEASURED["two_hosts_1gbit"]["rows"] if (row["shape"], row["variant"]) == ("wide_4", FULL))
     assert best["tokens_per_s"] >= 4 * base["tokens_per_s"]
 
@@ -152,4 +159,5 @@ def test_the_figures_show_every_contender_and_preset():
     assert {label.get_text() for label in hosts.axes[0].get_yticklabels()} == names
     clusters = draw_clusters(MEASURED["clusters"], LIGHT)
     assert [axes.get_title(loc="left") or axes.get_title() for axes in clusters.axes] == list(
-        dict.fromkeys(row["preset"] for row in MEASURED["clusters"]["rows"]))
+        dict.fromkeys(row["preset"] for row in MEASURED["clusters"]["rows"])
+    )

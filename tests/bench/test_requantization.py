@@ -16,13 +16,14 @@ def result():
 
 
 def _series(result, format, size):
-    entry, = (entry for entry in result["series"] if (entry["format"], entry["size"]) == (format, size))
+    (entry,) = (entry for entry in result["series"] if (entry["format"], entry["size"]) == (format, size))
     return entry
 
 
 def test_every_format_size_and_restart_is_there(result):
     assert [(entry["size"], entry["format"]) for entry in result["series"]] == [
-        (size, format) for size in (0.03, 0.1) for format in bench.FORMATS]
+        (size, format) for size in (0.03, 0.1) for format in bench.FORMATS
+    ]
     for entry in result["series"]:
         for way in (entry["others"], entry["ours"]):
             assert {name: len(values) for name, values in way.items()} == {"lost": 20, "distance": 20, "error": 21}

@@ -14,12 +14,15 @@ SHAPE = {"preset": "llama_9m", "r": 16, "vocab_size": 1000, "seq_len": 64, "prec
 
 
 def measured() -> dict:
-    return throughput.measure(argparse.Namespace(
-        **SHAPE, micro_batch_size=[1, 2], repeats=2, variants=["full rank", "PEFT, its default", "ours, dense"]))
+    return throughput.measure(
+        argparse.Namespace(
+            **SHAPE, micro_batch_size=[1, 2], repeats=2, variants=["full rank", "PEFT, its default", "ours, dense"]
+        )
+    )
 
 
 def test_every_contender_at_every_size():
-    result, = ranks(1).run(measured)
+    (result,) = ranks(1).run(measured)
     assert len(result["rows"]) == 6
     for row in result["rows"]:
         parts = row["parts_s"]
@@ -41,6 +44,7 @@ def test_a_speed_compares_steps_of_the_same_turn():
 def counted_flops(variant: str) -> tuple[float, float]:
     """Per token: what torch counts in a forward and backward, and the formula without attention."""
     from relora_ds.zero.teardown import release
+
     spec = contenders.Spec(variant, micro_batch_size=2, **SHAPE)
     engine = contenders.build(spec)
     config = engine.module.config
@@ -49,8 +53,10 @@ def counted_flops(variant: str) -> tuple[float, float]:
         contenders.step(engine, spec, 1)
     release(engine)
     attention = 6 * config.num_hidden_layers * config.hidden_size * spec.seq_len  # of which torch counts nothing here
-    return (counter.get_total_flops() / (spec.micro_batch_size * spec.seq_len),
-            contenders.flops_per_token(spec) - attention)
+    return (
+        counter.get_total_flops() / (spec.micro_batch_size * spec.seq_len),
+        contenders.flops_per_token(spec) - attention,
+    )
 
 
 def linear_flops(rows, weight, h, lora_B, *_, **__) -> int:  # torch passes shapes
@@ -61,8 +67,11 @@ def input_grad_flops(g, weight, gB, lora_A, *_, **__) -> int:
     return 2 * g[0] * (g[1] * lora_A[1] + lora_A[0] * lora_A[1])
 
 
-LAYER = {torch.ops.relora_ds.product: lambda a, b, **_: 2 * a[0] * a[1] * b[1],
-         torch.ops.relora_ds.linear: linear_flops, torch.ops.relora_ds.linear_input_grad: input_grad_flops}
+LAYER = {
+    torch.ops.relora_ds.product: lambda a, b, **_: 2 * a[0] * a[1] * b[1],
+    torch.ops.relora_ds.linear: linear_flops,
+    torch.ops.relora_ds.linear_input_grad: input_grad_flops,
+}
 
 
 @pytest.mark.parametrize("variant", ["full rank", "ours, dense", "ours, LoRA alone", "PEFT, same modules train"])

@@ -13,7 +13,7 @@ def measured() -> dict:
 
 
 def test_blocks_take_turns():
-    result, = ranks(1).run(measured)
+    (result,) = ranks(1).run(measured)
     assert len(result["trainer_s"]) == len(result["bare_s"]) == 2 and result["log_every"] == 3
     assert all(seconds > 0 for seconds in result["trainer_s"] + result["bare_s"])
     assert "| tiny log.every=3 | 1 |" in trainer.markdown(result)

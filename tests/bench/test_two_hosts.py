@@ -9,8 +9,10 @@ import pytest
 
 from relora_ds.bench import cable, two_hosts
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
-                                reason="needs root and iproute2, to make network namespaces")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
+    reason="needs root and iproute2, to make network namespaces",
+)
 
 
 @pytest.mark.parametrize(("text", "rate"), [("10gbit", 1e10), ("100mbit", 1e8), ("1.5Gbit", 1.5e9), ("64kbit", 64e3)])
@@ -35,9 +37,29 @@ def test_a_step_across_the_cable():
     parser = argparse.ArgumentParser()
     two_hosts.add_arguments(parser)
     try:
-        result = two_hosts.run(parser.parse_args([
-            "--shapes", "llama_20m", "--rate", "200mbit", "--repeats", "5", "--r", "8", "--vocab-size", "1000",
-            "--seq-len", "16", "--precision", "fp32", "--variants", "full rank", "ours, LoRA alone"]))
+        result = two_hosts.run(
+            parser.parse_args(
+                [
+                    "--shapes",
+                    "llama_20m",
+                    "--rate",
+                    "200mbit",
+                    "--repeats",
+                    "5",
+                    "--r",
+                    "8",
+                    "--vocab-size",
+                    "1000",
+                    "--seq-len",
+                    "16",
+                    "--precision",
+                    "fp32",
+                    "--variants",
+                    "full rank",
+                    "ours, LoRA alone",
+                ]
+            )
+        )
     except cable.CableError as error:
         pytest.skip(str(error))
     full, ours = result["rows"]
@@ -68,9 +90,28 @@ def test_machines_of_a_hostfile(tmp_path):
     two_hosts.add_arguments(parser)
 
     def host(node_rank: int) -> dict:
-        return two_hosts.run(parser.parse_args([
-            "--shapes", "llama_9m", "--repeats", "3", "--r", "8", "--vocab-size", "1000", "--seq-len", "16",
-            "--variants", "full rank", "--hostfile", str(hostfile), "--node_rank", str(node_rank)]))
+        return two_hosts.run(
+            parser.parse_args(
+                [
+                    "--shapes",
+                    "llama_9m",
+                    "--repeats",
+                    "3",
+                    "--r",
+                    "8",
+                    "--vocab-size",
+                    "1000",
+                    "--seq-len",
+                    "16",
+                    "--variants",
+                    "full rank",
+                    "--hostfile",
+                    str(hostfile),
+                    "--node_rank",
+                    str(node_rank),
+                ]
+            )
+        )
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(host, (0, 1))

@@ -29,8 +29,9 @@ def capture_twice(stage, precision, offload) -> tuple[int, int]:
         cases.train_step(engine, step)
         with Copies() as counted:
             captured = capture(engine, [0, 1], False, copies)
-        expected = {f"{part}/{name}": getattr(engine.shards[name], part).clone()
-                    for name in captured.ranges for part in PARTS}
+        expected = {
+            f"{part}/{name}": getattr(engine.shards[name], part).clone() for name in captured.ranges for part in PARTS
+        }
         expected |= {name: value for name, value in captured.trained.items() if name.startswith("buffer/")}
         assert save(captured.trained) == save(expected), "the file would have other bytes"
         used |= {t.untyped_storage().data_ptr() for name, t in captured.trained.items() if "buffer/" not in name}

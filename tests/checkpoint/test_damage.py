@@ -45,8 +45,13 @@ def flip(path):
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 def test_every_file_of_the_newest_checkpoint(whole, tmp_path, damage):
     names = sorted(path.name for path in (whole / "checkpoints" / "step_00000024").iterdir())
-    assert {"manifest.json", "trained_00000.safetensors", "trained_00001.safetensors", "frozen_00001.safetensors",
-            "config.json"} <= set(names)
+    assert {
+        "manifest.json",
+        "trained_00000.safetensors",
+        "trained_00001.safetensors",
+        "frozen_00001.safetensors",
+        "config.json",
+    } <= set(names)
     for name in names:
         copy = tmp_path / name
         shutil.copytree(whole, copy)
@@ -92,8 +97,10 @@ def test_a_manifest_cannot_lead_out_of_its_checkpoint(whole, tmp_path):
 
 
 def test_checkpoints_of_a_cycle_share_the_files_of_what_is_frozen(whole):
-    inodes = {step: {path.stat().st_ino for path in
-                     (whole / "checkpoints" / f"step_{step:08d}").glob("frozen_*")} for step in (12, 18, 24)}
+    inodes = {
+        step: {path.stat().st_ino for path in (whole / "checkpoints" / f"step_{step:08d}").glob("frozen_*")}
+        for step in (12, 18, 24)
+    }
     assert inodes[12] == inodes[18] and len(inodes[18]) == 2
     assert not inodes[18] & inodes[24]  # there was a restart after step 20
 
@@ -104,6 +111,7 @@ def failing_save(run_dir, size: int) -> list:
 
     from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
+
     trainer = Trainer(check("tiny", [f"run_dir={run_dir}", *SETTINGS]))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     said, step = [], trainer._train_step

@@ -77,8 +77,10 @@ def save_twice(directory: Path, accident, host: str | None, link_error: int | No
         if dist.get_rank() == 0:
             accident(old)
         dist.barrier()
-        with mock.patch.object(socket, "gethostname", lambda: host or real()), \
-                mock.patch.object(os, "link", failing(link_error) if link_error else os.link):
+        with (
+            mock.patch.object(socket, "gethostname", lambda: host or real()),
+            mock.patch.object(os, "link", failing(link_error) if link_error else os.link),
+        ):
             for step in (2, 3):
                 written.save(step, {})
                 written.wait()
@@ -91,21 +93,47 @@ def save_twice(directory: Path, accident, host: str | None, link_error: int | No
 def failing(number: int):
     def fail(*_):
         raise OSError(number, os.strerror(number))
+
     return fail
 
 
-@pytest.mark.parametrize(("accident", "host", "link_error", "is_shared"), [
-    (nothing, None, None, True), (nothing, "renamed", None, True), (lose, None, None, False),
-    (lose, "renamed", None, False), (archive, None, None, False), (lose_one_file, "renamed", None, False),
-    (truncate, None, None, False), (replace, None, None, False), (change, None, None, False),
-    (nothing, None, errno.EXDEV, False)],
-    ids=["whole", "renamed", "lost", "lost_renamed", "archived", "one_lost", "truncated", "replaced", "changed",
-         "other_disk"])
+@pytest.mark.parametrize(
+    ("accident", "host", "link_error", "is_shared"),
+    [
+        (nothing, None, None, True),
+        (nothing, "renamed", None, True),
+        (lose, None, None, False),
+        (lose, "renamed", None, False),
+        (archive, None, None, False),
+        (lose_one_file, "renamed", None, False),
+        (truncate, None, None, False),
+        (replace, None, None, False),
+        (change, None, None, False),
+        (nothing, None, errno.EXDEV, False),
+    ],
+    ids=[
+        "whole",
+        "renamed",
+        "lost",
+        "lost_renamed",
+        "archived",
+        "one_lost",
+        "truncated",
+        "replaced",
+        "changed",
+        "other_disk",
+    ],
+)
 def test_whatever_becomes_of_the_source_every_checkpoint_is_whole(tmp_path, accident, host, link_error, is_shared):
     for done in ranks(2).run(save_twice, tmp_path, accident, host, link_error):
         later = link_error is None  # the next one shares those that were written again
-        assert done == [(1, None, False), (2, None, is_shared), (3, None, later), (2, None, is_shared),
-                        (3, None, later)]
+        assert done == [
+            (1, None, False),
+            (2, None, is_shared),
+            (3, None, later),
+            (2, None, is_shared),
+            (3, None, later),
+        ]
     shares_an_inode = accident in (truncate, change)  # with the checkpoint that had the accident
     others = [] if shares_an_inode else [tmp_path / "0" / "step_00000002"]
     for directory in (*(tmp_path / "1").glob("step_*"), *others):
@@ -174,8 +202,11 @@ def stop_without_the_source(overrides: list[str], source: str) -> tuple:
 
 def test_a_run_whose_source_was_deleted_saves_itself_when_it_is_stopped(tmp_path):
     run(tmp_path / "first", *SETTINGS, "checkpoint.every=12", "checkpoint.keep_last=9")
-    for kind, said, last in ranks(2).run(stop_without_the_source, [f"run_dir={tmp_path / 'r'}", *SETTINGS],
-                                         str(tmp_path / "first" / "checkpoints" / "step_00000012")):
+    for kind, said, last in ranks(2).run(
+        stop_without_the_source,
+        [f"run_dir={tmp_path / 'r'}", *SETTINGS],
+        str(tmp_path / "first" / "checkpoints" / "step_00000012"),
+    ):
         assert kind == "Preempted" and f"saved after step {last}" in said
     (directory,) = store.directories(tmp_path / "r")
     assert store.verify(directory) == [] and (directory / NAME).is_file()
@@ -193,8 +224,9 @@ def end_on_a_full_disk(run_dir: str, failures: int) -> str:
 
     with mock.patch.object(writer, "save_file", full):
         try:
-            Trainer(check("tiny", [f"run_dir={run_dir}", "eval.samples=0", "train.steps=14", "checkpoint.every=null"]
-                          )).fit()
+            Trainer(
+                check("tiny", [f"run_dir={run_dir}", "eval.samples=0", "train.steps=14", "checkpoint.every=null"])
+            ).fit()
         except GuardError as error:
             return str(error)
     return ""
@@ -208,6 +240,8 @@ def test_the_last_checkpoint_is_tried_again(tmp_path):
 
 def test_a_run_whose_end_is_not_saved_is_not_called_done(tmp_path):
     for said in ranks(2).run(end_on_a_full_disk, str(tmp_path / "r"), 99):
-        assert said == (f"the state after step 14 could not be saved; the model is in {tmp_path / 'r' / 'export'}. "
-                        "Nothing was saved")
+        assert said == (
+            f"the state after step 14 could not be saved; the model is in {tmp_path / 'r' / 'export'}. "
+            "Nothing was saved"
+        )
     assert (tmp_path / "r" / "export" / "model.safetensors").is_file() and status(tmp_path / "r")["state"] == "running"

@@ -14,11 +14,16 @@ def unmoved(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("legs", [
-    # (after step, ranks, stage): through the warm start, the switch at 10 and the restarts after 20 and 30
-    [(0, 2, 1), (6, 1, 1), (18, 2, 1)],
-    [(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)],
-    [(0, 1, 0), (6, 2, 3), (24, 1, 2)]], ids=["ranks", "stages", "both"])
+@pytest.mark.parametrize(
+    "legs",
+    [
+        # (after step, ranks, stage): through the warm start, the switch at 10 and the restarts after 20 and 30
+        [(0, 2, 1), (6, 1, 1), (18, 2, 1)],
+        [(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)],
+        [(0, 1, 0), (6, 2, 3), (24, 1, 2)],
+    ],
+    ids=["ranks", "stages", "both"],
+)
 def test_moving_between_ranks_and_stages(unmoved, tmp_path, legs):
     directory, previous = tmp_path / "0", None
     for leg, (after, world_size, stage) in enumerate(legs):
@@ -36,8 +41,14 @@ def test_moving_between_ranks_and_stages(unmoved, tmp_path, legs):
 
 @pytest.mark.parametrize("changed", ["train.micro_batch_size=1", "relora.frozen_dtype=int8", "precision=bf16"])
 def test_another_micro_batch_format_or_precision(unmoved, tmp_path, changed):
-    run(tmp_path / "r", *SETTINGS, "deepspeed=zero1", "precision=fp32", changed,
-        f"resume={unmoved}/checkpoints/step_00000024")
+    run(
+        tmp_path / "r",
+        *SETTINGS,
+        "deepspeed=zero1",
+        "precision=fp32",
+        changed,
+        f"resume={unmoved}/checkpoints/step_00000024",
+    )
     exact = changed.startswith("train.")
     for step, loss in losses(tmp_path / "r").items():
         assert loss == pytest.approx(losses(unmoved)[step], rel=1e-4 if exact else 0.02)

@@ -61,7 +61,7 @@ def test_every_file_of_a_checkpoint(whole, tmp_path):
     names = [path.name for path in (whole / "checkpoints" / "step_00000012").iterdir()]
     assert "trained_00001.safetensors" in names and "config.json" in names
     for name in names:
-        for trusted in ([False, True] if name != manifest.NAME else [False]):
+        for trusted in [False, True] if name != manifest.NAME else [False]:
             copy = shutil.copytree(whole, tmp_path / f"{name}{trusted}") / "checkpoints" / "step_00000012"
             shutil.copy(pickled, copy / name)
             if trusted:

@@ -27,25 +27,41 @@ def whole(tmp_path_factory):
 
 def test_masters_begin_with_what_was_stored(whole, tmp_path):
     """They were those of a random network, and the next restart merged into them."""
-    run(tmp_path / "r", *SETTINGS, "precision=bf16", "relora.frozen_master=cpu",
-        f"resume={whole}/checkpoints/step_00000018")
+    run(
+        tmp_path / "r",
+        *SETTINGS,
+        "precision=bf16",
+        "relora.frozen_master=cpu",
+        f"resume={whole}/checkpoints/step_00000018",
+    )
     assert [line["step"] for line in lines(tmp_path / "r", "restart")] == [20, 30]
     for step, loss in losses(tmp_path / "r").items():
         assert loss == pytest.approx(losses(whole)[step], rel=0.01), step
 
 
 def captured(ranges: dict, frozen: dict | None) -> Captured:
-    return Captured({}, ranges, frozen, {}, {
-        "parameters": {"a": {"shape": [4, 5], "trains": True}, "w.weight": {"shape": [9], "trains": False}},
-        "layers": {"w": {"base": True}}})
+    return Captured(
+        {},
+        ranges,
+        frozen,
+        {},
+        {
+            "parameters": {"a": {"shape": [4, 5], "trains": True}, "w.weight": {"shape": [9], "trains": False}},
+            "layers": {"w": {"base": True}},
+        },
+    )
 
 
-@pytest.mark.parametrize(("contents", "gap"), [
-    ([({"a": (0, 12)}, ["w.weight"]), ({"a": (12, 20)}, [])], None),
-    ([({"a": (0, 20)}, ["stored/w.weight"]), ({"a": (0, 20)}, [])], None),
-    ([({"a": (0, 12)}, ["w.weight"]), ({"a": (13, 20)}, [])], "no rank has written all of a"),
-    ([({"a": (0, 12)}, ["w.weight"]), ({}, [])], "no rank has written all of a"),
-    ([({"a": (0, 20)}, []), ({}, [])], "no rank has written w.weight")])
+@pytest.mark.parametrize(
+    ("contents", "gap"),
+    [
+        ([({"a": (0, 12)}, ["w.weight"]), ({"a": (12, 20)}, [])], None),
+        ([({"a": (0, 20)}, ["stored/w.weight"]), ({"a": (0, 20)}, [])], None),
+        ([({"a": (0, 12)}, ["w.weight"]), ({"a": (13, 20)}, [])], "no rank has written all of a"),
+        ([({"a": (0, 12)}, ["w.weight"]), ({}, [])], "no rank has written all of a"),
+        ([({"a": (0, 20)}, []), ({}, [])], "no rank has written w.weight"),
+    ],
+)
 def test_a_checkpoint_has_all_of_everything(contents, gap):
     assert captured({}, {}).gaps(contents) == gap
 
@@ -61,8 +77,12 @@ def test_a_cycle_whose_files_vanished_is_written_again(whole, tmp_path):
 
 
 def train_and_lose(run_dir: str, checkpoint: str) -> None:
-    trainer = Trainer(check("tiny", [f"run_dir={run_dir}", f"resume={checkpoint}", *SETTINGS, "precision=bf16",
-                                     "relora.frozen_master=none"]))
+    trainer = Trainer(
+        check(
+            "tiny",
+            [f"run_dir={run_dir}", f"resume={checkpoint}", *SETTINGS, "precision=bf16", "relora.frozen_master=none"],
+        )
+    )
     step = trainer._train_step
 
     def losing():
@@ -103,8 +123,14 @@ def test_what_is_damaged_is_put_aside_and_not_deleted(whole, tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                attention_dropout=0.1).save_pretrained(directory)
+    LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        attention_dropout=0.1,
+    ).save_pretrained(directory)
     return directory
 
 
@@ -120,8 +146,13 @@ def test_dropout_of_the_model_itself_is_the_same_after_a_resume(model, tmp_path)
     other.mkdir()
     (other / "config.json").write_text(json.dumps(content))
     with pytest.raises(AssertionError, match="num_attention_heads was 4, is 8"):
-        run(tmp_path / "r", *settings[:-2], f"model.name_or_path={other}", "precision=fp32",
-            f"resume={tmp_path}/whole/checkpoints/step_00000024")
+        run(
+            tmp_path / "r",
+            *settings[:-2],
+            f"model.name_or_path={other}",
+            "precision=fp32",
+            f"resume={tmp_path}/whole/checkpoints/step_00000024",
+        )
 
 
 def test_a_run_that_is_made_longer_restarts_where_it_ended(tmp_path):

@@ -63,10 +63,14 @@ def test_what_somebody_put_into_a_checkpoint_is_not_deleted(three, tmp_path, nam
     assert "step_00000001 is not deleted: it holds" in caplog.text and (three[0] / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (lock_manifest, "manifest.json cannot be read now: Too many levels of symbolic links"),
-    (lock_weights, f"{TRAINED} cannot be read now: Too many levels of symbolic links"),
-    (of_newer_format, "was written by a newer relora_ds (format 7; this one reads 1): update relora_ds")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lock_manifest, "manifest.json cannot be read now: Too many levels of symbolic links"),
+        (lock_weights, f"{TRAINED} cannot be read now: Too many levels of symbolic links"),
+        (of_newer_format, "was written by a newer relora_ds (format 7; this one reads 1): update relora_ds"),
+    ],
+)
 def test_it_is_not_called_damaged(three, tmp_path, damage, words, caplog, capsys):
     damage(three[2])
     assert store.prune(tmp_path, 1, None) == three[:1] and steps(tmp_path) == [2, 3]
@@ -113,8 +117,11 @@ def find_with_warnings(run_dir: Path) -> tuple:
     return checkpoint.directory.name, checkpoint.passed_over, checkpoint.damaged
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"\xff"), lambda path: (
-    path.unlink(), path.symlink_to(path.name))], ids=["gone", "damaged", "unreadable"])
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b"\xff"), lambda path: (path.unlink(), path.symlink_to(path.name))],
+    ids=["gone", "damaged", "unreadable"],
+)
 def test_a_configuration_costs_a_warning(three, tmp_path, damage):
     damage(three[2] / "config.json")
     (name, (warning,), damaged), *_ = ranks(2).run(find_with_warnings, tmp_path)
@@ -123,6 +130,7 @@ def test_a_configuration_costs_a_warning(three, tmp_path, damage):
 
 
 # -- hosts ------------------------------------------------------------------------------------------------------------
+
 
 def age(directory: Path, seconds: float) -> None:
     os.utime(directory, (time.time() - seconds,) * 2)
@@ -181,6 +189,7 @@ def test_a_file_that_a_renamed_host_has_lost_is_lost(tmp_path):
 
 
 # -- going back -------------------------------------------------------------------------------------------------------
+
 
 def test_going_back_deletes_nothing(three, tmp_path):
     lock_manifest(three[1])

@@ -28,16 +28,27 @@ def train_with_a_slow_disk(run_dir: Path, overrides: list[str]) -> None:
         train("tiny", [f"run_dir={run_dir}", *overrides])
 
 
-@pytest.mark.parametrize("settings", [
-    ("precision=bf16",), ("relora.frozen_dtype=int8", "deepspeed=zero3"),
-    *[pytest.param(more, marks=pytest.mark.slow) for more in (
-        ("precision=fp32", "deepspeed=zero0"), ("precision=bf16", "relora.frozen_master=none"),
-        ("precision=bf16", "relora.frozen_master=device"))]], ids="-".join)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("precision=bf16",),
+        ("relora.frozen_dtype=int8", "deepspeed=zero3"),
+        *[
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (
+                ("precision=fp32", "deepspeed=zero0"),
+                ("precision=bf16", "relora.frozen_master=none"),
+                ("precision=bf16", "relora.frozen_master=device"),
+            )
+        ],
+    ],
+    ids="-".join,
+)
 def test_a_restart_while_it_is_written_does_not_tear_it(tmp_path, settings):
     """The restart after step 20 falls into the time that the checkpoint after step 18 takes."""
     ranks(2).run(train_with_a_slow_disk, tmp_path / "whole", [*SETTINGS, *settings])
     first, _ = lines(tmp_path / "whole", "checkpoint")
-    restart, = lines(tmp_path / "whole", "restart")
+    (restart,) = lines(tmp_path / "whole", "restart")
     assert (first["step"], restart["step"]) == (18, 20)
     assert first["stall_s"] < first["write_s"] < 60, "training waited"
     directory = tmp_path / "whole" / "checkpoints" / "step_00000018"

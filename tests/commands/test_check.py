@@ -31,9 +31,14 @@ def test_the_quickstart(capsys):
     rows = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
     assert rows["160"][:4] == ["160", "relora", "restart", "1"]
     assert rows["trainable (T)"][-2:] == ["5.26M", "2.41M"]
-    for line in ("memory of a rank, device, kept between steps", "bytes per step, payload",
-                 "bytes per restart, payload", "learning rate (peak 0.002)", "|             |             ^",
-                 "seconds at 10 Gbit/s"):
+    for line in (
+        "memory of a rank, device, kept between steps",
+        "bytes per step, payload",
+        "bytes per restart, payload",
+        "learning rate (peak 0.002)",
+        "|             |             ^",
+        "seconds at 10 Gbit/s",
+    ):
         assert line in text
 
 
@@ -83,11 +88,15 @@ def test_what_frozen_weights_do_not_do_is_said(capsys):
     assert "WARNING: relora.frozen_master: none" in text and "merge_loss" in text and text.count("WARNING") == 1
 
 
-@pytest.mark.parametrize("overrides, able, words", [
-    (["precision=fp32"], True, "dequantized for every product: the run's precision is fp32"),
-    (["precision=bf16"], False, "dequantized for every product: no GPU here multiplies in fp8"),
-    (["precision=bf16", "deepspeed=zero3"], True, "dequantized for every product: ZeRO-3 shards W"),
-    (["precision=bf16"], True, "products are in fp8")])
+@pytest.mark.parametrize(
+    "overrides, able, words",
+    [
+        (["precision=fp32"], True, "dequantized for every product: the run's precision is fp32"),
+        (["precision=bf16"], False, "dequantized for every product: no GPU here multiplies in fp8"),
+        (["precision=bf16", "deepspeed=zero3"], True, "dequantized for every product: ZeRO-3 shards W"),
+        (["precision=bf16"], True, "products are in fp8"),
+    ],
+)
 def test_whether_fp8_weights_multiply_in_fp8(monkeypatch, overrides, able, words):
     monkeypatch.setattr("relora_ds.planning.storage._this_machine_multiplies_fp8", lambda: able)
     resolved = resolve("tiny", ["relora.frozen_dtype=fp8", *overrides], 1, to_run=False)

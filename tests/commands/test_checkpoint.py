@@ -73,13 +73,16 @@ def test_prune_does_not_count_what_is_damaged_or_a_copy(copy, capsys):
     assert (directory / "step_00000020").is_dir()
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["prune", "RUN"], "--keep-last: None would leave no checkpoint"),
-    (["prune", "RUN", "--keep-last", "0"], "--keep-last: 0 would leave no checkpoint"),
-    (["prune", "RUN", "--keep-last", "1", "--keep-every", "0"], "--keep-every: 0 is no number of steps"),
-    (["prune", "RUN/checkpoints/step_00000008", "--keep-last", "1"], "is a checkpoint; name the run"),
-    (["list", "RUN/nowhere"], "it has no checkpoint"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prune", "RUN"], "--keep-last: None would leave no checkpoint"),
+        (["prune", "RUN", "--keep-last", "0"], "--keep-last: 0 would leave no checkpoint"),
+        (["prune", "RUN", "--keep-last", "1", "--keep-every", "0"], "--keep-every: 0 is no number of steps"),
+        (["prune", "RUN/checkpoints/step_00000008", "--keep-last", "1"], "is a checkpoint; name the run"),
+        (["list", "RUN/nowhere"], "it has no checkpoint"),
+    ],
+)
 def test_what_makes_no_sense(copy, capsys, arguments, said):
     assert main(["checkpoint", *(argument.replace("RUN", str(copy)) for argument in arguments)]) == 1
     printed = capsys.readouterr().err

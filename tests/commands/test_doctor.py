@@ -37,6 +37,7 @@ def test_json(capsys):
 
 def test_what_is_essential_decides_the_exit_code(capsys, monkeypatch):
     from relora_ds.planning import machine
+
     monkeypatch.setattr(machine, "requirements", lambda: {"deepspeed": ">=99"})
     assert main(["doctor"]) == 1
     assert "this machine cannot train" in capsys.readouterr().out
@@ -49,9 +50,11 @@ def test_no_time_to_measure(capsys):
 
 def advice_on_ranks() -> tuple[dict, list]:
     import torch
+
     link = measure(0.5, torch.device("cpu"))
-    found = advise(resolve("tiny", ["relora.r=16", "train.batch_sequences=16"], 1, to_run=False), link,
-                   torch.device("cpu"))
+    found = advise(
+        resolve("tiny", ["relora.r=16", "train.batch_sequences=16"], 1, to_run=False), link, torch.device("cpu")
+    )
     return vars(found.best), [vars(candidate) for candidate in found.candidates]
 
 
@@ -64,15 +67,36 @@ def test_advice_is_the_same_on_all_ranks():
 
 
 def test_one_rank_has_no_link():
-    done = subprocess.run([sys.executable, "-m", "relora_ds", "doctor", "--link"], capture_output=True, text=True,
-                          check=False, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "relora_ds", "doctor", "--link"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
     assert done.returncode == 1 and "start at least two" in done.stderr and "torchrun" in done.stderr
 
 
 @pytest.mark.slow
 def test_under_torchrun():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               str(free_port()), "-m", "relora_ds", "doctor", "--link", "--seconds", "2", "--config", "tiny", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "-m",
+        "relora_ds",
+        "doctor",
+        "--link",
+        "--seconds",
+        "2",
+        "--config",
+        "tiny",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["link"]

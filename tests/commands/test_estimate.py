@@ -55,13 +55,27 @@ def test_the_memory_of_a_host(capsys):
         assert host["checkpoint"] - host["kept"] == pytest.approx(12 * trains / hosts, rel=1e-6)
         assert host["restart"] - host["checkpoint"] == pytest.approx(host["kept"], rel=0.02)
     _, text = estimate(capsys, *changes, "--world-size", "16", "--stages", "1", "--ranks-per-host", "4")
-    row, = (line.split() for line in text.split("memory of a host")[1].splitlines() if line.startswith("  1 "))
+    (row,) = (line.split() for line in text.split("memory of a host")[1].splitlines() if line.startswith("  1 "))
     assert row[:4] == ["1", "16", "1.23", "GB"]  # of 4 of the 16 ranks
 
 
 def test_clusters(capsys):
-    code, text = estimate(capsys, "tiny", "--world-size", "1", "--stages", "0", "1", "--cluster", "1x2", "4x2",
-                          "--network", "0.1", "10", "--json")
+    code, text = estimate(
+        capsys,
+        "tiny",
+        "--world-size",
+        "1",
+        "--stages",
+        "0",
+        "1",
+        "--cluster",
+        "1x2",
+        "4x2",
+        "--network",
+        "0.1",
+        "10",
+        "--json",
+    )
     found = {(e["method"], e["stage"], e["nodes"], e["network_gbits"]): e for e in json.loads(text)["clusters"]}
     assert code == 0 and len(found) == 2 * 2 * (1 + 2)
     for (method, stage, nodes, gbits), entry in found.items():
@@ -115,11 +129,18 @@ def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
     assert estimate(capsys, "tiny", f"run_dir={tmp_path}", "--world-size", "1", "--stages", "0")[0] == 0
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["tiny", "--world-size", "0"], "--world-size"), (["tiny", "--ranks-per-host", "0"], "--ranks-per-host: 0"),
-    (["tiny", "relora.r=0"], "relora.r"), ([], "one recipe"),
-    (["tiny", "--cluster", "8"], "'8' is no cluster"), (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
-    (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["tiny", "--world-size", "0"], "--world-size"),
+        (["tiny", "--ranks-per-host", "0"], "--ranks-per-host: 0"),
+        (["tiny", "relora.r=0"], "relora.r"),
+        ([], "one recipe"),
+        (["tiny", "--cluster", "8"], "'8' is no cluster"),
+        (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
+        (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0"),
+    ],
+)
 def test_bad_input(capsys, arguments, words):
     code, text = estimate(capsys, *arguments)
     assert code in (1, 2) and words in text

@@ -26,6 +26,7 @@ def evaluate(capsys):
         capsys.readouterr()
         assert main(["eval", str(model), "--json", "--data", *map(str, arguments)]) == 0
         return json.loads(capsys.readouterr().out)
+
     return figures
 
 
@@ -97,13 +98,14 @@ def test_mistakes_are_one_line(finished, tmp_path, capsys):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "no_tokenizer" / name).write_bytes((directory / "export" / name).read_bytes())
     for arguments, message in (
-            (["./none", "--data", "tiny"], "DIR_OR_ID: ./none is no directory"),
-            ([tmp_path, "--data", "tiny"], "neither a run, a checkpoint, a Hugging Face model nor a PEFT export"),
-            ([tmp_path / "no_tokenizer", "--data", "tiny"], "cannot be loaded"),
-            ([directory, "--data", "./none.txt"], "--data: './none.txt' does not exist"),
-            ([directory, "--data", tmp_path / "empty.txt"], "holds only empty files"),
-            ([directory, "--data", "tiny", "--seq-len", "5000"], "--seq-len: 5000 is not between 2 and the model's"),
-            ([directory, "--data", "tiny", "--batch-size", "0"], "--batch-size: 0")):
+        (["./none", "--data", "tiny"], "DIR_OR_ID: ./none is no directory"),
+        ([tmp_path, "--data", "tiny"], "neither a run, a checkpoint, a Hugging Face model nor a PEFT export"),
+        ([tmp_path / "no_tokenizer", "--data", "tiny"], "cannot be loaded"),
+        ([directory, "--data", "./none.txt"], "--data: './none.txt' does not exist"),
+        ([directory, "--data", tmp_path / "empty.txt"], "holds only empty files"),
+        ([directory, "--data", "tiny", "--seq-len", "5000"], "--seq-len: 5000 is not between 2 and the model's"),
+        ([directory, "--data", "tiny", "--batch-size", "0"], "--batch-size: 0"),
+    ):
         assert main(["eval", *map(str, arguments)]) == 1, arguments
         printed = capsys.readouterr().err
         assert message in printed and printed.count("\n") == 1, printed

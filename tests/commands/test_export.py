@@ -16,8 +16,10 @@ def finished(tmp_path_factory):
 
 def test_it_says_what_it_wrote(finished, tmp_path, capsys):
     assert main(["export", str(finished), str(tmp_path / "a"), "--dtype", "bf16"]) == 0
-    assert capsys.readouterr().out == \
-        f"{tmp_path / 'a'}: {finished} in bf16; load it with AutoModelForCausalLM.from_pretrained\n"
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'a'}: {finished} in bf16; load it with AutoModelForCausalLM.from_pretrained\n"
+    )
     assert main(["export", str(finished), str(tmp_path / "b"), "--checkpoint", "step_00000007"]) == 0
     assert "checkpoints/step_00000007 in fp32" in capsys.readouterr().out
     assert main(["export", str(finished), str(tmp_path / "c"), "--format", "peft"]) == 0
@@ -28,11 +30,14 @@ def test_it_says_what_it_wrote(finished, tmp_path, capsys):
 
 def test_mistakes_are_one_line(finished, tmp_path, capsys):
     for arguments, message in (
-            ([str(tmp_path / "none"), str(tmp_path / "out")], "neither a run of relora_ds nor a checkpoint"),
-            ([str(finished), str(finished)], "exists and is not empty"),
-            ([str(finished), str(tmp_path / "out"), "--checkpoint", "latest"], "there are step_0000000"),
-            ([str(finished), str(tmp_path / "out"), "--format", "peft", "--checkpoint", "step_00000007"],
-             "the checkpoint has no adapter")):
+        ([str(tmp_path / "none"), str(tmp_path / "out")], "neither a run of relora_ds nor a checkpoint"),
+        ([str(finished), str(finished)], "exists and is not empty"),
+        ([str(finished), str(tmp_path / "out"), "--checkpoint", "latest"], "there are step_0000000"),
+        (
+            [str(finished), str(tmp_path / "out"), "--format", "peft", "--checkpoint", "step_00000007"],
+            "the checkpoint has no adapter",
+        ),
+    ):
         assert main(["export", *arguments]) == 1
         printed = capsys.readouterr().err
         assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1

@@ -19,12 +19,18 @@ def test_it_draws_runs_into_a_folder(tmp_path, capsys):
 def test_it_draws_what_a_real_run_left(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
     from tests.training.runs import run
+
     run(tmp_path / "r", "train.steps=22", "eval.samples=1")
     assert main(["plot", str(tmp_path / "r"), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "index.html").read_text()
     assert "after 22 steps" in text and "What the networks write" in text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "index.html", "loss.png", "learning_rate.png", "throughput.png", "traffic.png"}
+        "index.html",
+        "loss.png",
+        "learning_rate.png",
+        "throughput.png",
+        "traffic.png",
+    }
 
 
 def test_what_is_no_run_is_one_line(tmp_path, capsys):

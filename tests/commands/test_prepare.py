@@ -24,20 +24,35 @@ def test_prepare_then_train_elsewhere(tmp_path, capsys, monkeypatch):
 
     shutil.move(tmp_path / "tokens", tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "cache")
-    run(tmp_path / "there", "data.source=pretokenized", f"data.path={tmp_path / 'elsewhere'}",
-        f"data.cache_dir={tmp_path / 'other'}", *steps)
+    run(
+        tmp_path / "there",
+        "data.source=pretokenized",
+        f"data.path={tmp_path / 'elsewhere'}",
+        f"data.cache_dir={tmp_path / 'other'}",
+        *steps,
+    )
     assert losses(tmp_path / "there") == losses(tmp_path / "here") and len(losses(tmp_path / "here")) == 14
     assert (tmp_path / "there" / "export" / "tokenizer.model").is_file() or (
-        tmp_path / "there" / "export" / "tokenizer.json").is_file()
+        tmp_path / "there" / "export" / "tokenizer.json"
+    ).is_file()
 
 
 def test_padded_runs_do_not_depend_on_the_number_of_ranks(tmp_path):
-    rows = "".join(json.dumps({"text": f"row {n} over the {n * 7919 % 10007:x}th hill " * (1 + n % 5)}) + "\n"
-                   for n in range(400))
+    rows = "".join(
+        json.dumps({"text": f"row {n} over the {n * 7919 % 10007:x}th hill " * (1 + n % 5)}) + "\n" for n in range(400)
+    )
     (tmp_path / "a.jsonl").write_text(rows)
-    options = ["data.source=text", f"data.path={tmp_path / 'a.jsonl'}", "data.vocab_size=300", "data.packing=false",
-               "train.steps=14", "warm_start_steps=4", "relora.restart_every=5", "log.every=1",
-               f"data.cache_dir={tmp_path / 'cache'}"]
+    options = [
+        "data.source=text",
+        f"data.path={tmp_path / 'a.jsonl'}",
+        "data.vocab_size=300",
+        "data.packing=false",
+        "train.steps=14",
+        "warm_start_steps=4",
+        "relora.restart_every=5",
+        "log.every=1",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
     two = run(tmp_path / "two", *options)
     one = run(tmp_path / "one", *options, "train.micro_batch_size=8", world_size=1)
     for step, loss in losses(tmp_path / "one").items():
@@ -79,12 +94,18 @@ def test_a_failed_download_is_one_line(tmp_path, capsys, monkeypatch):
     assert "data.source: 'gutenberg' cannot be downloaded" in line and "data.source=pydocs" in line
 
 
-@pytest.mark.parametrize(("overrides", "warning"), [
-    (["data.config=en"], "data.config: en has no effect with data.source pydocs"),
-    (["data.split=test"], "data.split: test has no effect with data.source pydocs"),
-    (["data.source=org/name", "data.path=x"], "data.path: x has no effect with data.source org/name"),
-    (["data.source=pretokenized", "data.path=x", "data.tokenizer=t5-base"], "data.tokenizer: t5-base has no effect"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["data.config=en"], "data.config: en has no effect with data.source pydocs"),
+        (["data.split=test"], "data.split: test has no effect with data.source pydocs"),
+        (["data.source=org/name", "data.path=x"], "data.path: x has no effect with data.source org/name"),
+        (
+            ["data.source=pretokenized", "data.path=x", "data.tokenizer=t5-base"],
+            "data.tokenizer: t5-base has no effect",
+        ),
+    ],
+)
 def test_what_a_source_ignores_is_a_warning(overrides, warning):
     assert any(found.startswith(warning) for found in load_recipe("tiny", overrides, check_files=False).warnings())
     assert load_recipe("tiny", ["data.source=c4", "data.max_tokens=1000", "data.config=en"]).warnings() == []

@@ -25,8 +25,14 @@ def train(compiled: bool, searches: bool = False) -> dict:
     model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     model.set_attn_implementation("sdpa")
     engine, *_ = relora_ds.initialize(
-        relora_ds.wrap(model, relora), cases.ds_settings(1, "bf16"), relora, lr=1e-2, total_steps=cases.STEPS,
-        precision="bf16", micro_batch_size=cases.GLOBAL_BATCH)
+        relora_ds.wrap(model, relora),
+        cases.ds_settings(1, "bf16"),
+        relora,
+        lr=1e-2,
+        total_steps=cases.STEPS,
+        precision="bf16",
+        micro_batch_size=cases.GLOBAL_BATCH,
+    )
     with pytest.MonkeyPatch.context() as patched:
         if searches:
             patched.setattr(attention_mask, "_counts_positions", lambda *_: False)
@@ -44,7 +50,8 @@ def train(compiled: bool, searches: bool = False) -> dict:
 
 def without_mask(kernels: list[str]) -> bool:
     return any(name in kernel for kernel in kernels for name in MASKLESS) and not any(
-        "efficient" in kernel or "math" in kernel for kernel in kernels)
+        "efficient" in kernel or "math" in kernel for kernel in kernels
+    )
 
 
 def test_no_mask_reaches_the_compiled_attention():

@@ -16,8 +16,16 @@ from tests.bench.test_layer import tiny_arguments
 from tests.cuda.gpus import needs, on_gpus
 
 IN, OUT, RANK, ROWS = 64, 32, 4, 48
-FORMATS = ("dense", "fp32", "bf16", "fp16", "int8", "fp8", "fp8_both_layouts",
-           *(pytest.param(name, marks=needs("bitsandbytes")) for name in ("nf4", "nf4_double")))
+FORMATS = (
+    "dense",
+    "fp32",
+    "bf16",
+    "fp16",
+    "int8",
+    "fp8",
+    "fp8_both_layouts",
+    *(pytest.param(name, marks=needs("bitsandbytes")) for name in ("nf4", "nf4_double")),
+)
 # Largest error, relative to the norm: of products in the precision, and of those in fp8.
 WORST = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}
 WORST_IN_FP8 = 0.1
@@ -38,9 +46,15 @@ def worst_errors(format: str) -> dict[str, float]:
 
 def _values(dtype: torch.dtype, biased: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sizes = {"x": (ROWS, IN), "weight": (OUT, IN), "lora_A": (RANK, IN), "lora_B": (OUT, RANK), "upstream": (ROWS, OUT),
-             **({"bias": (OUT,)} if biased else {})}
-    found = {name: torch.randn(*size, generator=generator) / size[-1]**0.5 for name, size in sizes.items()}
+    sizes = {
+        "x": (ROWS, IN),
+        "weight": (OUT, IN),
+        "lora_A": (RANK, IN),
+        "lora_B": (OUT, RANK),
+        "upstream": (ROWS, OUT),
+        **({"bias": (OUT,)} if biased else {}),
+    }
+    found = {name: torch.randn(*size, generator=generator) / size[-1] ** 0.5 for name, size in sizes.items()}
     return {name: value if name == "weight" else value.to(dtype) for name, value in found.items()}
 
 
@@ -52,10 +66,12 @@ def _same_dropout(x: Tensor, p: float, *_, **__) -> Tensor:
 
 def _ours(format: str, precision: str, values: dict, dropout: float, sketched: bool) -> dict[str, Tensor]:
     device, dtype = torch.device("cuda", torch.cuda.current_device()), DTYPES[precision]
-    layer = ReLoRALinear(IN, OUT, torch.nn.Parameter(values["weight"]), None, r=RANK, lora_alpha=2 * RANK,
-                         lora_dropout=dropout)
-    layer.store_weight(format_named(format).quantize(values["weight"].to(device), dtype), format_named(format),
-                       as_buffer=True)
+    layer = ReLoRALinear(
+        IN, OUT, torch.nn.Parameter(values["weight"]), None, r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout
+    )
+    layer.store_weight(
+        format_named(format).quantize(values["weight"].to(device), dtype), format_named(format), as_buffer=True
+    )
     for name in ("lora_A", "lora_B", "bias"):
         if name in values:
             setattr(layer, name, torch.nn.Parameter(values[name].to(device)))
@@ -64,8 +80,12 @@ def _ours(format: str, precision: str, values: dict, dropout: float, sketched: b
     x = values["x"].to(device).requires_grad_()
     y = layer(x)
     y.backward(values["upstream"].to(device))
-    return {"y": y, "x": x.grad, "merged": layer.merged_weight(),
-            **{name: parameter.grad for name, parameter in layer.named_parameters()}}
+    return {
+        "y": y,
+        "x": x.grad,
+        "merged": layer.merged_weight(),
+        **{name: parameter.grad for name, parameter in layer.named_parameters()},
+    }
 
 
 def _formula(format: str, precision: str, values: dict, dropout: float) -> dict[str, Tensor]:
@@ -73,14 +93,18 @@ def _formula(format: str, precision: str, values: dict, dropout: float) -> dict[
     packed = format_named(format)
     stored = packed.quantize(values["weight"], DTYPES[precision])
     weight = packed.dequantize(stored, values["weight"].shape, torch.float32).double()
-    leaves = {name: value.double().requires_grad_() for name, value in values.items()
-              if name not in ("weight", "upstream")}
+    leaves = {
+        name: value.double().requires_grad_() for name, value in values.items() if name not in ("weight", "upstream")
+    }
     x = leaves["x"]
     dropped = _same_dropout(x, dropout) if dropout else x
     y = x @ weight.t() + 2 * dropped @ leaves["lora_A"].t() @ leaves["lora_B"].t() + leaves.get("bias", 0)
     y.backward(values["upstream"].double())
-    return {"y": y, "merged": weight + 2 * leaves["lora_B"] @ leaves["lora_A"],
-            **{name: leaf.grad for name, leaf in leaves.items()}}
+    return {
+        "y": y,
+        "merged": weight + 2 * leaves["lora_B"] @ leaves["lora_A"],
+        **{name: leaf.grad for name, leaf in leaves.items()},
+    }
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

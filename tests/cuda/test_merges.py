@@ -23,14 +23,14 @@ def errors_under_tf32() -> tuple[float, float]:
 
 
 def test_tf32_does_not_reach_a_merge():
-    (_, merged), = on_gpus(1, errors_under_tf32)
+    ((_, merged),) = on_gpus(1, errors_under_tf32)
     assert merged < 1e-6
 
 
 @real_gpu
 def test_tf32_is_switched_on_there():
     """Else the test above says nothing."""
-    (plain, _), = on_gpus(1, errors_under_tf32)
+    ((plain, _),) = on_gpus(1, errors_under_tf32)
     if plain < 1e-6:
         pytest.skip("this GPU has no TF32")
     assert plain > 1e-5

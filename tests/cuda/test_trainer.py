@@ -6,8 +6,17 @@ import torch
 from tests.cuda.gpus import WORLD_SIZES, on_gpus
 from tests.training.runs import lines, losses, train
 
-OVERRIDES = ["train.steps=24", "warm_start_steps=6", "relora.restart_every=6", "relora.restart_warmup_steps=1",
-             "optim.warmup_steps=2", "log.every=2", "eval.every=12", "checkpoint.every=12", "eval.samples=0"]
+OVERRIDES = [
+    "train.steps=24",
+    "warm_start_steps=6",
+    "relora.restart_every=6",
+    "relora.restart_warmup_steps=1",
+    "optim.warmup_steps=2",
+    "log.every=2",
+    "eval.every=12",
+    "checkpoint.every=12",
+    "eval.samples=0",
+]
 EARLIER = 1 << 30  # bytes
 
 

@@ -77,8 +77,11 @@ def overflow(stage: int) -> dict:
     spoiled_step(engine, float("inf"))
     spoiled_step(engine, float("inf"))  # DeepSpeed lets one pass before it lowers the scale
     after = everything(engine)
-    found = {"changed": [what for what in before if before[what] != after[what]], "counted": engine.t - t,
-             "scale": engine.optimizer.cur_scale / scale}
+    found = {
+        "changed": [what for what in before if before[what] != after[what]],
+        "counted": engine.t - t,
+        "scale": engine.optimizer.cur_scale / scale,
+    }
     losses = [cases.train_step(engine, step) for step in range(6, STEPS)]
     found |= {"t": engine.t - t, "losses": losses, "restarts": len(engine.restarts)}
     cases.release(engine)
@@ -99,8 +102,15 @@ def losses_with_liger(stage: int, precision: str, with_liger: bool) -> list[floa
     if with_liger:
         liger.apply(model)
     engine, *_ = relora_ds.initialize(
-        model, cases.ds_settings(stage, precision), config, lr=cases.LR, total_steps=cases.STEPS, precision=precision,
-        warmup_steps=cases.WARMUP, micro_batch_size=cases.GLOBAL_BATCH)
+        model,
+        cases.ds_settings(stage, precision),
+        config,
+        lr=cases.LR,
+        total_steps=cases.STEPS,
+        precision=precision,
+        warmup_steps=cases.WARMUP,
+        micro_batch_size=cases.GLOBAL_BATCH,
+    )
     losses = [cases.train_step(engine, step) for step in range(8)]
     assert engine.restarts == [3, 6]
     cases.release(engine)

@@ -49,12 +49,33 @@ def test_a_run_ends_with_exit_code_2_before_it_begins(tmp_path):
     processes = []
     for rank in range(2):
         write_text(tmp_path / str(rank) / "a.txt", 900, word=f"word{rank}")
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": "29617", "RELORA_DS_CACHE": str(tmp_path / str(rank) / "cache")}
-        processes.append(subprocess.Popen(
-            [sys.executable, "-m", "relora_ds", "train", "--config", "tiny", f"run_dir={tmp_path / 'run'}",
-             "data.source=text", f"data.path={tmp_path / str(rank) / 'a.txt'}", "data.vocab_size=300"],
-            env=environment, stderr=subprocess.PIPE, text=True))
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29617",
+            "RELORA_DS_CACHE": str(tmp_path / str(rank) / "cache"),
+        }
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "relora_ds",
+                    "train",
+                    "--config",
+                    "tiny",
+                    f"run_dir={tmp_path / 'run'}",
+                    "data.source=text",
+                    f"data.path={tmp_path / str(rank) / 'a.txt'}",
+                    "data.vocab_size=300",
+                ],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     errors = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     assert "the ranks have tokenized different data" in errors[0]

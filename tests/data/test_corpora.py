@@ -31,16 +31,12 @@ def test_few_documents_are_cut_at_a_line(tmp_path):
 
 def test_one_line_is_cut_at_a_space(tmp_path):
     (tmp_path / "a.txt").write_text("one two three four five six", encoding="utf-8")
-    train, validation = both(
-        settings(tmp_path, source="text", path=str(tmp_path / "a.txt"), validation="0.5")
-    )
+    train, validation = both(settings(tmp_path, source="text", path=str(tmp_path / "a.txt"), validation="0.5"))
     assert (train, validation) == (["one two three "], ["four five six"])
 
 
 def test_directory_and_glob_give_one_document_per_file(tmp_path):
-    texts = [
-        write_text(tmp_path / "texts" / f"{name}.txt", 30, name).read_text() for name in ("a", "b", "sub/c")
-    ]
+    texts = [write_text(tmp_path / "texts" / f"{name}.txt", 30, name).read_text() for name in ("a", "b", "sub/c")]
     write_text(tmp_path / "texts" / "notes.md", 30)
     held_out = write_text(tmp_path / "texts" / "valid.txt", 30)
     for path in (tmp_path / "texts", tmp_path / "texts" / "**" / "*.txt"):
@@ -65,10 +61,7 @@ def test_not_utf8_names_file_and_byte(tmp_path):
 
 def test_hash_follows_contents_and_split(tmp_path):
     file = write_text(tmp_path / "a.txt", 100)
-    hashes = {
-        open_corpus(settings(tmp_path, source="text", path=str(file), validation=f)).sha256
-        for f in (0.1, 0.2)
-    }
+    hashes = {open_corpus(settings(tmp_path, source="text", path=str(file), validation=f)).sha256 for f in (0.1, 0.2)}
     again = open_corpus(settings(tmp_path, source="text", path=str(file), validation=0.1)).sha256
     assert len(hashes) == 2 and again in hashes
     file.write_text(file.read_text().replace("hill 3", "hull 3"))  # the same size
@@ -79,8 +72,11 @@ def test_hash_follows_contents_and_split(tmp_path):
     ("changes", "message"),
     [
         ({"source": "wikitext3"}, "data.source: 'wikitext3' is unknown (did you mean wikitext2?); use one of wiki"),
-        ({"source": "jsonl"}, "data.source: 'jsonl' is unknown; use one of wikitext2, pydocs, gutenberg, c4, text, "
-         "pretokenized, or org/name of the Hugging Face hub; JSON lines and parquet are read by data.source=text"),
+        (
+            {"source": "jsonl"},
+            "data.source: 'jsonl' is unknown; use one of wikitext2, pydocs, gutenberg, c4, text, "
+            "pretokenized, or org/name of the Hugging Face hub; JSON lines and parquet are read by data.source=text",
+        ),
         ({"source": "./gone"}, "data.source: './gone' does not exist"),
         ({"source": "pretokenized"}, "data.path: missing; data.source=pretokenized needs a directory"),
         ({"source": "text"}, "data.path: missing"),

@@ -28,8 +28,9 @@ def fast(model, special=CONTROL, **parts):
     backend = tokenizers.Tokenizer(model)
     for name, part in parts.items():
         setattr(backend, name, part)
-    given = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=special[0], eos_token=special[1],
-                                                 pad_token=special[2])
+    given = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
     given.add_special_tokens({"additional_special_tokens": special[3:]})
     return given
 
@@ -40,27 +41,39 @@ def unigram():
 
 
 def word_level():
-    return fast(models.WordLevel({word: number for number, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"),
-                pre_tokenizer=pre_tokenizers.WhitespaceSplit())
+    return fast(
+        models.WordLevel({word: number for number, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"),
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    )
 
 
 def word_piece():
     pieces = [*CONTROL, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the"]
-    return fast(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"),
-                pre_tokenizer=pre_tokenizers.WhitespaceSplit(), normalizer=normalizers.NFKC())
+    return fast(
+        models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"),
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+        normalizer=normalizers.NFKC(),
+    )
 
 
 def bpe_that_merges_to_a_control_token():
     pieces = [*CONTROL, *LETTERS, "</", "th", "the", "</s"]
-    return fast(models.BPE({piece: number for number, piece in enumerate(pieces)},
-                           [("<", "/"), ("t", "h"), ("th", "e"), ("</", "s"), ("</s", ">")], unk_token="<unk>"),
-                pre_tokenizer=pre_tokenizers.WhitespaceSplit())
+    return fast(
+        models.BPE(
+            {piece: number for number, piece in enumerate(pieces)},
+            [("<", "/"), ("t", "h"), ("th", "e"), ("</", "s"), ("</s", ">")],
+            unk_token="<unk>",
+        ),
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    )
 
 
 def bpe_that_takes_whole_words():
     pieces = [*CONTROL, *LETTERS]
-    return fast(models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>",
-                           ignore_merges=True), pre_tokenizer=pre_tokenizers.WhitespaceSplit())
+    return fast(
+        models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>", ignore_merges=True),
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    )
 
 
 class Words(transformers.PreTrainedTokenizer):
@@ -68,8 +81,9 @@ class Words(transformers.PreTrainedTokenizer):
 
     def __init__(self, **options):
         self.words = list(dict.fromkeys(WORDS))
-        super().__init__(unk_token="<unk>", eos_token="</s>", pad_token="<pad>", additional_special_tokens=["<tool>"],
-                         **options)
+        super().__init__(
+            unk_token="<unk>", eos_token="</s>", pad_token="<pad>", additional_special_tokens=["<tool>"], **options
+        )
 
     vocab_size = property(lambda self: len(self.words))
 
@@ -110,9 +124,15 @@ def test_all_other_text_gives_the_ids_that_it_gave(kind):
 
 def test_special_tokens_of_a_user_are_text_too():
     given = unigram()
-    given.add_special_tokens({"additional_special_tokens": [
-        tokenizers.AddedToken("fox", lstrip=True, rstrip=True), tokenizers.AddedToken("<end>", normalized=True),
-        tokenizers.AddedToken("dog", single_word=True)]})
+    given.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                tokenizers.AddedToken("fox", lstrip=True, rstrip=True),
+                tokenizers.AddedToken("<end>", normalized=True),
+                tokenizers.AddedToken("dog", single_word=True),
+            ]
+        }
+    )
     control = encoding.control_tokens(given)
     assert {"fox", "<end>", "dog"} <= set(control.values())
     for ids in tokenizer_module.encode(given, ["the  fox  jumps", "the<end>", "lazy dog", "dogfox"]):
@@ -137,12 +157,29 @@ def t5(tmp_path_factory):
     """(directory of a T5 tokenizer, the sentencepiece model in it)."""
     directory, model = tmp_path_factory.mktemp("t5"), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([PLAIN, "<i>a tag</i>", "1 > 0"] * 9), model_writer=model, vocab_size=60,
-        hard_vocab_limit=False, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+        sentence_iterator=iter([PLAIN, "<i>a tag</i>", "1 > 0"] * 9),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     (directory / "spiece.model").write_bytes(model.getvalue())
-    (directory / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-         "extra_ids": 5}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "T5Tokenizer",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "pad_token": "<pad>",
+                "extra_ids": 5,
+            }
+        )
+    )
     return directory, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -153,8 +190,9 @@ def test_a_t5_tokenizer_gives_the_ids_of_sentencepiece(t5):
 
 
 def test_a_sentencepiece_model_behind_python(t5, tmp_path):
-    given = transformers.GPTSw3Tokenizer(str(t5[0] / "spiece.model"), unk_token="<unk>", eos_token="</s>",
-                                         pad_token="<pad>", bos_token="<s>")
+    given = transformers.GPTSw3Tokenizer(
+        str(t5[0] / "spiece.model"), unk_token="<unk>", eos_token="</s>", pad_token="<pad>", bos_token="<s>"
+    )
     control = encoding.control_tokens(given).keys() - {given.unk_token_id}
     assert not control & set(sum(tokenizer_module.encode(given, TEXTS), []))
 
@@ -167,34 +205,54 @@ def corpus_of(tmp_path: Path, texts: list[str]) -> str:
 
 def test_a_document_is_one_row(t5, tmp_path):
     path = corpus_of(tmp_path, [f"{number} </s> {PLAIN} <pad> {PLAIN}" for number in range(40)])
-    prepared = prepare(settings(tmp_path / "cache", source="text", path=path, tokenizer=str(t5[0]), seq_len=16,
-                                packing=False, validation=0.1))
+    prepared = prepare(
+        settings(
+            tmp_path / "cache",
+            source="text",
+            path=path,
+            tokenizer=str(t5[0]),
+            seq_len=16,
+            packing=False,
+            validation=0.1,
+        )
+    )
     assert np.count_nonzero(prepared.train == prepared.eos_id) == 36
     assert len(PaddedRows(np.asarray(prepared.train), 16, prepared.padding)) == 36
 
 
 def test_unknown_characters_must_not_end_documents(tmp_path):
-    given = fast(models.BPE({piece: number for number, piece in enumerate(["<e>", *LETTERS])}, [], unk_token="<e>"),
-                 special=["<e>", "<e>", "<e>"], pre_tokenizer=pre_tokenizers.WhitespaceSplit())
+    given = fast(
+        models.BPE({piece: number for number, piece in enumerate(["<e>", *LETTERS])}, [], unk_token="<e>"),
+        special=["<e>", "<e>", "<e>"],
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    )
     given.save_pretrained(tmp_path / "given")
     with pytest.warns(DataWarning, match="data.tokenizer: '.*given' has '<e>' for unknown characters and to separate"):
         tokenizer_module.load(tmp_path / "given")
     assert tokenizer_module.encode(given, [PLAIN])
     path = corpus_of(tmp_path, [PLAIN] * 30 + ["snow ☃ man"])
-    with pytest.raises(ValueError, match=r"data.tokenizer: '.*given' has '<e>' for unknown characters and to sepa"
-                                         r"rate documents.* 'snow ☃ man' has .*; give it an unk_token of its own"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.tokenizer: '.*given' has '<e>' for unknown characters and to sepa"
+        r"rate documents.* 'snow ☃ man' has .*; give it an unk_token of its own",
+    ):
         prepare(settings(tmp_path / "cache", source="text", path=path, tokenizer=str(tmp_path / "given")))
 
 
 def test_gaps_in_the_ids_are_rows_of_the_embedding(tmp_path):
     pieces = {piece: number for number, piece in enumerate(["<unk>", "</s>", "<pad>", *LETTERS])}
     pieces["o"] = 299
-    fast(models.WordPiece(pieces | {f"##{piece}": 100 + number for piece, number in pieces.items() if number < 99},
-                          unk_token="<unk>"), special=["<unk>", "</s>", "<pad>"],
-         pre_tokenizer=pre_tokenizers.WhitespaceSplit()).save_pretrained(tmp_path / "given")
+    fast(
+        models.WordPiece(
+            pieces | {f"##{piece}": 100 + number for piece, number in pieces.items() if number < 99}, unk_token="<unk>"
+        ),
+        special=["<unk>", "</s>", "<pad>"],
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    ).save_pretrained(tmp_path / "given")
     given = tokenizer_module.load(tmp_path / "given")
     assert len(given) < 299 and tokenizer_module.num_ids(given) == 300
     path = corpus_of(tmp_path, ["o h o l e o"] * 40)
-    prepared = prepare(settings(tmp_path / "cache", source="text", path=path, tokenizer=str(tmp_path / "given"),
-                                seq_len=4))
+    prepared = prepare(
+        settings(tmp_path / "cache", source="text", path=path, tokenizer=str(tmp_path / "given"), seq_len=4)
+    )
     assert prepared.vocab_size == 300 and 299 in prepared.train

@@ -21,8 +21,10 @@ def text(split, shard, number):
 
 
 def write_shard(directory, split, shard, num_shards):
-    rows = [{"text": text(split, shard, number), "timestamp": "2019-04-25T12:57:54Z", "url": f"https://x/{number}"}
-            for number in range(DOCUMENTS_PER_SHARD)]
+    rows = [
+        {"text": text(split, shard, number), "timestamp": "2019-04-25T12:57:54Z", "url": f"https://x/{number}"}
+        for number in range(DOCUMENTS_PER_SHARD)
+    ]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"c4-{split}.{shard:05}-of-{num_shards:05}.json.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
@@ -40,8 +42,9 @@ def c4(tmp_path):
 
 
 def c4_settings(tmp_path, c4, **changes):
-    return settings(tmp_path / "cache", **{"source": "c4", "path": str(c4), "vocab_size": 300, "max_tokens": 18_000,
-                                           **changes})
+    return settings(
+        tmp_path / "cache", **{"source": "c4", "path": str(c4), "vocab_size": 300, "max_tokens": 18_000, **changes}
+    )
 
 
 def test_c4_stops_at_max_tokens_and_opens_no_shard_too_many(tmp_path, c4):
@@ -55,7 +58,7 @@ def test_c4_stops_at_max_tokens_and_opens_no_shard_too_many(tmp_path, c4):
     # Validation: whole documents, as many as hold a twentieth of the training tokens.
     assert 900 <= len(prepared.validation) < 1300
     held_out = tokenizer.decode(prepared.validation[prepared.validation != prepared.eos_id])
-    assert held_out == "".join(text("validation", 0, n) for n in range(20))[:len(held_out)]
+    assert held_out == "".join(text("validation", 0, n) for n in range(20))[: len(held_out)]
     assert (prepared.validation_words, prepared.validation_bytes) == (len(held_out.split()), len(held_out.encode()))
 
 
@@ -116,8 +119,9 @@ def corpus(tmp_path):
     directory = tmp_path / "corpus"
     directory.mkdir()
     for name in ("one_train", "one_validation", "two_train"):
-        rows = [{"body": f"{name} row {number} over hill {number * 7919 % 10007:x}", "n": number}
-                for number in range(200)]
+        rows = [
+            {"body": f"{name} row {number} over hill {number * 7919 % 10007:x}", "n": number} for number in range(200)
+        ]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "README.md").write_text("""---
 configs:
@@ -134,10 +138,13 @@ configs:
 def test_a_corpus_of_datasets_with_config_and_split(tmp_path, corpus, monkeypatch, max_tokens):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(hub, "ROWS_PER_SHARD", 64)
-    data = settings(tmp_path / "cache", source=str(corpus), config="one", text_column="body", max_tokens=max_tokens,
-                    vocab_size=300)
-    rows = {name: [row["body"] for row in map(json.loads, (corpus / f"{name}.jsonl").read_text().splitlines())]
-            for name in ("one_train", "one_validation", "two_train")}
+    data = settings(
+        tmp_path / "cache", source=str(corpus), config="one", text_column="body", max_tokens=max_tokens, vocab_size=300
+    )
+    rows = {
+        name: [row["body"] for row in map(json.loads, (corpus / f"{name}.jsonl").read_text().splitlines())]
+        for name in ("one_train", "one_validation", "two_train")
+    }
     assert list(documents(data, "train")) == rows["one_train"]
     assert list(documents(data, "validation")) == rows["one_validation"]
     assert len(prepare(data).train) > 1500 if max_tokens is None else len(prepare(data).train) == 1500
@@ -147,16 +154,25 @@ def test_a_corpus_of_datasets_with_config_and_split(tmp_path, corpus, monkeypatc
     assert list(documents(data, "validation")) == rows["two_train"][19::20]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"config": None}, "data.config: None does not name a configuration of .*: Config name is missing.*'one', 'two'"),
-    ({"config": "three"}, "data.config: 'three' does not name .*Available: .'one', 'two'"),
-    ({"split": "test"}, "data.split: 'test' is not in .*; it has: train, validation"),
-    ({"text_column": "text"}, "data.text_column: 'text' is not in .*; it has: body, n"),
-    ({"text_column": "n"}, "data.text_column: 'n' holds int, not text"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"config": None},
+            "data.config: None does not name a configuration of .*: Config name is missing.*'one', 'two'",
+        ),
+        ({"config": "three"}, "data.config: 'three' does not name .*Available: .'one', 'two'"),
+        ({"split": "test"}, "data.split: 'test' is not in .*; it has: train, validation"),
+        ({"text_column": "text"}, "data.text_column: 'text' is not in .*; it has: body, n"),
+        ({"text_column": "n"}, "data.text_column: 'n' holds int, not text"),
+    ],
+)
 def test_what_is_wrong_with_a_corpus_is_named(tmp_path, corpus, changes, message):
-    data = settings(tmp_path / "cache", source=str(corpus),
-                    **{"config": "one", "text_column": "body", "max_tokens": 500, "vocab_size": 300, **changes})
+    data = settings(
+        tmp_path / "cache",
+        source=str(corpus),
+        **{"config": "one", "text_column": "body", "max_tokens": 500, "vocab_size": 300, **changes},
+    )
     with pytest.raises(ValueError, match=message):
         prepare(data)
 
@@ -168,12 +184,15 @@ def closed_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize(("changes", "remedy"), [
-    ({"source": "c4", "max_tokens": 1000}, "local shards in data.path, or `python -m relora_ds prepare`"),
-    ({"source": "org/name", "max_tokens": 1000}, "work offline: `python -m relora_ds prepare`"),
-    ({"source": "org/name"}, "HF_HUB_OFFLINE=1"),
-    ({"tokenizer": "org/tokenizer"}, "data.tokenizer: 'org/tokenizer' cannot be loaded"),
-])
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"source": "c4", "max_tokens": 1000}, "local shards in data.path, or `python -m relora_ds prepare`"),
+        ({"source": "org/name", "max_tokens": 1000}, "work offline: `python -m relora_ds prepare`"),
+        ({"source": "org/name"}, "HF_HUB_OFFLINE=1"),
+        ({"tokenizer": "org/tokenizer"}, "data.tokenizer: 'org/tokenizer' cannot be loaded"),
+    ],
+)
 def test_a_hub_that_cannot_be_reached_is_said_at_once_in_one_line(tmp_path, closed_hub, changes, remedy):
     importlib.import_module("datasets")  # takes seconds by itself
     start = time.monotonic()
@@ -186,8 +205,9 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once_in_one_line(tmp_path, clos
 
 
 def test_what_was_tokenized_needs_no_hub_any_more(tmp_path, corpus, monkeypatch):
-    data = settings(tmp_path / "cache", source=str(corpus), config="one", text_column="body", max_tokens=500,
-                    vocab_size=300)
+    data = settings(
+        tmp_path / "cache", source=str(corpus), config="one", text_column="body", max_tokens=500, vocab_size=300
+    )
     first = prepare(data)
     monkeypatch.setattr(hub, "open_splits", lambda *_, **__: pytest.fail("opened again"))
     assert prepare(data).fingerprint == first.fingerprint

@@ -29,9 +29,7 @@ def steps(num_steps, micro_batch_size, world_size, batch_sequences=12, seed=0, s
     return result
 
 
-@pytest.mark.parametrize(
-    ("micro_batch_size", "world_size"), [(12, 1), (1, 1), (3, 2), (2, 3), (1, 4), (6, 2)]
-)
+@pytest.mark.parametrize(("micro_batch_size", "world_size"), [(12, 1), (1, 1), (3, 2), (2, 3), (1, 4), (6, 2)])
 def test_order_does_not_depend_on_ranks_or_micro_batches(micro_batch_size, world_size):
     assert steps(8, micro_batch_size, world_size) == steps(8, 4, 1)
 
@@ -51,9 +49,7 @@ def test_batches_are_windows_with_labels():
         assert batch["input_ids"].shape == (3, SEQ_LEN) and batch["input_ids"].dtype == torch.int64
         assert torch.equal(batch["labels"], batch["input_ids"])
         assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
-        assert torch.equal(
-            batch["input_ids"] - batch["input_ids"][:, :1], torch.arange(SEQ_LEN).expand(3, -1)
-        )
+        assert torch.equal(batch["input_ids"] - batch["input_ids"][:, :1], torch.arange(SEQ_LEN).expand(3, -1))
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 5])
@@ -80,13 +76,10 @@ def test_loader_errors():
 @pytest.mark.parametrize("num_tokens", [2, 7, 8, 9, 50])
 @pytest.mark.parametrize("seq_len", [2, 8])
 @pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 1), (3, 1), (2, 2), (4, 3)])
-def test_evaluation_predicts_every_token_but_the_first_once(
-    num_tokens, seq_len, micro_batch_size, world_size
-):
+def test_evaluation_predicts_every_token_but_the_first_once(num_tokens, seq_len, micro_batch_size, world_size):
     tokens = np.arange(1, num_tokens + 1, dtype=np.uint16)
     ranks = [
-        list(evaluation_batches(tokens, seq_len, micro_batch_size, rank, world_size))
-        for rank in range(world_size)
+        list(evaluation_batches(tokens, seq_len, micro_batch_size, rank, world_size)) for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1, "collectives must match"
     predicted = []
@@ -95,18 +88,20 @@ def test_evaluation_predicts_every_token_but_the_first_once(
         assert input_ids.shape == labels.shape == (micro_batch_size, seq_len) and labels.dtype == torch.int64
         counts = labels[:, 1:] != -100
         predicted += labels[:, 1:][counts].tolist()
-        assert torch.equal(input_ids[:, :-1][counts] + 1, labels[:, 1:][counts]), (
-            "predicted from the token before"
-        )
+        assert torch.equal(input_ids[:, :-1][counts] + 1, labels[:, 1:][counts]), "predicted from the token before"
         assert not input_ids[labels == -100].any()
     assert sorted(predicted) == list(range(2, num_tokens + 1))
 
 
 def test_a_part_of_the_tokens_is_spread_over_all():
     tokens = np.arange(1000, dtype=np.uint16)  # 100 windows that predict 10 tokens each, the last one 9
-    found = [batch["input_ids"][row, 0].item() for rank in range(2)
-             for batch in evaluation_batches(tokens, 11, 4, rank, 2, max_tokens=250) for row in range(4)
-             if (batch["labels"][row] != -100).any()]
+    found = [
+        batch["input_ids"][row, 0].item()
+        for rank in range(2)
+        for batch in evaluation_batches(tokens, 11, 4, rank, 2, max_tokens=250)
+        for row in range(4)
+        if (batch["labels"][row] != -100).any()
+    ]
     assert sorted(found) == list(range(0, 1000, 40))
 
 

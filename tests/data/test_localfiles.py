@@ -47,20 +47,31 @@ def test_the_groups_of_files_leave_no_trace(tmp_path, monkeypatch):
         assert len(rest) == 30 - place.index, text
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", b'{"text": "x", "meta": 1}\n', r"'body' is not in '.*a.jsonl', line 1; it has: text, meta"),
-    ("a.jsonl", b'{"body": "x"}\n{"body": }\n', r"data.path: '.*a.jsonl', line 2 is not JSON"),
-    ("a.jsonl", b'{"body": "x"}\n{"body": "caf\xe9"}\n', r"data.path: '.*a.jsonl', line 2 is not UTF-8 \(byte 13"),
-    ("a.jsonl", b'{"body": 7}\n', r"data.text_column: 'body' holds int, not text, in '.*a.jsonl', line 1"),
-    ("a.jsonl", b'{"body": "x"}\n' + b"[" * 100_000 + b"\n", r"a.jsonl', line 2 cannot be read as JSON \(maximum rec"),
-    ("a.jsonl", b'{"body": "x", "n": ' + b"7" * 5000 + b"}\n", r"a.jsonl', line 1 cannot be read as JSON \(Exceeds"),
-    ("a.json", b'[{"body": "x"}]\n', r"a.json', line 1 is no JSON object; write one object per line"),
-    ("a.json", b'{\n  "body": "x"\n}\n', r"a.json', line 1 is not JSON"),
-    ("a.json.gz", b"no gzip", r"a.json.gz' is damaged after line 0"),
-    ("a.json.gz", gzip.compress(b'{"body": "x"}\n' * 9999)[:-20], r"a.json.gz' is damaged after line \d+"),
-    ("a.parquet", b"PAR1 no", r"a.parquet' cannot be read as parquet"),
-    ("a.txt", b"ok caf\xe9", r"a.txt' is not UTF-8 \(byte 6\)"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x", "meta": 1}\n', r"'body' is not in '.*a.jsonl', line 1; it has: text, meta"),
+        ("a.jsonl", b'{"body": "x"}\n{"body": }\n', r"data.path: '.*a.jsonl', line 2 is not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n{"body": "caf\xe9"}\n', r"data.path: '.*a.jsonl', line 2 is not UTF-8 \(byte 13"),
+        ("a.jsonl", b'{"body": 7}\n', r"data.text_column: 'body' holds int, not text, in '.*a.jsonl', line 1"),
+        (
+            "a.jsonl",
+            b'{"body": "x"}\n' + b"[" * 100_000 + b"\n",
+            r"a.jsonl', line 2 cannot be read as JSON \(maximum rec",
+        ),
+        (
+            "a.jsonl",
+            b'{"body": "x", "n": ' + b"7" * 5000 + b"}\n",
+            r"a.jsonl', line 1 cannot be read as JSON \(Exceeds",
+        ),
+        ("a.json", b'[{"body": "x"}]\n', r"a.json', line 1 is no JSON object; write one object per line"),
+        ("a.json", b'{\n  "body": "x"\n}\n', r"a.json', line 1 is not JSON"),
+        ("a.json.gz", b"no gzip", r"a.json.gz' is damaged after line 0"),
+        ("a.json.gz", gzip.compress(b'{"body": "x"}\n' * 9999)[:-20], r"a.json.gz' is damaged after line \d+"),
+        ("a.parquet", b"PAR1 no", r"a.parquet' cannot be read as parquet"),
+        ("a.txt", b"ok caf\xe9", r"a.txt' is not UTF-8 \(byte 6\)"),
+    ],
+)
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     data = settings(tmp_path / "cache", source="text", path=str(tmp_path / name), text_column="body", vocab_size=300)
@@ -101,5 +112,7 @@ def test_validation_files_and_fractions_of_records(tmp_path):
 
 def test_separators_and_archives_are_not_read_as_text(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n")
-    assert "is neither plain text nor .parquet, .jsonl" in problems(
-        settings(tmp_path, source="text", path=str(tmp_path / "a.csv")))[0]
+    assert (
+        "is neither plain text nor .parquet, .jsonl"
+        in problems(settings(tmp_path, source="text", path=str(tmp_path / "a.csv")))[0]
+    )

@@ -76,8 +76,11 @@ def test_the_same_bytes_under_another_suffix_are_another_corpus(tmp_path):
     documents = prepare(_given(tmp_path, "a.jsonl", rows))
     assert documents.directory != lines.directory
     assert np.count_nonzero(documents.train == documents.eos_id) == 57 > np.count_nonzero(lines.train == lines.eos_id)
-    held_out = [prepare(_given(tmp_path, "a.txt", rows, validation=str(tmp_path / name))).validation
-                for name in ("v.txt", "v.jsonl") if (tmp_path / name).write_text(rows)]
+    held_out = [
+        prepare(_given(tmp_path, "a.txt", rows, validation=str(tmp_path / name))).validation
+        for name in ("v.txt", "v.jsonl")
+        if (tmp_path / name).write_text(rows)
+    ]
     assert [np.count_nonzero(tokens == lines.eos_id) for tokens in held_out] == [1, 60]
 
 

@@ -38,7 +38,11 @@ def test_the_other_machine_has_the_same_data(carried):
     assert len(tokenizers.load(second.tokenizer_dir)) == 600
     assert second.tokenizer_dir == directory / "tokenizer"
     assert sorted(path.name for path in directory.iterdir()) == [
-        "metadata.json", "tokenizer", "train.bin", "validation.bin"]
+        "metadata.json",
+        "tokenizer",
+        "train.bin",
+        "validation.bin",
+    ]
 
 
 def test_a_tokenizer_that_was_given_goes_along(tmp_path):

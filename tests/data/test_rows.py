@@ -19,7 +19,7 @@ SEQ_LEN = 6
 
 def tokens_of(lengths):
     """Documents of so many tokens, EOS included; the first token of each names it."""
-    documents = [[10 + number, *range(11, 9 + length)][:length - 1] + [EOS] for number, length in enumerate(lengths)]
+    documents = [[10 + number, *range(11, 9 + length)][: length - 1] + [EOS] for number, length in enumerate(lengths)]
     return np.array(list(itertools.chain(*documents)), dtype=np.uint16)
 
 
@@ -36,11 +36,14 @@ def test_rows_are_documents_cut_or_padded(monkeypatch, at_a_time):
     batch = padded.batch(np.array([*range(len(padded)), -1]))
     for row, length in enumerate([*lengths, 0]):
         ids, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
-        assert ids[:length] == labels[:length] and EOS not in ids[:max(length - 1, 0)]
+        assert ids[:length] == labels[:length] and EOS not in ids[: max(length - 1, 0)]
         assert ids[length:] == [PAD] * (SEQ_LEN - length) and labels[length:] == [-100] * (SEQ_LEN - length)
     assert batch["input_ids"][0].tolist() == [10, 11, EOS, PAD, PAD, PAD]
-    assert padded.num_predicted(np.arange(len(padded))) == sum(lengths) - len(lengths) == int(
-        (batch["labels"][:, 1:] != -100).sum())
+    assert (
+        padded.num_predicted(np.arange(len(padded)))
+        == sum(lengths) - len(lengths)
+        == int((batch["labels"][:, 1:] != -100).sum())
+    )
 
 
 def test_a_last_document_that_max_tokens_cut_counts():
@@ -51,17 +54,22 @@ def test_a_last_document_that_max_tokens_cut_counts():
 
 def steps(num_steps, micro_batch_size, world_size, state=None):
     """Rows per step in global order, put together from all ranks, and the sums of num_items over micro-batches."""
-    loaders = [TrainLoader(TOKENS, SEQ_LEN, 6, micro_batch_size, rank, world_size, 0, PADDING)
-               for rank in range(world_size)]
+    loaders = [
+        TrainLoader(TOKENS, SEQ_LEN, 6, micro_batch_size, rank, world_size, 0, PADDING) for rank in range(world_size)
+    ]
     found = []
     for loader in loaders:
         loader.load_state_dict(state or loader.state_dict())
     for _ in range(num_steps):
         batches = list(itertools.chain(*zip(*(loader.next_step() for loader in loaders), strict=True)))
         labels = torch.cat([batch["labels"] for batch in batches])
-        found.append((torch.cat([batch["input_ids"] for batch in batches]).tolist(),
-                      round(sum(batch["num_items_in_batch"].item() for batch in batches), 4),
-                      int((labels[:, 1:] != -100).sum())))
+        found.append(
+            (
+                torch.cat([batch["input_ids"] for batch in batches]).tolist(),
+                round(sum(batch["num_items_in_batch"].item() for batch in batches), 4),
+                int((labels[:, 1:] != -100).sum()),
+            )
+        )
     return found, loaders[0].state_dict()
 
 
@@ -76,8 +84,10 @@ def test_order_state_and_weights_do_not_depend_on_ranks_or_micro_batches(micro_b
 
 @pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 1), (5, 1), (2, 2), (4, 3)])
 def test_evaluation_predicts_every_row_once(micro_batch_size, world_size):
-    found = [list(evaluation_batches(TOKENS, SEQ_LEN, micro_batch_size, rank, world_size, PADDING))
-             for rank in range(world_size)]
+    found = [
+        list(evaluation_batches(TOKENS, SEQ_LEN, micro_batch_size, rank, world_size, PADDING))
+        for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in found}) == 1, "collectives must match"
     labels = torch.cat([batch["labels"] for batch in itertools.chain(*found)])
     real = labels[(labels != -100).any(1)].tolist()
@@ -105,9 +115,16 @@ def losses_of(micro_batch_size):
 
     class Data:
         validation, padding, validation_words, validation_bytes = TOKENS, PADDING, 10, 50
+
     result = evaluate(model, Data, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, device=torch.device("cpu"))
-    return (total.item(), gradients.norm().item(), gradients[:50].tolist(), result.val_loss, result.val_tokens,
-            result.galore_loss)
+    return (
+        total.item(),
+        gradients.norm().item(),
+        gradients[:50].tolist(),
+        result.val_loss,
+        result.val_tokens,
+        result.galore_loss,
+    )
 
 
 def test_loss_gradient_and_evaluation_are_means_over_real_tokens():

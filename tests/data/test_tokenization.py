@@ -138,5 +138,7 @@ def test_the_threads_of_the_tokenizer_are_used_and_the_environment_left_alone(tm
 
 def ticks_of_threads():
     """{thread: clock ticks of CPU time in user mode} of this process."""
-    return {stat.parent.name: int(stat.read_text().rsplit(")", 1)[1].split()[11])
-            for stat in Path("/proc/self/task").glob("*/stat")}
+    return {
+        stat.parent.name: int(stat.read_text().rsplit(")", 1)[1].split()[11])
+        for stat in Path("/proc/self/task").glob("*/stat")
+    }

@@ -34,8 +34,13 @@ def test_a_family_with_a_class_of_its_own_keeps_a_sentencepiece_vocabulary(tmp_p
 def test_a_vocabulary_of_the_family_stays_as_tokenizer_json_has_it(tmp_path, declared):
     """Published models of these families name a class that is not theirs."""
     model = json.loads(byte_level(False).to_str())["model"]
-    Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], eos_token="<|end|>",
-                   unk_token=None, pad_token="<|end|>").save_pretrained(tmp_path)
+    Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        eos_token="<|end|>",
+        unk_token=None,
+        pad_token="<|end|>",
+    ).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": declared}))
     found = tokenizers.load(beside("qwen2", tmp_path))

@@ -29,9 +29,15 @@ def sentencepiece_directory(directory, name="tokenizer.model", config=LLAMA, **t
 def byte_level(bos: bool) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|begin|>", "<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     return backend
@@ -43,8 +49,10 @@ def saved(source, directory) -> dict:
     tokenizer_files.save(given, directory)
     again = AutoTokenizer.from_pretrained(directory)
     for special in (False, True):
-        assert again(TEXTS, add_special_tokens=special)["input_ids"] == given(TEXTS, add_special_tokens=special)[
-            "input_ids"]
+        assert (
+            again(TEXTS, add_special_tokens=special)["input_ids"]
+            == given(TEXTS, add_special_tokens=special)["input_ids"]
+        )
     return json.loads((directory / "tokenizer_config.json").read_text())
 
 
@@ -53,10 +61,14 @@ def test_a_trained_tokenizer_keeps_its_sentencepiece_model(tmp_path):
     for source, directory in (("trained", "run"), ("run", "again")):  # a tokenizer may come from an export
         config = saved(tmp_path / source, tmp_path / directory)
         assert (tmp_path / directory / "tokenizer.model").read_bytes() == (
-            tmp_path / "trained" / "tokenizer.model").read_bytes()
+            tmp_path / "trained" / "tokenizer.model"
+        ).read_bytes()
         assert (tmp_path / directory / "tokenizer.json").is_file()
         assert {name: config.get(name) for name in ("add_bos_token", "add_eos_token", "legacy")} == {
-            "add_bos_token": False, "add_eos_token": False, "legacy": False}
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "legacy": False,
+        }
         assert config["tokenizer_class"] == "LlamaTokenizer" and "extra_special_tokens" not in config
         assert not {"backend", "is_local", "local_files_only"} & set(config)
 
@@ -79,8 +91,16 @@ def test_what_a_tokenizer_adds_is_said_where_its_files_leave_it_to_the_reader(tm
 
 def test_a_t5_vocabulary_keeps_its_name(tmp_path):
     source = sentencepiece_directory(
-        tmp_path / "t5", "spiece.model", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10}, model_type="unigram",
-        byte_fallback=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+        tmp_path / "t5",
+        "spiece.model",
+        {"tokenizer_class": "T5Tokenizer", "extra_ids": 10},
+        model_type="unigram",
+        byte_fallback=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
     config = saved(source, tmp_path / "export")
     assert (tmp_path / "export" / "spiece.model").read_bytes() == (source / "spiece.model").read_bytes()
     assert not (tmp_path / "export" / "tokenizer.model").exists()
@@ -92,8 +112,9 @@ def test_a_t5_vocabulary_keeps_its_name(tmp_path):
 def test_the_class_is_one_that_transformers_4_has(tmp_path, bos):
     (tmp_path / "mine").mkdir()
     byte_level(bos).save(str(tmp_path / "mine" / "tokenizer.json"))
-    (tmp_path / "mine" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin|>",
-                                                                        "eos_token": "<|end|>"}))
+    (tmp_path / "mine" / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|begin|>", "eos_token": "<|end|>"})
+    )
     config = saved(tmp_path / "mine", tmp_path / "export")
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["add_bos_token"] is bos
 
@@ -101,8 +122,11 @@ def test_the_class_is_one_that_transformers_4_has(tmp_path, bos):
 def test_a_byte_level_vocabulary_keeps_its_files(tmp_path):
     (tmp_path / "gpt2").mkdir()
     byte_level(False).model.save(str(tmp_path / "gpt2"))
-    (tmp_path / "gpt2" / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|end|>", "eos_token": "<|end|>", "unk_token": "<|end|>"}))
+    (tmp_path / "gpt2" / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|end|>", "eos_token": "<|end|>", "unk_token": "<|end|>"}
+        )
+    )
     saved(tmp_path / "gpt2", tmp_path / "export")
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "gpt2" / name).read_bytes()

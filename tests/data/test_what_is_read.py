@@ -104,6 +104,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
 
 # -- validation --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_validation_text_is_not_trained_on_under_another_name(tmp_path, link, no_warnings):
     write_jsonl(tmp_path / "corpus" / "a.jsonl")
@@ -140,10 +141,16 @@ def test_a_fraction_of_copied_files_is_held_out_of_all_copies(tmp_path):
 
 def test_shards_of_c4_that_are_held_out_are_not_trained_on(tmp_path):
     for number in range(2):
-        (tmp_path / f"c4-train.0000{number}-of-00002.json.gz").write_bytes(gzip.compress(
-            b"".join(json.dumps({"text": f"{number} {row}"}).encode() + b"\n" for row in ROWS)))
-    data = settings(tmp_path / "cache", source="c4", path=str(tmp_path), max_tokens=1000,
-                    validation=str(tmp_path / "c4-train.00001-of-00002.json.gz"))
+        (tmp_path / f"c4-train.0000{number}-of-00002.json.gz").write_bytes(
+            gzip.compress(b"".join(json.dumps({"text": f"{number} {row}"}).encode() + b"\n" for row in ROWS))
+        )
+    data = settings(
+        tmp_path / "cache",
+        source="c4",
+        path=str(tmp_path),
+        max_tokens=1000,
+        validation=str(tmp_path / "c4-train.00001-of-00002.json.gz"),
+    )
     assert problems(data) == []
     assert {text[0] for text in documents(data, "train")} == {"0"}
 
@@ -157,6 +164,7 @@ def test_a_local_corpus_of_datasets_that_trains_on_its_validation_file_is_refuse
 
 
 # -- encodings ---------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16le", "utf-16be", "utf-32", "utf-32le", "utf-32be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])

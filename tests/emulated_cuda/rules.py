@@ -12,13 +12,39 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.emulated_cuda.memory import HOST, Memory
 
 _aten = torch.ops.aten
-_CROSSING = {_aten.copy_.default, _aten._to_copy.default, _aten.set_.source_Tensor,
-             _aten._has_compatible_shallow_copy_type.default}
+_CROSSING = {
+    _aten.copy_.default,
+    _aten._to_copy.default,
+    _aten.set_.source_Tensor,
+    _aten._has_compatible_shallow_copy_type.default,
+}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # indices may be on the host
-_NO_HOST_SCALARS = ("cat", "stack", "_foreach", "_fused", "mm", "linear", "index_copy", "index_select", "gather",
-                    "scatter", "embedding")
-_NCCL_DTYPES = {torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
-                torch.float64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2}
+_NO_HOST_SCALARS = (
+    "cat",
+    "stack",
+    "_foreach",
+    "_fused",
+    "mm",
+    "linear",
+    "index_copy",
+    "index_select",
+    "gather",
+    "scatter",
+    "embedding",
+)
+_NCCL_DTYPES = {
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
 
 
 class DeviceError(RuntimeError):
@@ -53,8 +79,10 @@ def common_device(func, name: str, args: tuple, tensors: list[Tensor], memory: M
         if strict or tensor.dim() or device != HOST:
             found.setdefault(device, tensor)
     if len(found) > 1:
-        raise DeviceError(f"Expected all tensors to be on the same device, but {func} got "
-                          f"{', '.join(f'{tuple(t.shape)} {t.dtype} on {device}' for device, t in found.items())}")
+        raise DeviceError(
+            f"Expected all tensors to be on the same device, but {func} got "
+            f"{', '.join(f'{tuple(t.shape)} {t.dtype} on {device}' for device, t in found.items())}"
+        )
     return next(iter(found), HOST)
 
 

@@ -21,14 +21,30 @@ def patch(gpu, patches: Patches) -> None:
     # The set is made from the functions themselves: before they are replaced.
     makers = {f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f}
     makers |= {name for name in dir(torch) if name.endswith("_like") and not name.startswith("_")}
-    patches.set(Tensor, device=property(gpu.memory.device_of),
-                is_cuda=property(lambda t: gpu.memory.device_of(t).type == "cuda"),
-                is_cpu=property(lambda t: gpu.memory.device_of(t).type == "cpu"))
-    patches.wrap(Tensor, {
-        "to": asks.to, "cuda": asks.cuda, "cpu": asks.cpu, "numpy": asks.numpy, "__array__": asks.numpy,
-        "tolist": asks.tolist, "type": asks.type, "get_device": asks.get_device, "pin_memory": asks.pin_memory,
-        "is_pinned": asks.is_pinned, "record_stream": lambda *_: None, "__deepcopy__": asks.deepcopy,
-        "__setitem__": asks.setitem})
+    patches.set(
+        Tensor,
+        device=property(gpu.memory.device_of),
+        is_cuda=property(lambda t: gpu.memory.device_of(t).type == "cuda"),
+        is_cpu=property(lambda t: gpu.memory.device_of(t).type == "cpu"),
+    )
+    patches.wrap(
+        Tensor,
+        {
+            "to": asks.to,
+            "cuda": asks.cuda,
+            "cpu": asks.cpu,
+            "numpy": asks.numpy,
+            "__array__": asks.numpy,
+            "tolist": asks.tolist,
+            "type": asks.type,
+            "get_device": asks.get_device,
+            "pin_memory": asks.pin_memory,
+            "is_pinned": asks.is_pinned,
+            "record_stream": lambda *_: None,
+            "__deepcopy__": asks.deepcopy,
+            "__setitem__": asks.setitem,
+        },
+    )
     patches.wrap(Tensor, dict.fromkeys([name for name in dir(Tensor) if name.startswith("new_")], asks.made))
     patches.wrap(torch, dict.fromkeys(makers, asks.made))
 
@@ -57,8 +73,13 @@ class _Tensors:
         here = self._memory.device_of(tensor)
         device, dtype = here if device is None else self._gpu.device(device), dtype or tensor.dtype
         if device == here or {device.type, here.type} - {"cpu", "cuda"}:
-            return _real_to(tensor, device if real_device(tensor) != HOST or device.type == "meta" else None, dtype,
-                            copy=copy, **memory_format)
+            return _real_to(
+                tensor,
+                device if real_device(tensor) != HOST or device.type == "meta" else None,
+                dtype,
+                copy=copy,
+                **memory_format,
+            )
         with self._gpu.making_on(device):
             moved = self._memory.put(_real_to(tensor, dtype, copy=True, **memory_format), device)
         if device == HOST and non_blocking:

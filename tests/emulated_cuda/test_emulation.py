@@ -34,18 +34,40 @@ def test_torch_says_that_there_are_gpus(gpu):
     assert torch.cuda.get_device_capability() == (9, 0)
 
 
-@pytest.mark.parametrize("make", [
-    lambda x: x + 1, lambda x: x[1:], lambda x: x[x > 0], lambda x: x.to(torch.bfloat16), lambda x: x.clone().t(),
-    torch.zeros_like, lambda x: x.new_empty(3), lambda x: torch.cat([x, x]), lambda x: x @ x.t(),
-    lambda x: torch.nn.Parameter(x), lambda x: torch.ones(2).to(x), lambda x: torch.ones(2).cuda(),
-    lambda x: torch.empty(0, device=x.device).resize_(5), lambda x: torch.tensor([1.0], device=x.device)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x + 1,
+        lambda x: x[1:],
+        lambda x: x[x > 0],
+        lambda x: x.to(torch.bfloat16),
+        lambda x: x.clone().t(),
+        torch.zeros_like,
+        lambda x: x.new_empty(3),
+        lambda x: torch.cat([x, x]),
+        lambda x: x @ x.t(),
+        lambda x: torch.nn.Parameter(x),
+        lambda x: torch.ones(2).to(x),
+        lambda x: torch.ones(2).cuda(),
+        lambda x: torch.empty(0, device=x.device).resize_(5),
+        lambda x: torch.tensor([1.0], device=x.device),
+    ],
+)
 def test_what_is_made_on_a_gpu_is_there(gpu, make):
     made = make(on_gpu(2, 3))
     assert made.device == torch.device("cuda", 0) and made.is_cuda and not made.is_cpu
 
 
-@pytest.mark.parametrize("make", [lambda x: x.cpu(), lambda x: x.to("cpu", copy=True), lambda x: torch.ones(2),
-                                  lambda x: torch.zeros_like(x, device="cpu"), lambda x: torch.tensor(x.tolist())])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu", copy=True),
+        lambda x: torch.ones(2),
+        lambda x: torch.zeros_like(x, device="cpu"),
+        lambda x: torch.tensor(x.tolist()),
+    ],
+)
 def test_what_is_made_on_the_host_is_there(gpu, make):
     made = make(on_gpu(2, 3))
     assert made.device == torch.device("cpu") and not made.is_cuda
@@ -72,11 +94,19 @@ def test_afterwards_there_are_no_gpus_again():
 
 
 # -- what CUDA refuses -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mix", [
-    lambda x: x + torch.ones(3), lambda x: torch.ones(3, 3) @ x, lambda x: torch.cat([x, torch.ones(3)]),
-    lambda x: x.addmm_(torch.ones(3, 3), torch.ones(3, 3)), lambda x: x.index_add_(0, torch.zeros(1, dtype=int), x[:1]),
-    lambda x: torch.ones(3)[torch.zeros(1, dtype=int, device="cuda")], lambda x: x + x.to("cuda:1"),
-    lambda x: torch.where(torch.ones(3) > 0, x, x)])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x + torch.ones(3),
+        lambda x: torch.ones(3, 3) @ x,
+        lambda x: torch.cat([x, torch.ones(3)]),
+        lambda x: x.addmm_(torch.ones(3, 3), torch.ones(3, 3)),
+        lambda x: x.index_add_(0, torch.zeros(1, dtype=int), x[:1]),
+        lambda x: torch.ones(3)[torch.zeros(1, dtype=int, device="cuda")],
+        lambda x: x + x.to("cuda:1"),
+        lambda x: torch.where(torch.ones(3) > 0, x, x),
+    ],
+)
 def test_a_mix_of_devices_is_noticed(gpu, mix):
     with pytest.raises(DeviceError, match="on the same device"):
         mix(on_gpu(3))
@@ -98,13 +128,20 @@ def test_a_mix_in_backward_is_noticed(gpu):
 
 def test_a_mix_inside_a_kernel_of_relora_ds_is_noticed(gpu):
     from relora_ds.lowrank import kernels
+
     with pytest.raises(DeviceError):
         kernels.product(on_gpu(3, 3), torch.ones(3, 3))
 
 
-@pytest.mark.parametrize("fine", [
-    lambda x: x * torch.tensor(2.0), lambda x: x[torch.tensor([0, 1])], lambda x: x.copy_(torch.ones(3)),
-    lambda x: x.to("cuda:1")])
+@pytest.mark.parametrize(
+    "fine",
+    [
+        lambda x: x * torch.tensor(2.0),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: x.to("cuda:1"),
+    ],
+)
 def test_what_cuda_allows_passes(gpu, fine):
     assert fine(on_gpu(3)).is_cuda
 
@@ -120,10 +157,14 @@ def test_a_gpu_that_is_not_there_is_refused(gpu):
         torch.ones(1, device="cuda:2")
 
 
-@pytest.mark.parametrize("draw", [
-    lambda g, device: torch.randn(3, generator=g, device=device),
-    lambda g, device: torch.zeros(3, device=device).uniform_(generator=g),
-    lambda g, device: torch.randint(5, (3,), generator=g, device=device)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g, device: torch.randn(3, generator=g, device=device),
+        lambda g, device: torch.zeros(3, device=device).uniform_(generator=g),
+        lambda g, device: torch.randint(5, (3,), generator=g, device=device),
+    ],
+)
 def test_a_generator_of_another_device_is_refused(gpu, draw):
     host, own = torch.Generator(), torch.Generator(device="cuda")
     assert draw(own, "cuda").is_cuda and not draw(host, "cpu").is_cuda
@@ -136,12 +177,17 @@ def fp8(rows, columns, **how):
     return torch.ones(rows, columns, device="cuda", **how).to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda a, b, s: (a, b.t().contiguous(), s, s, torch.bfloat16),  # the second operand by rows
-    lambda a, b, s: (a.t().contiguous().t(), b, s, s, torch.bfloat16),  # the first by columns
-    lambda a, b, s: (a[:, :8], b[:8], s, s, torch.bfloat16), lambda a, b, s: (a, b, s, s, torch.float32),
-    lambda a, b, s: (a, b, s.bfloat16(), s, torch.bfloat16),
-    lambda a, b, s: (a.view(-1)[8:8 + 16 * 16].view(16, 16), b[:16], s[:16], s[:, :16], torch.bfloat16)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda a, b, s: (a, b.t().contiguous(), s, s, torch.bfloat16),  # the second operand by rows
+        lambda a, b, s: (a.t().contiguous().t(), b, s, s, torch.bfloat16),  # the first by columns
+        lambda a, b, s: (a[:, :8], b[:8], s, s, torch.bfloat16),
+        lambda a, b, s: (a, b, s, s, torch.float32),
+        lambda a, b, s: (a, b, s.bfloat16(), s, torch.bfloat16),
+        lambda a, b, s: (a.view(-1)[8 : 8 + 16 * 16].view(16, 16), b[:16], s[:16], s[:, :16], torch.bfloat16),
+    ],
+)
 def test_scaled_mm_wants_the_layout_of_its_kernel(gpu, wrong):
     a, b, scales = fp8(32, 32), fp8(32, 32).t(), torch.ones(32, 1, device="cuda")
     right = torch._scaled_mm(a, b, scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
@@ -184,16 +230,24 @@ def test_objects_are_sent(gpu, group):
 
 
 # -- what makes the host wait ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("wait", "what"), [
-    (lambda x: x[0].item(), "_local_scalar_dense"), (lambda x: float(x.sum()), "_local_scalar_dense"),
-    (lambda x: bool(x[0] > 0), "_local_scalar_dense"), (lambda x: x.tolist(), "tolist"),
-    (lambda x: x.nonzero(), "nonzero"),
-    (lambda x: x[x > 0], "index by a mask"), (lambda x: torch.equal(x, x), "equal"),
-    (lambda x: x.cpu(), "copy to the host"), (lambda x: torch.ones(3).copy_(x), "copy to the host"),
-    (lambda x: torch.ones(3).cuda(), "copy of pageable or blocking memory to the GPU"),
-    (lambda x: x.copy_(torch.ones(3)), "copy of pageable or blocking memory to the GPU"),
-    (lambda x: torch.tensor([1.0], device="cuda"), "copy of pageable or blocking memory to the GPU"),
-    (lambda x: torch.cuda.synchronize(), "torch.cuda.synchronize")])
+@pytest.mark.parametrize(
+    ("wait", "what"),
+    [
+        (lambda x: x[0].item(), "_local_scalar_dense"),
+        (lambda x: float(x.sum()), "_local_scalar_dense"),
+        (lambda x: bool(x[0] > 0), "_local_scalar_dense"),
+        (lambda x: x.tolist(), "tolist"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index by a mask"),
+        (lambda x: torch.equal(x, x), "equal"),
+        (lambda x: x.cpu(), "copy to the host"),
+        (lambda x: torch.ones(3).copy_(x), "copy to the host"),
+        (lambda x: torch.ones(3).cuda(), "copy of pageable or blocking memory to the GPU"),
+        (lambda x: x.copy_(torch.ones(3)), "copy of pageable or blocking memory to the GPU"),
+        (lambda x: torch.tensor([1.0], device="cuda"), "copy of pageable or blocking memory to the GPU"),
+        (lambda x: torch.cuda.synchronize(), "torch.cuda.synchronize"),
+    ],
+)
 def test_what_waits_is_counted(gpu, wait, what):
     x = on_gpu(3)
     gpu.syncs.clear()
@@ -201,11 +255,18 @@ def test_what_waits_is_counted(gpu, wait, what):
     assert [found for found, _ in gpu.syncs.elements()] == [what]
 
 
-@pytest.mark.parametrize("work", [
-    lambda x: x.sum() * 2, lambda x: x.fill_(3), lambda x: x.__setitem__(0, 2.0),
-    lambda x: torch.full((3,), 2, device="cuda"),
-    lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True), lambda x: x.to("cpu", non_blocking=True),
-    lambda x: torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum() * 2,
+        lambda x: x.fill_(3),
+        lambda x: x.__setitem__(0, 2.0),
+        lambda x: torch.full((3,), 2, device="cuda"),
+        lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True),
+        lambda x: x.to("cpu", non_blocking=True),
+        lambda x: torch.empty(3, pin_memory=True).copy_(x, non_blocking=True),
+    ],
+)
 def test_what_does_not_wait_is_not(gpu, work):
     x = on_gpu(3)
     work(x)
@@ -214,6 +275,7 @@ def test_what_does_not_wait_is_not(gpu, work):
 
 def test_a_place_is_a_function_of_a_package(gpu):
     from relora_ds.lowrank.reinit import dominant_rows
+
     dominant_rows(on_gpu(4, 4), 2)
     assert gpu.syncs.places("relora_ds") == {"relora_ds/lowrank/reinit.py:dominant_rows": 3}
     assert gpu.syncs.places("deepspeed") == {}

@@ -10,9 +10,16 @@ from tests.training.runs import lines
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_from_tokens_to_export(stage, tmp_path):
-    results = emulated_ranks().run(runs.train, [
-        f"run_dir={tmp_path / 'run'}", f"deepspeed=zero{stage}", "precision=bf16", "checkpoint.every=15",
-        "eval.every=20"])
+    results = emulated_ranks().run(
+        runs.train,
+        [
+            f"run_dir={tmp_path / 'run'}",
+            f"deepspeed=zero{stage}",
+            "precision=bf16",
+            "checkpoint.every=15",
+            "eval.every=20",
+        ],
+    )
     for steps, left in results:
         assert len(steps) == 40 and left <= 64
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()

@@ -39,16 +39,24 @@ def short(scale: str, name: str) -> str:
     """Its rows with what trains and how well it learned."""
     table, rows = [["", "trains", "validation loss", "perplexity"]], measured(scale, name)[2]
     for row in rows:
-        table.append([row.row.name, human_count(row.results[0]["trainable_parameters"]), report.spread(row.losses),
-                      f"{statistics.mean(one['ppl'] for one in row.results):.2f}"])
+        table.append(
+            [
+                row.row.name,
+                human_count(row.results[0]["trainable_parameters"]),
+                report.spread(row.losses),
+                f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
+            ]
+        )
     return "\n\n".join([rows_as_markdown(table), *report.remarks_on_seeds(rows)])
 
 
 def filled(text: str) -> str:
     """A page with every table as it is measured."""
+
     def fill(found: re.Match) -> str:
         name = f"{found[1] or ''}{found[2]} {found[3]}"
         return f"<!-- {name} -->\n\n{(short if found[1] else block)(found[2], found[3])}\n\n<!-- end of {name} -->"
+
     return TABLE.sub(fill, text)
 
 

@@ -17,14 +17,31 @@ from relora_ds.experiments.suites import read_suite
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
 
-SMALL = ("model.preset=tiny", "data.source=pydocs", "data.vocab_size=512", "data.seq_len=64", "data.max_tokens=4000",
-         "train.steps=12", "train.batch_sequences=4", "train.micro_batch_size=4", "optim.warmup_steps=1",
-         "eval.every=null", "log.every=1", "checkpoint.every=4", "checkpoint.keep_every=4")
+SMALL = (
+    "model.preset=tiny",
+    "data.source=pydocs",
+    "data.vocab_size=512",
+    "data.seq_len=64",
+    "data.max_tokens=4000",
+    "train.steps=12",
+    "train.batch_sequences=4",
+    "train.micro_batch_size=4",
+    "optim.warmup_steps=1",
+    "eval.every=null",
+    "log.every=1",
+    "checkpoint.every=4",
+    "checkpoint.keep_every=4",
+)
 TINY = load_recipe("tiny_relora")
 SWITCH, STEPS = TINY.warm_start_steps, TINY.total_steps
 RESTARTS = [SWITCH + TINY.relora.restart_every * i for i in (1, 2)]
-RELORA = ("warm_start_steps=4", "relora.r=4", "relora.restart_every=3", "relora.restart_warmup_steps=1",
-          "optim.warm_start_warmup_steps=1")
+RELORA = (
+    "warm_start_steps=4",
+    "relora.r=4",
+    "relora.restart_every=3",
+    "relora.restart_warmup_steps=1",
+    "optim.warm_start_warmup_steps=1",
+)
 
 
 def runs_of(*names: str, seeds: int = 1, suite: str = "main") -> list[Run]:
@@ -42,8 +59,7 @@ class Pretended(Runner):
         assert "resume=auto" in more
         self.trained.append((run.row.name, run.seed))
         directory.mkdir(parents=True, exist_ok=True)
-        state = "failed" if run.row.name in self.failing else \
-            "preempted" if run.row.name in self.preempted else "done"
+        state = "failed" if run.row.name in self.failing else "preempted" if run.row.name in self.preempted else "done"
         (directory / "status.json").write_text(json.dumps({"state": state, "reason": "the disk is full"}))
         if state == "done":
             leave_a_run(run, directory)
@@ -53,17 +69,44 @@ class Pretended(Runner):
 def leave_a_run(run: Run, directory, loss: float = 3.0) -> None:
     tokens = run.tokens
     loss += len(run.row.name) / 10 + run.seed / 100
-    (directory / "summary.json").write_text(json.dumps({
-        "method": run.recipe.method, "model": "llama_9m", "precision": "fp32", "world_size": 1, "val_loss": loss,
-        "val_tokens": 1000, "ppl": math.exp(loss), "tokens": tokens, "step": STEPS, "seconds": 36.0, "restarts": 2,
-        "skipped_steps": 0, "trainable_parameters": 1_000_000, "total_parameters": 2_000_000, "bytes_wire": 0,
-        "full_rank_bytes_wire": 0}))
-    lines = [{"kind": "train", "step": step, "phase": "warm_start" if step <= SWITCH else run.recipe.method,
-              "tokens": tokens * step // STEPS, "loss": 5 - step / STEPS, "tokens_per_s": 100.0,
-              **({"max_update_over_lr": step - RESTARTS[0]} if 0 < step - RESTARTS[0] <= 10 else {})}
-             for step in range(1, STEPS + 1)]
-    lines += [{"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / STEPS, "val_tokens": tokens}
-              for step, tokens in ((SWITCH, 1000), (SWITCH + 1, 100), (STEPS, 1000))]
+    (directory / "summary.json").write_text(
+        json.dumps(
+            {
+                "method": run.recipe.method,
+                "model": "llama_9m",
+                "precision": "fp32",
+                "world_size": 1,
+                "val_loss": loss,
+                "val_tokens": 1000,
+                "ppl": math.exp(loss),
+                "tokens": tokens,
+                "step": STEPS,
+                "seconds": 36.0,
+                "restarts": 2,
+                "skipped_steps": 0,
+                "trainable_parameters": 1_000_000,
+                "total_parameters": 2_000_000,
+                "bytes_wire": 0,
+                "full_rank_bytes_wire": 0,
+            }
+        )
+    )
+    lines = [
+        {
+            "kind": "train",
+            "step": step,
+            "phase": "warm_start" if step <= SWITCH else run.recipe.method,
+            "tokens": tokens * step // STEPS,
+            "loss": 5 - step / STEPS,
+            "tokens_per_s": 100.0,
+            **({"max_update_over_lr": step - RESTARTS[0]} if 0 < step - RESTARTS[0] <= 10 else {}),
+        }
+        for step in range(1, STEPS + 1)
+    ]
+    lines += [
+        {"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / STEPS, "val_tokens": tokens}
+        for step, tokens in ((SWITCH, 1000), (SWITCH + 1, 100), (STEPS, 1000))
+    ]
     lines += [{"kind": "restart", "step": step, "phase": "x", "merge_loss_total": 0.5} for step in RESTARTS]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -90,7 +133,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path):
 
 
 def test_a_failure_is_told_in_the_programs_own_words(tmp_path, monkeypatch):
-    run, = runs_of("ReLoRA")
+    (run,) = runs_of("ReLoRA")
     runner = Runner(tmp_path / "runs")
     program = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(program))
@@ -106,7 +149,7 @@ def test_a_failure_is_told_in_the_programs_own_words(tmp_path, monkeypatch):
 
 
 def test_what_is_kept_of_a_run(tmp_path):
-    run, = runs_of("ReLoRA")
+    (run,) = runs_of("ReLoRA")
     leave_a_run(run, tmp_path)
     kept = result_of(run, tmp_path)
     assert kept["loss_at_switch"] == 4 + SWITCH / STEPS
@@ -126,8 +169,9 @@ def test_the_table(tmp_path):
     page, html, *figures = report.write(suite, runs, results, runner.directory, with_figures=True)
     text = page.read_text()
     assert "12 of 15 runs have ended" in text
-    full, relora = (next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-                    for name in ("full rank", "ReLoRA"))
+    full, relora = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("full rank", "ReLoRA")
+    )
     assert "3.9100 ± 0.0100" in full and "+0.3000 (+0.3000 to +0.3000)" in full and "33.81" in full
     assert "reference" in relora and f"{4 + SWITCH / STEPS:.3f}" in relora and "| LoRA |" not in text
     assert [figure.name for figure in figures] == ["main_loss.png", "main_differences.png"]
@@ -140,9 +184,25 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
     runs = [Run.of(row, 0) for row in suite.rows]
     for run in runs:
         loss = abs(math.log(run.row.value / (0.004 if run.row.group == "ReLoRA" else 0.1)))
-        results.write(run, {"name": run.name, "seed": 0, "val_loss": loss, "ppl": 1, "seconds": 1, "restarts": 0,
-                            "bytes_wire": 0, "trainable_parameters": 1, "total_parameters": 1, "tokens": 1, "r": 8,
-                            "conditions": {}, "train_curve": [], "curve": []})
+        results.write(
+            run,
+            {
+                "name": run.name,
+                "seed": 0,
+                "val_loss": loss,
+                "ppl": 1,
+                "seconds": 1,
+                "restarts": 0,
+                "bytes_wire": 0,
+                "trainable_parameters": 1,
+                "total_parameters": 1,
+                "tokens": 1,
+                "r": 8,
+                "conditions": {},
+                "train_curve": [],
+                "curve": [],
+            },
+        )
     rows = report.measured(suite, runs, results)
     text = report.markdown(suite, report.blocks(suite, rows, len(runs)))
     assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.008 (2.5257, the edge of what was tried)" in text
@@ -152,14 +212,18 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
 
 
 def test_the_hours_of_a_run_that_rows_share_count_once():
-    rows = [report.Measured(row, [{"name": Run.of(row, 0).name, "seconds": 3600, "conditions": {}}])
-            for row in read_suite("horizon", "tiny").rows]
+    rows = [
+        report.Measured(row, [{"name": Run.of(row, 0).name, "seconds": 3600, "conditions": {}}])
+        for row in read_suite("horizon", "tiny").rows
+    ]
     assert len(rows) == 22 and report._made(rows).endswith(". 20.0 hours of training.")
 
 
 def test_more_tokens_are_not_a_better_setting():
-    rows = [report.Measured(row, [{"seed": 0, "val_loss": 3.0, "tokens": row.value}])
-            for row in read_suite("horizon", "tiny").rows]
+    rows = [
+        report.Measured(row, [{"seed": 0, "val_loss": 3.0, "tokens": row.value}])
+        for row in read_suite("horizon", "tiny").rows
+    ]
     assert report._best(rows) == []
 
 
@@ -187,19 +251,39 @@ def test_dry_run_of_the_papers_scale(capsys, tmp_path):
     assert "7.80B" in text and "unknown before a trial" in text and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["nothing"], "SUITE: nothing is none"), (["train.steps=3"], "SUITE: none was given"),
-    (["main", "--seeds", "0"], "--seeds: 0 is not 1 or more"), (["main", "--jobs", "-1"], "--jobs: -1"),
-    (["main", "--rows", "GaLore"], "--rows: 'GaLore' is no row of main; there are 'Control'"),
-    (["main", "relora.rank=3"], "relora.rank")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "SUITE: nothing is none"),
+        (["train.steps=3"], "SUITE: none was given"),
+        (["main", "--seeds", "0"], "--seeds: 0 is not 1 or more"),
+        (["main", "--jobs", "-1"], "--jobs: -1"),
+        (["main", "--rows", "GaLore"], "--rows: 'GaLore' is no row of main; there are 'Control'"),
+        (["main", "relora.rank=3"], "relora.rank"),
+    ],
+)
 def test_bad_input(words, message, capsys, tmp_path):
     assert main(["reproduce", *words, "--dry-run", "--runs", str(tmp_path)]) != 0
     assert message in capsys.readouterr().err
 
 
 def test_one_real_run_is_measured_trained_and_kept(capsys, tmp_path):
-    words = ["reproduce", "main", "--rows", "ReLoRA", "--seeds", "1", "--threads", "1", "--runs",
-             str(tmp_path / "runs"), "--results", str(tmp_path / "kept"), *SMALL, *RELORA]
+    words = [
+        "reproduce",
+        "main",
+        "--rows",
+        "ReLoRA",
+        "--seeds",
+        "1",
+        "--threads",
+        "1",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "kept"),
+        *SMALL,
+        *RELORA,
+    ]
     assert main(words) == 0, capsys.readouterr()
     found = json.loads(next((tmp_path / "kept").glob("relora-*-seed0.json")).read_text())
     assert found["restarts"] == 2 and found["tokens"] == 12 * 4 * 64 and found["first_updates"] > 0
@@ -214,12 +298,26 @@ def test_one_real_run_is_measured_trained_and_kept(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_suite_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, "-m", "relora_ds", "reproduce", "main", "--rows", "full rank", "--seeds", "1", "--runs",
-               str(tmp_path), *SMALL, "train.steps=400"]
+    command = [
+        sys.executable,
+        "-m",
+        "relora_ds",
+        "reproduce",
+        "main",
+        "--rows",
+        "full rank",
+        "--seeds",
+        "1",
+        "--runs",
+        str(tmp_path),
+        *SMALL,
+        "train.steps=400",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     run_dir = wait_for(lambda: next(tmp_path.glob("full-*-seed0"), None))
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and any(
-        line["step"] >= 20 for line in read_metrics(run_dir)))
+    wait_for(
+        lambda: (run_dir / "metrics.jsonl").is_file() and any(line["step"] >= 20 for line in read_metrics(run_dir))
+    )
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 75
     saved = json.loads((run_dir / "status.json").read_text())

@@ -22,7 +22,8 @@ def main():
 
 def test_the_headline_rows_have_three_seeds(main):
     assert {name: len(row.results) for name, row in main.items()} == dict.fromkeys(
-        ["full rank", "Control", "LoRA", "LoRA, warm start", "ReLoRA"], 3)
+        ["full rank", "Control", "LoRA", "LoRA, warm start", "ReLoRA"], 3
+    )
 
 
 @pytest.mark.parametrize("other", ["LoRA", "LoRA, warm start", "Control"])
@@ -50,8 +51,12 @@ def test_the_ablation_has_the_papers_order():
     found = losses("ablation")
     alone = (found["restarts"], found["restarts, jagged"])
     assert found["LoRA, random W"] - min(alone) < 0.01  # as good as nothing
-    order = [min(alone), found["restarts, reset, jagged"], found["restarts, reset, jagged, warm start"],
-             found["ReLoRA"]]
+    order = [
+        min(alone),
+        found["restarts, reset, jagged"],
+        found["restarts, reset, jagged, warm start"],
+        found["ReLoRA"],
+    ]
     assert order == sorted(order, reverse=True)
 
 
@@ -63,8 +68,10 @@ def horizon():
 
 def leads(horizon, other: str) -> list[tuple[float, ...]]:
     """By how much ReLoRA is ahead, by the number of steps and by seed."""
-    found = [tuple(-gap for gap in horizon["ReLoRA", steps].differences(horizon[other, steps]))
-             for steps in ("3500", "5000", "8000", "16000")]
+    found = [
+        tuple(-gap for gap in horizon["ReLoRA", steps].differences(horizon[other, steps]))
+        for steps in ("3500", "5000", "8000", "16000")
+    ]
     assert all(len(by_seed) == 3 for by_seed in found)
     return found
 

@@ -17,12 +17,19 @@ from tests.training.runs import run
 from tests.zero.test_checkpoint_model import save
 
 R, WARM, LAST = 4, 10, 42  # the recipe tiny's r and warm start
-SETTINGS = (f"train.steps={LAST}", "checkpoint.every=10", "checkpoint.keep_every=10", "checkpoint.keep_last=1",
-            "eval.samples=0")
+SETTINGS = (
+    f"train.steps={LAST}",
+    "checkpoint.every=10",
+    "checkpoint.keep_every=10",
+    "checkpoint.keep_last=1",
+    "eval.samples=0",
+)
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = {"relora": ("relora.restart_every=8",),
-           "lora": ("method=lora", "lora.base=warm_start", "relora.restart_every=null"),
-           "full": ("method=full", "warm_start_steps=0", "relora.restart_every=null", "optim.lr=1e-3")}
+METHODS = {
+    "relora": ("relora.restart_every=8",),
+    "lora": ("method=lora", "lora.base=warm_start", "relora.restart_every=null"),
+    "full": ("method=full", "warm_start_steps=0", "relora.restart_every=null", "optim.lr=1e-3"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +44,13 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def without(runs, tmp_path):
     """A copy of a run that has not kept the checkpoints of these steps."""
+
     def copy(name: str, *steps: int):
         shutil.copytree(runs / name, tmp_path / name)
         for step in steps:
             shutil.rmtree(checkpoint(tmp_path / name, step))
         return tmp_path / name
+
     return copy
 
 
@@ -58,10 +67,14 @@ def test_the_claim_of_the_paper(runs):
     result = measure([runs / name for name in METHODS])
     assert json.loads(json.dumps(result)) == result
     relora, lora, full = result["runs"]
-    assert [(one["name"], one["method"], one["r"], one["restarts"], one["start"], one["stop"], one["note"])
-            for one in result["runs"]] == [("relora", "relora", R, 3, WARM, LAST, ""),
-                                           ("lora", "lora (warm_start base)", R, 0, WARM, LAST, ""),
-                                           ("full", "full", None, 0, WARM, LAST, OLDEST)]
+    assert [
+        (one["name"], one["method"], one["r"], one["restarts"], one["start"], one["stop"], one["note"])
+        for one in result["runs"]
+    ] == [
+        ("relora", "relora", R, 3, WARM, LAST, ""),
+        ("lora", "lora (warm_start base)", R, 0, WARM, LAST, ""),
+        ("full", "full", None, 0, WARM, LAST, OLDEST),
+    ]
     for one in result["runs"]:
         assert list(one["kinds"]) == KINDS
         for about in one["kinds"].values():
@@ -92,8 +105,9 @@ def test_a_run_that_never_restarted_needs_no_earlier_checkpoint(runs, without):
     assert difference["before"] == str(checkpoint(runs / "lora", WARM)) and factors["before"] is None
     assert (factors["start"], factors["stop"], factors["note"]) == (WARM, LAST, "")
     for kind in KINDS:
-        for mine, theirs in zip(factors["kinds"][kind]["singular_values"], difference["kinds"][kind]["singular_values"],
-                                strict=True):
+        for mine, theirs in zip(
+            factors["kinds"][kind]["singular_values"], difference["kinds"][kind]["singular_values"], strict=True
+        ):
             assert mine[:R] == pytest.approx(theirs[:R], rel=2e-3) and max(mine[R:]) < 1e-5 * mine[0]
 
 
@@ -119,8 +133,15 @@ def test_without_an_earlier_checkpoint_it_says_what_to_do(without):
 
 def test_lora_without_a_base(tmp_path):
     """Its weight is `s·B·A` itself: minus that of the oldest checkpoint, else whole."""
-    run(tmp_path / "r", *SETTINGS, "method=lora", "lora.base=none", "relora.restart_every=null", "warm_start_steps=0",
-        "train.steps=14")
+    run(
+        tmp_path / "r",
+        *SETTINGS,
+        "method=lora",
+        "lora.base=none",
+        "relora.restart_every=null",
+        "warm_start_steps=0",
+        "train.steps=14",
+    )
     [difference] = measure([tmp_path / "r"])["runs"]
     assert (difference["start"], difference["note"]) == (10, OLDEST)
     assert all(R < rank <= 2 * R for rank in ranks_by_kind(difference).values())
@@ -145,7 +166,8 @@ def test_gpt_2s_matrices_are_linear_layers_too(tmp_path):
     matrices = {name.removesuffix(".weight"): p.shape for name, p in parameters if p.ndim == 2}
     window = Window(tmp_path, Contents(1, 1, [], None, {}, matrices), tmp_path)
     assert linear_layers(window, wrapped=set()) == [
-        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
 
 
 def test_checkpoints_in_deepspeeds_format(tmp_path):
@@ -185,13 +207,15 @@ def test_its_figures(runs, tmp_path, capsys):
 
 
 def test_without_matplotlib_it_says_what_to_install(runs, tmp_path, capsys, monkeypatch):
-    for name in [name for name in sys.modules
-                 if name.startswith("relora_ds.figures") or name.partition(".")[0] == "matplotlib"]:
+    for name in [
+        name for name in sys.modules if name.startswith("relora_ds.figures") or name.partition(".")[0] == "matplotlib"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["spectrum", str(runs / "lora"), "--out", str(tmp_path / "out")]) == 1
-    assert "--out draws with matplotlib, which is not installed: pip install 'relora_ds[plot]'" in \
-        capsys.readouterr().err
+    assert (
+        "--out draws with matplotlib, which is not installed: pip install 'relora_ds[plot]'" in capsys.readouterr().err
+    )
     assert main(["spectrum", str(runs / "lora")]) == 0
 
 

@@ -36,8 +36,11 @@ def test_lora_on_the_same_warm_start_differs_from_relora_in_the_restarts_alone(s
     relora, lora = found["ReLoRA"], found["LoRA, warm start"]
     assert relora.num_restarts >= 2 and lora.num_restarts == 0
     assert lora.full_rank_steps == relora.full_rank_steps > 0
-    assert (lora.relora.r, lora.relora.lora_alpha, lora.optim) == (relora.relora.r, relora.relora.lora_alpha,
-                                                                   relora.optim)
+    assert (lora.relora.r, lora.relora.lora_alpha, lora.optim) == (
+        relora.relora.r,
+        relora.relora.lora_alpha,
+        relora.optim,
+    )
     assert relora.optim.warm_start_lr == found["full rank"].optim.lr
     full = found["full rank"]  # its first steps are the warm start, so that its update is measured from there
     assert full.optim.warmup_steps == (relora.optim.warm_start_warmup_steps or relora.optim.warmup_steps)
@@ -46,15 +49,27 @@ def test_lora_on_the_same_warm_start_differs_from_relora_in_the_restarts_alone(s
 def test_the_ablation_switches_one_part_on_at_a_time():
     found = rows("ablation")
     full, relora = load_recipe("tiny_full"), load_recipe("tiny_relora")
-    parts = {name: (recipe.num_restarts > 0, recipe.relora.optimizer_reset != "none",
-                    recipe.relora.restart_warmup_steps > 0, recipe.full_rank_steps > 0,
-                    recipe.optim.lr > full.optim.lr) for name, recipe in found.items()}
+    parts = {
+        name: (
+            recipe.num_restarts > 0,
+            recipe.relora.optimizer_reset != "none",
+            recipe.relora.restart_warmup_steps > 0,
+            recipe.full_rank_steps > 0,
+            recipe.optim.lr > full.optim.lr,
+        )
+        for name, recipe in found.items()
+    }
     assert parts == {
-        "LoRA": (False, True, True, False, False), "LoRA, random W": (False, True, True, False, False),
+        "LoRA": (False, True, True, False, False),
+        "LoRA, random W": (False, True, True, False, False),
         "restarts": (True, False, False, False, False),
-        "restarts, reset": (True, True, False, False, False), "restarts, jagged": (True, False, True, False, False),
-        "restarts, reset, jagged": (True, True, True, False, False), "warm start": (False, True, True, True, False),
-        "restarts, reset, jagged, warm start": (True, True, True, True, False), "ReLoRA": (True,) * 5}
+        "restarts, reset": (True, True, False, False, False),
+        "restarts, jagged": (True, False, True, False, False),
+        "restarts, reset, jagged": (True, True, True, False, False),
+        "warm start": (False, True, True, True, False),
+        "restarts, reset, jagged, warm start": (True, True, True, True, False),
+        "ReLoRA": (True,) * 5,
+    }
     assert found["ReLoRA"].relora == relora.relora
     assert (found["LoRA"].lora.base, found["LoRA, random W"].lora.base) == ("none", "random")
 
@@ -64,8 +79,10 @@ def test_a_run_is_known_by_what_it_computes():
     name = Run.of(row, 0).name
     assert Run.of(row, 0, ["log.every=3", "checkpoint.every=7", "run_dir=/elsewhere", "eval.every=50"]).name == name
     assert Run.of(row, 1).name == name.replace("-seed0", "-seed1")
-    others = [Run.of(row, 0, [change]).name for change in
-              ("optim.lr=1e-3", "relora.r=3", "data.seq_len=64", "train.steps=9000")]
+    others = [
+        Run.of(row, 0, [change]).name
+        for change in ("optim.lr=1e-3", "relora.r=3", "data.seq_len=64", "train.steps=9000")
+    ]
     assert len({name, *others}) == 5
     again = next(row for row in read_suite("ablation", "tiny").rows if row.name == "ReLoRA")
     assert Run.of(again, 0).name == name

@@ -235,8 +235,11 @@ def _open_fails(where: Callable[[Path, bool], bool], number: int) -> Iterator[No
         return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
     opened = watch(io.open, by_mode)
-    with mock.patch.object(builtins, "open", opened), mock.patch.object(io, "open", opened), \
-            mock.patch.object(os, "open", watch(os.open, by_flags)):
+    with (
+        mock.patch.object(builtins, "open", opened),
+        mock.patch.object(io, "open", opened),
+        mock.patch.object(os, "open", watch(os.open, by_flags)),
+    ):
         yield
 
 
@@ -252,18 +255,26 @@ ACCIDENTS = {
     "newest: manifest cut short": Accident(cut_manifest, may_refuse=frozenset({"export"})),
     "newest: of a newer format": Accident(newer_format, may_refuse=frozenset({"resume", "requeue", "export"})),
     "newest: its manifest is a loop of links": Accident(
-        loop_manifest, may_refuse=frozenset({"resume", "requeue", "overwrite", "export"})),
-    "newest: input/output errors": Accident(disk=newest_unreadable,
-                                            may_refuse=frozenset({"resume", "requeue", "export"})),
-    "newest: permission denied": Accident(disk=manifest_forbidden,
-                                          may_refuse=frozenset({"resume", "requeue", "export"})),
-    **{f"newest: not in {times} listings": Accident(disk=partial(late_listing, times=times),
-                                                    may_refuse=frozenset({"resume", "requeue"}))
-       for times in (1, 2, 3, 4)},
+        loop_manifest, may_refuse=frozenset({"resume", "requeue", "overwrite", "export"})
+    ),
+    "newest: input/output errors": Accident(
+        disk=newest_unreadable, may_refuse=frozenset({"resume", "requeue", "export"})
+    ),
+    "newest: permission denied": Accident(
+        disk=manifest_forbidden, may_refuse=frozenset({"resume", "requeue", "export"})
+    ),
+    **{
+        f"newest: not in {times} listings": Accident(
+            disk=partial(late_listing, times=times), may_refuse=frozenset({"resume", "requeue"})
+        )
+        for times in (1, 2, 3, 4)
+    },
     "finished, all checkpoints deleted": Accident(
-        lose_all_checkpoints, of="finished", may_refuse=frozenset({"resume", "requeue", "prune", "verify"})),
+        lose_all_checkpoints, of="finished", may_refuse=frozenset({"resume", "requeue", "prune", "verify"})
+    ),
     "stopped, all checkpoints deleted": Accident(
-        lose_all_checkpoints, may_refuse=frozenset({"resume", "requeue", "prune", "verify", "export"})),
+        lose_all_checkpoints, may_refuse=frozenset({"resume", "requeue", "prune", "verify", "export"})
+    ),
     # small files
     "latest: a bad byte": Accident(write_bytes("checkpoints/latest", b"step_\xff0000012")),
     "latest: leads out of the run": Accident(write_bytes("checkpoints/latest", b"../../step_00000012")),
@@ -280,17 +291,20 @@ ACCIDENTS = {
     "recipe: cut short": Accident(write_bytes("recipe.yaml", b"train: {steps: ")),
     "recipe: lost": Accident(lose("recipe.yaml")),
     "recipe and status: cut short": Accident(
-        lambda run: [write_bytes(name, b"{")(run) for name in ("recipe.yaml", "status.json")]),
+        lambda run: [write_bytes(name, b"{")(run) for name in ("recipe.yaml", "status.json")]
+    ),
     "summary: cut short": Accident(write_bytes("summary.json", b"{"), of="finished"),
-    "tokenizer: cut short": Accident(write_bytes("checkpoints/tokenizer/tokenizer.json", b"{"),
-                                     may_refuse=frozenset({"export"})),
+    "tokenizer: cut short": Accident(
+        write_bytes("checkpoints/tokenizer/tokenizer.json", b"{"), may_refuse=frozenset({"export"})
+    ),
     "tokenizer: lost": Accident(lose("checkpoints/tokenizer")),
     "tensorboard: lost": Accident(lose("tensorboard")),
     # what is not ours
     "a note in the run": Accident(foreign("notes.md"), may_refuse=frozenset({"overwrite"})),
     "a note beside the checkpoints": Accident(foreign("checkpoints/notes.md"), may_refuse=frozenset({"overwrite"})),
-    "a folder in the export": Accident(foreign("export/mine/a.txt"), of="finished",
-                                       may_refuse=frozenset({"overwrite"})),
+    "a folder in the export": Accident(
+        foreign("export/mine/a.txt"), of="finished", may_refuse=frozenset({"overwrite"})
+    ),
     "a run in the run": Accident(inner_run, may_refuse=frozenset({"overwrite"})),
     # the machine
     "another host name": Accident(disk=renamed_host),

@@ -31,8 +31,15 @@ from tests.ranks import Ranks
 from tests.training.runs import losses, train
 
 STEPS, KILLS_OF_A_RUN = 40, 3
-SETTINGS = [f"train.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep_last=3", "eval.samples=0", "log.every=1",
-            "precision=bf16", "resume=auto"]
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "checkpoint.every=4",
+    "checkpoint.keep_last=3",
+    "eval.samples=0",
+    "log.every=1",
+    "precision=bf16",
+    "resume=auto",
+]
 
 # A call at whose beginning the process dies: (module, what it is called there).
 PLACES = {
@@ -89,6 +96,7 @@ def train_and_die(overrides: list[str], rank: int | None, place: str | None, aft
         place: one of PLACES, at its call number `after`; None for an instant, `after` seconds from the first step.
     """
     from relora_ds.training.trainer import Trainer
+
     if rank is None or rank == dist.get_rank():
         if place is not None:
             _die_in(*PLACES[place], int(after))
@@ -169,14 +177,26 @@ def main() -> int:
                 place = places.pop() if places else None
                 rank = chance.choice([None, 0, 1])
                 # What happens once in a run is killed at its first call.
-                after = (1 if "switch" in place else chance.randint(1, 2)) if place else \
-                    chance.uniform(0, seconds * (1 - _saved_step(run_dir) / STEPS))
+                after = (
+                    (1 if "switch" in place else chance.randint(1, 2))
+                    if place
+                    else chance.uniform(0, seconds * (1 - _saved_step(run_dir) / STEPS))
+                )
                 finished = attempt(run_dir, rank=rank, place=place, after=after)
                 killed += not finished
-                log.write(json.dumps({"kill": killed, "where": place or f"{after:.3f} s after the first step",
-                                      "call": after if place else None, "rank": rank,
-                                      "saved_step": _saved_step(run_dir),
-                                      "outcome": "came to its end before" if finished else "killed"}) + "\n")
+                log.write(
+                    json.dumps(
+                        {
+                            "kill": killed,
+                            "where": place or f"{after:.3f} s after the first step",
+                            "call": after if place else None,
+                            "rank": rank,
+                            "saved_step": _saved_step(run_dir),
+                            "outcome": "came to its end before" if finished else "killed",
+                        }
+                    )
+                    + "\n"
+                )
                 log.flush()
                 if finished:
                     break

@@ -37,15 +37,22 @@ from tests.ranks import ranks
 from tests.training.runs import losses, status
 
 STEPS, STOP = 24, 13
-SETTINGS = [f"train.steps={STEPS}", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0",
-            "precision=bf16"]
+SETTINGS = [f"train.steps={STEPS}", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0", "precision=bf16"]
 CODES = {RecipeError: 2, GuardError: 3, ResumeError: 4, Preempted: 75}
 REFUSED = (2, 4)
 
-TRAINING = {"start": [], "resume": ["resume=auto"], "overwrite": ["overwrite=true"], "requeue": ["overwrite=true"],
-            "beside": ["resume=auto"]}
-COMMANDS = {"prune": ["checkpoint", "prune", "RUN", "--keep-last", "1"], "verify": ["checkpoint", "verify", "RUN"],
-            "export": ["export", "RUN", "OUT"]}
+TRAINING = {
+    "start": [],
+    "resume": ["resume=auto"],
+    "overwrite": ["overwrite=true"],
+    "requeue": ["overwrite=true"],
+    "beside": ["resume=auto"],
+}
+COMMANDS = {
+    "prune": ["checkpoint", "prune", "RUN", "--keep-last", "1"],
+    "verify": ["checkpoint", "verify", "RUN"],
+    "export": ["export", "RUN", "OUT"],
+}
 ACTIONS = (*TRAINING, *COMMANDS)
 ENDINGS = ("whole", "stopped")
 # What Slurm tells a job that it has started again.
@@ -68,15 +75,21 @@ def make_templates(directory: Path) -> Templates:
         assert code == (0 if stop is None else 75), message
     pair = Mortal(2)
     with contextlib.suppress(AssertionError):  # it died
-        pair.run(train_and_die, [f"run_dir={made.killed}", *SETTINGS], rank=0, place="a save: before the manifest",
-                 after=2)
+        pair.run(
+            train_and_die, [f"run_dir={made.killed}", *SETTINGS], rank=0, place="a save: before the manifest", after=2
+        )
     pair.stop()
     assert [path.name for path in store.directories(made.killed)] == ["step_00000006"]
     return made
 
 
-def attempt(overrides: list[str], accident: str = "nothing", environment: dict[str, str] | None = None,
-            stop: int | None = None, mishap: str | None = None) -> tuple[int, str]:
+def attempt(
+    overrides: list[str],
+    accident: str = "nothing",
+    environment: dict[str, str] | None = None,
+    stop: int | None = None,
+    mishap: str | None = None,
+) -> tuple[int, str]:
     """On a rank: train. Returns the exit code and the message of an end that the program foresees.
 
     Args:
@@ -87,8 +100,13 @@ def attempt(overrides: list[str], accident: str = "nothing", environment: dict[s
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     quiet = io.StringIO()
     try:
-        with contextlib.ExitStack() as stack, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), \
-                mock.patch.dict(os.environ, environment or {}), ACCIDENTS[accident].disk(run):
+        with (
+            contextlib.ExitStack() as stack,
+            contextlib.redirect_stdout(quiet),
+            contextlib.redirect_stderr(quiet),
+            mock.patch.dict(os.environ, environment or {}),
+            ACCIDENTS[accident].disk(run),
+        ):
             trainer = Trainer(check("tiny", [*SETTINGS, *overrides]))
             step = trainer._train_step
 
@@ -122,8 +140,11 @@ def contents(directory: Path) -> dict[str, str]:
 
 def whole_checkpoints(run: Path) -> set[str]:
     """The manifests (their digests) of all checkpoints that are whole, wherever in the run they lie."""
-    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob(manifest.NAME)
-            if path.is_file() and not store.verify(path.parent)}
+    return {
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.rglob(manifest.NAME)
+        if path.is_file() and not store.verify(path.parent)
+    }
 
 
 def cell(name: str, action: str, templates: Templates, directory: Path) -> str | None:
@@ -140,25 +161,33 @@ def cell(name: str, action: str, templates: Templates, directory: Path) -> str |
     if code == 1 and (action in TRAINING or "Traceback" in message):
         return f"it failed: {message}"
     if action in ("start", "beside"):
-        return _first(code not in REFUSED and f"it was not refused (exit code {code})",
-                      after != before and f"it was refused and changed {_changes(before, after)}")
+        return _first(
+            code not in REFUSED and f"it was not refused (exit code {code})",
+            after != before and f"it was refused and changed {_changes(before, after)}",
+        )
     if action == "verify":
         return after != before and f"it changed {_changes(before, after)}" or None
     if action == "prune":
         return _pruned(code, message, accident, before, after, checkpoints, whole_checkpoints(run))
     if action == "export":
-        return _first(after != before and f"it changed the run: {_changes(before, after)}",
-                      code and "export" not in accident.may_refuse and f"it was refused: {message}",
-                      not code and not (directory / "out" / "model.safetensors").is_file() and "it wrote no model")
+        return _first(
+            after != before and f"it changed the run: {_changes(before, after)}",
+            code and "export" not in accident.may_refuse and f"it was refused: {message}",
+            not code and not (directory / "out" / "model.safetensors").is_file() and "it wrote no model",
+        )
     if code in REFUSED:
-        return _first(action not in accident.may_refuse and f"it was refused: {message}",
-                      after != before and f"it was refused and changed {_changes(before, after)}")
+        return _first(
+            action not in accident.may_refuse and f"it was refused: {message}",
+            after != before and f"it was refused and changed {_changes(before, after)}",
+        )
     lost = set() if action == "overwrite" else checkpoints - whole_checkpoints(run)
     strange = {path for path in before if path not in contents(templates.finished) and _is_foreign(path)}
-    return _first(code and f"exit code {code}: {message}",
-                  lost and f"{len(lost)} whole checkpoints are gone",
-                  {path for path in strange if after.get(path) != before[path]} and "what is not ours was changed",
-                  *_end(run, templates.finished))
+    return _first(
+        code and f"exit code {code}: {message}",
+        lost and f"{len(lost)} whole checkpoints are gone",
+        {path for path in strange if after.get(path) != before[path]} and "what is not ours was changed",
+        *_end(run, templates.finished),
+    )
 
 
 def meanwhile(name: str, ending: str, templates: Templates, directory: Path) -> str | None:
@@ -190,21 +219,29 @@ def _end(run: Path, whole: Path) -> list[str | bool]:
     if status(run)["state"] != "done":
         return [f"it ended as {status(run)}"]
     first, second = (load_file(path / "export" / "model.safetensors") for path in (run, whole))
-    return [max(ours) != STEPS and "its metrics have no end",
-            any(ours[step] != theirs[step] for step in ours) and "its losses differ",
-            not all(torch.equal(first[tensor], second[tensor]) for tensor in second) and "its weights differ",
-            *(f"{path.name}: {problem}" for path in store.directories(run) for problem in store.verify(path))]
+    return [
+        max(ours) != STEPS and "its metrics have no end",
+        any(ours[step] != theirs[step] for step in ours) and "its losses differ",
+        not all(torch.equal(first[tensor], second[tensor]) for tensor in second) and "its weights differ",
+        *(f"{path.name}: {problem}" for path in store.directories(run) for problem in store.verify(path)),
+    ]
 
 
-def _pruned(code: int, message: str, accident: Accident, before: dict, after: dict, whole: set,
-            left: set) -> str | None:
+def _pruned(
+    code: int, message: str, accident: Accident, before: dict, after: dict, whole: set, left: set
+) -> str | None:
     if code:
-        return _first("prune" not in accident.may_refuse and f"it was refused: {message}",
-                      before != after and "it was refused and deleted something")
-    return _first(any(after[path] != before.get(path) for path in after if not path.endswith("latest")) and
-                  "it changed files", whole and not left and "no whole checkpoint is left",
-                  accident.unreadable and (gone := _names(before) - _names(after)) & {max(_names(before))} and
-                  f"what it could not read is gone: {gone}")
+        return _first(
+            "prune" not in accident.may_refuse and f"it was refused: {message}",
+            before != after and "it was refused and deleted something",
+        )
+    return _first(
+        any(after[path] != before.get(path) for path in after if not path.endswith("latest")) and "it changed files",
+        whole and not left and "no whole checkpoint is left",
+        accident.unreadable
+        and (gone := _names(before) - _names(after)) & {max(_names(before))}
+        and f"what it could not read is gone: {gone}",
+    )
 
 
 def _names(found: dict[str, str]) -> set[str]:
@@ -228,8 +265,7 @@ def _on_ranks(*arguments, **options) -> tuple[int, str]:
 def _command(action: str, accident: Accident, run: Path, directory: Path) -> tuple[int, str]:
     names = {"RUN": str(run), "OUT": str(directory / "out")}
     log = directory / "said"
-    with log.open("w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), \
-            accident.disk(run):
+    with log.open("w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), accident.disk(run):
         try:
             code = command([names.get(word, word) for word in COMMANDS[action]])
         except Exception:

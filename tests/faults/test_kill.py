@@ -12,11 +12,19 @@ def whole(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("kills", [
-    [(0, "a save: before a file is on the disk", 3), (None, "a restart: before the broadcast", 5),
-     (1, "a restart: before the ranks agree", 1)],
-    [(0, "a save: before the rename", 2), (1, "the switch: building", 1), (0, "a save: before latest", 2)],
-    [(None, None, 0.4), (0, None, 0.8), (1, None, 1.2)]], ids=["restart", "switch", "instants"])
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [
+            (0, "a save: before a file is on the disk", 3),
+            (None, "a restart: before the broadcast", 5),
+            (1, "a restart: before the ranks agree", 1),
+        ],
+        [(0, "a save: before the rename", 2), (1, "the switch: building", 1), (0, "a save: before latest", 2)],
+        [(None, None, 0.4), (0, None, 0.8), (1, None, 1.2)],
+    ],
+    ids=["restart", "switch", "instants"],
+)
 def test_killed_again_and_again(whole, tmp_path, kills):
     for number, (rank, place, after) in enumerate(kills):
         ended = attempt(tmp_path / "r", rank=rank, place=place, after=after)

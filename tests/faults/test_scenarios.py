@@ -7,17 +7,28 @@ from tests.faults.mishaps import MISHAPS
 from tests.faults.scenarios import ACTIONS, ENDINGS, cell, make_templates, meanwhile
 
 # One of each kind is tried every time, the whole table with the slow tests.
-OFTEN = {("nothing", "start"), ("rank 0 was killed in a save", "requeue"),
-         ("newest: a bit flipped", "requeue"), ("newest: input/output errors", "prune"),
-         ("newest: input/output errors", "resume"), ("newest: not in 2 listings", "resume"),
-         ("finished, all checkpoints deleted", "resume"), ("metrics: a line null", "resume"),
-         ("a run in the run", "overwrite"), ("a read-only disk", "resume"), ("nothing", "beside")}
+OFTEN = {
+    ("nothing", "start"),
+    ("rank 0 was killed in a save", "requeue"),
+    ("newest: a bit flipped", "requeue"),
+    ("newest: input/output errors", "prune"),
+    ("newest: input/output errors", "resume"),
+    ("newest: not in 2 listings", "resume"),
+    ("finished, all checkpoints deleted", "resume"),
+    ("metrics: a line null", "resume"),
+    ("a run in the run", "overwrite"),
+    ("a read-only disk", "resume"),
+    ("nothing", "beside"),
+}
 OFTEN_WHILE_TRAINING = {("the newest checkpoint is moved away", "stopped")}
 
 
 def cells(rows, columns, often):
-    return [pytest.param(row, column, marks=() if (row, column) in often else pytest.mark.slow)
-            for row in rows for column in columns]
+    return [
+        pytest.param(row, column, marks=() if (row, column) in often else pytest.mark.slow)
+        for row in rows
+        for column in columns
+    ]
 
 
 @pytest.fixture(scope="module")

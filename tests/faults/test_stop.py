@@ -48,15 +48,16 @@ def train_and_signal(overrides: list[str], number: int, rank: int, step: int) ->
     return "it came to its end", "", trainer.account.step
 
 
-@pytest.mark.parametrize(("number", "rank", "step"), [
-    (signal.SIGTERM, 1, 16), (signal.SIGUSR1, 0, 10), pytest.param(signal.SIGTERM, 0, 3, marks=pytest.mark.slow)],
-    ids=["cycle", "switch", "warm_start"])
+@pytest.mark.parametrize(
+    ("number", "rank", "step"),
+    [(signal.SIGTERM, 1, 16), (signal.SIGUSR1, 0, 10), pytest.param(signal.SIGTERM, 0, 3, marks=pytest.mark.slow)],
+    ids=["cycle", "switch", "warm_start"],
+)
 def test_one_rank_hears_and_all_stop_at_the_same_step(tmp_path, number, rank, step):
     run(tmp_path / "whole", *SETTINGS)
-    for _, said, last in ranks(2).run(train_and_signal, [f"run_dir={tmp_path / 'r'}", *SETTINGS], number, rank,
-                                               step):
+    for _, said, last in ranks(2).run(train_and_signal, [f"run_dir={tmp_path / 'r'}", *SETTINGS], number, rank, step):
         assert step <= last <= step + 2 and f"saved after step {last}" in said
-    directory, = store.directories(tmp_path / "r")
+    (directory,) = store.directories(tmp_path / "r")
     assert directory.name == f"step_{last:08d}" and store.verify(directory) == []
     run(tmp_path / "r", *SETTINGS, "resume=auto")
     require_equal(tmp_path / "r", tmp_path / "whole")
@@ -78,8 +79,9 @@ def train_and_signal_on_a_full_disk(*arguments) -> tuple[str, str, int]:
 
 
 def test_what_could_not_be_saved_is_not_called_saved(tmp_path):
-    for kind, said, _ in ranks(2).run(train_and_signal_on_a_full_disk, [f"run_dir={tmp_path / 'r'}", *SETTINGS],
-                                      signal.SIGTERM, 1, 16):
+    for kind, said, _ in ranks(2).run(
+        train_and_signal_on_a_full_disk, [f"run_dir={tmp_path / 'r'}", *SETTINGS], signal.SIGTERM, 1, 16
+    ):
         assert kind == "GuardError" and "could not be saved" in said and said.endswith("Nothing was saved")
 
 
@@ -100,8 +102,9 @@ def train_and_die(overrides: list[str], rank: int) -> None:
         (Path(trainer.run_dir) / "said").write_text(str(error))
 
 
-@pytest.mark.parametrize(("rank", "words"), [
-    (0, ", which keeps the store that the ranks met at, does not answer"), (1, " does not answer")])
+@pytest.mark.parametrize(
+    ("rank", "words"), [(0, ", which keeps the store that the ranks met at, does not answer"), (1, " does not answer")]
+)
 def test_a_rank_that_dies_is_named(tmp_path, rank, words):
     """Rank 0 takes the store with it, of which the others ask who is silent."""
     said = tmp_path / "r" / "said"
@@ -129,7 +132,8 @@ def test_where_rank_0_has_died_nothing_can_hang(tmp_path):
         pair.run(watch_and_die, tmp_path / "said")
     assert pair.exit_codes[1] == 1
     assert (tmp_path / "said").read_text() == (
-        f"1 rank 0 on {os.uname().nodename}, which keeps the store that the ranks met at, has died, at step 5")
+        f"1 rank 0 on {os.uname().nodename}, which keeps the store that the ranks met at, has died, at step 5"
+    )
 
 
 def train_and_freeze(overrides: list[str], rank: int) -> None:
@@ -156,8 +160,9 @@ def test_a_rank_that_stands_still_is_named_and_the_others_end(tmp_path, rank):
     assert time.monotonic() - started < 240
     said = status(tmp_path / "r")
     assert (said["state"], said["exit_code"]) == ("failed", 3)
-    assert said["reason"].startswith("guard.watchdog_seconds: no progress for 8 s at step 13; "
-                                     f"rank {rank} on {os.uname().nodename} does not answer")
+    assert said["reason"].startswith(
+        f"guard.watchdog_seconds: no progress for 8 s at step 13; rank {rank} on {os.uname().nodename} does not answer"
+    )
 
 
 def linger(overrides: list[str], rank: int) -> None:

@@ -7,8 +7,16 @@ from pathlib import Path
 STEPS, RESTARTS = 200, (80, 120, 160)
 
 
-def write_run(directory: Path, method: str = "relora", *, steps: int = STEPS, world_size: int = 2, final: float = 3.0,
-              state: str = "done", reason: str = "") -> Path:
+def write_run(
+    directory: Path,
+    method: str = "relora",
+    *,
+    steps: int = STEPS,
+    world_size: int = 2,
+    final: float = 3.0,
+    state: str = "done",
+    reason: str = "",
+) -> Path:
     """A run of `steps` steps whose loss falls from 9 to `final`: a warm start of 40 steps, restarts every 40."""
     directory.mkdir(parents=True)
     low_rank = method in ("lora", "relora")
@@ -22,8 +30,18 @@ def write_run(directory: Path, method: str = "relora", *, steps: int = STEPS, wo
             lines.append(_line("phase", 40, trainable_parameters=600, total_parameters=1200))
         if step in RESTARTS and method == "relora":
             lines.append(_line("restart", step, restarts=RESTARTS.index(step) + 1, update_norms={"layer": 1.0}))
-        lines.append(_line("train", step, loss=loss, lr=1e-3, tokens=64 * step, tokens_per_s=1000 + step,
-                           total_bytes_wire=sent, full_rank_bytes_wire=full))
+        lines.append(
+            _line(
+                "train",
+                step,
+                loss=loss,
+                lr=1e-3,
+                tokens=64 * step,
+                tokens_per_s=1000 + step,
+                total_bytes_wire=sent,
+                full_rank_bytes_wire=full,
+            )
+        )
         if step % 40 == 0:
             lines.append(_line("eval", step, val_loss=loss + 0.2, samples=[{"prompt": "a <b>", "text": " & c"}]))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

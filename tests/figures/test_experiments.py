@@ -11,9 +11,11 @@ def run(seed: int, *losses: float) -> dict:
 
 
 def test_differences_are_of_the_same_seed():
-    curves = {"theirs": [run(0, 5.0, 4.0), run(1, 7.0, 6.0)],
-              "mine": [run(1, 6.9, 6.3), run(0, 5.1, 4.1), run(2, 1.0, 1.0)],  # nothing to compare the last one with
-              "alone": [run(3, 5.0, 4.0)]}
+    curves = {
+        "theirs": [run(0, 5.0, 4.0), run(1, 7.0, 6.0)],
+        "mine": [run(1, 6.9, 6.3), run(0, 5.1, 4.1), run(2, 1.0, 1.0)],  # nothing to compare the last one with
+        "alone": [run(3, 5.0, 4.0)],
+    }
     curves["mine"][0]["train_curve"].insert(1, [700.0, 0.0])  # theirs has no point there
     axes = draw_differences(curves, "theirs", LIGHT).axes[0]
     mine, zero = axes.lines

@@ -19,8 +19,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def vertical_lines(axes) -> list[float]:
-    return [line.get_xdata()[0] for line in axes.lines
-            if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]]
+    return [
+        line.get_xdata()[0]
+        for line in axes.lines
+        if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]
+    ]
 
 
 def legend(figure) -> list[str]:
@@ -43,8 +46,13 @@ def test_the_first_steps_do_not_press_the_rest_to_the_bottom(tmp_path):
 
 
 def test_several_runs_have_names_colours_and_their_own_marks(tmp_path):
-    runs = read_runs([write_run(tmp_path / "ours"), write_run(tmp_path / "theirs", "full"),
-                      write_run(tmp_path / "alone", "lora", world_size=1)])
+    runs = read_runs(
+        [
+            write_run(tmp_path / "ours"),
+            write_run(tmp_path / "theirs", "full"),
+            write_run(tmp_path / "alone", "lora", world_size=1),
+        ]
+    )
     figures = draw(runs, LIGHT)
     assert list(figures) == ["loss", "learning_rate", "throughput", "traffic", "comparison"]
     for figure in figures.values():
@@ -73,8 +81,11 @@ def test_a_run_of_one_step_can_be_drawn(tmp_path):
 
 def test_many_runs_repeat_colours_with_another_dash(tmp_path):
     runs = read_runs([write_run(tmp_path / f"run-{i}") for i in range(8)])
-    looks = [(line.get_color(), line.get_linestyle()) for line in draw(runs, LIGHT)["learning_rate"].axes[0].lines
-             if line.get_marker() != "|"]
+    looks = [
+        (line.get_color(), line.get_linestyle())
+        for line in draw(runs, LIGHT)["learning_rate"].axes[0].lines
+        if line.get_marker() != "|"
+    ]
     assert len(set(looks)) == 8
 
 
@@ -122,8 +133,11 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     runs = [write_run(tmp_path / "ours <i>"), write_run(tmp_path / "broken", state="failed", reason="a & b < c")]
     page, *images = plot_runs(runs, tmp_path / "out" / "deep")
     assert page == tmp_path / "out" / "deep" / "index.html"
-    assert {image.name for image in images} == {p.name for p in page.parent.glob("*.png")} == {
-        "loss.png", "learning_rate.png", "throughput.png", "traffic.png", "comparison.png"}
+    assert (
+        {image.name for image in images}
+        == {p.name for p in page.parent.glob("*.png")}
+        == {"loss.png", "learning_rate.png", "throughput.png", "traffic.png", "comparison.png"}
+    )
     assert all(image.read_bytes().startswith(PNG) for image in images)
 
     text = page.read_text()
@@ -131,14 +145,27 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     sources = [a.get("src", a.get("srcset")) for tag, a in parsed.tags if tag in ("img", "source")]
     assert len(sources) == 10 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
-    for words in ("ours <i>", "relora ended well.", "failed: a & b < c", "validation loss", "600 / 1.20k", "a <b> & c",
-                  "120.00 kB", "200.00 kB"):
+    for words in (
+        "ours <i>",
+        "relora ended well.",
+        "failed: a & b < c",
+        "validation loss",
+        "600 / 1.20k",
+        "a <b> & c",
+        "120.00 kB",
+        "200.00 kB",
+    ):
         assert words in parsed.text, words
     assert "prefers-color-scheme: dark" in text
 
 
 def test_drawing_loads_neither_torch_nor_deepspeed():
     code = "import sys, relora_ds.figures.plot; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parent.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent.parent,
+    )
     assert done.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ from tests.figures.runs import RESTARTS, write_run
 
 
 def test_a_finished_run(tmp_path):
-    run, = read_runs([write_run(tmp_path / "mine")])
+    (run,) = read_runs([write_run(tmp_path / "mine")])
     assert (run.name, run.method, run.state, run.verdict) == ("mine", "relora", "done", "relora ended well.")
     assert run.restarts == list(RESTARTS) and run.switches == [40] and (run.trainable, run.total) == (600, 1200)
     assert run.train["step"].tolist() == list(range(1, 201))
@@ -33,12 +33,12 @@ def test_a_run_whose_other_files_are_gone(tmp_path):
     directory = write_run(tmp_path / "r")
     for name in ("recipe.yaml", "status.json", "summary.json"):
         (directory / name).unlink()
-    run, = read_runs([directory])
+    (run,) = read_runs([directory])
     assert (run.method, run.state, run.verdict) == ("unknown", "unknown", "")
 
 
 def test_one_rank_sends_nothing(tmp_path):
-    run, = read_runs([write_run(tmp_path / "r", world_size=1)])
+    (run,) = read_runs([write_run(tmp_path / "r", world_size=1)])
     assert not run.has_traffic
 
 

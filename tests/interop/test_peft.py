@@ -26,8 +26,15 @@ from tests.training.runs import run
 
 def train(directory: str, family: str, stage: int, config: ReLoRAConfig, base: bool = True) -> dict:
     """Save before the restart at 4, directly after it, and in the cycle that follows; returns the logits there."""
-    engine, *_ = relora_ds.initialize(relora_ds.wrap(FAMILIES[family](), config, base=base), f"zero{stage}", config,
-                                      lr=1e-2, total_steps=20, precision="fp32", micro_batch_size=12)
+    engine, *_ = relora_ds.initialize(
+        relora_ds.wrap(FAMILIES[family](), config, base=base),
+        f"zero{stage}",
+        config,
+        lr=1e-2,
+        total_steps=20,
+        precision="fp32",
+        micro_batch_size=12,
+    )
     logits = {}
     for step in range(7):
         if step in (3, 4, 6):
@@ -54,10 +61,17 @@ def trained(tmp_path_factory):
     return directory, ranks(2).run(train, str(directory), "llama", 1, config())[0]
 
 
-@pytest.mark.parametrize("family, stage, changes, base", [
-    ("llama", 2, {}, True), ("gpt_neox", 1, {}, True), ("qwen2", 3, {}, True),
-    ("llama", 1, {"target_modules": ["q_proj", "layers.1.mlp.up_proj"], "lora_alpha": 5.5, "r": 3}, True),
-    ("llama", 0, {}, False)], ids=["llama", "gpt_neox", "qwen2", "some-layers", "no-base"])
+@pytest.mark.parametrize(
+    "family, stage, changes, base",
+    [
+        ("llama", 2, {}, True),
+        ("gpt_neox", 1, {}, True),
+        ("qwen2", 3, {}, True),
+        ("llama", 1, {"target_modules": ["q_proj", "layers.1.mlp.up_proj"], "lora_alpha": 5.5, "r": 3}, True),
+        ("llama", 0, {}, False),
+    ],
+    ids=["llama", "gpt_neox", "qwen2", "some-layers", "no-base"],
+)
 def test_adapter_and_base_are_the_runs_function(tmp_path, family, stage, changes, base):
     how = config(**changes) if base else cases.relora_config(restart_every=None)
     expected = ranks(2).run(train, str(tmp_path), family, stage, how, base)[0]
@@ -75,12 +89,20 @@ def test_the_config_is_an_ordinary_one(trained, tmp_path):
     export(trained[0] / "step6", tmp_path / "a", format="peft")
     written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["peft_type"]) == (4, 8, "LORA")
-    assert sorted(written["target_modules"]) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj",
-                                                 "v_proj"]
+    assert sorted(written["target_modules"]) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
     assert written["revision"] == peft.weights_sha256(tmp_path / "a" / "base")
     # ... and loads in one call, which passes the hash on as the base's revision
-    torch.testing.assert_close(logits_of(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")), trained[1][6],
-                               rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits_of(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")), trained[1][6], rtol=1e-5, atol=1e-6
+    )
     # PEFT keeps the hash when it saves
     peft.load(tmp_path / "a").save_pretrained(tmp_path / "again")
     peft.verify(tmp_path / "again", base=tmp_path / "a" / "base")
@@ -92,8 +114,10 @@ def test_an_adapter_on_another_base_is_refused_by_both_hashes(trained, tmp_path)
         export(trained[0] / f"step{step}", tmp_path / f"{step}", format="peft")
     first, second = (peft.weights_sha256(tmp_path / f"{step}" / "base") for step in (3, 6))
     assert first != second and re.fullmatch("sha256:[0-9a-f]{64}", first)
-    for attempt in (lambda: peft.load(tmp_path / "6", base=tmp_path / "3" / "base"),
-                    lambda: export(trained[0] / "step6", tmp_path / "3", format="peft")):
+    for attempt in (
+        lambda: peft.load(tmp_path / "6", base=tmp_path / "3" / "base"),
+        lambda: export(trained[0] / "step6", tmp_path / "3", format="peft"),
+    ):
         with pytest.raises(ValueError, match="the base has moved on") as error:
             attempt()
         assert first in str(error.value) and second in str(error.value)
@@ -121,8 +145,9 @@ def test_the_hash_is_of_the_weights_and_not_of_the_files(trained, tmp_path):
 
 def test_within_a_cycle_of_a_frozen_base_only_the_adapter_is_replaced(tmp_path):
     """With nothing trained beside A and B, W is all there is to the base, and two steps share it."""
-    expected = ranks(2).run(train, str(tmp_path), "llama", 1, cases.relora_config(
-        restart_every=None, trainable_modules=[]))[0]
+    expected = ranks(2).run(
+        train, str(tmp_path), "llama", 1, cases.relora_config(restart_every=None, trainable_modules=[])
+    )[0]
     export(tmp_path / "step3", tmp_path / "a", format="peft")
     written = (tmp_path / "a" / "base" / "model.safetensors").stat().st_mtime_ns
     export(tmp_path / "step6", tmp_path / "a", format="peft")
@@ -146,8 +171,10 @@ def test_what_has_no_adapter(tmp_path):
     export(tmp_path / "r", tmp_path / "out", format="peft")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 512
     export(tmp_path / "r", tmp_path / "hf")
-    merged, plain = logits_of(peft.load(tmp_path / "out")), logits_of(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
+    merged, plain = (
+        logits_of(peft.load(tmp_path / "out")),
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")),
+    )
     torch.testing.assert_close(merged, plain, rtol=1e-5, atol=1e-6)
     (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     with pytest.raises(ValueError, match="no adapter that relora_ds exported"):
@@ -190,8 +217,10 @@ def test_one_step_of_fine_tuning(trained, tmp_path, format):
     """Of the merged export with a new adapter, and of the exported adapter itself."""
     export(trained[0] / "step6", tmp_path / "m", format=format)
     if format == "hf":
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
-                               LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+        )
     else:
         model = peft.load(tmp_path / "m", is_trainable=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

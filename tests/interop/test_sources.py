@@ -24,12 +24,18 @@ def first(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("kind, step", [("run", 28), ("unfinished", 24), ("checkpoint", 16), ("warm_start", 8),
-                                        ("export", 28), ("peft", 24)])
+@pytest.mark.parametrize(
+    "kind, step", [("run", 28), ("unfinished", 24), ("checkpoint", 16), ("warm_start", 8), ("export", 28), ("peft", 24)]
+)
 def test_a_run_starts_where_they_left_off(first, tmp_path, kind, step):
-    source = {"run": first, "unfinished": tmp_path / "unfinished", "export": first / "export",
-              "checkpoint": first / "checkpoints" / "step_00000016", "peft": tmp_path / "peft",
-              "warm_start": first / "checkpoints" / "step_00000008"}[kind]
+    source = {
+        "run": first,
+        "unfinished": tmp_path / "unfinished",
+        "export": first / "export",
+        "checkpoint": first / "checkpoints" / "step_00000016",
+        "peft": tmp_path / "peft",
+        "warm_start": first / "checkpoints" / "step_00000008",
+    }[kind]
     if kind == "unfinished":
         shutil.copytree(first, source)
         shutil.rmtree(source / "export")
@@ -48,8 +54,11 @@ def test_they_are_the_weights_to_the_bit(first, tmp_path):
     assert all(torch.equal(weights.read(name), exported[name]) for name in exported)
 
 
-@pytest.mark.parametrize("model", [(), ("model.preset=null", "model.name_or_path={base}", "model.init=pretrained",
-                                        "data.tokenizer={base}")], ids=["init_from", "pretrained"])
+@pytest.mark.parametrize(
+    "model",
+    [(), ("model.preset=null", "model.name_or_path={base}", "model.init=pretrained", "data.tokenizer={base}")],
+    ids=["init_from", "pretrained"],
+)
 def test_a_resume_needs_it_no_more(first, tmp_path, model):
     base, settings = tmp_path / "base", ("warm_start_steps=0", "checkpoint.every=9", "train.steps=18", "precision=bf16")
     export(first, base)
@@ -70,10 +79,22 @@ def test_a_resume_needs_it_no_more(first, tmp_path, model):
 @pytest.fixture
 def fails(tmp_path, capfd):
     def start(source, *overrides: str) -> str:
-        assert main(["--config", "tiny", f"run_dir={tmp_path / 'run'}", f"init_from={source}", "warm_start_steps=0",
-                     *overrides]) == 2
+        assert (
+            main(
+                [
+                    "--config",
+                    "tiny",
+                    f"run_dir={tmp_path / 'run'}",
+                    f"init_from={source}",
+                    "warm_start_steps=0",
+                    *overrides,
+                ]
+            )
+            == 2
+        )
         assert not (tmp_path / "run").exists() and not dist.is_initialized()
         return capfd.readouterr().err
+
     return start
 
 
@@ -98,6 +119,7 @@ def test_what_cannot_be_read_is_a_mistake_in_the_recipe(fails, first, tmp_path):
 @pytest.fixture
 def damaged(first, tmp_path):
     """Copies of the run's model with other weights."""
+
     def copy(name: str, change) -> str:
         directory = shutil.copytree(first / "export", tmp_path / name)
         path = directory / "model.safetensors"
@@ -105,6 +127,7 @@ def damaged(first, tmp_path):
         change(weights)
         save_file(weights, path, metadata={"format": "pt"})
         return str(directory)
+
     return copy
 
 
@@ -122,17 +145,33 @@ def test_weights_that_do_not_fit_are_a_mistake_in_the_recipe(fails, damaged):
 
 def test_pretrained_weights_that_do_not_fit_are_a_mistake_in_the_recipe(first, damaged, tmp_path, capfd):
     lacks = damaged("lacks", lambda weights: weights.pop("model.norm.weight"))
-    assert main(["--config", "tiny", f"run_dir={tmp_path / 'run'}", "model.init=pretrained", "warm_start_steps=0",
-                 "model.preset=null", f"model.name_or_path={lacks}", f"data.tokenizer={lacks}"]) == 2
+    assert (
+        main(
+            [
+                "--config",
+                "tiny",
+                f"run_dir={tmp_path / 'run'}",
+                "model.init=pretrained",
+                "warm_start_steps=0",
+                "model.preset=null",
+                f"model.name_or_path={lacks}",
+                f"data.tokenizer={lacks}",
+            ]
+        )
+        == 2
+    )
     assert f"model.name_or_path: {lacks} cannot be loaded" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_another_model_is_named_before_anything_is_built(fails, first):
-    assert "holds another model than the recipe's: model.embed_tokens.weight is (512, 64) there and (400, 64) here" in \
-        fails(first, "data.vocab_size=400")
-    assert "(512, 64) there and (512, 128) here" in fails(first / "checkpoints" / "step_00000008",
-                                                          "model.preset=llama_9m")
+    assert (
+        "holds another model than the recipe's: model.embed_tokens.weight is (512, 64) there and (400, 64) here"
+        in fails(first, "data.vocab_size=400")
+    )
+    assert "(512, 64) there and (512, 128) here" in fails(
+        first / "checkpoints" / "step_00000008", "model.preset=llama_9m"
+    )
 
 
 def test_an_adapter_on_another_base(fails, first, tmp_path):

@@ -41,8 +41,9 @@ def loss_of(directory) -> float:
 
 
 def trained(kind: str, directory: str, stage: int) -> float:
-    engine, *_ = relora_ds.initialize(wrap(model_of(kind), CONFIG), f"zero{stage}", CONFIG, lr=1e-2, total_steps=5,
-                                      precision="fp32")
+    engine, *_ = relora_ds.initialize(
+        wrap(model_of(kind), CONFIG), f"zero{stage}", CONFIG, lr=1e-2, total_steps=5, precision="fp32"
+    )
     for step in range(5):
         engine.backward(engine(input_ids=batch(step, 4), labels=batch(step, 4)).loss)
         engine.step()
@@ -58,7 +59,7 @@ def trained(kind: str, directory: str, stage: int) -> float:
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_export_is_the_live_model(kind, stage, tmp_path):
-    live, = ranks(1).run(trained, kind, str(tmp_path), stage)
+    (live,) = ranks(1).run(trained, kind, str(tmp_path), stage)
     export(tmp_path / "checkpoints" / "last", tmp_path / "hf")
     export(tmp_path / "checkpoints" / "last", tmp_path / "peft", format="peft")
     for directory in ("merged", "hf"):

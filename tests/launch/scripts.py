@@ -20,9 +20,16 @@ def environment(**more: str) -> dict[str, str]:
 
 def start(*command: object, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
     """Start a command in a session of its own, `more` being added to its environment."""
-    return subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment(**more), text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment(**more),
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def run(*command: object, cwd: Path = ROOT, timeout: float = 600, **more: str) -> tuple[int, str]:

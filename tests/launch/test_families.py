@@ -31,22 +31,38 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, num_local_experts=4),
     "qwen2": Qwen2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=False),
     "qwen2 with a head of its own, said to be tied": Qwen2Config(
-        **SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True),
+        **SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True
+    ),
 }
 
 
 def overrides_of(directory: Path, run_dir: Path, config: PretrainedConfig) -> list[str]:
     attention = "eager" if config.model_type == "mamba" else "sdpa"
-    return ["model.preset=null", f"model.name_or_path={directory}", f"model.attn_implementation={attention}",
-            f"run_dir={run_dir}", f"data.vocab_size={VOCAB}", "data.seq_len=32", "data.max_tokens=20000",
-            "train.steps=20", "warm_start_steps=4", "relora.r=4", "relora.restart_every=5",
-            "relora.restart_warmup_steps=2", "optim.warmup_steps=2", "train.batch_sequences=8",
-            "train.micro_batch_size=8", "eval.samples=0", "precision=fp32"]
+    return [
+        "model.preset=null",
+        f"model.name_or_path={directory}",
+        f"model.attn_implementation={attention}",
+        f"run_dir={run_dir}",
+        f"data.vocab_size={VOCAB}",
+        "data.seq_len=32",
+        "data.max_tokens=20000",
+        "train.steps=20",
+        "warm_start_steps=4",
+        "relora.r=4",
+        "relora.restart_every=5",
+        "relora.restart_warmup_steps=2",
+        "optim.warmup_steps=2",
+        "train.batch_sequences=8",
+        "train.micro_batch_size=8",
+        "eval.samples=0",
+        "precision=fp32",
+    ]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=900,
-                          check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 @pytest.mark.slow
@@ -70,16 +86,24 @@ def test_a_family_is_trained_and_exported_to_the_loss_of_its_run(family, tmp_pat
     assert summary["restarts"] == 3
     recipe = resolve("tiny", overrides, to_run=False).recipe
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "export")
-    again = evaluate(exported, prepare(recipe.data, recipe.seed), seq_len=32, micro_batch_size=8,
-                     device=torch.device("cpu"))
+    again = evaluate(
+        exported, prepare(recipe.data, recipe.seed), seq_len=32, micro_batch_size=8, device=torch.device("cpu")
+    )
     assert again.val_loss == pytest.approx(summary["val_loss"], rel=2e-5)
 
 
 @pytest.mark.slow
 def test_a_family_that_does_not_predict_the_next_token_is_refused(tmp_path):
-    BartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=2, encoder_layers=2, decoder_ffn_dim=64,
-               encoder_ffn_dim=64, decoder_attention_heads=4,
-               encoder_attention_heads=4).save_pretrained(tmp_path / "bart")
+    BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        decoder_layers=2,
+        encoder_layers=2,
+        decoder_ffn_dim=64,
+        encoder_ffn_dim=64,
+        decoder_attention_heads=4,
+        encoder_attention_heads=4,
+    ).save_pretrained(tmp_path / "bart")
     overrides = overrides_of(tmp_path / "bart", tmp_path / "run", BartConfig())
     for arguments in (("-m", "relora_ds", "check", "tiny"), ("train.py", "--config", "tiny")):
         refused = command(*arguments, *overrides)

@@ -15,15 +15,18 @@ pytestmark = pytest.mark.slow
 def run(*command: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    return subprocess.run(command, cwd=ROOT, env={**environment, "PATH": path}, capture_output=True, text=True,
-                          timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env={**environment, "PATH": path}, capture_output=True, text=True, timeout=600
+    )
 
 
 def launchers(port: int) -> dict[str, list[str]]:
-    return {"deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(port), "train.py"],
-            "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(port), "train.py"],
-            "python": [sys.executable, "train.py"],
-            "module": [sys.executable, "-m", "relora_ds", "train"]}
+    return {
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(port), "train.py"],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(port), "train.py"],
+        "python": [sys.executable, "train.py"],
+        "module": [sys.executable, "-m", "relora_ds", "train"],
+    }
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun", "python", "module"])

@@ -34,8 +34,15 @@ def test_a_bad_recipe_is_said_once_and_ends_with_2(script, tmp_path):
 
 
 def test_a_signal_to_the_script_ends_every_rank_with_its_state_saved(tmp_path):
-    script = start("bash", SCRIPTS / "single_node.sh", "tiny", "train.steps=100000", f"run_dir={tmp_path / 'run'}",
-                   "checkpoint.every=null", cwd=tmp_path)
+    script = start(
+        "bash",
+        SCRIPTS / "single_node.sh",
+        "tiny",
+        "train.steps=100000",
+        f"run_dir={tmp_path / 'run'}",
+        "checkpoint.every=null",
+        cwd=tmp_path,
+    )
     try:
         for line in script.stdout:
             if line.startswith("step     12/"):
@@ -47,7 +54,7 @@ def test_a_signal_to_the_script_ends_every_rank_with_its_state_saved(tmp_path):
         assert processes_with(str(tmp_path)) == {}
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         assert (status["state"], status["exit_code"]) == ("preempted", 75)
-        saved, = store.directories(tmp_path / "run")
+        (saved,) = store.directories(tmp_path / "run")
         assert saved.name == f"step_{status['step']:08d}" and store.verify(saved) == []
     finally:
         script.stdout.close()
@@ -63,22 +70,28 @@ def test_the_help_says_how_to_call(tmp_path):
         assert "set -euo" not in printed and "shellcheck" not in printed
 
 
-@pytest.mark.parametrize(("arguments", "problem"), [
-    (["multi_node.sh", "tiny"], "--hostfile FILE is needed"),
-    (["multi_node.sh", "--hostfile", "absent", "tiny"], "there is no file absent"),
-    (["multi_node.sh", "--hostfile", "bad", "tiny"], "'worker-1 ' is not NAME slots=RANKS"),
-    (["multi_node.sh", "--hostfile", "empty", "tiny"], "it names no machine"),
-    (["multi_node.sh", "--hostfile", "good", "--no_ssh", "tiny"], "'' is none of 0 to 1"),
-    (["multi_node.sh", "--hostfile", "good", "--no_ssh", "--node_rank", "2"], "'2' is none of 0 to 1"),
-    (["multi_node.sh", "--hostfile", "good", "--node_rank", "1"], "--node_rank goes with --no_ssh"),
-    (["multi_node.sh", "--hostfile"], "--hostfile needs a value"),
-    (["multi_node.sh", "--hostfile", "folder", "tiny"], "there is no file folder"),
-    (["multi_node.sh", "--hostfile", "good", "--master_addr", "-oProxyCommand=x"], "--master_addr: '-oProxyCommand=x'"),
-    (["multi_node.sh", "--hostfile", "good", "--master_port", "70000"], "--master_port: '70000' is not a port"),
-    (["multi_node.sh", "--hosts", "good"], "unknown option --hosts"),
-    (["multi_node.sh", "--hostfile", "good", "tiny", "relora"], "relora: after the recipe, only section.key=value"),
-    (["single_node.sh", "tiny", "--num_gpus"], "--num_gpus: after the recipe, only section.key=value"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["multi_node.sh", "tiny"], "--hostfile FILE is needed"),
+        (["multi_node.sh", "--hostfile", "absent", "tiny"], "there is no file absent"),
+        (["multi_node.sh", "--hostfile", "bad", "tiny"], "'worker-1 ' is not NAME slots=RANKS"),
+        (["multi_node.sh", "--hostfile", "empty", "tiny"], "it names no machine"),
+        (["multi_node.sh", "--hostfile", "good", "--no_ssh", "tiny"], "'' is none of 0 to 1"),
+        (["multi_node.sh", "--hostfile", "good", "--no_ssh", "--node_rank", "2"], "'2' is none of 0 to 1"),
+        (["multi_node.sh", "--hostfile", "good", "--node_rank", "1"], "--node_rank goes with --no_ssh"),
+        (["multi_node.sh", "--hostfile"], "--hostfile needs a value"),
+        (["multi_node.sh", "--hostfile", "folder", "tiny"], "there is no file folder"),
+        (
+            ["multi_node.sh", "--hostfile", "good", "--master_addr", "-oProxyCommand=x"],
+            "--master_addr: '-oProxyCommand=x'",
+        ),
+        (["multi_node.sh", "--hostfile", "good", "--master_port", "70000"], "--master_port: '70000' is not a port"),
+        (["multi_node.sh", "--hosts", "good"], "unknown option --hosts"),
+        (["multi_node.sh", "--hostfile", "good", "tiny", "relora"], "relora: after the recipe, only section.key=value"),
+        (["single_node.sh", "tiny", "--num_gpus"], "--num_gpus: after the recipe, only section.key=value"),
+    ],
+)
 def test_wrong_arguments(arguments, problem, tmp_path):
     (tmp_path / "good").write_text("# two machines\n\nworker-0 slots=1\nworker-1 slots=2 # with more\n")
     (tmp_path / "bad").write_text("worker-0 slots=1\nworker-1\n")
@@ -88,8 +101,25 @@ def test_wrong_arguments(arguments, problem, tmp_path):
     assert code == 1 and printed.startswith("error: ") and problem in printed and printed.count("\n") == 1
 
 
-HOSTS = ["-oProxyCommand=touch${IFS}ran", "-w", "--", "$(touch${IFS}ran)", "`touch${IFS}ran`", "a;b", "a|b", "a&b",
-         "w[0-9]", "a,b", "a*", "user@-x", "a'b", 'a"b', "a\\b", "../x", "ä"]
+HOSTS = [
+    "-oProxyCommand=touch${IFS}ran",
+    "-w",
+    "--",
+    "$(touch${IFS}ran)",
+    "`touch${IFS}ran`",
+    "a;b",
+    "a|b",
+    "a&b",
+    "w[0-9]",
+    "a,b",
+    "a*",
+    "user@-x",
+    "a'b",
+    'a"b',
+    "a\\b",
+    "../x",
+    "ä",
+]
 
 
 def test_host_names_that_would_be_options_or_commands(tmp_path):
@@ -121,8 +151,9 @@ def test_host_names_that_are_fine(tmp_path):
     hosts = ["worker-0", "10.0.0.1", "me@gpu01.example.org", "fe80::1%eth0", "::1", "GPU_2"]
     (tmp_path / "hosts").write_text("\n # machines\n" + "".join(f"{host} slots=2 # fine\n" for host in hosts))
     assert hosts_in(tmp_path / "hosts") == hosts
-    code, printed = run("bash", SCRIPTS / "multi_node.sh", "--no_ssh", "--node_rank", "9", "--hostfile", "hosts",
-                        cwd=tmp_path)
+    code, printed = run(
+        "bash", SCRIPTS / "multi_node.sh", "--no_ssh", "--node_rank", "9", "--hostfile", "hosts", cwd=tmp_path
+    )
     assert code == 1 and "'9' is none of 0 to 5" in printed  # all of them were read
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\na slots=2\n")
     _, printed = run("bash", SCRIPTS / "multi_node.sh", "--hostfile", "hosts", cwd=tmp_path)
@@ -133,16 +164,24 @@ def test_host_names_that_are_fine(tmp_path):
         hosts_in(tmp_path)
 
 
-@pytest.mark.parametrize(("recorded", "launcher", "node", "code"), [
-    (0, 0, 0, 0), (3, 1, 0, 3), (75, 143, 0, 75), (2, 0, 0, 2),
-    ("null", 0, 0, 1),  # a rank died without a word, and the launcher did not say so
-    ("null", 143, 0, 143),
-    ("null", 0, 1, 0),  # another node may see an old file
-])
+@pytest.mark.parametrize(
+    ("recorded", "launcher", "node", "code"),
+    [
+        (0, 0, 0, 0),
+        (3, 1, 0, 3),
+        (75, 143, 0, 75),
+        (2, 0, 0, 2),
+        ("null", 0, 0, 1),  # a rank died without a word, and the launcher did not say so
+        ("null", 143, 0, 143),
+        ("null", 0, 1, 0),  # another node may see an old file
+    ],
+)
 def test_the_exit_code_is_what_the_run_recorded(recorded, launcher, node, code, tmp_path):
     (tmp_path / "status.json").write_text(f'{{"exit_code": {recorded}}}')
-    body = (f"source {SCRIPTS}/environment.sh; source {SCRIPTS}/launch.sh; PYTHON={sys.executable}; node_rank={node}; "
-            f"exit_code {tmp_path} started {launcher}")
+    body = (
+        f"source {SCRIPTS}/environment.sh; source {SCRIPTS}/launch.sh; PYTHON={sys.executable}; node_rank={node}; "
+        f"exit_code {tmp_path} started {launcher}"
+    )
     started = tmp_path / "started"
     started.touch()
     for age, expected in ((-60, code), (60, launcher)):  # older than the start: of the run before

@@ -62,9 +62,22 @@ def sbatch(fake: Path, port: str, *arguments: object) -> subprocess.Popen:
     """The batch script as Slurm runs it: a copy, elsewhere, with the job's variables."""
     spooled = fake / "slurm_script"
     spooled.write_text((SCRIPTS / "slurm.sbatch").read_text())
-    return start("bash", spooled, "tiny", *arguments, cwd=fake, PATH=f"{fake}:{environment()['PATH']}",
-                 FAKE=str(fake), SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="4711", SLURM_JOB_NUM_NODES="2",
-                 SLURM_JOB_NODELIST="node[1-2]", SLURM_PROCID="0", SLURM_NTASKS="2", MASTER_PORT=port)
+    return start(
+        "bash",
+        spooled,
+        "tiny",
+        *arguments,
+        cwd=fake,
+        PATH=f"{fake}:{environment()['PATH']}",
+        FAKE=str(fake),
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID="4711",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_PROCID="0",
+        SLURM_NTASKS="2",
+        MASTER_PORT=port,
+    )
 
 
 def test_a_job_whose_time_is_up_goes_on_in_the_next(fake, tmp_path, free_port):
@@ -85,5 +98,13 @@ def test_a_job_whose_time_is_up_goes_on_in_the_next(fake, tmp_path, free_port):
     assert status(run_dir)["state"] == "done" and (fake / "requeued").read_text() == "requeue 4711\n"
     run(tmp_path / "uninterrupted", *settings)
     assert losses(run_dir) == losses(tmp_path / "uninterrupted")
-    assert {path.name for path in fake.iterdir()} == {"srun", "scontrol", "scancel", "slurm_script", "task.0",
-                                                      "task.1", "srun.options", "requeued"}  # no hostfile is left
+    assert {path.name for path in fake.iterdir()} == {
+        "srun",
+        "scontrol",
+        "scancel",
+        "slurm_script",
+        "task.0",
+        "task.1",
+        "srun.options",
+        "requeued",
+    }  # no hostfile is left

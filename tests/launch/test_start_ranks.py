@@ -24,15 +24,32 @@ def script(directory: Path, text: str) -> Path:
 
 
 def test_every_rank_knows_its_place(tmp_path):
-    tell = script(tmp_path, f"""
+    tell = script(
+        tmp_path,
+        f"""
 import json
 with open(f'{{sys.argv[1]}}/{{rank}}', 'w') as file:
-    json.dump([os.environ[name] for name in {NAMES}] + sys.argv[2:], file)""")
-    code, printed = run(*START, "--ranks", 2, "--first", 3, "--world_size", 6, "--master_addr", "gpu07", tell, tmp_path,
-                        "--config", "tiny")
+    json.dump([os.environ[name] for name in {NAMES}] + sys.argv[2:], file)""",
+    )
+    code, printed = run(
+        *START,
+        "--ranks",
+        2,
+        "--first",
+        3,
+        "--world_size",
+        6,
+        "--master_addr",
+        "gpu07",
+        tell,
+        tmp_path,
+        "--config",
+        "tiny",
+    )
     assert code == 0, printed
     assert [json.loads((tmp_path / name).read_text()) for name in ("3", "4")] == [
-        [rank, local, "6", "2", "2", "gpu07", "29999", "--config", "tiny"] for rank, local in (("3", "0"), ("4", "1"))]
+        [rank, local, "6", "2", "2", "gpu07", "29999", "--config", "tiny"] for rank, local in (("3", "0"), ("4", "1"))
+    ]
 
 
 def test_the_exit_code_is_that_of_the_rank_that_fails_and_the_others_may_still_speak(tmp_path):
@@ -61,12 +78,15 @@ def test_after_a_signal_the_ranks_end_on_their_own(send, tmp_path):
 
 
 def test_the_launch_scripts_wait_for_the_ranks_of_one_that_was_killed(tmp_path):
-    orphan = script(tmp_path, """
+    orphan = script(
+        tmp_path,
+        """
 print('ready', os.getppid())
 parent = os.getppid()
 while os.getppid() == parent: time.sleep(0.1)
 time.sleep(2)
-print('saved')""")
+print('saved')""",
+    )
     launch = f"set -eu; ROOT={ROOT}; PYTHON={sys.executable}; ranks=1; . {SCRIPTS}/launch.sh; launch_here none {orphan}"
     process = start("bash", "-c", launch)
     try:
@@ -97,12 +117,15 @@ def test_no_ranks_are_refused(tmp_path):
 
 
 def test_the_ranks_notice_that_it_was_killed(tmp_path):
-    looks = script(tmp_path, """
+    looks = script(
+        tmp_path,
+        """
 from relora_ds.training.preemption import _launcher
 parent = os.getppid()
 print(_launcher() == parent)
 while os.getppid() == parent: time.sleep(0.1)
-print(_launcher())""")
+print(_launcher())""",
+    )
     process = start(*START, "--ranks", 1, looks, PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu")
     try:
         assert process.stdout.readline() == "True\n"

@@ -24,8 +24,20 @@ def process_of(rank: int, run_dir: Path) -> int:
 
 
 def test_it_goes_on_by_itself(tmp_path):
-    torchrun = start("torchrun", "--standalone", "--nproc_per_node", 2, "--max-restarts", 2, ROOT / "train.py",
-                     "--config", "tiny", f"run_dir={tmp_path / 'r'}", "resume=auto", *SETTINGS)
+    torchrun = start(
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "--max-restarts",
+        2,
+        ROOT / "train.py",
+        "--config",
+        "tiny",
+        f"run_dir={tmp_path / 'r'}",
+        "resume=auto",
+        *SETTINGS,
+    )
     printed = []
     try:
         for line in torchrun.stdout:

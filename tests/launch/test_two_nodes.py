@@ -47,12 +47,29 @@ def run_on(nodes: list[str], directories: list[Path], *arguments: str, timeout: 
     """`multi_node.sh --no_ssh` on both nodes, each in a directory of its own: exit code and output of each."""
     hostfile = directories[0].parent / "hostfile"
     hostfile.write_text("\n".join(f"{address} slots=1" for address in ADDRESSES))
-    launchers = [start("ip", "netns", "exec", node, "bash", SCRIPTS / "multi_node.sh", "--no_ssh", "--node_rank", rank,
-                       "--hostfile", hostfile, *arguments, cwd=directory, GLOO_SOCKET_IFNAME="cable")
-                 for rank, (node, directory) in enumerate(zip(nodes, directories, strict=True))]
+    launchers = [
+        start(
+            "ip",
+            "netns",
+            "exec",
+            node,
+            "bash",
+            SCRIPTS / "multi_node.sh",
+            "--no_ssh",
+            "--node_rank",
+            rank,
+            "--hostfile",
+            hostfile,
+            *arguments,
+            cwd=directory,
+            GLOO_SOCKET_IFNAME="cable",
+        )
+        for rank, (node, directory) in enumerate(zip(nodes, directories, strict=True))
+    ]
     try:
-        return [(launcher.wait(), output) for launcher in launchers
-                for output in [launcher.communicate(timeout=timeout)[0]]]
+        return [
+            (launcher.wait(), output) for launcher in launchers for output in [launcher.communicate(timeout=timeout)[0]]
+        ]
     finally:
         for launcher in launchers:
             launcher.terminate()  # multi_node.sh passes it on
@@ -88,5 +105,10 @@ def test_two_nodes_compute_what_two_ranks_of_one_node_do(nodes, tmp_path):
     assert min(received(node) for node in nodes) > sent / 2  # and it went over the cable
     # Node 0 writes the run; node 1, on a disk of its own, its own part of the checkpoint, and nothing else.
     names = {name.removeprefix("runs/tiny/checkpoints/") for name in files(directories[1])}
-    assert names == {"latest", *(f"step_00000022/{name}" for name in (
-        "manifest.json", "config.json", "trained_00001.safetensors", "frozen_00001.safetensors"))}
+    assert names == {
+        "latest",
+        *(
+            f"step_00000022/{name}"
+            for name in ("manifest.json", "config.json", "trained_00001.safetensors", "frozen_00001.safetensors")
+        ),
+    }

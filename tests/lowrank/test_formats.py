@@ -39,8 +39,9 @@ def test_no_value_is_off_by_more_than_half_a_gap_of_the_codes(name, shape):
     assert error.max() > 0
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16),
-                                             ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_a_cast_rounds_to_nearest(name, dtype):
     value = _weight(5, 7)
     assert torch.equal(_round_trip(name, value), value.to(dtype).float())
@@ -49,11 +50,21 @@ def test_a_cast_rounds_to_nearest(name, dtype):
     assert DENSE.quantize(value, torch.float32).data_ptr() != value.data_ptr()  # the master and the copy are two
 
 
-@pytest.mark.parametrize(("name", "num_bytes"), [
-    ("fp32", 4 * 128 * 96), ("bf16", 2 * 128 * 96), ("int8", 128 * 96 + 4 * 128), ("fp8", 128 * 96 + 4 * 128),
-    ("fp8_both_layouts", 2 * 128 * 96 + 4 * 128), ("nf4", 128 * 96 // 2 + 4 * 128 * 96 // 64),
-    ("nf4_double", 128 * 96 // 2 + 128 * 96 // 64 + 16 + 16),  # one scale of 192 scales, and their mean, each aligned
-])
+@pytest.mark.parametrize(
+    ("name", "num_bytes"),
+    [
+        ("fp32", 4 * 128 * 96),
+        ("bf16", 2 * 128 * 96),
+        ("int8", 128 * 96 + 4 * 128),
+        ("fp8", 128 * 96 + 4 * 128),
+        ("fp8_both_layouts", 2 * 128 * 96 + 4 * 128),
+        ("nf4", 128 * 96 // 2 + 4 * 128 * 96 // 64),
+        (
+            "nf4_double",
+            128 * 96 // 2 + 128 * 96 // 64 + 16 + 16,
+        ),  # one scale of 192 scales, and their mean, each aligned
+    ],
+)
 def test_a_packed_weight_is_one_flat_tensor_of_so_many_bytes(name, num_bytes):
     format, value = format_named(name), _weight(128, 96)
     stored = format.quantize(value, torch.float32)
@@ -162,7 +173,8 @@ def test_what_cannot_be_stored_is_said(monkeypatch):
     nf4 = format_named("nf4")
     assert nf4.problem(torch.Size([33, 3])) == (
         "nf4 stores blocks of 64 weights, which do not divide its 33x3; leave it out of relora.target_modules, or use "
-        "frozen_dtype=int8")
+        "frozen_dtype=int8"
+    )
     assert nf4.problem(torch.Size([32, 10])) is None
     assert all(format_named(name).problem(torch.Size([33, 3])) is None for name in PACKED if "nf4" not in name)
     assert nf4.unavailable() is None
@@ -218,8 +230,9 @@ def _multiplies_on_cpu() -> bool:
     return True
 
 
-needs_fp8_products = pytest.mark.skipif(not _multiplies_on_cpu(),
-                                        reason="this torch does not multiply fp8 by row on a CPU")
+needs_fp8_products = pytest.mark.skipif(
+    not _multiplies_on_cpu(), reason="this torch does not multiply fp8 by row on a CPU"
+)
 
 
 @needs_fp8_products
@@ -259,9 +272,13 @@ def test_fp8_multiplies_dequantized_where_its_kernels_cannot():
     assert calls.found == []
 
 
-LIE = {"by rows": lambda x: x, "by columns": lambda x: x.t().contiguous().t(),
-       "apart": lambda x: torch.cat([x, x], 1)[:, :x.shape[1]], "one row of many": lambda x: x[:1],
-       "one row": lambda x: x.flatten().as_strided((1, x.shape[1]), (1, 1))}
+LIE = {
+    "by rows": lambda x: x,
+    "by columns": lambda x: x.t().contiguous().t(),
+    "apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "one row of many": lambda x: x[:1],
+    "one row": lambda x: x.flatten().as_strided((1, x.shape[1]), (1, 1)),
+}
 
 
 def _layer_in_fp8(x, g) -> tuple[list, torch.Tensor, torch.Tensor]:

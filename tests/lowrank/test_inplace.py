@@ -18,8 +18,9 @@ SIZE, R = 64, 4
 
 def low_rank(format="dense", *, dropout=0.0, base=True, bias=True) -> ReLoRALinear:
     linear = nn.Linear(SIZE, SIZE, bias=bias)
-    layer = ReLoRALinear(SIZE, SIZE, linear.weight if base else None, linear.bias, r=R, lora_alpha=8,
-                         lora_dropout=dropout)
+    layer = ReLoRALinear(
+        SIZE, SIZE, linear.weight if base else None, linear.bias, r=R, lora_alpha=8, lora_dropout=dropout
+    )
     nn.init.normal_(layer.lora_A, std=0.1), nn.init.normal_(layer.lora_B, std=0.1)
     if base and format != "dense":
         packed = format_named(format)
@@ -132,8 +133,11 @@ def test_compiled(format):
     assert_same(gradients(torch.compile(function, backend="aot_eager", fullgraph=True)), gradients(function))
 
 
-@pytest.mark.parametrize("make", [low_rank, functools.partial(low_rank, "int8"),
-                                  functools.partial(nn.Linear, SIZE, SIZE, bias=False)], ids=["dense", "int8", "full"])
+@pytest.mark.parametrize(
+    "make",
+    [low_rank, functools.partial(low_rank, "int8"), functools.partial(nn.Linear, SIZE, SIZE, bias=False)],
+    ids=["dense", "int8", "full"],
+)
 @pytest.mark.parametrize("mode", ["full", "selective", "cheap"])
 def test_checkpointing_repeats_from_what_was_there_before_the_change(mode, make):
     layers, x = nn.ModuleList(make() for _ in range(3)), torch.randn(2, 3, SIZE, requires_grad=True)

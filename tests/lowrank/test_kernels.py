@@ -44,9 +44,15 @@ def _fused(name, stored, x, lora_A, lora_B, bias=None):
     return lowrank_linear(x, stored, lora_A, lora_B, bias, 0.7, format_named(name))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [
-    (name, dtype) for name in FORMATS for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if (name, dtype) != ("fp8_both_layouts", torch.bfloat16)])  # may multiply in fp8, see test_formats.py
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in FORMATS
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if (name, dtype) != ("fp8_both_layouts", torch.bfloat16)
+    ],
+)  # may multiply in fp8, see test_formats.py
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_three_matmuls_with_the_dequantized_weight(name, bias, dtype):
     stored, weight = _stored(name, dtype)
@@ -72,7 +78,7 @@ def test_gradcheck(name, bias):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_second_derivative_is_refused_not_wrong(dropout):
     layer, x = _layer("int8", dropout=dropout)[0], torch.randn(5, IN, requires_grad=True)
-    gradient, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -116,15 +122,23 @@ def test_what_is_not_finite_stays_visible(name, bad):
     assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
     upstream = torch.ones_like(y)
     upstream[2, 3] = bad
-    grad, = torch.autograd.grad(y, leaves[:1], upstream)
+    (grad,) = torch.autograd.grad(y, leaves[:1], upstream)
     assert not grad[2].isfinite().any() and grad[:2].isfinite().all()
 
 
 def _layer(name, *, dropout=0.0, bias=True, base=True, dtype=torch.float32):
     stored, weight = _stored(name, dtype)
     linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
-    layer = ReLoRALinear(IN, OUT, nn.Parameter(weight.to(dtype)) if base else None, linear.bias, r=R, lora_alpha=2 * R,
-                         lora_dropout=dropout, dtype=dtype)
+    layer = ReLoRALinear(
+        IN,
+        OUT,
+        nn.Parameter(weight.to(dtype)) if base else None,
+        linear.bias,
+        r=R,
+        lora_alpha=2 * R,
+        lora_dropout=dropout,
+        dtype=dtype,
+    )
     if base and name != "dense":
         layer.store_weight(stored, format_named(name), as_buffer=False)
     nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
@@ -167,9 +181,11 @@ class _LiveWeights(TorchDispatchMode):
     Our operators are run as the Python that they are, so that what they make inside is seen.
     """
 
-    KERNELS = {torch.ops.relora_ds.product.default: kernels._product,
-               torch.ops.relora_ds.linear.default: kernels._linear,
-               torch.ops.relora_ds.linear_input_grad.default: kernels._linear_input_grad}
+    KERNELS = {
+        torch.ops.relora_ds.product.default: kernels._product,
+        torch.ops.relora_ds.linear.default: kernels._linear,
+        torch.ops.relora_ds.linear_input_grad.default: kernels._linear_input_grad,
+    }
 
     def __init__(self, size):
         super().__init__()
@@ -194,13 +210,16 @@ class _LiveWeights(TorchDispatchMode):
 
 
 def _layers(name, dropout=0.0, num_layers=3):
-    layers = [ReLoRALinear(64, 64, nn.Parameter(torch.randn(64, 64) / 8), None, r=2, lora_alpha=2,
-                           lora_dropout=dropout) for _ in range(num_layers)]
+    layers = [
+        ReLoRALinear(64, 64, nn.Parameter(torch.randn(64, 64) / 8), None, r=2, lora_alpha=2, lora_dropout=dropout)
+        for _ in range(num_layers)
+    ]
     for layer in layers:
         nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
         if name != "dense":
-            layer.store_weight(format_named(name).quantize(layer.weight, torch.float32), format_named(name),
-                               as_buffer=False)
+            layer.store_weight(
+                format_named(name).quantize(layer.weight, torch.float32), format_named(name), as_buffer=False
+            )
     return nn.Sequential(*layers)
 
 
@@ -228,6 +247,7 @@ def test_the_count_of_live_weights_sees_a_kept_copy():
 def _compiled(model):
     """`model` compiled without a graph break, and what its graphs compute: `[(name of the target, value), ...]`."""
     from torch._dynamo.backends.common import aot_autograd
+
     graphs = []
 
     def keep(graph, example_inputs):
@@ -264,8 +284,11 @@ def test_compiled_layers_keep_no_dense_weight_and_a_restart_does_not_recompile(n
                 layer.lora_A.normal_()
     assert len(graphs) == 2  # forward and backward, compiled once
     for graph in graphs:
-        made = [(target, value.shape) for target, op, value in graph
-                if op == "call_function" and isinstance(value, torch.Tensor) and value.numel() >= 64 * 64]
+        made = [
+            (target, value.shape)
+            for target, op, value in graph
+            if op == "call_function" and isinstance(value, torch.Tensor) and value.numel() >= 64 * 64
+        ]
         assert made == []  # a dense weight exists inside of our operators only
         assert sum("relora_ds.linear" in target for target, _, _ in graph) == (4 if dropout else 2)  # W x and B A x
 
@@ -282,6 +305,7 @@ def test_the_default_compiler(name):
 
 def test_fake_operators_agree_with_the_real_ones():
     from torch.library import opcheck
+
     stored, _ = _stored("int8", torch.float32)
     x, lora_A, lora_B, bias = (leaf.detach() for leaf in _leaves(torch.float32, rows=(6,)))
     g, h = torch.randn(6, OUT), torch.randn(6, R)

@@ -34,11 +34,13 @@ def test_fused_layer_equals_the_formula_and_its_gradients(base, bias):
     ours, formula = lowrank_linear(x, weight, lora_A, lora_B, b, 0.7), _formula(x, weight, lora_A, lora_B, b, 0.7)
     torch.testing.assert_close(ours, formula)
     upstream = torch.randn_like(ours)
-    for got, want in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(formula, leaves, upstream),
-                         strict=True):
+    for got, want in zip(
+        torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(formula, leaves, upstream), strict=True
+    ):
         torch.testing.assert_close(got, want)
-    assert torch.autograd.gradcheck(lambda *a: lowrank_linear(a[0], weight, a[1], a[2], a[3] if bias else None, 0.7),
-                                    leaves)
+    assert torch.autograd.gradcheck(
+        lambda *a: lowrank_linear(a[0], weight, a[1], a[2], a[3] if bias else None, 0.7), leaves
+    )
 
 
 def test_only_x_and_h_are_kept_for_backward():

@@ -47,8 +47,9 @@ CHOOSE = {
     "the older way": lambda: torch.set_float32_matmul_precision("high"),  # as allow_tf32 = True
     "the older way, bf16": lambda: torch.set_float32_matmul_precision("medium"),
     "the newer way": lambda: [setattr(matmul, "fp32_precision", "tf32") for matmul in MATMULS.values()],
-    "for all operations": lambda: [setattr(backend, "fp32_precision", "tf32")
-                                   for backend in (torch.backends.cudnn, torch.backends.mkldnn)],
+    "for all operations": lambda: [
+        setattr(backend, "fp32_precision", "tf32") for backend in (torch.backends.cudnn, torch.backends.mkldnn)
+    ],
 }
 
 

@@ -39,7 +39,7 @@ def test_a_split_tensor_gets_the_same_mask_as_a_whole_one():
 
     # Two "ranks" in lockstep: each histogram is summed over both. The first pass computes, per rank,
     # with a reduce that adds the other rank's histogram for the same digit.
-    pieces = [[w[c[i]:c[i + 1]] for w, c in zip(whole, cuts, strict=True)] for i in range(2)]
+    pieces = [[w[c[i] : c[i + 1]] for w, c in zip(whole, cuts, strict=True)] for i in range(2)]
     threshold, ties = kth_largest_magnitude(whole, keep)
     masks = []
     left = ties.clone()

@@ -8,11 +8,25 @@ SHORT = dict(total_steps=1000, warmup_steps=50, restart_warmup_steps=10, restart
 LONG = dict(total_steps=15000, warmup_steps=500, restart_warmup_steps=100, restart_every=5000, min_lr_ratio=0.1)
 
 
-@pytest.mark.parametrize("schedule, step, value", [
-    (SHORT, 25, 0.5), (SHORT, 50, 1), (SHORT, 199, 0.946469290935), (SHORT, 200, 0), (SHORT, 201, 0.093846541643),
-    (SHORT, 205, 0.469232708215), (SHORT, 210, 0.938465416431), (SHORT, 400, 0), (SHORT, 410, 0.717038762013),
-    (SHORT, 999, 0.100002460564), (LONG, 4999, 0.802614871261), (LONG, 5050, 0.397202881433),
-    (LONG, 5100, 0.794405762866), (LONG, 10050, 0.165326153744)])
+@pytest.mark.parametrize(
+    "schedule, step, value",
+    [
+        (SHORT, 25, 0.5),
+        (SHORT, 50, 1),
+        (SHORT, 199, 0.946469290935),
+        (SHORT, 200, 0),
+        (SHORT, 201, 0.093846541643),
+        (SHORT, 205, 0.469232708215),
+        (SHORT, 210, 0.938465416431),
+        (SHORT, 400, 0),
+        (SHORT, 410, 0.717038762013),
+        (SHORT, 999, 0.100002460564),
+        (LONG, 4999, 0.802614871261),
+        (LONG, 5050, 0.397202881433),
+        (LONG, 5100, 0.794405762866),
+        (LONG, 10050, 0.165326153744),
+    ],
+)
 def test_check_values(schedule, step, value):
     assert lr_multiplier(step, **schedule) == pytest.approx(value, abs=1e-9)
 
@@ -24,8 +38,9 @@ def test_recorded_restarts_take_the_place_of_the_calendar():
     assert lr_multiplier(322, **plain, restarts=[321]) == pytest.approx(0.1 * lr_multiplier(331, **plain))
     # What is recorded later does not change what was.
     assert lr_multiplier(320, **plain, restarts=[321]) == lr_multiplier(320, **plain)
-    assert [lr_multiplier(k, **plain, restarts=[200, 400, 600, 800]) for k in range(1001)] == \
-        [lr_multiplier(k, **SHORT) for k in range(1001)]
+    assert [lr_multiplier(k, **plain, restarts=[200, 400, 600, 800]) for k in range(1001)] == [
+        lr_multiplier(k, **SHORT) for k in range(1001)
+    ]
 
 
 def test_a_restart_by_hand_inside_the_warmup_ramps_to_the_warmup():

@@ -12,8 +12,9 @@ def matrix(singular_values: list[float], rows: int = 60, columns: int = 90, dtyp
     """`[rows, columns]` with these singular values, the others 0."""
     generator = torch.Generator().manual_seed(0)
     n = len(singular_values)
-    left, right = (torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64)).Q
-                   for size in (rows, columns))
+    left, right = (
+        torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64)).Q for size in (rows, columns)
+    )
     return (left * torch.tensor(singular_values, dtype=torch.float64) @ right.T).to(dtype)
 
 

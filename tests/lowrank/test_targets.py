@@ -57,7 +57,11 @@ def hooked(*sizes):
 
 
 PECULIAR = {
-    "scaled": Scaled, "noisy": Noisy, "no gradient": Clamped, "own forward": own_forward, "hook": hooked,
+    "scaled": Scaled,
+    "noisy": Noisy,
+    "no gradient": Clamped,
+    "own forward": own_forward,
+    "hook": hooked,
     "lazy": lambda rows, columns: nn.LazyLinear(columns),
     "weight norm": lambda *sizes: weight_norm(nn.Linear(*sizes)),
     "parametrized": lambda *sizes: parametrizations.weight_norm(nn.Linear(*sizes)),
@@ -127,8 +131,10 @@ def test_excluded_linears_are_left_out():
     excluding = ReLoRAConfig(r=4, exclude_modules=["down_proj", "layers.0.self_attn.q_proj", "mlp"])
     names = set(lowrank_layers(wrap(llama(), excluding)))
     everything = set(target_linears(llama(), CONFIG))
-    assert everything - names == {"model.layers.0.self_attn.q_proj",
-                                  *(f"model.layers.{i}.mlp.down_proj" for i in range(3))}  # no parents, as in PEFT
+    assert everything - names == {
+        "model.layers.0.self_attn.q_proj",
+        *(f"model.layers.{i}.mlp.down_proj" for i in range(3)),
+    }  # no parents, as in PEFT
     both = ReLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"])
     assert len(target_linears(llama(), both)) == 5
     assert len(target_linears(Twice(), ReLoRAConfig(exclude_modules=["second"]))) == 1
@@ -138,16 +144,20 @@ def test_excluded_names_agree_with_peft():
     peft = pytest.importorskip("peft")
     names = ["down_proj", "layers.0.self_attn.q_proj", "mlp", "proj"]
     plain = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=names))
-    theirs = {name.removeprefix("base_model.model.") for name, module in plain.named_modules()
-              if hasattr(module, "lora_A")}
+    theirs = {
+        name.removeprefix("base_model.model.") for name, module in plain.named_modules() if hasattr(module, "lora_A")
+    }
     assert theirs == set(target_linears(llama(), ReLoRAConfig(exclude_modules=names)))
 
 
-@pytest.mark.parametrize("names, message", [
-    (["dwon_proj"], "relora.exclude_modules: 'dwon_proj' matches no module"),
-    ("down_proj", "relora.exclude_modules: 'down_proj' is not a list"),
-    (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "leaves nothing"),
-])
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["dwon_proj"], "relora.exclude_modules: 'dwon_proj' matches no module"),
+        ("down_proj", "relora.exclude_modules: 'down_proj' is not a list"),
+        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "leaves nothing"),
+    ],
+)
 def test_wrong_exclusions_are_named(names, message):
     with pytest.raises(ValueError, match=message):
         wrap(llama(), ReLoRAConfig(r=4, exclude_modules=names))
@@ -185,8 +195,9 @@ def test_attention_of_pytorch_keeps_its_output_projection():
 
 
 def test_a_mamba_keeps_the_projections_that_its_kernels_read():
-    model = AutoModelForCausalLM.from_config(MambaConfig(
-        vocab_size=67, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4, use_cache=False))
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=67, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4, use_cache=False)
+    )
     assert {name.rpartition(".")[2] for name in target_linears(model, CONFIG)} == {"in_proj"}
     text, frozen = warnings(model, CONFIG)
     assert all(name in text for name in ("x_proj", "dt_proj", "out_proj", "MambaMixer reads its weight"))
@@ -212,17 +223,28 @@ def test_a_weight_that_only_training_reads_is_left_out_in_either_mode(training):
 
 
 def test_a_falcon_is_wrapped_whole():
-    model = AutoModelForCausalLM.from_config(FalconConfig(
-        vocab_size=67, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, use_cache=False))
+    model = AutoModelForCausalLM.from_config(
+        FalconConfig(vocab_size=67, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, use_cache=False)
+    )
     before = model.eval()(input_ids=batch(0, 2)).logits
     assert len(target_linears(model, CONFIG)) == 8
     torch.testing.assert_close(wrap(model, CONFIG)(input_ids=batch(0, 2)).logits, before, rtol=1e-5, atol=1e-6)
 
 
 def mixtral():
-    return AutoModelForCausalLM.from_config(MixtralConfig(
-        vocab_size=67, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, use_cache=False))
+    return AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            vocab_size=67,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            use_cache=False,
+        )
+    )
 
 
 @pytest.mark.parametrize("trainable", [None, ["norms"], ["embeddings", "head", "norms"]])
@@ -236,15 +258,29 @@ def test_frozen_experts_are_warned_of_with_their_share(trainable, caplog):
     if trainable is None or "head" in trainable:
         gates = 2 * 4 * 16
         assert f"{100 * (experts + gates) / total:.3g} %" in caplog.text
-    assert not any("frozen" in text for text in warnings(mixtral(), ReLoRAConfig(
-        r=2, trainable_modules=["embeddings", "head", "norms", "experts", "gate"])))
+    assert not any(
+        "frozen" in text
+        for text in warnings(
+            mixtral(), ReLoRAConfig(r=2, trainable_modules=["embeddings", "head", "norms", "experts", "gate"])
+        )
+    )
 
 
 def test_a_rank_above_a_gate_names_the_option_that_leaves_the_gate_out():
-    model = AutoModelForCausalLM.from_config(Qwen2MoeConfig(
-        vocab_size=67, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16))
+    model = AutoModelForCausalLM.from_config(
+        Qwen2MoeConfig(
+            vocab_size=67,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )
+    )
     found = problems(model, CONFIG)
     assert len(found) == 1 and "relora.exclude_modules=[shared_expert_gate]" in found[0]
     assert problems(model, ReLoRAConfig(r=2, exclude_modules=["shared_expert_gate"])) == []

@@ -92,8 +92,11 @@ def test_trainable_modules_decides():
 def test_target_modules_by_suffix():
     model = wrap(llama(), ReLoRAConfig(r=4, restart_every=None, target_modules=["q_proj", "layers.1.mlp.up_proj"]))
     assert [n.removeprefix("model.") for n in lowrank_layers(model)] == [
-        "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj",
-        "layers.2.self_attn.q_proj"]
+        "layers.0.self_attn.q_proj",
+        "layers.1.self_attn.q_proj",
+        "layers.1.mlp.up_proj",
+        "layers.2.self_attn.q_proj",
+    ]
 
 
 def test_tied_embeddings_stay_tied():
@@ -117,13 +120,19 @@ def test_groups_have_no_decay_on_vectors_and_lora_of_its_own():
     assert [g["name"] for g in parameter_groups(llama(), weight_decay=0.1)] == ["matrices", "vectors"]
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(r=21), "relora.r: 21 exceeds the smaller side of model.layers.0.self_attn.q_proj"),
-    (dict(target_modules=["q_porj"]), "relora.target_modules: 'q_porj' matches no module"),
-    (dict(target_modules=["mlp"]), "relora.target_modules: 'mlp' matches no nn.Linear"),
-    (dict(trainable_modules=["emb"]), "relora.trainable_modules: 'emb' matches no module"),
-    (dict(frozen_dtype="nf4"), "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 11 more: nf4 stores blocks"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(r=21), "relora.r: 21 exceeds the smaller side of model.layers.0.self_attn.q_proj"),
+        (dict(target_modules=["q_porj"]), "relora.target_modules: 'q_porj' matches no module"),
+        (dict(target_modules=["mlp"]), "relora.target_modules: 'mlp' matches no nn.Linear"),
+        (dict(trainable_modules=["emb"]), "relora.trainable_modules: 'emb' matches no module"),
+        (
+            dict(frozen_dtype="nf4"),
+            "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 11 more: nf4 stores blocks",
+        ),
+    ],
+)
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         wrap(llama(), ReLoRAConfig(**{**dict(r=4, restart_every=None), **changes}))
@@ -150,6 +159,9 @@ def test_wrapping_twice_is_an_error():
 def test_a_weight_shared_between_modules_is_an_error():
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ValueError, match=r"up_proj \(and 1 like it\) is shared with another module .*"
-                       r"relora.exclude_modules=\[up_proj\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"up_proj \(and 1 like it\) is shared with another module .*"
+        r"relora.exclude_modules=\[up_proj\]",
+    ):
         wrap(model, CONFIG)

@@ -33,11 +33,20 @@ from relora_ds.training.preflight import resolve
 CONFIG = ReLoRAConfig(r=4, lora_alpha=8, restart_every=10, restart_warmup_steps=2)
 
 
-@pytest.mark.parametrize("config, attention", [
-    (LlamaConfig(), "sdpa"), (Qwen2Config(tie_word_embeddings=True), "sdpa"), (FalconConfig(), "sdpa"),
-    (MambaConfig(), "eager"), (MixtralConfig(), "sdpa"), (OPTConfig(layerdrop=0.2), "sdpa"),
-    (BertConfig(is_decoder=True), "sdpa"), (BloomConfig(), "eager")],
-    ids=lambda value: getattr(value, "model_type", ""))
+@pytest.mark.parametrize(
+    "config, attention",
+    [
+        (LlamaConfig(), "sdpa"),
+        (Qwen2Config(tie_word_embeddings=True), "sdpa"),
+        (FalconConfig(), "sdpa"),
+        (MambaConfig(), "eager"),
+        (MixtralConfig(), "sdpa"),
+        (OPTConfig(layerdrop=0.2), "sdpa"),
+        (BertConfig(is_decoder=True), "sdpa"),
+        (BloomConfig(), "eager"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
 def test_what_trains_is_not_refused(config, attention):
     state = torch.get_rng_state()
     assert prove(config, CONFIG, attention=attention) == proof.Proof()
@@ -56,17 +65,25 @@ def test_stored_weights_are_tried_as_they_are_stored(frozen, monkeypatch):
 
 def _reading_the_dtype(forward):
     """As T5 does: activations are cast to the dtype of a weight."""
+
     def patched(self, **inputs):
         dtype = self.model.layers[0].mlp.down_proj.weight.dtype
         output = forward(self, **inputs)
         output.logits = output.logits.to(dtype).float()
         return output
+
     return patched
 
 
-@pytest.mark.parametrize("config, what", [
-    (BartConfig(), "do not shift the labels"), (TrOCRConfig(), "do not shift the labels"),
-    (BertConfig(), "let a token see those after it")], ids=lambda value: getattr(value, "model_type", ""))
+@pytest.mark.parametrize(
+    "config, what",
+    [
+        (BartConfig(), "do not shift the labels"),
+        (TrOCRConfig(), "do not shift the labels"),
+        (BertConfig(), "let a token see those after it"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
 @pytest.mark.parametrize("relora", [None, CONFIG], ids=["full rank", "low rank"])
 def test_what_does_not_predict_the_next_token_is_refused(config, what, relora):
     (problem,) = prove(config, relora).problems
@@ -98,9 +115,15 @@ class Gate(nn.Module):
         return self.inner(x) + (0 if isinstance(self.inner, nn.Linear) else 1)
 
 
-@pytest.mark.parametrize("how, reason", [
-    ("read", "no gradient reaches"), ("read and called", "another function when it is merged"),
-    ("fails", "fails when it is wrapped"), ("looks", "changes the model's function")])
+@pytest.mark.parametrize(
+    "how, reason",
+    [
+        ("read", "no gradient reaches"),
+        ("read and called", "another function when it is merged"),
+        ("fails", "fails when it is wrapped"),
+        ("looks", "changes the model's function"),
+    ],
+)
 def test_linears_that_wrapping_would_break_are_named(how, reason, monkeypatch):
     init = LlamaForCausalLM.__init__
 
@@ -146,12 +169,30 @@ def test_targets_of_single_layers_are_tried_by_their_kind():
 
 @pytest.mark.parametrize("method", ["full", "control", "lora", "relora"])
 def test_the_recipe_is_refused_whatever_its_method(method, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(BartConfig(
-        d_model=64, decoder_layers=2, encoder_layers=2, decoder_ffn_dim=64, encoder_ffn_dim=64,
-        decoder_attention_heads=2, encoder_attention_heads=2).to_dict()))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            BartConfig(
+                d_model=64,
+                decoder_layers=2,
+                encoder_layers=2,
+                decoder_ffn_dim=64,
+                encoder_ffn_dim=64,
+                decoder_attention_heads=2,
+                encoder_attention_heads=2,
+            ).to_dict()
+        )
+    )
     with pytest.raises(RecipeError, match="do not shift the labels|control"):
-        resolve("tiny", [f"method={method}", "model.preset=null", f"model.name_or_path={tmp_path}",
-                         f"run_dir={tmp_path / 'run'}", "warm_start_steps=0"])
+        resolve(
+            "tiny",
+            [
+                f"method={method}",
+                "model.preset=null",
+                f"model.name_or_path={tmp_path}",
+                f"run_dir={tmp_path / 'run'}",
+                "warm_start_steps=0",
+            ],
+        )
 
 
 def test_attention_that_a_family_lacks_is_named_with_the_one_that_it_has():

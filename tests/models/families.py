@@ -2,8 +2,13 @@
 
 import importlib.util
 
-_QWEN4_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
-                  "indexer_compress_ratio": 4}
+_QWEN4_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+}
 
 # Families whose default configuration cannot be built, or not run on text: what is to be set.
 CHANGES = {
@@ -11,8 +16,9 @@ CHANGES = {
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
-                                         "num_kv_shared_layers": 30}},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}
+    },
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
@@ -27,18 +33,43 @@ CHANGES = {
 # Families whose attention looks at later tokens unless the configuration says that the model is a decoder. The sweep
 # expects a refusal without it, and trains with it.
 DECODERS_ON_REQUEST = (
-    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
-    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 # What `check` refuses, with the words that say why.
 REFUSED = {
+    **dict.fromkeys([*DECODERS_ON_REQUEST, "cpmant", "xlm", "xlnet"], "let a token see those after it"),
     **dict.fromkeys(
-        [*DECODERS_ON_REQUEST, "cpmant", "xlm", "xlnet"],
-        "let a token see those after it"),
-    **dict.fromkeys(
-        ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
-         "trocr", "whisper"],
-        "do not shift the labels"),
+        [
+            "bart",
+            "bigbird_pegasus",
+            "blenderbot",
+            "blenderbot-small",
+            "marian",
+            "mbart",
+            "mvp",
+            "pegasus",
+            "plbart",
+            "trocr",
+            "whisper",
+        ],
+        "do not shift the labels",
+    ),
     **dict.fromkeys(["gpt-sw3", "gpt2", "openai-gpt"], "transformers' Conv1D"),
     "gemma4_assistant": "cannot be run on text alone",  # a draft model: it reads the keys and values of another one
     "gemma4_unified_assistant": "cannot be run on text alone",

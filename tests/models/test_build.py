@@ -10,15 +10,33 @@ from relora_ds.config import ModelConfig, preset_names
 from relora_ds.models.build import build_config, build_model, count_parameters, meta_model
 from relora_ds.models.tiny import MAX_POSITIONS, tiny_config
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
-         "max_position_embeddings": 64, "vocab_size": 100}
-FAMILIES = {"llama": LlamaConfig(**SMALL), "gpt_neox": GPTNeoXConfig(**SMALL),
-            "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2)}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 100,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+}
 
 
-@pytest.mark.parametrize(("name", "millions"), [
-    ("llama_9m", 9.0), ("llama_20m", 19.5), ("llama_60m", 58.1), ("llama_130m", 134.1), ("llama_350m", 368.0),
-    ("llama_1b", 1339.1), ("llama_7b", 6738.4)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("llama_9m", 9.0),
+        ("llama_20m", 19.5),
+        ("llama_60m", 58.1),
+        ("llama_130m", 134.1),
+        ("llama_350m", 368.0),
+        ("llama_1b", 1339.1),
+        ("llama_7b", 6738.4),
+    ],
+)
 def test_presets_have_the_papers_sizes(name, millions):
     config = build_config(ModelConfig(preset=name), vocab_size=32_000, seq_len=256)
     assert round(count_parameters(config) / 1e6, 1) == millions

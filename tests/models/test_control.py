@@ -8,11 +8,20 @@ from relora_ds.config import ModelConfig
 from relora_ds.models.build import build_config, build_model, count_parameters
 from relora_ds.models.control import control_config
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_hidden_layers": 3,
-         "max_position_embeddings": 64, "vocab_size": 256}
-FAMILIES = {"llama": LlamaConfig(**SHAPE), "gpt_neox": GPTNeoXConfig(**SHAPE),
-            "qwen2_tied": Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
-            "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=64)}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "vocab_size": 256,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "qwen2_tied": Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=64),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -29,14 +38,16 @@ def test_within_one_percent_and_runs(family, part):
     assert control.to_dict() == control_config(config, wanted).to_dict()
 
 
-@pytest.mark.parametrize(("preset", "wanted"), [("llama_60m", 42_800_000), ("llama_350m", 125_000_000),
-                                                ("llama_1b", 250_000_000)])
+@pytest.mark.parametrize(
+    ("preset", "wanted"), [("llama_60m", 42_800_000), ("llama_350m", 125_000_000), ("llama_1b", 250_000_000)]
+)
 def test_the_papers_sizes_keep_their_proportions(preset, wanted):
     config = build_config(ModelConfig(preset=preset), vocab_size=32_000, seq_len=256)
     control = control_config(config, wanted)
     assert count_parameters(control) == pytest.approx(wanted, rel=0.002)
     assert control.intermediate_size / control.hidden_size == pytest.approx(
-        config.intermediate_size / config.hidden_size, rel=0.25)
+        config.intermediate_size / config.hidden_size, rel=0.25
+    )
 
 
 def test_the_full_size_is_the_full_network():

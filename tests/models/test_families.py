@@ -23,16 +23,25 @@ from relora_ds.models.tiny import tiny_config
 from relora_ds.training.preflight import resolve
 from tests.models.families import CHANGES, DECODERS_ON_REQUEST, LEFT_OUT, REFUSED
 
-VARIANTS = {**{family: CHANGES.get(family, {}) for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
-            **{f"{family} as decoder": {**CHANGES.get(family, {}), "is_decoder": True}
-               for family in DECODERS_ON_REQUEST}}
+VARIANTS = {
+    **{family: CHANGES.get(family, {}) for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
+    **{f"{family} as decoder": {**CHANGES.get(family, {}), "is_decoder": True} for family in DECODERS_ON_REQUEST},
+}
 
 
 def refusals(directory: Path, attention: str, exclude: list[str]) -> list[str]:
     """What `check` has against a recipe that names the configuration in `directory`."""
     try:
-        resolve("tiny", ["model.preset=null", f"model.name_or_path={directory}", f"run_dir={directory / 'run'}",
-                         f"model.attn_implementation={attention}", f"relora.exclude_modules={exclude or 'null'}"])
+        resolve(
+            "tiny",
+            [
+                "model.preset=null",
+                f"model.name_or_path={directory}",
+                f"run_dir={directory / 'run'}",
+                f"model.attn_implementation={attention}",
+                f"relora.exclude_modules={exclude or 'null'}",
+            ],
+        )
     except RecipeError as error:
         return error.problems
     return []
@@ -51,8 +60,11 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def assert_left_out(model: PreTrainedModel, parts: list[str]) -> None:
     """Assert that the linears that were not wrapped, beside the head, are those with one of `parts` in their names."""
-    names = [name for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    ]
     assert [name for name in names if not set(parts) & set(name.split("."))] == []
     assert [part for part in parts if not any(part in name.split(".") for name in names)] == []
     assert [name for name in lowrank_layers(model) if set(parts) & set(name.split("."))] == []
@@ -73,8 +85,9 @@ def test_a_family_trains_or_is_refused_by_name(variant, tmp_path):
     model = build_model(config, ModelConfig(attn_implementation=attention), seed=0)
     assert_language_model(model)
     assert_positions_count_up(model)
-    assert_wrapping_is_right(model, ReLoRAConfig(r=4, lora_alpha=4, exclude_modules=exclude or None),
-                             LEFT_OUT.get(variant, []))
+    assert_wrapping_is_right(
+        model, ReLoRAConfig(r=4, lora_alpha=4, exclude_modules=exclude or None), LEFT_OUT.get(variant, [])
+    )
 
 
 def small_configuration(variant: str) -> PretrainedConfig:
@@ -122,10 +135,11 @@ def assert_positions_count_up(model: PreTrainedModel) -> None:
     ids, found = tokens(), []
     special = [getattr(model.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
     for place, token in enumerate(token for token in special if isinstance(token, int) and 0 <= token < 240):
-        ids[:, 5 * place:5 * place + 2] = ids[:, -2:] = token
+        ids[:, 5 * place : 5 * place + 2] = ids[:, -2:] = token
     search = inspect.unwrap(masking_utils.find_packed_sequence_indices)
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices",
-                           lambda positions: found.append(search(positions))):
+    with mock.patch.object(
+        masking_utils, "find_packed_sequence_indices", lambda positions: found.append(search(positions))
+    ):
         model(input_ids=ids)
     assert all(documents is None for documents in found), "it counts positions anew within a row"
 

@@ -47,14 +47,15 @@ def test_without_cuda(monkeypatch, tmp_path):
 
 def test_without_the_library(cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    problem, = liger.problems(llama())
+    (problem,) = liger.problems(llama())
     assert problem.startswith("model.use_liger_kernel: true needs liger-kernel (")
     assert problem.endswith("); pip install liger-kernel, or " + OTHERWISE)
 
 
 def test_a_family_that_it_does_not_know(cuda, calls):
-    assert liger.problems(gpt_neox()) == ["model.use_liger_kernel: true is not supported: liger-kernel has nothing for "
-                                          "gpt_neox models; " + OTHERWISE]
+    assert liger.problems(gpt_neox()) == [
+        "model.use_liger_kernel: true is not supported: liger-kernel has nothing for gpt_neox models; " + OTHERWISE
+    ]
 
 
 @pytest.mark.parametrize("targets, fused_loss", [("all-linear", True), (["q_proj", "lm_head"], False)])
@@ -71,6 +72,7 @@ def test_with_the_library(monkeypatch):
     """The kernels replace the forward functions of a wrapped model; its linears and names stay."""
     from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
     from transformers.models.llama import modeling_llama
+
     for name in ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"):  # it replaces them, for all models to come
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -17,8 +17,14 @@ from relora_ds.models.whole_weights import WholeWeights
 from relora_ds.models.without_values import named_tensors
 from tests.models.test_random_weights import BUILT, small_configuration
 
-SMALL = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
-                    max_position_embeddings=64, vocab_size=100)
+SMALL = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_hidden_layers=2,
+    max_position_embeddings=64,
+    vocab_size=100,
+)
 
 NOT_LOADED = ("emu3", "mllama")  # transformers saves their text part's configuration, of which it makes no model
 
@@ -98,9 +104,14 @@ def in_8_bit(directory):
     return model
 
 
-@pytest.mark.parametrize(("write", "reason"), [
-    (experts_apart, "experts.0.w1.weight is converted"), (pickled, "its weights are pickled"),
-    (in_8_bit, "model.norm.weight is stored in 8 bit")])
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (experts_apart, "experts.0.w1.weight is converted"),
+        (pickled, "its weights are pickled"),
+        (in_8_bit, "model.norm.weight is stored in 8 bit"),
+    ],
+)
 def test_what_transformers_converts_it_loads_whole_on_rank_0(write, reason, tmp_path, caplog):
     caplog.set_level(logging.INFO, "relora_ds")
     model = write(tmp_path)

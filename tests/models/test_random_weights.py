@@ -16,8 +16,14 @@ from relora_ds.models.tiny import tiny_config
 from relora_ds.models.without_values import named_tensors, parameters_on_meta
 from tests.models.test_families import REFUSED, VARIANTS, small_configuration
 
-SMALL = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
-                    max_position_embeddings=64, vocab_size=100)
+SMALL = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_hidden_layers=2,
+    max_position_embeddings=64,
+    vocab_size=100,
+)
 # Families of which transformers makes a model.
 BUILT = [name for name in VARIANTS if "cannot build" not in REFUSED.get(name, "") and REFUSED.get(name) != "timm"]
 
@@ -55,7 +61,7 @@ def test_a_parent_overrides_what_its_child_draws():
     config = GPT2Config(n_embd=64, n_layer=8, n_head=4, vocab_size=100, n_positions=32)
     weights = RandomWeights(config, seed=0)  # c_proj is drawn again by the block, scaled by the depth
     first, last = (weights.read(f"transformer.h.0.mlp.{name}.weight").std().item() for name in ("c_fc", "c_proj"))
-    assert first == pytest.approx(0.02, rel=0.05) and last == pytest.approx(0.02 / 16 ** 0.5, rel=0.05)
+    assert first == pytest.approx(0.02, rel=0.05) and last == pytest.approx(0.02 / 16**0.5, rel=0.05)
 
 
 def test_what_torch_skips_on_the_meta_device_is_traced():

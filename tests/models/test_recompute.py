@@ -21,8 +21,16 @@ ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 def mixtral(**changes):
-    config = MixtralConfig(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, use_cache=False)
+    config = MixtralConfig(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        use_cache=False,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -69,8 +77,12 @@ def test_losses_and_gradients_are_the_same_to_the_bit(family, attention, mode):
         model.set_attn_implementation(attention)
         return model
 
-    for relora in (ReLoRAConfig(r=4), ReLoRAConfig(r=4, lora_dropout=0.3),
-                   ReLoRAConfig(r=4, trainable_modules=[]), None):
+    for relora in (
+        ReLoRAConfig(r=4),
+        ReLoRAConfig(r=4, lora_dropout=0.3),
+        ReLoRAConfig(r=4, trainable_modules=[]),
+        None,
+    ):
         assert_same(make, mode, relora=relora)
     assert_same(make, mode, relora=ReLoRAConfig(r=4), base=False)
 
@@ -78,8 +90,12 @@ def test_losses_and_gradients_are_the_same_to_the_bit(family, attention, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", ["int8", "fp8", "nf4", "bf16"])
 def test_with_quantized_weights(format, mode):
-    assert_same(lambda: FAMILIES["llama"](hidden_size=32, intermediate_size=64), mode, relora=ReLoRAConfig(r=4),
-                format=format_named(format))
+    assert_same(
+        lambda: FAMILIES["llama"](hidden_size=32, intermediate_size=64),
+        mode,
+        relora=ReLoRAConfig(r=4),
+        format=format_named(format),
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -135,8 +151,14 @@ def kept_by_a_layer(mode: str, relora: ReLoRAConfig | None) -> float:
     kept = []
     for num_layers in (2, 3):
         with FakeTensorMode():
-            config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=num_layers,
-                                 num_attention_heads=HEADS, vocab_size=64, use_cache=False)
+            config = LlamaConfig(
+                hidden_size=HIDDEN,
+                intermediate_size=FFN,
+                num_hidden_layers=num_layers,
+                num_attention_heads=HEADS,
+                vocab_size=64,
+                use_cache=False,
+            )
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
             if relora is not None:
                 wrap(model, relora)
@@ -181,7 +203,7 @@ def test_a_model_that_does_not_support_it_is_refused():
     assert recompute.problems(model, "cheap") == []
     model.supports_gradient_checkpointing = False
     assert recompute.problems(model, "none") == []
-    problem, = recompute.problems(model, "cheap")
+    (problem,) = recompute.problems(model, "cheap")
     assert problem.startswith("activation_checkpointing: cheap is not supported by transformers' llama models; use ")
     with pytest.raises(ValueError, match="activation_checkpointing: cheap"):
         recompute.apply(model, "cheap")
@@ -205,8 +227,10 @@ class Attends(torch.nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["selective", "cheap"])
-@pytest.mark.parametrize("namespace, executed", [
-    ("flash_attn", 1), ("flash_attn_3", 1), ("_vllm_flash_attn3_1a2b3c4", 1), ("sageattention", 1), ("other", 2)])
+@pytest.mark.parametrize(
+    "namespace, executed",
+    [("flash_attn", 1), ("flash_attn_3", 1), ("_vllm_flash_attn3_1a2b3c4", 1), ("sageattention", 1), ("other", 2)],
+)
 def test_attention_of_other_libraries_is_not_repeated(namespace, executed, mode):
     calls = []
 

@@ -9,8 +9,13 @@ from relora_ds.models.tiny import MAX_POSITIONS, VOCAB_SIZE, tiny_config
 
 # Each with the kinds of its layers.
 FAMILIES = {
-    "llama": {"LlamaDecoderLayer"}, "gpt2": {"GPT2Block"}, "falcon": {"FalconDecoderLayer"}, "mamba": {"MambaBlock"},
-    "mixtral": {"MixtralExperts"}, "qwen2": {"Qwen2DecoderLayer"}, "gemma3_text": {"Gemma3Attention"},
+    "llama": {"LlamaDecoderLayer"},
+    "gpt2": {"GPT2Block"},
+    "falcon": {"FalconDecoderLayer"},
+    "mamba": {"MambaBlock"},
+    "mixtral": {"MixtralExperts"},
+    "qwen2": {"Qwen2DecoderLayer"},
+    "gemma3_text": {"Gemma3Attention"},
     "deepseek_v3": {"DeepseekV3MLP", "DeepseekV3MoE"},  # latent attention; dense layers, then experts
     "jamba": {"JambaAttention", "JambaMambaMixer", "JambaExperts", "JambaMLP"},  # periods of 8 and 2
     "zamba2": {"Zamba2HybridLayer", "Zamba2MambaMixer"},  # listed layer indices, shared attention
@@ -53,9 +58,16 @@ def test_what_makes_layers_different_stays():
 
 
 def test_what_a_user_has_set_stays():
-    config = LlamaConfig(num_attention_heads=32, num_key_value_heads=8, attention_bias=True, hidden_act="gelu",
-                         tie_word_embeddings=True, attention_dropout=0.1, num_hidden_layers=1, rope_parameters={
-                             "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6})
+    config = LlamaConfig(
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        attention_bias=True,
+        hidden_act="gelu",
+        tie_word_embeddings=True,
+        attention_dropout=0.1,
+        num_hidden_layers=1,
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6},
+    )
     small = tiny_config(config)
     assert (small.num_attention_heads, small.num_key_value_heads, small.num_hidden_layers) == (4, 2, 1)
     assert small.attention_bias and small.hidden_act == "gelu" and small.tie_word_embeddings
@@ -73,9 +85,17 @@ def test_odd_sizes_become_sizes_that_fit():
 
 def test_long_rope_has_a_factor_for_each_pair_of_channels():
     factors = [1.0 + i / 48 for i in range(48)]
-    small = tiny_config(CONFIG_MAPPING["phi3"](rope_parameters={
-        "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "rope_theta": 1e4,
-        "original_max_position_embeddings": 4096}))
+    small = tiny_config(
+        CONFIG_MAPPING["phi3"](
+            rope_parameters={
+                "rope_type": "longrope",
+                "short_factor": factors,
+                "long_factor": factors,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 4096,
+            }
+        )
+    )
     AutoModelForCausalLM.from_config(small)(torch.zeros(1, 8, dtype=torch.long))
 
 

@@ -36,21 +36,35 @@ MUTANTS = [
     # Writing a value: master and forward's copy.
     Mutant("stale_master", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
     Mutant("stale_forward_copy", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
-    Mutant("truncated_masters", ("tests/zero/test_masters.py::test_masters_are_the_models_fp32_values[1-False]",),
-           "the master is not the model's fp32 value"),
+    Mutant(
+        "truncated_masters",
+        ("tests/zero/test_masters.py::test_masters_are_the_models_fp32_values[1-False]",),
+        "the master is not the model's fp32 value",
+    ),
     # Merging.
     Mutant("unscaled_merge", (f"{RESTART}[0-fp32]",), "assert (masters[name] - intended)"),
     Mutant("repeated_rounding", (f"{RESTART}[1-bf16]",), "assert (masters[name] - intended)"),
     Mutant("masters_not_kept", (f"{RESTART}[1-bf16]",), "(masters[name] - intended).abs().max()"),
-    Mutant("update_quantized_twice", (f"{FORMATS}::test_twenty_restarts_with_and_without_masters[int8]",),
-           'assert max(kept["master"]) <= 1e-6'),
-    Mutant("resume_forgets_merges",
-           ("tests/zero/test_checkpoint.py::test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained[1]",),
-           "saved differs"),
-    Mutant("ledger_forgotten", (f"{FORMATS}::test_resume_is_exact_through_the_next_restart[1-auto-int8]",),
-           "merge_loss_total differs"),
-    Mutant("buffers_not_restored", (f"{FORMATS}::test_resume_without_masters_is_exact[3-replicated]",),
-           "the same to begin with"),
+    Mutant(
+        "update_quantized_twice",
+        (f"{FORMATS}::test_twenty_restarts_with_and_without_masters[int8]",),
+        'assert max(kept["master"]) <= 1e-6',
+    ),
+    Mutant(
+        "resume_forgets_merges",
+        ("tests/zero/test_checkpoint.py::test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained[1]",),
+        "saved differs",
+    ),
+    Mutant(
+        "ledger_forgotten",
+        (f"{FORMATS}::test_resume_is_exact_through_the_next_restart[1-auto-int8]",),
+        "merge_loss_total differs",
+    ),
+    Mutant(
+        "buffers_not_restored",
+        (f"{FORMATS}::test_resume_without_masters_is_exact[3-replicated]",),
+        "the same to begin with",
+    ),
     # Reinitialising.
     Mutant("zero_A_at_wrapping", ("tests/lowrank/test_wrap.py::test_gradient_reaches_B_at_once",), "lora_B.grad"),
     # Pruning.
@@ -71,24 +85,38 @@ MUTANTS = [
     # Checkpoints.
     Mutant("moments_not_restored", (f"{RESUME}[deepspeed=zero1-precision=bf16]",), "a loss differs"),
     Mutant("base_written_once_a_run", (f"{RESUME}[deepspeed=zero1-precision=bf16]",), "a loss differs"),
-    Mutant("master_overwritten_while_saved",
-           ("tests/checkpoint/test_writing.py::test_a_restart_while_it_is_written_does_not_tear_it[precision=bf16]",),
-           "assert"),
-    Mutant("flipped_bits_unseen", ("tests/checkpoint/test_damage.py::test_every_file_of_the_newest_checkpoint",),
-           "assert"),
+    Mutant(
+        "master_overwritten_while_saved",
+        ("tests/checkpoint/test_writing.py::test_a_restart_while_it_is_written_does_not_tear_it[precision=bf16]",),
+        "assert",
+    ),
+    Mutant(
+        "flipped_bits_unseen", ("tests/checkpoint/test_damage.py::test_every_file_of_the_newest_checkpoint",), "assert"
+    ),
     Mutant("universal_forgets_merges", ("tests/zero/test_universal.py",), '["losses"] == '),
     # The training step.
-    Mutant("logits_kept_alive",
-           ("tests/training/test_step.py::test_a_step_takes_the_bytes_of_one_micro_batch_of_logits",), "< 12.5"),
-    Mutant("state_of_the_batch_ahead",
-           ("tests/data/test_prefetch.py::test_batches_and_states_are_those_of_the_loader[True]",), "assert"),
+    Mutant(
+        "logits_kept_alive",
+        ("tests/training/test_step.py::test_a_step_takes_the_bytes_of_one_micro_batch_of_logits",),
+        "< 12.5",
+    ),
+    Mutant(
+        "state_of_the_batch_ahead",
+        ("tests/data/test_prefetch.py::test_batches_and_states_are_those_of_the_loader[True]",),
+        "assert",
+    ),
     # On GPUs.
     Mutant("gathers_not_ordered", ("tests/zero/test_streams.py",), "['gather'"),
-    Mutant("fp8_operand_by_columns",
-           ("tests/lowrank/test_formats.py::test_fp8_operands_lie_in_memory_as_cuda_wants_them[by columns]",),
-           "must be row_major"),
-    Mutant("packed_rows_see_each_other",
-           ("tests/zero/test_attention_mask.py::test_results_are_the_models_own[packed, by name]",), "torch.equal"),
+    Mutant(
+        "fp8_operand_by_columns",
+        ("tests/lowrank/test_formats.py::test_fp8_operands_lie_in_memory_as_cuda_wants_them[by columns]",),
+        "must be row_major",
+    ),
+    Mutant(
+        "packed_rows_see_each_other",
+        ("tests/zero/test_attention_mask.py::test_results_are_the_models_own[packed, by name]",),
+        "torch.equal",
+    ),
     Mutant("merges_in_tf32", ("tests/lowrank/test_precision.py",), "products.are_exact()"),
     # Guards.
     Mutant("non_finite_merge_goes_on", (f"{GUARD}::test_a_merge_that_is_not_finite_is_refused[1-fp32]",), "in 1 of"),

@@ -17,8 +17,9 @@ TESTS_FAILED = 1  # pytest's exit codes: 2 is an error while collecting, 4 a nod
 
 def run(directory: Path, *command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(directory), "GIT_CEILING_DIRECTORIES": str(directory.parent)}
-    return subprocess.run(command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
+    return subprocess.run(
+        command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run_tests(directory: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess:

@@ -16,29 +16,67 @@ SCALING = 2.0
 
 
 def relora_config(**changes) -> ReLoRAConfig:
-    return ReLoRAConfig(**{**dict(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=REWARM,
-                                  optimizer_reset="magnitude_joint", reset_ratio=0.9), **changes})
+    return ReLoRAConfig(
+        **{
+            **dict(
+                r=4,
+                lora_alpha=8,
+                restart_every=EVERY,
+                restart_warmup_steps=REWARM,
+                optimizer_reset="magnitude_joint",
+                reset_ratio=0.9,
+            ),
+            **changes,
+        }
+    )
 
 
 def ds_settings(stage: int, precision: str, offload: bool = False, **zero) -> dict:
     section = {"stage": stage, **zero}
     if offload:
         section["offload_optimizer"] = {"device": "cpu"}
-    return {"zero_optimization": section, "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
-            "bf16": {"enabled": precision == "bf16"}, "fp16": {"enabled": precision == "fp16"}}
+    return {
+        "zero_optimization": section,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+    }
 
 
-def build(stage, *, precision="fp32", accumulation=1, offload=False, family="llama", model_seed=0, zero=None,
-          relora=None, weight_decay=DECAY, lr=LR, **model_changes):
+def build(
+    stage,
+    *,
+    precision="fp32",
+    accumulation=1,
+    offload=False,
+    family="llama",
+    model_seed=0,
+    zero=None,
+    relora=None,
+    weight_decay=DECAY,
+    lr=LR,
+    **model_changes,
+):
     """An engine on the shared small problem."""
     relora = relora or relora_config()
     model = relora_ds.wrap(FAMILIES[family](model_seed, **model_changes), relora, seed=0)
     engine, *_ = relora_ds.initialize(
-        model=model, config=ds_settings(stage, precision, offload, **(zero or {})), relora=relora, lr=lr,
-        total_steps=STEPS, warmup_steps=WARMUP, min_lr_ratio=MIN_RATIO, weight_decay=weight_decay,
-        precision=precision, micro_batch_size=GLOBAL_BATCH // (dist.get_world_size() * accumulation),
-        gradient_accumulation_steps=accumulation, max_grad_norm=CLIP)
+        model=model,
+        config=ds_settings(stage, precision, offload, **(zero or {})),
+        relora=relora,
+        lr=lr,
+        total_steps=STEPS,
+        warmup_steps=WARMUP,
+        min_lr_ratio=MIN_RATIO,
+        weight_decay=weight_decay,
+        precision=precision,
+        micro_batch_size=GLOBAL_BATCH // (dist.get_world_size() * accumulation),
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=CLIP,
+    )
     return engine
 
 
@@ -88,8 +126,17 @@ def train_case(steps=STEPS, **how) -> dict:
 def make_reference(optimizer_reset: str, family: str = "llama", reset_ratio: float = 0.9, **model_changes) -> Reference:
     model = FAMILIES[family](0, **model_changes)
     return Reference(
-        model, 4, SCALING, lambda name, n: initial_A(4, _inputs(model, name), seed=0, restart=n, name=name),
-        LR, DECAY, CLIP, jagged_cosine(STEPS, WARMUP, EVERY, REWARM, MIN_RATIO), optimizer_reset, reset_ratio)
+        model,
+        4,
+        SCALING,
+        lambda name, n: initial_A(4, _inputs(model, name), seed=0, restart=n, name=name),
+        LR,
+        DECAY,
+        CLIP,
+        jagged_cosine(STEPS, WARMUP, EVERY, REWARM, MIN_RATIO),
+        optimizer_reset,
+        reset_ratio,
+    )
 
 
 def _inputs(model, name: str) -> int:
@@ -109,13 +156,16 @@ def reference_losses(optimizer_reset: str, family: str = "llama", **model_change
 def gathered_state(engine) -> dict[str, dict[str, torch.Tensor]]:
     """Full masters and moments of everything that trains, on every rank."""
     names = engine.shards.names
-    return {what: {n: v.to("cpu", copy=True) for n, v in engine.shards.gather(names, what).items()}
-            for what in ("master", "exp_avg", "exp_avg_sq")}
+    return {
+        what: {n: v.to("cpu", copy=True) for n, v in engine.shards.gather(names, what).items()}
+        for what in ("master", "exp_avg", "exp_avg_sq")
+    }
 
 
 def stored_weights(engine) -> dict[str, torch.Tensor]:
     """The frozen weights as forward reads them, whole, in their stored dtype."""
     from deepspeed.runtime.zero import GatheredParameters
+
     found = {}
     for name, layer in lowrank_layers(engine.module).items():
         with GatheredParameters([layer.weight], enabled=hasattr(layer.weight, "ds_tensor")):
@@ -126,6 +176,7 @@ def stored_weights(engine) -> dict[str, torch.Tensor]:
 def forward_copies(engine) -> dict[str, torch.Tensor]:
     """What trains, as forward reads it, whole."""
     from deepspeed.runtime.zero import GatheredParameters
+
     found = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:

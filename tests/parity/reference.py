@@ -30,8 +30,21 @@ class ReferenceLinear(nn.Module):
 class Reference:
     """Trains on the concatenated batch of all ranks; `new_A(name, restart_number)` supplies the drawn values."""
 
-    def __init__(self, model, r, scaling, new_A, lr, weight_decay, max_grad_norm, schedule, reset, reset_ratio,
-                 betas=(0.9, 0.999), eps=1e-8):
+    def __init__(
+        self,
+        model,
+        r,
+        scaling,
+        new_A,
+        lr,
+        weight_decay,
+        max_grad_norm,
+        schedule,
+        reset,
+        reset_ratio,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    ):
         self.model, self.new_A, self.schedule = model, new_A, schedule
         self.lr, self.max_grad_norm, self.reset, self.reset_ratio = lr, max_grad_norm, reset, reset_ratio
         head = model.get_output_embeddings()
@@ -45,8 +58,12 @@ class Reference:
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         decayed = [p for n, p in trainable if p.ndim >= 2]
         plain = [p for n, p in trainable if p.ndim < 2]
-        self.adam = torch.optim.AdamW([dict(params=decayed, weight_decay=weight_decay),
-                                       dict(params=plain, weight_decay=0.0)], lr=lr, betas=betas, eps=eps)
+        self.adam = torch.optim.AdamW(
+            [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+        )
         self.parameters = [p for _, p in trainable]
         self.t = self.restarts = 0
 
@@ -80,6 +97,7 @@ class Reference:
 
 def prune(m, v, reset, ratio):
     """Prune whole-tensor moments in place, by sorting."""
+
     def largest(x):
         keep = x.numel() - round(ratio * x.numel())
         order = torch.argsort(x.abs().flatten(), descending=True, stable=True)[:keep]
@@ -101,6 +119,7 @@ def prune(m, v, reset, ratio):
 
 def jagged_cosine(total, warmup, every, rewarm, minimum):
     """The schedule, written down from the definition."""
+
     def cosine(k):
         return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, (k - warmup) / (total - warmup))))
 
@@ -111,4 +130,5 @@ def jagged_cosine(total, warmup, every, rewarm, minimum):
         if last > 0 and k - last < rewarm:
             return (k - last) / rewarm * cosine(last + rewarm)
         return cosine(k)
+
     return multiplier

@@ -46,8 +46,9 @@ def test_three_ranks(stage):
 
 @pytest.mark.parametrize("stage, family", [(1, "gpt_neox"), (3, "qwen2")])
 def test_other_model_families(stage, family):
-    _compare(ranks(2).run(cases.train_case, stage=stage, family=family)[0],
-             reference_losses("magnitude_joint", family), 2e-6)
+    _compare(
+        ranks(2).run(cases.train_case, stage=stage, family=family)[0], reference_losses("magnitude_joint", family), 2e-6
+    )
 
 
 def follow_each_cycle(stage: int) -> float:

@@ -15,9 +15,18 @@ VOCAB = 1000
 
 def overrides(stage: int, precision: str, method: str, accumulation: int = 1, *more: str) -> list[str]:
     """llama_20m: small, and large enough that constants and padding do not count."""
-    return ["model.preset=llama_20m", f"data.vocab_size={VOCAB}", "relora.r=8", "warm_start_steps=0",
-            f"deepspeed=zero{stage}", f"precision={precision}", f"method={method}", "train.micro_batch_size=1",
-            f"train.batch_sequences={WORLD * accumulation}", *more]
+    return [
+        "model.preset=llama_20m",
+        f"data.vocab_size={VOCAB}",
+        "relora.r=8",
+        "warm_start_steps=0",
+        f"deepspeed=zero{stage}",
+        f"precision={precision}",
+        f"method={method}",
+        "train.micro_batch_size=1",
+        f"train.batch_sequences={WORLD * accumulation}",
+        *more,
+    ]
 
 
 def planned(changes: list[str]) -> Cost:

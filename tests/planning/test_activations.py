@@ -47,10 +47,14 @@ def measured(method, config, precision: str, checkpointing: str = "none", format
     return peak
 
 
-@pytest.mark.parametrize("precision, vocab_size, names", [
-    ("fp32", 512, ["warm_start", "relora"]),  # the peak is in the layers
-    ("fp32", 4096, ["relora"]),  # in the loss
-    ("bf16", 512, ["relora"])])
+@pytest.mark.parametrize(
+    "precision, vocab_size, names",
+    [
+        ("fp32", 512, ["warm_start", "relora"]),  # the peak is in the layers
+        ("fp32", 4096, ["relora"]),  # in the loss
+        ("bf16", 512, ["relora"]),
+    ],
+)
 def test_the_trace_finds_the_peak_of_real_allocations(precision, vocab_size, names):
     recipe = load_recipe("tiny", ["model.preset=llama_20m", f"data.vocab_size={vocab_size}", "relora.r=64"])
     config, _ = network_of(recipe)
@@ -66,21 +70,26 @@ def test_what_is_computed_twice_is_not_kept(checkpointing):
     recipe = load_recipe("tiny", ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"])
     config, _ = network_of(recipe)
     method = phases_of(recipe)[-1].method
-    plain, traced = (activation_bytes(method, config, precision="fp32", checkpointing=mode, **SIZES)
-                     for mode in ("none", checkpointing))
+    plain, traced = (
+        activation_bytes(method, config, precision="fp32", checkpointing=mode, **SIZES)
+        for mode in ("none", checkpointing)
+    )
     assert traced == pytest.approx(measured(method, config, "fp32", checkpointing), rel=0.02)
     assert traced < 0.75 * plain
 
 
-@pytest.mark.parametrize("precision, name", [("fp32", "int8"), ("fp32", "nf4_double"), ("fp32", "bf16"),
-                                             ("bf16", "nf4")])
+@pytest.mark.parametrize(
+    "precision, name", [("fp32", "int8"), ("fp32", "nf4_double"), ("fp32", "bf16"), ("bf16", "nf4")]
+)
 def test_one_dense_copy_of_a_packed_weight_at_a_time(precision, name):
     """With checkpointing, so that the peak is where the copy is."""
     recipe = load_recipe("tiny", ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"])
     config, _ = network_of(recipe)
     method, format = phases_of(recipe)[-1].method, format_named(name)
-    dense, traced = (activation_bytes(method, config, precision=precision, checkpointing="full", format=stored, **SIZES)
-                     for stored in (DENSE, format))
+    dense, traced = (
+        activation_bytes(method, config, precision=precision, checkpointing="full", format=stored, **SIZES)
+        for stored in (DENSE, format)
+    )
     assert traced == pytest.approx(measured(method, config, precision, "full", format), rel=0.02)
     largest = config.hidden_size * config.intermediate_size * DTYPES[precision].itemsize
     assert dense < traced <= dense + largest
@@ -91,7 +100,8 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_the_control():
     config, _ = network_of(recipe)
     (control,) = phases_of(recipe)
     (full,) = phases_of(load_recipe("tiny", ["method=full", "model.preset=llama_20m"]))
-    one, eight = (activation_bytes(full.method, config, precision="bf16", micro_batch_size=n, seq_len=64)
-                  for n in (1, 8))
+    one, eight = (
+        activation_bytes(full.method, config, precision="bf16", micro_batch_size=n, seq_len=64) for n in (1, 8)
+    )
     assert eight == pytest.approx(8 * one, rel=0.02)
     assert activation_bytes(control.method, config, precision="bf16", micro_batch_size=8, seq_len=64) < eight

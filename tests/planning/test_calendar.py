@@ -8,8 +8,16 @@ from relora_ds.training.phases import phases_of
 from tests.training.runs import lines, run
 
 # 1000 low-rank steps, restarts every 300: N is no multiple of R, and the last cycle has 100 steps.
-UNEVEN = ["train.steps=1100", "warm_start_steps=100", "relora.restart_every=300", "relora.restart_warmup_steps=10",
-          "optim.warmup_steps=50", "optim.min_lr_ratio=0.1", "optim.lr=1.0", "optim.warm_start_lr=0.5"]
+UNEVEN = [
+    "train.steps=1100",
+    "warm_start_steps=100",
+    "relora.restart_every=300",
+    "relora.restart_warmup_steps=10",
+    "optim.warmup_steps=50",
+    "optim.min_lr_ratio=0.1",
+    "optim.lr=1.0",
+    "optim.warm_start_lr=0.5",
+]
 
 
 def test_restarts_of_a_run_that_is_no_multiple_of_a_cycle():
@@ -17,19 +25,35 @@ def test_restarts_of_a_run_that_is_no_multiple_of_a_cycle():
     warm, low = phases_of(recipe)
     assert restarts_of(warm) == [] and restarts_of(low) == [400, 700, 1000]
     assert [(e.step, e.phase, e.what) for e in events(recipe)] == [
-        (0, "warm_start", "warm_start begins"), (50, "warm_start", "end of the warm-up"),
-        (100, "relora", "relora begins"), (150, "relora", "end of the warm-up"),
-        (400, "relora", "restart 1"), (410, "relora", "end of the re-warm-up"),
-        (700, "relora", "restart 2"), (710, "relora", "end of the re-warm-up"),
-        (1000, "relora", "restart 3"), (1010, "relora", "end of the re-warm-up"),
-        (1100, "relora", "end of the run")]
+        (0, "warm_start", "warm_start begins"),
+        (50, "warm_start", "end of the warm-up"),
+        (100, "relora", "relora begins"),
+        (150, "relora", "end of the warm-up"),
+        (400, "relora", "restart 1"),
+        (410, "relora", "end of the re-warm-up"),
+        (700, "relora", "restart 2"),
+        (710, "relora", "end of the re-warm-up"),
+        (1000, "relora", "restart 3"),
+        (1010, "relora", "end of the re-warm-up"),
+        (1100, "relora", "end of the run"),
+    ]
 
 
 def test_learning_rates_of_the_design():
     recipe = load_recipe("tiny", [*UNEVEN, "train.steps=1000", "warm_start_steps=0", "relora.restart_every=200"])
     (phase,) = phases_of(recipe)
-    for step, expected in {25: 0.5, 50: 1, 199: 0.946469290935, 200: 0, 201: 0.093846541643, 205: 0.469232708215,
-                           210: 0.938465416431, 400: 0, 410: 0.717038762013, 999: 0.100002460564}.items():
+    for step, expected in {
+        25: 0.5,
+        50: 1,
+        199: 0.946469290935,
+        200: 0,
+        201: 0.093846541643,
+        205: 0.469232708215,
+        210: 0.938465416431,
+        400: 0,
+        410: 0.717038762013,
+        999: 0.100002460564,
+    }.items():
         assert learning_rate(recipe, phase, step) == pytest.approx(expected, abs=1e-11)
 
 
@@ -55,8 +79,12 @@ def test_what_a_run_logs_is_what_its_calendar_says(tmp_path):
 
 @pytest.mark.parametrize("steps", [40, 71, 400, 20_001])
 def test_the_marks_stand_below_the_columns_of_their_steps(steps):
-    recipe = load_recipe("tiny", [f"train.steps={steps}", "relora.restart_every=7"] if steps < 100 else
-                         [f"train.steps={steps}", f"relora.restart_every={steps // 5}"])
+    recipe = load_recipe(
+        "tiny",
+        [f"train.steps={steps}", "relora.restart_every=7"]
+        if steps < 100
+        else [f"train.steps={steps}", f"relora.restart_every={steps // 5}"],
+    )
     columns, line = curve(recipe), marks(recipe)
     assert len(columns) == min(72, steps) and len(line) <= len(columns)
     troughs = [i for i, mark in enumerate(line) if mark == "^"]

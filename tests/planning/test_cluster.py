@@ -8,11 +8,15 @@ from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, with_batch_
 FAST, SLOW = Wire(100e9, 1e-6), Wire(1e9, 50e-6)
 
 
-@pytest.mark.parametrize(("nodes", "devices", "seconds"), [
-    (1, 1, 0.0),  # nobody to talk to
-    (1, 8, 4e9 / 100e9 + 3 * 7 * 1e-6),
-    (2, 1, 4e9 / 1e9 + 3 * 50e-6),
-    (8, 4, 4e9 / 1e9 + 3 * (3 * 50e-6 + 3 * 1e-6))])
+@pytest.mark.parametrize(
+    ("nodes", "devices", "seconds"),
+    [
+        (1, 1, 0.0),  # nobody to talk to
+        (1, 8, 4e9 / 100e9 + 3 * 7 * 1e-6),
+        (2, 1, 4e9 / 1e9 + 3 * 50e-6),
+        (8, 4, 4e9 / 1e9 + 3 * (3 * 50e-6 + 3 * 1e-6)),
+    ],
+)
 def test_bytes_over_the_slowest_wire_and_latency_of_every_pass(nodes, devices, seconds):
     assert Cluster(nodes, devices, FAST, SLOW).communication(4e9, passes=3) == pytest.approx(seconds)
 

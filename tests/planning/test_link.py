@@ -42,14 +42,31 @@ def test_a_link_between_two_ranks():
 
 def test_what_a_stage_gets_out_of_a_link():
     """3 GB of a step at stage 1: two are reduced at 2 GB/s, one is gathered at 0.5 GB/s."""
-    link = Link(2, "gloo", (Sample("all_reduce", 4, 1.0, 1.0), Sample("all_gather", 4, 1.0, 1.0),
-                            Sample("all_reduce", 8, 1.0, 2e9), Sample("all_gather", 8, 1.0, 0.5e9)))
+    link = Link(
+        2,
+        "gloo",
+        (
+            Sample("all_reduce", 4, 1.0, 1.0),
+            Sample("all_gather", 4, 1.0, 1.0),
+            Sample("all_reduce", 8, 1.0, 2e9),
+            Sample("all_gather", 8, 1.0, 0.5e9),
+        ),
+    )
     assert [link.wire_per_second(stage) for stage in range(4)] == pytest.approx([2e9, 1e9, 1e9, 0.5e9])
 
 
 def candidate(**changes) -> Candidate:
-    values = dict(stage=1, r=128, micro_batch_size=8, memory=10, wire=100.0, tokens_per_step=1000, world_size=4,
-                  seconds_per_token=0.004, bandwidth=100.0)
+    values = dict(
+        stage=1,
+        r=128,
+        micro_batch_size=8,
+        memory=10,
+        wire=100.0,
+        tokens_per_step=1000,
+        world_size=4,
+        seconds_per_token=0.004,
+        bandwidth=100.0,
+    )
     return predict(**{**values, **changes})
 
 
@@ -75,6 +92,7 @@ def test_between_equals_the_lower_stage_and_the_larger_micro_batch():
 def test_a_frozen_weight_costs_four_flops_and_the_embedding_none():
     class config:  # noqa: N801
         num_hidden_layers, hidden_size = 2, 10
+
     shapes = Shapes(groups=((30, 20),), frozen=(100, 20), merged={}, factors=(), looked_up=(20, 0))
     assert flops_per_token(shapes, config, seq_len=5) == 6 * 30 + 4 * 120 + 6 * 2 * 10 * 5
     frozen = dataclasses.replace(shapes, looked_up=(0, 20))

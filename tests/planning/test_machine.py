@@ -20,8 +20,9 @@ def test_requirements_are_those_of_setup():
     assert machine.requirements()["transformers"]
 
 
-@pytest.mark.parametrize("version, wanted, problem", [
-    ("0.19.8", ">=0.19.8,<0.20", None), (None, ">=0.19.8", "not installed")])
+@pytest.mark.parametrize(
+    "version, wanted, problem", [("0.19.8", ">=0.19.8,<0.20", None), (None, ">=0.19.8", "not installed")]
+)
 def test_versions(version, wanted, problem):
     found = machine._version_problem("deepspeed", version, wanted)
     assert found is None if problem is None else problem in found
@@ -38,6 +39,7 @@ def test_an_unsupported_version_is_essential(monkeypatch):
 def test_a_part_that_breaks_is_a_finding(monkeypatch):
     def broken(found):
         raise OSError("libcudart.so.12: cannot open shared object file")
+
     monkeypatch.setattr(machine, "_devices", broken)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = machine.examine()

@@ -67,12 +67,19 @@ def test_state_is_what_is_alive(stage, precision, method):
     compare(overrides(stage, precision, method))
 
 
-@pytest.mark.parametrize("stage, precision, options", [
-    (0, "fp32", dict(frozen_dtype="int8")), (0, "bf16", dict(frozen_dtype="nf4", frozen_master="device")),
-    (1, "fp32", dict(frozen_dtype="nf4")), (1, "fp32", dict(frozen_dtype="fp8", frozen_master="none")),
-    (3, "fp32", dict(frozen_dtype="int8")), (3, "bf16", dict(frozen_dtype="nf4", frozen_double_quant=True)),
-    (3, "fp32", dict(frozen_dtype="nf4", frozen_placement="replicated", frozen_master="none")),
-    (3, "bf16", dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device"))])
+@pytest.mark.parametrize(
+    "stage, precision, options",
+    [
+        (0, "fp32", dict(frozen_dtype="int8")),
+        (0, "bf16", dict(frozen_dtype="nf4", frozen_master="device")),
+        (1, "fp32", dict(frozen_dtype="nf4")),
+        (1, "fp32", dict(frozen_dtype="fp8", frozen_master="none")),
+        (3, "fp32", dict(frozen_dtype="int8")),
+        (3, "bf16", dict(frozen_dtype="nf4", frozen_double_quant=True)),
+        (3, "fp32", dict(frozen_dtype="nf4", frozen_placement="replicated", frozen_master="none")),
+        (3, "bf16", dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device")),
+    ],
+)
 def test_state_of_packed_weights(stage, precision, options):
     compare(overrides(stage, precision, "relora", 1, *(f"relora.{name}={value}" for name, value in options.items())))
 
@@ -83,8 +90,9 @@ def test_state_with_accumulation(stage):
     compare(overrides(stage, "bf16", "relora", 3))
 
 
-@pytest.mark.parametrize("name, precision, accumulation", [
-    ("1_offload", "bf16", 1), ("1_offload", "fp32", 2), ("3_offload", "bf16", 2)])
+@pytest.mark.parametrize(
+    "name, precision, accumulation", [("1_offload", "bf16", 1), ("1_offload", "fp32", 2), ("3_offload", "bf16", 2)]
+)
 @pytest.mark.slow
 def test_state_of_an_offloaded_optimizer(name, precision, accumulation):
     compare(overrides(name, precision, "relora", accumulation))
@@ -107,10 +115,16 @@ def test_offloading_moves_what_it_says_to_the_host():
     assert memory.total(offloaded, DEVICE, KEPT) < 0.5 * memory.total(on_device, DEVICE, KEPT)
 
 
-@pytest.mark.parametrize("options, where", [
-    (["relora.frozen_dtype=int8"], [HOST]), (["relora.frozen_dtype=int8", "relora.frozen_master=device"], [DEVICE]),
-    (["relora.frozen_dtype=int8", "relora.frozen_master=none"], []), (["relora.frozen_dtype=auto"], []),
-    (["relora.frozen_dtype=bf16"], [HOST])])
+@pytest.mark.parametrize(
+    "options, where",
+    [
+        (["relora.frozen_dtype=int8"], [HOST]),
+        (["relora.frozen_dtype=int8", "relora.frozen_master=device"], [DEVICE]),
+        (["relora.frozen_dtype=int8", "relora.frozen_master=none"], []),
+        (["relora.frozen_dtype=auto"], []),
+        (["relora.frozen_dtype=bf16"], [HOST]),
+    ],
+)
 def test_masters_are_where_they_are_asked_to_be(options, where):
     items = planned(overrides(1, "fp32", "relora", 1, *options)).items
     assert [item.where for item in items if item.what == "fp32 masters of the frozen weights"] == where
@@ -118,8 +132,16 @@ def test_masters_are_where_they_are_asked_to_be(options, where):
 
 def test_known_numbers_of_one_billion():
     """LLaMA-1.3B, r = 128, 8 ranks, bf16, stage 1: written out from the shapes by hand."""
-    changes = ["model.preset=llama_1b", "data.vocab_size=32000", "relora.r=128", "train.micro_batch_size=1",
-               "train.batch_sequences=8", "precision=bf16", "warm_start_steps=0", "deepspeed=zero1"]
+    changes = [
+        "model.preset=llama_1b",
+        "data.vocab_size=32000",
+        "relora.r=128",
+        "train.micro_batch_size=1",
+        "train.batch_sequences=8",
+        "precision=bf16",
+        "warm_start_steps=0",
+        "deepspeed=zero1",
+    ]
     resolved = resolve("tiny", changes, 8, to_run=False)
     (phase,) = phases_of(resolved.recipe)
     result = cost(resolved, phase.method, network_of(resolved.recipe)[0])

@@ -32,12 +32,20 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
     return {"step": (a_step.payload, a_step.wire), "restart": (a_restart.payload, a_restart.wire)}
 
 
-@pytest.mark.parametrize("stage, precision, more", [
-    (0, "bf16", ()), (1, "fp32", ()), (1, "bf16", ("relora.optimizer_reset=magnitude",)),
-    (2, "bf16", ("relora.optimizer_reset=zero",)), (3, "bf16", ()), (3, "fp32", ()),
-    (1, "fp32", ("relora.frozen_dtype=nf4",)),
-    (3, "fp32", ("relora.frozen_dtype=nf4", "relora.frozen_master=none", "activation_checkpointing=full")),
-    (3, "fp32", ("relora.frozen_dtype=int8", "relora.frozen_placement=replicated", "relora.frozen_master=none"))])
+@pytest.mark.parametrize(
+    "stage, precision, more",
+    [
+        (0, "bf16", ()),
+        (1, "fp32", ()),
+        (1, "bf16", ("relora.optimizer_reset=magnitude",)),
+        (2, "bf16", ("relora.optimizer_reset=zero",)),
+        (3, "bf16", ()),
+        (3, "fp32", ()),
+        (1, "fp32", ("relora.frozen_dtype=nf4",)),
+        (3, "fp32", ("relora.frozen_dtype=nf4", "relora.frozen_master=none", "activation_checkpointing=full")),
+        (3, "fp32", ("relora.frozen_dtype=int8", "relora.frozen_placement=replicated", "relora.frozen_master=none")),
+    ],
+)
 def test_bytes_are_those_that_are_sent(stage, precision, more):
     changes = overrides(stage, precision, "relora", 1, *more)
     expected = planned(changes)
@@ -47,9 +55,18 @@ def test_bytes_are_those_that_are_sent(stage, precision, more):
 
 
 def test_a_restart_in_training_at_stage_3(tmp_path):
-    changes = ["model.preset=llama_20m", "warm_start_steps=0", "deepspeed=zero3", "precision=fp32", "train.steps=5",
-               "relora.restart_every=4", "relora.restart_warmup_steps=1", "train.batch_sequences=2",
-               "train.micro_batch_size=1", "eval.samples=0"]
+    changes = [
+        "model.preset=llama_20m",
+        "warm_start_steps=0",
+        "deepspeed=zero3",
+        "precision=fp32",
+        "train.steps=5",
+        "relora.restart_every=4",
+        "relora.restart_warmup_steps=1",
+        "train.batch_sequences=2",
+        "train.micro_batch_size=1",
+        "eval.samples=0",
+    ]
     run(tmp_path, *changes)
     resolved = resolve("tiny", changes, 2, to_run=False)
     (phase,) = phases_of(resolved.recipe)
@@ -61,8 +78,19 @@ def test_a_restart_in_training_at_stage_3(tmp_path):
 
 
 def test_a_network_above_what_stage_3_keeps_is_gathered_twice():
-    resolved = resolve("tiny", ["model.preset=llama_7b", "data.vocab_size=32000", "relora.r=128", "precision=bf16",
-                                "deepspeed=zero3", "train.batch_sequences=64"], 8, to_run=False)
+    resolved = resolve(
+        "tiny",
+        [
+            "model.preset=llama_7b",
+            "data.vocab_size=32000",
+            "relora.r=128",
+            "precision=bf16",
+            "deepspeed=zero3",
+            "train.batch_sequences=64",
+        ],
+        8,
+        to_run=False,
+    )
     method = phases_of(resolved.recipe)[-1].method
     result = cost(resolved, method, network_of(resolved.recipe)[0])
     trainable, everything = result.shapes.num_trainable, result.shapes.num_trainable + result.shapes.num_frozen
@@ -79,8 +107,9 @@ def test_a_world_size_that_does_not_divide_the_batch_has_a_state_and_no_step():
 
 
 def test_another_stage_drops_the_offloading_that_it_does_not_have():
-    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"},
-                                    "offload_param": {"device": "cpu"}}}
+    config = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    }
     assert at_stage(config, 2) == {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert at_stage(config, 0) == {"zero_optimization": {"stage": 0}}
     assert config["zero_optimization"]["stage"] == 3

@@ -13,40 +13,52 @@ from relora_ds.train import main
 @pytest.fixture
 def fails(tmp_path, capfd):
     """Run the tiny recipe with overrides; assert that it is refused; return what was printed."""
+
     def run(*overrides: str) -> str:
         run_dir = tmp_path / "run"
         assert main(["--config", "tiny", f"run_dir={run_dir}", *overrides]) == 2
         assert not run_dir.exists() and not dist.is_initialized()
         return capfd.readouterr().err
+
     return run
 
 
-@pytest.mark.parametrize("override, message", [
-    ("relora.restrat_every=5", "relora.restart_every"),
-    ("train.steps=many", "train.steps"),
-    ("relora.r=65", "relora.r: 65 exceeds the smaller side of model.layers.0"),
-    ("relora.target_modules=[q_porj]", "relora.target_modules: 'q_porj' matches no module"),
-    ("relora.restart_every=2", "relora.restart_every: 2"),
-    ("relora.reset_ratio=1.0", "relora.reset_ratio: 1.0"),
-    ("train.batch_sequences=7", "train.batch_sequences: 7"),
-    ("data.vocab_size=100000", "data.vocab_size"),
-    ("train.batch_sequences=100000", "train.batch_sequences: 100000 is more than the"),
-    ("deepspeed=zero9", "deepspeed: zero9 is neither a file nor a shipped configuration"),
-    ("relora.frozen_dtype=nf8", "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?)"),
-    ("activation_checkpointing=cheep", "activation_checkpointing: 'cheep' is unknown (did you mean cheap?)"),
-    ("method=rellora", "method: 'rellora' is unknown"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("relora.restrat_every=5", "relora.restart_every"),
+        ("train.steps=many", "train.steps"),
+        ("relora.r=65", "relora.r: 65 exceeds the smaller side of model.layers.0"),
+        ("relora.target_modules=[q_porj]", "relora.target_modules: 'q_porj' matches no module"),
+        ("relora.restart_every=2", "relora.restart_every: 2"),
+        ("relora.reset_ratio=1.0", "relora.reset_ratio: 1.0"),
+        ("train.batch_sequences=7", "train.batch_sequences: 7"),
+        ("data.vocab_size=100000", "data.vocab_size"),
+        ("train.batch_sequences=100000", "train.batch_sequences: 100000 is more than the"),
+        ("deepspeed=zero9", "deepspeed: zero9 is neither a file nor a shipped configuration"),
+        ("relora.frozen_dtype=nf8", "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?)"),
+        ("activation_checkpointing=cheep", "activation_checkpointing: 'cheep' is unknown (did you mean cheap?)"),
+        ("method=rellora", "method: 'rellora' is unknown"),
+    ],
+)
 def test_one_mistake(fails, override, message):
     assert message in fails(override)
 
 
 def test_a_format_without_its_library_or_with_blocks_that_do_not_divide(fails, tmp_path, monkeypatch):
-    sizes = {"model_type": "llama", "hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "max_position_embeddings": 256}
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": 20,
+        "intermediate_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+    }
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    printed = fails("relora.frozen_dtype=nf4", "relora.r=4", "model.preset=null",
-                    f"model.name_or_path={tmp_path / 'config.json'}")
+    printed = fails(
+        "relora.frozen_dtype=nf4", "relora.r=4", "model.preset=null", f"model.name_or_path={tmp_path / 'config.json'}"
+    )
     assert 'relora.frozen_dtype: nf4 needs bitsandbytes; pip install "relora_ds[quantization]"' in printed
     assert "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 7 more: nf4 stores blocks of 64" in printed
 
@@ -56,10 +68,23 @@ def test_restart_interval_against_the_warmup(fails):
 
 
 def test_all_mistakes_at_once(fails):
-    printed = fails("relora.restrat_every=5", "relora.r=65", "relora.reset_ratio=2", "train.batch_sequences=7",
-                    "data.source=text", "data.path=no/such/file.txt", "method=full", "deepspeed=zero9")
-    for field in ("relora.restrat_every", "relora.reset_ratio: 2", "train.batch_sequences: 7", "data.path: no/such",
-                  "deepspeed: zero9"):
+    printed = fails(
+        "relora.restrat_every=5",
+        "relora.r=65",
+        "relora.reset_ratio=2",
+        "train.batch_sequences=7",
+        "data.source=text",
+        "data.path=no/such/file.txt",
+        "method=full",
+        "deepspeed=zero9",
+    )
+    for field in (
+        "relora.restrat_every",
+        "relora.reset_ratio: 2",
+        "train.batch_sequences: 7",
+        "data.path: no/such",
+        "deepspeed: zero9",
+    ):
         assert printed.count(field) == 1, f"{field} in:\n{printed}"
 
 
@@ -69,28 +94,34 @@ def test_corpus(fails, tmp_path):
     assert "empty" in fails("data.source=text", f"data.path={tmp_path / 'empty.txt'}")
     (tmp_path / "small.txt").write_text("Too little to make a batch of.\n" * 60)
     assert "train.batch_sequences: 8 is more than" in fails(
-        "data.source=text", f"data.path={tmp_path / 'small.txt'}", "data.vocab_size=300", "data.seq_len=256")
+        "data.source=text", f"data.path={tmp_path / 'small.txt'}", "data.vocab_size=300", "data.seq_len=256"
+    )
 
 
 def test_model_and_tokenizer(fails, tmp_path):
     from tests.small_models import llama
+
     llama().save_pretrained(tmp_path / "model")
     printed = fails("model.preset=null", f"model.name_or_path={tmp_path / 'model'}", "data.seq_len=33")
     assert "data.seq_len: 33" in printed or "seq_len" in printed and "33" in printed
-    printed = fails("model.preset=null", f"model.name_or_path={tmp_path / 'model'}", "model.init=pretrained",
-                    "data.seq_len=32")
+    printed = fails(
+        "model.preset=null", f"model.name_or_path={tmp_path / 'model'}", "model.init=pretrained", "data.seq_len=32"
+    )
     assert "vocabulary of 67" in printed and "512" in printed
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-3}}}, "OneBitAdam"),
-    ({"optimizer": {"type": "Muon", "params": {}}}, "Muon"),
-    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "x"}}}, "nvme"),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
-    ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu"),
-    ({"bf16": {"enabled": True}}, "bf16"),
-    ({"scheduler": {"type": "WarmupLR", "params": {}}}, "scheduler"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-3}}}, "OneBitAdam"),
+        ({"optimizer": {"type": "Muon", "params": {}}}, "Muon"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "x"}}}, "nvme"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "scheduler"),
+    ],
+)
 def test_ds_config(fails, tmp_path, change, message):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **change}))
@@ -119,7 +150,7 @@ def test_it_is_said_once_on_every_machine(monkeypatch, capfd, tmp_path, rank, lo
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert main(["--config", "tiny", f"run_dir={tmp_path / 'r'}", "relora.target_modules=[q_porj]"]) == 2
-    assert capfd.readouterr().err[:len(printed) or None] == printed
+    assert capfd.readouterr().err[: len(printed) or None] == printed
 
 
 def test_resume_from_what_is_no_checkpoint(tmp_path, capfd):
@@ -133,8 +164,21 @@ def test_overwrite_does_not_delete_what_the_run_is_to_read(tmp_path, capfd):
     (run_dir / "texts").mkdir(parents=True)
     (run_dir / "texts" / "mine.txt").write_text("Nobody else has this text.\n" * 500)
     (run_dir / "recipe.yaml").touch()
-    assert main(["--config", "tiny", f"run_dir={run_dir}", "overwrite=true", "data.source=text",
-                 f"data.path={run_dir}/texts/*.txt", f"init_from={run_dir}", "warm_start_steps=0"]) == 2
+    assert (
+        main(
+            [
+                "--config",
+                "tiny",
+                f"run_dir={run_dir}",
+                "overwrite=true",
+                "data.source=text",
+                f"data.path={run_dir}/texts/*.txt",
+                f"init_from={run_dir}",
+                "warm_start_steps=0",
+            ]
+        )
+        == 2
+    )
     printed = capfd.readouterr().err
     assert "data.path: " in printed and "init_from: " in printed and "overwrite=true deletes" in printed
     assert (run_dir / "texts" / "mine.txt").is_file()

@@ -16,24 +16,33 @@ for top in dataclasses.fields(Recipe):
     for field in dataclasses.fields(top.type) if dataclasses.is_dataclass(top.type) else [top]:
         key = field.name if field is top else f"{top.name}.{field.name}"
         kind = str(field.type)
-        (INTEGERS if "int" in kind else NUMBERS if kind == "<class 'float'>" or kind == "float | None"
-         else TEXTS if "str" in kind and "list" not in kind else []).append(key)
+        (
+            INTEGERS
+            if "int" in kind
+            else NUMBERS
+            if kind == "<class 'float'>" or kind == "float | None"
+            else TEXTS
+            if "str" in kind and "list" not in kind
+            else []
+        ).append(key)
 
 
 @pytest.fixture
 def refused(tmp_path, capfd):
     """Run `train` and `check` with overrides of tiny; return what both say of one field."""
+
     def run(key: str, *overrides: str, check: bool = True) -> str:
         run_dir = tmp_path / "run"
         given = [f"run_dir={run_dir}"] if key != "run_dir" else []
         said = []
-        for command in (["train", "--config", "tiny"], ["check", "tiny"])[:2 if check else 1]:
+        for command in (["train", "--config", "tiny"], ["check", "tiny"])[: 2 if check else 1]:
             assert main([*command, *given, *overrides]) == 2, f"{command[0]} {overrides}"
             printed = capfd.readouterr().err
             assert "Traceback" not in printed and not run_dir.exists() and not dist.is_initialized()
             said.append(next(line.strip() for line in printed.splitlines() if line.strip().startswith(key)))
         assert len(set(said)) == 1
         return said[0]
+
     return run
 
 
@@ -63,16 +72,23 @@ def test_absurd_numbers(key):
 
 @pytest.mark.parametrize("key", TEXTS)
 def test_text_that_is_none(key):
-    for value, what in (("''", "is empty"), ("' '", "is empty"), ('"a\\nb"', "line break"), ('"a\\0b"', "control"),
-                        ("a\udcffb", "broken UTF-8")):
+    for value, what in (
+        ("''", "is empty"),
+        ("' '", "is empty"),
+        ('"a\\nb"', "line break"),
+        ('"a\\0b"', "control"),
+        ("a\udcffb", "broken UTF-8"),
+    ):
         found = [p for p in problems_of(f"{key}={value}") if p.startswith(f"{key}:")]
         assert len(found) == 1 and what in found[0], (value, found)
 
 
 def test_paths_that_cannot_be_one():
     for key in PATHS:
-        for path, message in (("~no_such_user/x", "~no_such_user/x is in no known home"),
-                              (f"/tmp/{'a' * 300}", "a name in /tmp/aaa")):
+        for path, message in (
+            ("~no_such_user/x", "~no_such_user/x is in no known home"),
+            (f"/tmp/{'a' * 300}", "a name in /tmp/aaa"),
+        ):
             assert any(p.startswith(f"{key}: {message}") for p in problems_of(f"{key}={path}"))
     assert problems_of("run_dir=./~nobody") == []
 
@@ -81,8 +97,10 @@ def test_the_largest_values_that_are_fine():
     largest = [f"seed={2**64 - 1}", "data.max_tokens=1e15", "relora.restart_every=null", "train.steps=1e9"]
     assert problems_of(*largest) == []
     assert "above" in problems_of("train.tokens=1e15")[0]
-    assert "gives 999998 restarts" in problems_of("train.steps=1e7", "optim.warmup_steps=2",
-                                                  "relora.restart_warmup_steps=2")[0]
+    assert (
+        "gives 999998 restarts"
+        in problems_of("train.steps=1e7", "optim.warmup_steps=2", "relora.restart_warmup_steps=2")[0]
+    )
 
 
 def test_names_given_twice_or_empty():
@@ -91,14 +109,22 @@ def test_names_given_twice_or_empty():
         assert problems_of(f"{key}=[q_proj, '']")[0].startswith(f"{key}: '' is empty")
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    (f"seed={2**64}", "seed: 18446744073709551616 is above 18446744073709551615; use e.g. 0"),
-    ("train.steps=1e300", "train.steps: 1E+300 is above 1000000000; use e.g. 8"),
-    ("model.attn_implementation=flash_attn_2", "model.attn_implementation: 'flash_attn_2' is unknown (did you mean"),
-    ("model.attn_implementation=spda", "model.attn_implementation: 'spda' is unknown (did you mean sdpa?)"),
-    ("model.attn_implementation=kernels-community/flash-attn",
-     "model.attn_implementation: kernels-community/flash-attn is a kernel of the Hugging Face hub, which is code"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"seed={2**64}", "seed: 18446744073709551616 is above 18446744073709551615; use e.g. 0"),
+        ("train.steps=1e300", "train.steps: 1E+300 is above 1000000000; use e.g. 8"),
+        (
+            "model.attn_implementation=flash_attn_2",
+            "model.attn_implementation: 'flash_attn_2' is unknown (did you mean",
+        ),
+        ("model.attn_implementation=spda", "model.attn_implementation: 'spda' is unknown (did you mean sdpa?)"),
+        (
+            "model.attn_implementation=kernels-community/flash-attn",
+            "model.attn_implementation: kernels-community/flash-attn is a kernel of the Hugging Face hub",
+        ),
+    ],
+)
 def test_values_that_train_and_check_refuse_alike(refused, override, message):
     assert refused(override.partition("=")[0], override).startswith(message)
 
@@ -118,21 +144,34 @@ def test_attention_that_the_family_lacks(refused, tmp_path):
     assert "sdpa is not available for mamba models; use eager" in refused("model.attn_implementation", shape)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"zero_optimization: {stage: 1}", "is not valid JSON"), (b"", "is not valid JSON"),
-    (b"\xff\xfe\x00", "is not valid JSON"), (b"[1, 2]", "holds a list, not an object"),
-    (b'"zero1"', "holds a str, not an object"), (b"null", "holds a NoneType"),
-    (b'{"gradient_clipping": NaN}', "NaN is not a number of JSON"), (b"[" * 10**5, "is not valid JSON"),
-    (b'{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "key given twice: zero_optimization"),
-    (b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}', "reduce_bucket_size"),
-    (b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}', "reduce_bucket_size"),
-    (b'{"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}', "offload_optimizer"),
-    (b'{"zero_optimization": {"stage": 1e300}}', "zero_optimization.stage"),
-    (b'{"zero_optimization": []}', "zero_optimization"), (b'{"bf16": 1}', "bf16"),
-    (b'{"optimizer": []}', "optimizer"), (b'{"optimizer": {"type": "AdamW", "params": [1]}}', "optimizer.params"),
-    (b'{"train_batch_size": "many"}', "train_batch_size"), (b'{"train_batch_size": -8}', "train_batch_size"),
-    (b'{"fp16": {"enabled": false, "loss_scale_window": "x"}}', "loss_scale_window"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"zero_optimization: {stage: 1}", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[1, 2]", "holds a list, not an object"),
+        (b'"zero1"', "holds a str, not an object"),
+        (b"null", "holds a NoneType"),
+        (b'{"gradient_clipping": NaN}', "NaN is not a number of JSON"),
+        (b"[" * 10**5, "is not valid JSON"),
+        (
+            b'{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}',
+            "key given twice: zero_optimization",
+        ),
+        (b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}', "reduce_bucket_size"),
+        (b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}', "reduce_bucket_size"),
+        (b'{"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}', "offload_optimizer"),
+        (b'{"zero_optimization": {"stage": 1e300}}', "zero_optimization.stage"),
+        (b'{"zero_optimization": []}', "zero_optimization"),
+        (b'{"bf16": 1}', "bf16"),
+        (b'{"optimizer": []}', "optimizer"),
+        (b'{"optimizer": {"type": "AdamW", "params": [1]}}', "optimizer.params"),
+        (b'{"train_batch_size": "many"}', "train_batch_size"),
+        (b'{"train_batch_size": -8}', "train_batch_size"),
+        (b'{"fp16": {"enabled": false, "loss_scale_window": "x"}}', "loss_scale_window"),
+    ],
+)
 def test_deepspeed_files(refused, tmp_path, content, message):
     (tmp_path / "ds.json").write_bytes(content)
     assert message in refused("deepspeed", f"deepspeed={tmp_path / 'ds.json'}")
@@ -151,6 +190,7 @@ def test_directories_and_files_without_permission(refused, tmp_path, monkeypatch
         if path.name == "ds.json":
             raise PermissionError(13, "Permission denied")
         return read_text(path, *arguments, **options)
+
     monkeypatch.setattr(Path, "read_text", denied)
     assert "cannot be read (Permission denied)" in refused("deepspeed", f"deepspeed={tmp_path / 'ds.json'}")
 

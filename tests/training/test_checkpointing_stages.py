@@ -22,27 +22,60 @@ RESTART = 3
 STEPS = 4
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 # Nothing is kept for its next use, nothing is fetched before it is needed ...
-TIGHT = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size": 0,
-         "stage3_param_persistence_threshold": 0}
+TIGHT = {
+    "stage3_max_live_parameters": 1,
+    "stage3_max_reuse_distance": 1,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
 # ... or fetched in portions that end between layers.
-PREFETCH = {"stage3_max_live_parameters": 4000, "stage3_max_reuse_distance": 1000, "stage3_prefetch_bucket_size": 3000,
-            "stage3_param_persistence_threshold": 0}
+PREFETCH = {
+    "stage3_max_live_parameters": 4000,
+    "stage3_max_reuse_distance": 1000,
+    "stage3_prefetch_bucket_size": 3000,
+    "stage3_param_persistence_threshold": 0,
+}
 
 
-def train(mode: str, stage: int, *, method: str = "relora", accumulation: int = 1, family: str = "llama",
-          sizes: dict = SIZES, zero: dict | None = None, dropout: float = 0.0, frozen_dtype: str = "auto",
-          placement: str = "auto") -> dict:
+def train(
+    mode: str,
+    stage: int,
+    *,
+    method: str = "relora",
+    accumulation: int = 1,
+    family: str = "llama",
+    sizes: dict = SIZES,
+    zero: dict | None = None,
+    dropout: float = 0.0,
+    frozen_dtype: str = "auto",
+    placement: str = "auto",
+) -> dict:
     """Four steps with a restart after the third."""
-    relora = cases.relora_config(restart_every=RESTART, restart_warmup_steps=1, lora_dropout=dropout,
-                                 frozen_dtype=frozen_dtype, frozen_placement=placement) if method == "relora" else None
+    relora = (
+        cases.relora_config(
+            restart_every=RESTART,
+            restart_warmup_steps=1,
+            lora_dropout=dropout,
+            frozen_dtype=frozen_dtype,
+            frozen_placement=placement,
+        )
+        if method == "relora"
+        else None
+    )
     model = FAMILIES[family](**sizes)
     model.set_attn_implementation("sdpa")
     if relora is not None:
         relora_ds.wrap(model, relora)
     recompute.apply(model, mode)
     engine, *_ = relora_ds.initialize(
-        model, cases.ds_settings(stage, "fp32", **(zero or {})), relora, lr=1e-2, total_steps=cases.STEPS,
-        micro_batch_size=cases.GLOBAL_BATCH // (2 * accumulation), gradient_accumulation_steps=accumulation)
+        model,
+        cases.ds_settings(stage, "fp32", **(zero or {})),
+        relora,
+        lr=1e-2,
+        total_steps=cases.STEPS,
+        micro_batch_size=cases.GLOBAL_BATCH // (2 * accumulation),
+        gradient_accumulation_steps=accumulation,
+    )
     found = {"losses": [], "gathered": set(), "stack": []}
     for step in range(STEPS):
         with count_traffic() as traffic:
@@ -51,17 +84,23 @@ def train(mode: str, stage: int, *, method: str = "relora", accumulation: int = 
         found["stack"].append(len(FWD_MODULE_STACK))
     found["restarts"], found["payload"] = list(engine.restarts), traffic.payload
     last = ("down_proj", "dense_4h_to_h")
-    found["repeated"] = sum(layer.weight.ds_tensor.element_size() * layer.weight.ds_numel
-                            for name, layer in lowrank_layers(engine.module).items()
-                            if hasattr(layer.weight, "ds_tensor") and not name.endswith(last))
+    found["repeated"] = sum(
+        layer.weight.ds_tensor.element_size() * layer.weight.ds_numel
+        for name, layer in lowrank_layers(engine.module).items()
+        if hasattr(layer.weight, "ds_tensor") and not name.endswith(last)
+    )
     cases.release(engine)
     return found
 
 
 def gathered(engine) -> list[str]:
     """Weights that ZeRO-3 has not let go of, beside those that it means to keep, or believes to be in use."""
-    return [name for name, p in engine.module.named_parameters() if hasattr(p, "ds_status") and (
-        (p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist) or p.ds_active_sub_modules)]
+    return [
+        name
+        for name, p in engine.module.named_parameters()
+        if hasattr(p, "ds_status")
+        and ((p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist) or p.ds_active_sub_modules)
+    ]
 
 
 def compare(stage: int, modes: list[str], **how) -> tuple[dict, dict]:
@@ -77,9 +116,17 @@ def compare(stage: int, modes: list[str], **how) -> tuple[dict, dict]:
     return plain, found
 
 
-@pytest.mark.parametrize("method, stage", [
-    ("relora", 1), ("relora", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("relora", 0), ("relora", 2), ("full", 0), ("full", 1), ("full", 2), ("full", 3)))])
+@pytest.mark.parametrize(
+    "method, stage",
+    [
+        ("relora", 1),
+        ("relora", 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("relora", 0), ("relora", 2), ("full", 0), ("full", 1), ("full", 2), ("full", 3))
+        ),
+    ],
+)
 def test_the_run_is_the_same(method, stage):
     compare(stage, MODES, method=method, accumulation=2)
 
@@ -98,17 +145,31 @@ def test_with_dropout(stage):
     compare(stage, MODES, dropout=0.3, accumulation=2)
 
 
-@pytest.mark.parametrize("family, zero", [
-    pytest.param(family, zero, id=f"{family}-{name}", marks=[] if (family, name) == ("llama", "prefetch")
-                 else pytest.mark.slow)
-    for family in FAMILIES for name, zero in (("tight", TIGHT), ("prefetch", PREFETCH))])
+@pytest.mark.parametrize(
+    "family, zero",
+    [
+        pytest.param(
+            family,
+            zero,
+            id=f"{family}-{name}",
+            marks=[] if (family, name) == ("llama", "prefetch") else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for name, zero in (("tight", TIGHT), ("prefetch", PREFETCH))
+    ],
+)
 def test_however_zero_3_fetches(family, zero):
     compare(3, MODES, family=family, zero=zero, sizes={})
 
 
-@pytest.mark.parametrize("frozen_dtype, placement", [
-    ("int8", "sharded"), pytest.param("auto", "sharded", marks=pytest.mark.slow),
-    pytest.param("int8", "replicated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "frozen_dtype, placement",
+    [
+        ("int8", "sharded"),
+        pytest.param("auto", "sharded", marks=pytest.mark.slow),
+        pytest.param("int8", "replicated", marks=pytest.mark.slow),
+    ],
+)
 def test_what_zero_3_gathers_again(frozen_dtype, placement):
     """Every sharded frozen weight of the layers once more a micro-step, but each layer's last: it is still there."""
     plain, found = compare(3, ["cheap"], frozen_dtype=frozen_dtype, placement=placement, accumulation=2)
@@ -116,8 +177,16 @@ def test_what_zero_3_gathers_again(frozen_dtype, placement):
     assert (plain["repeated"] > 0) == (placement == "sharded")
 
 
-RECIPE = ["train.steps=12", "warm_start_steps=4", "relora.restart_every=4", "relora.restart_warmup_steps=1",
-          "optim.warmup_steps=1", "log.every=1", "eval.every=6", "checkpoint.every=null"]
+RECIPE = [
+    "train.steps=12",
+    "warm_start_steps=4",
+    "relora.restart_every=4",
+    "relora.restart_warmup_steps=1",
+    "optim.warmup_steps=1",
+    "log.every=1",
+    "eval.every=6",
+    "checkpoint.every=null",
+]
 
 
 def train_recipe(overrides: list[str]) -> tuple[float, float]:
@@ -134,6 +203,7 @@ def train_recipe(overrides: list[str]) -> tuple[float, float]:
 @pytest.mark.slow
 def test_a_recipe_with_a_warm_start(tmp_path):
     """Warm start, switch, restart, evaluation, samples and export."""
+
     def train(name: str, *overrides: str):
         return ranks(2).run(train_recipe, [f"run_dir={tmp_path / name}", *RECIPE, *overrides])[0]
 

@@ -48,7 +48,7 @@ def test_what_the_device_does_after_the_last_wait_is_in_the_next_mean(monkeypatc
         assert gpu.clock.mean_seconds() == pytest.approx(16 / 5)
     gpu.step(busy=3)
     gpu.clock.drain()  # as before an evaluation,
-    gpu.now += 100     # whose seconds are nobody's
+    gpu.now += 100  # whose seconds are nobody's
     gpu.step(busy=3)
     assert gpu.clock.mean_seconds() == pytest.approx(4) and gpu.account.seconds == 32 + 8
 

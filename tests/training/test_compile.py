@@ -101,9 +101,22 @@ def test_the_layer_is_one_graph_and_a_restart_compiles_nothing(format, dropout):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("format, mode", [
-    ("int8", "cheap"), *(pytest.param(format, mode, marks=pytest.mark.slow) for format, mode in (
-        ("dense", "none"), ("dense", "full"), ("dense", "selective"), ("dense", "cheap"), ("nf4", "none")))])
+@pytest.mark.parametrize(
+    "format, mode",
+    [
+        ("int8", "cheap"),
+        *(
+            pytest.param(format, mode, marks=pytest.mark.slow)
+            for format, mode in (
+                ("dense", "none"),
+                ("dense", "full"),
+                ("dense", "selective"),
+                ("dense", "cheap"),
+                ("nf4", "none"),
+            )
+        ),
+    ],
+)
 def test_a_model_is_one_graph(format, mode, monkeypatch):
     """Training alone is compiled, once: not again by a restart, by another mode, or by batches of other shapes."""
     plain, model = small(format), small(format, mode)
@@ -165,8 +178,14 @@ def train(stage: int, compiled: bool, mode: str, frozen_dtype: str, accumulation
     model.set_attn_implementation("sdpa")
     recompute.apply(relora_ds.wrap(model, relora), mode)
     engine, *_ = relora_ds.initialize(
-        model, cases.ds_settings(stage, "fp32"), relora, lr=1e-2, total_steps=cases.STEPS,
-        micro_batch_size=cases.GLOBAL_BATCH // (2 * accumulation), gradient_accumulation_steps=accumulation)
+        model,
+        cases.ds_settings(stage, "fp32"),
+        relora,
+        lr=1e-2,
+        total_steps=cases.STEPS,
+        micro_batch_size=cases.GLOBAL_BATCH // (2 * accumulation),
+        gradient_accumulation_steps=accumulation,
+    )
     engine.drift_probe = lambda: engine.module(input_ids=batch(99, 4)).logits
     if compiled:
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -176,16 +195,21 @@ def train(stage: int, compiled: bool, mode: str, frozen_dtype: str, accumulation
     for step in range(5):
         found["losses"].append(cases.train_step(engine, step))
         found["logits"].append(cases.logits(engine).sum().item())
-    found |= {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"]),
-              "drift": engine.last_restart.merge_drift}
+    found |= {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": dict(counters["graph_break"]),
+        "drift": engine.last_restart.merge_drift,
+    }
     assert engine.restarts == [3]
     cases.release(engine)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, mode, frozen_dtype, accumulation", [
-    (0, "none", "auto", 1), (1, "cheap", "auto", 2), (2, "none", "int8", 2), (1, "full", "nf4", 1)])
+@pytest.mark.parametrize(
+    "stage, mode, frozen_dtype, accumulation",
+    [(0, "none", "auto", 1), (1, "cheap", "auto", 2), (2, "none", "int8", 2), (1, "full", "nf4", 1)],
+)
 def test_an_engine_is_one_graph(stage, mode, frozen_dtype, accumulation):
     plain = ranks(2).run(train, stage, False, mode, frozen_dtype, accumulation)[0]
     found = ranks(2).run(train, stage, True, mode, frozen_dtype, accumulation)[0]
@@ -195,8 +219,16 @@ def test_an_engine_is_one_graph(stage, mode, frozen_dtype, accumulation):
     assert found["drift"] is not None
 
 
-RECIPE = ["train.steps=12", "warm_start_steps=4", "relora.restart_every=4", "relora.restart_warmup_steps=1",
-          "optim.warmup_steps=1", "log.every=1", "eval.every=6", "checkpoint.every=null"]
+RECIPE = [
+    "train.steps=12",
+    "warm_start_steps=4",
+    "relora.restart_every=4",
+    "relora.restart_warmup_steps=1",
+    "optim.warmup_steps=1",
+    "log.every=1",
+    "eval.every=6",
+    "checkpoint.every=null",
+]
 
 
 def train_recipe(overrides: list[str]) -> tuple[int, float]:
@@ -210,6 +242,7 @@ def train_recipe(overrides: list[str]) -> tuple[int, float]:
 @pytest.mark.slow
 def test_a_recipe_that_is_compiled(tmp_path):
     """Generated code through warm start, switch, restart, evaluation, samples and export: one graph for each phase."""
+
     def train(name: str, *overrides: str):
         return ranks(1).run(train_recipe, [f"run_dir={tmp_path / name}", *RECIPE, *overrides], timeout=600)[0]
 
@@ -227,14 +260,16 @@ def test_zero_3_is_not_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "problems", list)
     overrides = [f"run_dir={tmp_path / 'run'}", "compile=true"]
     found = [warning for warning in resolve("tiny", [*overrides, "deepspeed=zero3"]).warnings() if "compile" in warning]
-    assert found == ["compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
-                     "configuration of stages 0 to 2"]
+    assert found == [
+        "compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
+        "configuration of stages 0 to 2"
+    ]
     assert not any("compile" in warning for warning in resolve("tiny", [*overrides, "deepspeed=zero2"]).warnings())
 
 
 def test_a_machine_that_cannot_compile(monkeypatch, tmp_path):
     def says(what: str) -> bool:
-        problem, = compilation.problems()
+        (problem,) = compilation.problems()
         return problem == f"compile: true needs {what}; install what is missing, or use compile=false"
 
     found = {"g++", "clang"}

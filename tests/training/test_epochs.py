@@ -14,9 +14,17 @@ def overrides(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)  # as if the text had lain here for long
     for number in range(30):
         write_text(tmp_path / "text" / f"{number:02}.txt", 40, f"word{number}")
-    return [f"run_dir={tmp_path / 'run'}", "data.source=text", f"data.path={tmp_path / 'text'}", "data.vocab_size=360",
-            f"data.cache_dir={tmp_path / 'cache'}", "data.seq_len=32", "train.steps=200", "train.batch_sequences=8",
-            "train.micro_batch_size=8"]
+    return [
+        f"run_dir={tmp_path / 'run'}",
+        "data.source=text",
+        f"data.path={tmp_path / 'text'}",
+        "data.vocab_size=360",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.seq_len=32",
+        "train.steps=200",
+        "train.batch_sequences=8",
+        "train.micro_batch_size=8",
+    ]
 
 
 def checked(capsys, overrides, *more):
@@ -42,8 +50,10 @@ def test_a_corpus_that_is_shorter_than_max_tokens_is_said(overrides, capsys):
     assert "epochs: at least 1.28; exactly known after" in checked(capsys, overrides)
     plan = preflight.check("tiny", overrides)
     rows = len(plan.data.train) // 32
-    warning = (f"data.max_tokens: 40000 is more than the {len(plan.data.train)} training tokens of the corpus; the run "
-               f"reads it {1600 / rows:.2f} times; use a larger corpus, or remove it")
+    warning = (
+        f"data.max_tokens: 40000 is more than the {len(plan.data.train)} training tokens of the corpus; the run "
+        f"reads it {1600 / rows:.2f} times; use a larger corpus, or remove it"
+    )
     assert warning in plan.warnings() and f"WARNING: {warning}" in checked(capsys, overrides)
     plan = preflight.check("tiny", [*overrides, "data.max_tokens=4000"])
     assert len(plan.data.train) == 4000 and not any("max_tokens" in warning for warning in plan.warnings())

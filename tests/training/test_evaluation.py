@@ -80,8 +80,11 @@ def test_a_rehearsal_that_does_not_fit_names_the_field_and_leaves_the_mode():
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
     model = TooLarge().train()
-    with pytest.raises(torch.OutOfMemoryError, match=r"train.micro_batch_size: 4 sequences of 32 tokens .*; lower it \("
-                                                     r"Tried to allocate 2.00 GiB\)"):
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"train.micro_batch_size: 4 sequences of 32 tokens .*; lower it \("
+        r"Tried to allocate 2.00 GiB\)",
+    ):
         evaluation.rehearse(model, data(1), seq_len=LENGTH, micro_batch_size=ROWS, device=CPU)
     assert model.training
 
@@ -106,5 +109,5 @@ def without_room(overrides: list[str]) -> str:
 
 
 def test_an_evaluation_that_does_not_fit_ends_the_run_after_its_first_step(tmp_path):
-    said, = ranks(1).run(without_room, [f"run_dir={tmp_path / 'run'}"])
+    (said,) = ranks(1).run(without_room, [f"run_dir={tmp_path / 'run'}"])
     assert said.startswith("train.micro_batch_size: ") and len(lines(tmp_path / "run", "train")) == 1

@@ -21,8 +21,14 @@ from tests.zero.test_nonfinite import everything
 
 BATCH = 8
 BAD_STEPS = (47,)  # on a fresh path through the data
-SETTINGS = ["train.steps=60", "checkpoint.every=10", "checkpoint.keep_last=9", "eval.samples=0", "precision=fp32",
-            "guard.spike_zscore=2"]
+SETTINGS = [
+    "train.steps=60",
+    "checkpoint.every=10",
+    "checkpoint.keep_last=9",
+    "eval.samples=0",
+    "precision=fp32",
+    "guard.spike_zscore=2",
+]
 
 
 # -- the judge -------------------------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def spoiled_run(run_dir, *overrides: str, **how) -> dict:
 def test_report(tmp_path):
     summary = spoiled_run(tmp_path / "r")
     assert (summary["loss_spikes"], summary["skipped_steps"], summary["rollbacks"]) == (1, 0, 0)
-    spike, = lines(tmp_path / "r", "spike")
+    (spike,) = lines(tmp_path / "r", "spike")
     assert spike["step"] == 47 and spike["loss"] == losses(tmp_path / "r")[47] and spike["zscore"] > 2
 
 
@@ -125,13 +131,14 @@ def test_report_does_not_depend_on_how_often_it_is_logged(tmp_path):
     assert [(s["step"], s["loss"], s["zscore"]) for s in often] == [(s["step"], s["loss"], s["zscore"]) for s in seldom]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow),
-                                   3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_skip(tmp_path, stage):
     """The bad batch leaves no trace: the run is that of a loader which never had it."""
     summary = spoiled_run(tmp_path / "r", "guard.on_spike=skip", f"deepspeed=zero{stage}")
     assert (summary["loss_spikes"], summary["skipped_steps"]) == (1, 1) and summary["step"] == 60
-    spike, = lines(tmp_path / "r", "spike")
+    (spike,) = lines(tmp_path / "r", "spike")
     assert spike["step"] == 46 and spike["zscore"] > 2  # after that step
     seen = losses(tmp_path / "r")
     assert list(seen) == list(range(1, 61)) and max(seen.values()) < spike["loss"]
@@ -141,14 +148,15 @@ def test_rollback_is_a_resume_with_later_data(tmp_path):
     summary = spoiled_run(tmp_path / "r", "guard.on_spike=rollback")
     assert (summary["loss_spikes"], summary["skipped_steps"], summary["rollbacks"]) == (1, 1, 1)
     assert [line["step"] for line in lines(tmp_path / "r", "train")] == list(range(1, 61))
-    spike, = lines(tmp_path / "r", "spike")
+    (spike,) = lines(tmp_path / "r", "spike")
     assert (spike["step"], spike["rolled_back_from"]) == (40, 46) and spike["zscore"] > 2
     assert summary["tokens"] == 67 * BATCH * 64
     # The batch that was spoiled was number 47; steps 41 to 60 take numbers 48 to 67.
     assert summary["loader"] == {"epoch": 0, "position": 67 * BATCH}
     checkpoint = tmp_path / "r" / "checkpoints" / "step_00000040"
-    by_hand = spoiled_run(tmp_path / "by_hand", f"resume={checkpoint}", bad_steps=(),
-                          loader={"epoch": 0, "position": 47 * BATCH})
+    by_hand = spoiled_run(
+        tmp_path / "by_hand", f"resume={checkpoint}", bad_steps=(), loader={"epoch": 0, "position": 47 * BATCH}
+    )
     assert losses(tmp_path / "by_hand") == {s: x for s, x in losses(tmp_path / "r").items() if s > 40}
     assert by_hand["val_loss"] == summary["val_loss"]
 
@@ -171,15 +179,17 @@ def give_up(overrides: list[str], bad_steps) -> str:
 
 @pytest.mark.slow
 def test_spike_after_spike_ends_the_run(tmp_path):
-    said, _ = ranks(2).run(give_up, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.on_spike=skip",
-                                     "guard.max_bad_steps=4"], range(47, 99))
+    said, _ = ranks(2).run(
+        give_up, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.on_spike=skip", "guard.max_bad_steps=4"], range(47, 99)
+    )
     assert said.startswith("guard.max_bad_steps: 4 steps in a row") and "step_00000040" in said
 
 
 @pytest.mark.slow
 def test_rolling_back_again_and_again_ends_the_run(tmp_path):
-    said, _ = ranks(2).run(give_up, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.on_spike=rollback"],
-                           (47, 49, 51, 53, 55))
+    said, _ = ranks(2).run(
+        give_up, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.on_spike=rollback"], (47, 49, 51, 53, 55)
+    )
     assert said.startswith("guard.on_spike: 3 times back to step 40")
 
 
@@ -207,8 +217,9 @@ def poison_master(engine) -> None:
 
 
 def refuse(spoil, frozen_dtype="auto", **how) -> tuple:
-    engine = cases.build(relora=cases.relora_config(restart_every=99, restart_warmup_steps=2,
-                                                    frozen_dtype=frozen_dtype), **how)
+    engine = cases.build(
+        relora=cases.relora_config(restart_every=99, restart_warmup_steps=2, frozen_dtype=frozen_dtype), **how
+    )
     for step in range(3):
         cases.train_step(engine, step)
     spoil(engine)

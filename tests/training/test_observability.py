@@ -47,6 +47,7 @@ def board(observed):
 
 # -- evaluations -----------------------------------------------------------------------------------------------------
 
+
 def test_evaluations_within_a_phase_may_take_a_part_of_the_tokens(observed, tmp_path):
     run(tmp_path / "part", *SETTINGS, "eval.max_tokens=100")
     whole = len(data.prepare(load_recipe(str(observed / "recipe.yaml")).data).validation) - 1
@@ -60,6 +61,7 @@ def test_evaluations_within_a_phase_may_take_a_part_of_the_tokens(observed, tmp_
 
 
 # -- text samples ----------------------------------------------------------------------------------------------------
+
 
 def test_samples_do_not_disturb_training(observed, tmp_path):
     run(tmp_path / "blind", *SETTINGS, "eval.samples=0")
@@ -114,14 +116,18 @@ def test_a_network_that_diverged_still_writes():
     assert continuations(model, torch.arange(6).view(1, 6), num_tokens=4, seed=0, device=CPU).shape == (1, 10)
 
 
-@pytest.mark.parametrize("tokens, num, prompts", [
-    ([1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 9, 0], 2, [[1, 2, 3, 4], [6, 7, 8, 9]]),
-    ([1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 9, 0], 1, [[1, 2, 3, 4]]),
-    ([1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 9, 0], 0, []),
-    ([1, 2, 0, 0, 6, 7, 8, 9], 5, [[6, 7, 8, 9]]),  # a short and an empty document are passed over
-    ([1, 2, 0, 3, 0, 4, 5, 0], 2, [[1, 2], [4, 5]]),  # none is long enough: the longest ones
-    ([1, 2, 3, 4, 5], 1, [[1, 2, 3, 4]]),  # no end of a document
-    ([0, 0, 0], 1, [])])
+@pytest.mark.parametrize(
+    "tokens, num, prompts",
+    [
+        ([1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 9, 0], 2, [[1, 2, 3, 4], [6, 7, 8, 9]]),
+        ([1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 9, 0], 1, [[1, 2, 3, 4]]),
+        ([1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 9, 0], 0, []),
+        ([1, 2, 0, 0, 6, 7, 8, 9], 5, [[6, 7, 8, 9]]),  # a short and an empty document are passed over
+        ([1, 2, 0, 3, 0, 4, 5, 0], 2, [[1, 2], [4, 5]]),  # none is long enough: the longest ones
+        ([1, 2, 3, 4, 5], 1, [[1, 2, 3, 4]]),  # no end of a document
+        ([0, 0, 0], 1, []),
+    ],
+)
 def test_prompts_are_the_beginnings_of_documents(tokens, num, prompts):
     found = first_documents(np.array(tokens, dtype=np.uint16), 0, num, seq_len=8)
     assert found.dtype == torch.int64 and found.tolist() == prompts
@@ -137,11 +143,12 @@ def test_a_text_ends_where_the_document_does(observed):
 
         def forward(self, input_ids):
             said = [*prompt, *more, tokenizer.eos_token_id, *more, *more]
-            logits = torch.nn.functional.one_hot(torch.tensor([said[1:input_ids.shape[1] + 1]]), len(tokenizer)) * 1e4
+            logits = torch.nn.functional.one_hot(torch.tensor([said[1 : input_ids.shape[1] + 1]]), len(tokenizer)) * 1e4
             return type("Output", (), {"logits": logits})
 
-    sample, = draw_samples(Parrot(), tokenizer, torch.tensor([prompt]), seq_len=len(prompt) + 2 * len(more) + 1, seed=0,
-                           device=CPU)
+    (sample,) = draw_samples(
+        Parrot(), tokenizer, torch.tensor([prompt]), seq_len=len(prompt) + 2 * len(more) + 1, seed=0, device=CPU
+    )
     assert (sample.prompt.strip(), sample.text) == ("An expression", " list")
 
 
@@ -159,6 +166,7 @@ def test_a_negative_number_of_samples_is_refused():
 
 # -- when to evaluate -------------------------------------------------------------------------------------------------
 
+
 def test_every_cycle_is_evaluated_once_at_least(observed):
     # 10: the warm start's end; 20: its cycle had none; 25: on schedule, so not at 30; 40: its cycle had none; 50: both.
     assert [line["step"] for line in lines(observed, "eval")] == [10, 20, 25, 40, 50]
@@ -170,6 +178,7 @@ def test_a_resumed_run_evaluates_when_the_whole_one_would(observed, tmp_path):
 
 
 # -- norms of the updates ---------------------------------------------------------------------------------------------
+
 
 def norms_of_a_restart(stage: int, precision: str) -> list[dict[str, float]]:
     """[norms, relative norms] that a restart reports, checked on this rank against the dense products."""
@@ -183,7 +192,8 @@ def norms_of_a_restart(stage: int, precision: str) -> list[dict[str, float]]:
         update = cases.SCALING * factors[f"{name}.lora_B"].double() @ factors[f"{name}.lora_A"].double()
         assert norm == pytest.approx(update.norm().item(), rel=1e-6) and norm > 1e-3
         assert done.relative_update_norms[name] == pytest.approx(
-            (update.norm() / weights[name].double().norm()).item(), rel=1e-6)
+            (update.norm() / weights[name].double().norm()).item(), rel=1e-6
+        )
     cases.release(engine)
     return [done.update_norms, done.relative_update_norms]
 
@@ -196,9 +206,19 @@ def test_update_norms_are_those_of_the_dense_product(stage, precision):
 
 
 def test_metrics_hold_the_norms_of_every_layer(observed):
-    layers = {f"model.layers.{i}.{name}" for i in range(2) for name in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-        "mlp.down_proj")}
+    layers = {
+        f"model.layers.{i}.{name}"
+        for i in range(2)
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    }
     for line in lines(observed, "restart"):
         assert set(line["update_norms"]) == set(line["relative_update_norms"]) == layers
         assert all(norm > 0 for norm in line["update_norms"].values())
@@ -212,15 +232,37 @@ def test_cumulative_bytes_end_at_the_summarys(observed):
 
 # -- TensorBoard ------------------------------------------------------------------------------------------------------
 
+
 def test_tensorboard_has_sensible_groups(board, observed):
     scalars = board.Tags()["scalars"]
-    assert {"loss/train", "loss/validation", "perplexity/per_token", "optim/lr", "optim/grad_norm",
-            "speed/tokens_per_s", "traffic/total_bytes_wire", "memory/peak_bytes", "restart/prune_fraction_m",
-            "restart/merge_drift", "update_norm/model.layers.0.mlp.up_proj",
-            "update_norm_relative/model.layers.1.self_attn.q_proj"} <= set(scalars)
+    assert {
+        "loss/train",
+        "loss/validation",
+        "perplexity/per_token",
+        "optim/lr",
+        "optim/grad_norm",
+        "speed/tokens_per_s",
+        "traffic/total_bytes_wire",
+        "memory/peak_bytes",
+        "restart/prune_fraction_m",
+        "restart/merge_drift",
+        "update_norm/model.layers.0.mlp.up_proj",
+        "update_norm_relative/model.layers.1.self_attn.q_proj",
+    } <= set(scalars)
     assert {tag.split("/")[0] for tag in scalars} == {
-        "loss", "perplexity", "optim", "progress", "speed", "traffic", "memory", "restart", "update_norm",
-        "update_norm_relative", "parameters", "checkpoint"}
+        "loss",
+        "perplexity",
+        "optim",
+        "progress",
+        "speed",
+        "traffic",
+        "memory",
+        "restart",
+        "update_norm",
+        "update_norm_relative",
+        "parameters",
+        "checkpoint",
+    }
     points = board.Scalars("loss/train")
     assert [p.step for p in points] == list(range(1, 51))
     assert [p.value for p in points] == pytest.approx(list(losses(observed).values()))
@@ -232,7 +274,7 @@ def test_tensorboard_shows_the_recipe_and_the_samples(board, observed):
     def texts(tag):
         return [(e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors(f"{tag}/text_summary")]
 
-    (_, recipe), = texts("recipe")
+    ((_, recipe),) = texts("recipe")
     assert "    method: relora" in recipe.splitlines()
     assert [step for step, _ in texts("samples")] == [10, 20, 25, 40, 50]
     sample = lines(observed, "eval")[-1]["samples"][1]
@@ -242,14 +284,16 @@ def test_tensorboard_shows_the_recipe_and_the_samples(board, observed):
 
 def test_json_says_null_where_a_number_is_not_finite(tmp_path):
     log = MetricsLog(tmp_path, enabled=True)
-    log.write("restart", step=1, t=1, phase="relora", merge_loss=float("nan"),
-              update_norms={"a": float("inf"), "b": 1.0})
+    log.write(
+        "restart", step=1, t=1, phase="relora", merge_loss=float("nan"), update_norms={"a": float("inf"), "b": 1.0}
+    )
     log.close()
-    line, = read_metrics(tmp_path)
+    (line,) = read_metrics(tmp_path)
     assert line["update_norms"] == {"a": None, "b": 1.0} and line["merge_loss"] is None
 
 
 # -- rank of the update ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_rank_of_the_update_is_that_of_its_checkpoints(stage, tmp_path):
@@ -258,17 +302,25 @@ def test_the_rank_of_the_update_is_that_of_its_checkpoints(stage, tmp_path):
     assert [line["step"] for line in restarts] == [20, 30]
     ranks_of = []
     for line in restarts:
-        with open_model(tmp_path / "checkpoints" / tag_of(10)) as before, \
-                open_model(tmp_path / "checkpoints" / tag_of(line["step"])) as after:
-            expected = {name: spectrum_of(after.merged(name) - before.merged(name)).effective_rank
-                        for name in after.contents.layers}
+        with (
+            open_model(tmp_path / "checkpoints" / tag_of(10)) as before,
+            open_model(tmp_path / "checkpoints" / tag_of(line["step"])) as after,
+        ):
+            expected = {
+                name: spectrum_of(after.merged(name) - before.merged(name)).effective_rank
+                for name in after.contents.layers
+            }
         assert line["update_ranks"] == pytest.approx(expected, rel=1e-3)
         ranks_of.append(sum(expected.values()) / len(expected))
     assert 1 < ranks_of[0] <= 4 < ranks_of[1] <= 8  # r = 4: each restart adds as many directions
 
 
 def test_the_rank_of_the_update_needs_a_checkpoint_to_measure_from():
-    for overrides in ([], ["checkpoint.every=10"], ["checkpoint.every=4", "checkpoint.keep_every=4"],
-                      ["checkpoint.every=10", "checkpoint.keep_every=10", "warm_start_steps=0"]):
+    for overrides in (
+        [],
+        ["checkpoint.every=10"],
+        ["checkpoint.every=4", "checkpoint.keep_every=4"],
+        ["checkpoint.every=10", "checkpoint.keep_every=10", "warm_start_steps=0"],
+    ):
         with pytest.raises(RecipeError, match=r"log.update_rank: true measures from the checkpoint"):
             load_recipe("tiny", ["log.update_rank=true", *overrides])

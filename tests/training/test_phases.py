@@ -18,8 +18,15 @@ OVERRIDES = ["model.preset=llama_9m", "data.vocab_size=512", "warm_start_steps=2
 
 
 def overrides(stage, precision, carry) -> list[str]:
-    return [*OVERRIDES, f"deepspeed=zero{stage}", f"precision={precision}", f"carry_moments={carry}",
-            "train.batch_sequences=4", "train.micro_batch_size=2", "run_dir=unused"]
+    return [
+        *OVERRIDES,
+        f"deepspeed=zero{stage}",
+        f"precision={precision}",
+        f"carry_moments={carry}",
+        "train.batch_sequences=4",
+        "train.micro_batch_size=2",
+        "run_dir=unused",
+    ]
 
 
 def _train(engine, plan, steps):
@@ -37,8 +44,9 @@ def switch(stage, precision, carry) -> dict:
     engine = build_engine(plan, warm)
     _train(engine, plan, 2)
     weights = engine.collect_merged()
-    moments = {n: {w: engine.shards.gather([n], w)[n].clone() for w in ("exp_avg", "exp_avg_sq")}
-               for n in engine.shards.names}
+    moments = {
+        n: {w: engine.shards.gather([n], w)[n].clone() for w in ("exp_avg", "exp_avg_sq")} for n in engine.shards.names
+    }
     full_bytes = live_bytes() - before - _size(weights) - sum(_size(m) for m in moments.values())
     engine = build_engine(plan, low, hand_over(engine, plan, low))
 
@@ -61,6 +69,7 @@ def switch(stage, precision, carry) -> dict:
     measured = live_bytes() - before
     _train(engine, plan, 1)
     from relora_ds.zero.teardown import release
+
     release(engine)
     return {"full": full_bytes, "measured": measured}
 
@@ -77,8 +86,9 @@ def expected_bytes(stage, precision) -> int:
     return total(items, DEVICE, KEPT) + total(items, HOST, KEPT)
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"),
-                                              (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
 def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
     for result in ranks(2).run(switch, stage, precision, False):
         assert result["measured"] == pytest.approx(expected_bytes(stage, precision), rel=0.05)

@@ -23,18 +23,24 @@ def _compare(directory, whole, first_step):
     assert min(ours) == first_step
     assert all(ours[step] == theirs[step] for step in ours), "a loss differs"
     assert len(lines(directory, "restart")) == sum(r["step"] >= first_step for r in lines(whole, "restart"))
-    assert [r["checksum"] for r in lines(directory, "restart")] == \
-        [r["checksum"] for r in lines(whole, "restart") if r["step"] >= first_step]
+    assert [r["checksum"] for r in lines(directory, "restart")] == [
+        r["checksum"] for r in lines(whole, "restart") if r["step"] >= first_step
+    ]
     first, second = _weights(directory), _weights(whole)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("settings", [
-    ("deepspeed=zero1", "precision=bf16"),
-    pytest.param(("deepspeed=zero1", "precision=fp32"), marks=pytest.mark.slow),
-    pytest.param(("deepspeed=zero2", "precision=bf16"), marks=pytest.mark.slow),
-    pytest.param(("deepspeed=zero3", "precision=bf16"), marks=pytest.mark.slow),
-    pytest.param(("deepspeed=zero0", "precision=bf16"), marks=pytest.mark.slow)], ids="-".join)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("deepspeed=zero1", "precision=bf16"),
+        pytest.param(("deepspeed=zero1", "precision=fp32"), marks=pytest.mark.slow),
+        pytest.param(("deepspeed=zero2", "precision=bf16"), marks=pytest.mark.slow),
+        pytest.param(("deepspeed=zero3", "precision=bf16"), marks=pytest.mark.slow),
+        pytest.param(("deepspeed=zero0", "precision=bf16"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def test_resume_is_exact(tmp_path, settings):
     whole = tmp_path / "whole"
     run(whole, "checkpoint.every=5", "checkpoint.keep_last=99", *settings)
@@ -69,8 +75,13 @@ def test_auto_without_a_checkpoint_starts_at_the_beginning_and_forgets_the_attem
 
 def test_going_back_to_an_older_checkpoint_drops_the_later_ones(tmp_path):
     run(tmp_path / "r", "checkpoint.every=5", "checkpoint.keep_last=9", "train.steps=20")
-    run(tmp_path / "r", f"resume={tmp_path}/r/checkpoints/step_00000010", "checkpoint.every=9",
-        "checkpoint.keep_last=2", "train.steps=20")
+    run(
+        tmp_path / "r",
+        f"resume={tmp_path}/r/checkpoints/step_00000010",
+        "checkpoint.every=9",
+        "checkpoint.keep_last=2",
+        "train.steps=20",
+    )
     kept = sorted(p.name for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000018", "step_00000020"]
 
@@ -101,10 +112,15 @@ def test_what_would_make_another_run_is_refused_by_name(tmp_path):
     settings = ["warm_start_steps=0", "train.steps=15", "eval.samples=0"]
     run(tmp_path / "r", *settings)
     overrides = [f"run_dir={tmp_path / 'new'}", f"resume={tmp_path / 'r' / 'checkpoints'}", *settings]
-    for changed, words in [("seed=1", "seed was 0, is 1"), ("train.steps=12", "train.steps is 12, and the "),
-                           ("data.max_tokens=50000", "the training data or the tokenizer are others"),
-                           ("warm_start_steps=4", "warm_start_steps was 0, is 4"), ("method=lora", "method was relora"),
-                           ("relora.r=8", "is of another network: "), ("model.preset=llama_9m", "another network: ")]:
+    for changed, words in [
+        ("seed=1", "seed was 0, is 1"),
+        ("train.steps=12", "train.steps is 12, and the "),
+        ("data.max_tokens=50000", "the training data or the tokenizer are others"),
+        ("warm_start_steps=4", "warm_start_steps was 0, is 4"),
+        ("method=lora", "method was relora"),
+        ("relora.r=8", "is of another network: "),
+        ("model.preset=llama_9m", "another network: "),
+    ]:
         [message] = ranks(1).run(resume, [*overrides, changed])
         assert words in message and "resume" in message, changed
     assert not (tmp_path / "new").exists()
@@ -125,12 +141,21 @@ def test_machines_that_do_not_share_the_run_directory_are_told_so(tmp_path):
 
 def test_a_refused_checkpoint_leaves_the_run_as_it_was(tmp_path):
     """It is refused by the engine, late: its weights cannot be converted."""
-    settings = ("checkpoint.every=5", "checkpoint.keep_last=9", "train.steps=15", "warm_start_steps=0",
-                "eval.samples=0")
+    settings = (
+        "checkpoint.every=5",
+        "checkpoint.keep_last=9",
+        "train.steps=15",
+        "warm_start_steps=0",
+        "eval.samples=0",
+    )
     run(tmp_path / "r", *settings, "relora.frozen_dtype=int8", "relora.frozen_master=none")
     before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
-    overrides = [f"run_dir={tmp_path}/r", *settings, "relora.frozen_dtype=bf16",
-                 f"resume={tmp_path}/r/checkpoints/step_00000005"]
+    overrides = [
+        f"run_dir={tmp_path}/r",
+        *settings,
+        "relora.frozen_dtype=bf16",
+        f"resume={tmp_path}/r/checkpoints/step_00000005",
+    ]
     for message in ranks(2).run(resume, overrides):
         assert "relora.frozen_dtype was int8, is bf16" in message
     assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}

@@ -18,10 +18,27 @@ from relora_ds.training.evaluation import evaluate
 from tests.ranks import ranks
 from tests.training.runs import lines, losses, run, status, train
 
-TRAIN_KEYS = {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "bytes_payload", "bytes_wire",
-              "peak_memory_bytes", "restarts"}
-RESTART_KEYS = {"restarts", "prune_fraction_m", "prune_fraction_v", "merge_drift", "merge_loss", "restart_s",
-                "checksum"}
+TRAIN_KEYS = {
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+    "step_s",
+    "bytes_payload",
+    "bytes_wire",
+    "peak_memory_bytes",
+    "restarts",
+}
+RESTART_KEYS = {
+    "restarts",
+    "prune_fraction_m",
+    "prune_fraction_v",
+    "merge_drift",
+    "merge_loss",
+    "restart_s",
+    "checksum",
+}
 EVAL_KEYS = {"val_loss", "val_tokens", "ppl", "word_ppl", "bits_per_byte"}
 
 
@@ -35,21 +52,35 @@ def finished(tmp_path_factory):
 def test_the_run_directory_is_the_contract(finished):
     directory, summary = finished
     assert {p.name for p in directory.iterdir()} == {
-        "recipe.yaml", "status.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "export", "lock"}
+        "recipe.yaml",
+        "status.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+        "checkpoints",
+        "export",
+        "lock",
+    }
     assert status(directory)["state"] == "done" and status(directory)["exit_code"] == 0
     assert status(directory)["step"] == 40
     assert json.loads((directory / "summary.json").read_text()) == summary
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000040"
     assert load_recipe(str(directory / "recipe.yaml")).total_steps == 40
-    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json", "README.md"} <= \
-        {p.name for p in (directory / "export").iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json", "README.md"} <= {
+        p.name for p in (directory / "export").iterdir()
+    }
 
 
 def test_metrics_hold_every_field_of_the_contract(finished):
     directory, _ = finished
     common = {"kind", "step", "t", "phase", "time"}
-    for kind, keys in (("train", TRAIN_KEYS), ("restart", RESTART_KEYS), ("eval", EVAL_KEYS),
-                       ("checkpoint", {"bytes", "stall_s", "write_s"}), ("phase", set())):
+    for kind, keys in (
+        ("train", TRAIN_KEYS),
+        ("restart", RESTART_KEYS),
+        ("eval", EVAL_KEYS),
+        ("checkpoint", {"bytes", "stall_s", "write_s"}),
+        ("phase", set()),
+    ):
         found = lines(directory, kind)
         assert found and all(common | keys <= set(line) for line in found), kind
     assert [line["step"] for line in lines(directory, "train")] == list(range(1, 41))
@@ -67,8 +98,14 @@ def test_phases_restarts_and_learning_rate_follow_the_recipe(finished):
             expected = lr_multiplier(line["step"] - 1, total_steps=40, warmup_steps=2, min_lr_ratio=0.1)
         else:
             assert line["t"] == line["step"] - 10
-            expected = lr_multiplier(line["t"] - 1, total_steps=30, warmup_steps=2, restart_every=10,
-                                     restart_warmup_steps=2, min_lr_ratio=0.1)
+            expected = lr_multiplier(
+                line["t"] - 1,
+                total_steps=30,
+                warmup_steps=2,
+                restart_every=10,
+                restart_warmup_steps=2,
+                min_lr_ratio=0.1,
+            )
         assert line["lr"] == pytest.approx(5e-3 * expected, abs=1e-15)
 
 
@@ -118,9 +155,19 @@ def test_two_runs_are_equal_to_the_last_digit_and_so_are_world_sizes_and_micro_b
 
 
 def test_evaluation_is_the_same_for_every_world_size_and_micro_batch(tmp_path):
-    values = [run(tmp_path / f"{world}-{micro}", "train.steps=3", "warm_start_steps=0", "relora.restart_every=null",
-                  "optim.lr=1e-12", f"train.batch_sequences={12}", f"train.micro_batch_size={micro}",
-                  world_size=world)["val_loss"] for world, micro in ((1, 6), (2, 3), (3, 4))]
+    values = [
+        run(
+            tmp_path / f"{world}-{micro}",
+            "train.steps=3",
+            "warm_start_steps=0",
+            "relora.restart_every=null",
+            "optim.lr=1e-12",
+            f"train.batch_sequences={12}",
+            f"train.micro_batch_size={micro}",
+            world_size=world,
+        )["val_loss"]
+        for world, micro in ((1, 6), (2, 3), (3, 4))
+    ]
     assert max(values) - min(values) <= 1e-6 * values[0]
 
 
@@ -132,15 +179,25 @@ def printed(overrides: list[str]) -> str:
 
 
 def test_it_says_how_weights_are_stored_and_warns_once(tmp_path):
-    first, second = ranks(2).run(printed, [f"run_dir={tmp_path / 'r'}", "train.steps=18", "relora.restart_every=4",
-                                           "relora.frozen_dtype=int8", "relora.frozen_master=none"])
+    first, second = ranks(2).run(
+        printed,
+        [
+            f"run_dir={tmp_path / 'r'}",
+            "train.steps=18",
+            "relora.restart_every=4",
+            "relora.frozen_dtype=int8",
+            "relora.frozen_master=none",
+        ],
+    )
     assert first.count("frozen weights: int8, no masters") == 1
     assert first.count("warning: relora.frozen_master: none means") == 1  # the engine of each phase warns as well
     assert second == ""
 
 
-@pytest.mark.parametrize("stage, precision", [("zero0", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"),
-                                              ("zero1_offload", "fp32"), ("zero3_offload", "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision",
+    [("zero0", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"), ("zero1_offload", "fp32"), ("zero3_offload", "bf16")],
+)
 def test_every_stage_runs(tmp_path, stage, precision):
     summary = run(tmp_path / "r", f"deepspeed={stage}", f"precision={precision}", "train.steps=22")
     assert summary["restarts"] == 1 and math.isfinite(summary["val_loss"])
@@ -151,8 +208,9 @@ def test_every_stage_runs(tmp_path, stage, precision):
 @pytest.mark.parametrize("method, num_parameters", [("full", 166208), ("lora", 75712), ("control", 75712)])
 def test_the_other_methods_run(tmp_path, method, num_parameters):
     """All parameters of these train; LoRA has no base weight, and Control is a network of ReLoRA's trainable size."""
-    summary = run(tmp_path / method, f"method={method}", "train.steps=12", "warm_start_steps=0",
-                  "relora.restart_every=null")
+    summary = run(
+        tmp_path / method, f"method={method}", "train.steps=12", "warm_start_steps=0", "relora.restart_every=null"
+    )
     assert summary["trainable_parameters"] == summary["total_parameters"] == pytest.approx(num_parameters, rel=0.01)
     assert summary["restarts"] == 0 and math.isfinite(summary["val_loss"])
     AutoModelForCausalLM.from_pretrained(tmp_path / method / "export")
@@ -168,6 +226,12 @@ def test_lora_on_the_warm_start_differs_from_relora_only_by_restarts(finished, t
 
 def test_init_from_a_finished_run_starts_where_it_ended(finished, tmp_path):
     directory, summary = finished
-    run(tmp_path / "more", f"init_from={directory}", "warm_start_steps=0", "train.steps=12", "optim.lr=1e-12",
-        "relora.restart_every=null")
+    run(
+        tmp_path / "more",
+        f"init_from={directory}",
+        "warm_start_steps=0",
+        "train.steps=12",
+        "optim.lr=1e-12",
+        "relora.restart_every=null",
+    )
     assert lines(tmp_path / "more", "eval")[-1]["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)

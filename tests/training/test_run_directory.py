@@ -22,8 +22,15 @@ from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
 from tests.training.runs import died_before_its_first_checkpoint, lines, run, status
 
-SETTINGS = ("train.steps=6", "warm_start_steps=0", "checkpoint.every=3", "relora.restart_every=4",
-            "optim.warmup_steps=1", "relora.restart_warmup_steps=1", "eval.samples=0")
+SETTINGS = (
+    "train.steps=6",
+    "warm_start_steps=0",
+    "checkpoint.every=3",
+    "relora.restart_every=4",
+    "optim.warmup_steps=1",
+    "relora.restart_warmup_steps=1",
+    "eval.samples=0",
+)
 OURS = {"recipe.yaml", "status.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "export", NAME}
 
 
@@ -43,18 +50,22 @@ def a_run(finished, tmp_path) -> Path:
 
 
 def snapshot(directory: Path) -> dict:
-    return {path.relative_to(directory): os.readlink(path) if path.is_symlink() else path.is_file() and
-            path.read_bytes() for path in directory.rglob("*")}
+    return {
+        path.relative_to(directory): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in directory.rglob("*")
+    }
 
 
 @pytest.fixture
 def refused(capfd):
     """Start train.py; assert that it is refused before anything exists, and that `untouched` stays as it is."""
+
     def start(untouched: Path, *overrides: str, config: str = "tiny", code: int = 2) -> str:
         before = snapshot(untouched)
         assert main(["--config", config, *SETTINGS, *overrides]) == code
         assert snapshot(untouched) == before and not dist.is_initialized()
         return capfd.readouterr().err
+
     return start
 
 
@@ -68,8 +79,13 @@ def recipe_of(run_dir: Path, *overrides: str, config: str | Path = "tiny"):
 def test_everything_that_a_run_writes_is_known(a_run):
     found = run_contents.look(a_run)
     assert found.is_run and not found.foreign
-    for name in ("status.json.host.7.tmp", "metrics.tmp", "checkpoints/latest.host.7.tmp", ".nfs0001",
-                 f"checkpoints/.{'0' * 8}-{'0' * 4}-{'0' * 4}-{'0' * 4}-{'0' * 12}_rank_0"):
+    for name in (
+        "status.json.host.7.tmp",
+        "metrics.tmp",
+        "checkpoints/latest.host.7.tmp",
+        ".nfs0001",
+        f"checkpoints/.{'0' * 8}-{'0' * 4}-{'0' * 4}-{'0' * 4}-{'0' * 12}_rank_0",
+    ):
         (a_run / name).touch()
     for name in (".step_00000009", ".step_00000003.old", "step_00000009.damaged"):
         shutil.copytree(a_run / "checkpoints" / "step_00000003", a_run / "checkpoints" / name)
@@ -85,14 +101,28 @@ def test_one_file_is_enough_to_know_a_run(a_run, tmp_path, name):
     assert run_contents.look(tmp_path / "other") == run_contents.Contents(True, True)
 
 
-@pytest.mark.parametrize("name", ["notes.md", "seed1/recipe.yaml", "checkpoints/best/model.pt", "export/eval.json",
-                                  "checkpoints/step_00000003/notes.md", "tensorboard/mine/events", "export/notes.md",
-                                  "checkpoints/tokenizer/words.csv", "checkpoints/step_00000003-copy/manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.md",
+        "seed1/recipe.yaml",
+        "checkpoints/best/model.pt",
+        "export/eval.json",
+        "checkpoints/step_00000003/notes.md",
+        "tensorboard/mine/events",
+        "export/notes.md",
+        "checkpoints/tokenizer/words.csv",
+        "checkpoints/step_00000003-copy/manifest.json",
+    ],
+)
 def test_anything_else_in_a_run_keeps_it_from_being_overwritten(a_run, refused, name):
     (a_run / name).parent.mkdir(exist_ok=True)
     (a_run / name).write_text("mine")
-    shown = name if (a_run / name).parent.name in ("run", "export", "tokenizer", "step_00000003") else \
-        name.rpartition("/")[0]
+    shown = (
+        name
+        if (a_run / name).parent.name in ("run", "export", "tokenizer", "step_00000003")
+        else name.rpartition("/")[0]
+    )
     printed = refused(a_run, f"run_dir={a_run}", "overwrite=true")
     assert f"holds a run and {shown}, which no run writes" in printed and "choose another run_dir" in printed
 
@@ -104,8 +134,11 @@ def test_a_link_in_a_run_is_not_followed_and_not_deleted(a_run, tmp_path, refuse
     before = snapshot(tmp_path)
     assert f"{name} (a symbolic link)" in refused(a_run, f"run_dir={a_run}", "overwrite=true")
     run_contents.delete(a_run)  # even if it came that far
-    assert snapshot(tmp_path / "elsewhere") == {p.relative_to("elsewhere"): content for p, content in before.items()
-                                                if p.parts[0] == "elsewhere" and len(p.parts) > 1}
+    assert snapshot(tmp_path / "elsewhere") == {
+        p.relative_to("elsewhere"): content
+        for p, content in before.items()
+        if p.parts[0] == "elsewhere" and len(p.parts) > 1
+    }
 
 
 def others(tmp_path: Path, kind: str) -> Path:
@@ -173,6 +206,7 @@ def test_a_deletion_that_is_interrupted_leaves_a_run(a_run, monkeypatch):
                 raise Stop
             deleted.append(path)
             return function(path, *more, **options)
+
         return call
 
     number = 0
@@ -202,8 +236,12 @@ def test_what_overwrites_a_run_is_the_same_as_a_new_run(a_run, tmp_path):
     run(a_run, *SETTINGS, "overwrite=true", "seed=3", world_size=1)
     assert {path.name for path in a_run.iterdir()} == OURS
     assert not set(before) & set((a_run / "tensorboard").iterdir())
-    assert {path.name for path in (a_run / "checkpoints").iterdir()} == {"latest", "tokenizer", "step_00000003",
-                                                                         "step_00000006"}
+    assert {path.name for path in (a_run / "checkpoints").iterdir()} == {
+        "latest",
+        "tokenizer",
+        "step_00000003",
+        "step_00000006",
+    }
     assert [line["step"] for line in lines(a_run, "train")] == list(range(1, 7))
     assert "overwrite:" not in (a_run / "recipe.yaml").read_text()
 
@@ -221,12 +259,29 @@ def test_what_the_run_reads_is_not_deleted_first(a_run, tmp_path, refused, monke
     shutil.copy(a_run / "export" / "config.json", tmp_path / "model" / "config.json")
     monkeypatch.setenv("RELORA_DS_CACHE", str(a_run / "checkpoints" / "cache"))
     printed = refused(
-        tmp_path, f"run_dir={a_run}", "overwrite=true", f"deepspeed={tmp_path}/link/checkpoints/tokenizer/ds.json",
-        f"init_from={tmp_path}/link", f"data.tokenizer={a_run}/export", "data.source=text",
-        f"data.path={tmp_path}/texts/*.jsonl", f"data.validation={tmp_path}/texts",
-        f"model.name_or_path={tmp_path}/model", "model.preset=null", config=str(a_run / "recipe.yaml"))
-    for field in ("--config", "deepspeed", "init_from", "data.tokenizer", "data.path", "data.validation",
-                  "model.name_or_path", "RELORA_DS_CACHE"):
+        tmp_path,
+        f"run_dir={a_run}",
+        "overwrite=true",
+        f"deepspeed={tmp_path}/link/checkpoints/tokenizer/ds.json",
+        f"init_from={tmp_path}/link",
+        f"data.tokenizer={a_run}/export",
+        "data.source=text",
+        f"data.path={tmp_path}/texts/*.jsonl",
+        f"data.validation={tmp_path}/texts",
+        f"model.name_or_path={tmp_path}/model",
+        "model.preset=null",
+        config=str(a_run / "recipe.yaml"),
+    )
+    for field in (
+        "--config",
+        "deepspeed",
+        "init_from",
+        "data.tokenizer",
+        "data.path",
+        "data.validation",
+        "model.name_or_path",
+        "RELORA_DS_CACHE",
+    ):
         assert f"  {field}: " in printed, field
     assert printed.count("which overwrite=true deletes") == 8
 
@@ -273,8 +328,14 @@ def test_a_path_inside_the_run_directory_that_is_no_checkpoint_of_it(a_run, tmp_
     shutil.copytree(a_run, a_run / "old")
     (tmp_path / "link").symlink_to(a_run)
     monkeypatch.chdir(tmp_path)
-    for path in (a_run / "old", "run/old", "run/../link/old/checkpoints/step_00000006", "link/export",
-                 "run/checkpoints/tokenizer", a_run / "old" / "checkpoints"):
+    for path in (
+        a_run / "old",
+        "run/old",
+        "run/../link/old/checkpoints/step_00000006",
+        "link/export",
+        "run/checkpoints/tokenizer",
+        a_run / "old" / "checkpoints",
+    ):
         for how in ("overwrite=true", "overwrite=false"):
             printed = refused(a_run, f"run_dir={a_run}", f"resume={path}", how)
             assert f"resume: {path} lies in run_dir {a_run}" in printed
@@ -314,6 +375,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(a_run):
 
 def as_rank(overrides: list[str], run_dir: str, arrives: str) -> str:
     """Start; just before the directory is locked, somebody else uses it. Returns why this start is refused."""
+
     def arrive_first(directory):
         shutil.copytree(arrives, run_dir, dirs_exist_ok=True)
         return lock(directory)
@@ -334,8 +396,9 @@ def test_it_looks_again_when_the_tokens_are_ready(finished, tmp_path, how):
     shutil.copytree(finished, arrived)
     if how == "resume=auto":  # and then its disk lost the checkpoints
         shutil.rmtree(arrived / "checkpoints")
-    for message in ranks(2).run(as_rank, [*SETTINGS, f"run_dir={tmp_path / 'run'}", how], str(tmp_path / "run"),
-                                str(arrived)):
+    for message in ranks(2).run(
+        as_rank, [*SETTINGS, f"run_dir={tmp_path / 'run'}", how], str(tmp_path / "run"), str(arrived)
+    ):
         assert ("holds a run already" if how == "resume=false" else "has no checkpoint left") in message
     assert snapshot(tmp_path / "run") == snapshot(arrived)
 
@@ -343,8 +406,9 @@ def test_it_looks_again_when_the_tokens_are_ready(finished, tmp_path, how):
 def test_notes_that_arrive_in_the_meantime_are_not_deleted(a_run, tmp_path):
     (tmp_path / "arrived" / "mine").mkdir(parents=True)
     (tmp_path / "arrived" / "mine" / "notes.md").write_text("mine")
-    [message] = ranks(1).run(as_rank, [*SETTINGS, f"run_dir={a_run}", "overwrite=true"], str(a_run),
-                             str(tmp_path / "arrived"))
+    [message] = ranks(1).run(
+        as_rank, [*SETTINGS, f"run_dir={a_run}", "overwrite=true"], str(a_run), str(tmp_path / "arrived")
+    )
     assert "holds a run and mine, which no run writes" in message
     assert (a_run / "mine" / "notes.md").exists() and len(store.directories(a_run)) == 2
 
@@ -507,8 +571,13 @@ def test_a_run_directory_that_is_or_is_below_a_file(tmp_path, refused, where, ho
 def test_a_run_directory_on_a_disk_that_is_read_only(tmp_path, refused, where, monkeypatch):
     (tmp_path / "disk").mkdir()
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode, **options: access(path, mode, **options) and not (
-        Path(path) == tmp_path / "disk" and mode & os.W_OK))
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode, **options: (
+            access(path, mode, **options) and not (Path(path) == tmp_path / "disk" and mode & os.W_OK)
+        ),
+    )
     assert "read-only" in refused(tmp_path, f"run_dir={tmp_path / where}")
 
 

@@ -22,8 +22,17 @@ def losses(stage: int, seed: int) -> list[list[float]]:
     model = relora_ds.wrap(model_without_values(config, ModelConfig(attn_implementation="eager")), RELORA, seed=seed)
     size, rank = dist.get_world_size(), dist.get_rank()
     engine, *_ = relora_ds.initialize(
-        model, f"zero{stage}", RELORA, lr=1e-3, total_steps=20, precision="fp32", micro_batch_size=2, seed=seed,
-        gradient_accumulation_steps=MICRO_BATCHES // size, weights=RandomWeights(config, seed))
+        model,
+        f"zero{stage}",
+        RELORA,
+        lr=1e-3,
+        total_steps=20,
+        precision="fp32",
+        micro_batch_size=2,
+        seed=seed,
+        gradient_accumulation_steps=MICRO_BATCHES // size,
+        weights=RandomWeights(config, seed),
+    )
     found = []
     for step in range(STEPS):
         found.append([])
@@ -41,8 +50,10 @@ def losses(stage: int, seed: int) -> list[list[float]]:
 def of_all(world_size: int, stage: int, seed: int) -> list[list[float]]:
     """The losses of all micro-batches, in order, by step."""
     by_rank = ranks(world_size).run(losses, stage, seed)
-    return [[by_rank[number % world_size][step][number // world_size] for number in range(MICRO_BATCHES)]
-            for step in range(STEPS)]
+    return [
+        [by_rank[number % world_size][step][number // world_size] for number in range(MICRO_BATCHES)]
+        for step in range(STEPS)
+    ]
 
 
 @pytest.fixture(scope="module")

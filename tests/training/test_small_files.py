@@ -51,6 +51,7 @@ def wait_for(is_so) -> None:
 
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
+
 def test_lines_that_found_no_space_are_written_later(tmp_path, caplog):
     log, path = MetricsLog(tmp_path, enabled=True), tmp_path / "metrics.jsonl"
     write(log, 1)
@@ -123,10 +124,21 @@ def test_a_console_on_a_full_disk_is_silent():
 
 # -- damaged files ----------------------------------------------------------------------------------------------------
 
-DAMAGED_LINES = b"\n".join([
-    b"null", b"[]", b"3", b'"x"', b'{"kind": "train"}', b'{"kind": "eval", "step": 12, "phase": "r"}',
-    b'{"kind": "train", "step": "x", "phase": "r"}', b'{"step": 1e999, "kind": "eval", "phase": "r"}',
-    b"[" * 100_000, GARBAGE, b""])
+DAMAGED_LINES = b"\n".join(
+    [
+        b"null",
+        b"[]",
+        b"3",
+        b'"x"',
+        b'{"kind": "train"}',
+        b'{"kind": "eval", "step": 12, "phase": "r"}',
+        b'{"kind": "train", "step": "x", "phase": "r"}',
+        b'{"step": 1e999, "kind": "eval", "phase": "r"}',
+        b"[" * 100_000,
+        GARBAGE,
+        b"",
+    ]
+)
 
 
 def test_damaged_lines_are_left_out_with_a_warning(tmp_path, caplog):
@@ -147,8 +159,14 @@ def test_damaged_json_is_unknown(tmp_path, caplog, content):
 def damage_small_files(directory: Path) -> None:
     with (directory / "metrics.jsonl").open("ab") as file:
         file.write(DAMAGED_LINES)
-    for name in ("status.json", "summary.json", "recipe.yaml", "checkpoints/latest",
-                 "checkpoints/tokenizer/tokenizer_config.json", "checkpoints/tokenizer/tokenizer.json"):
+    for name in (
+        "status.json",
+        "summary.json",
+        "recipe.yaml",
+        "checkpoints/latest",
+        "checkpoints/tokenizer/tokenizer_config.json",
+        "checkpoints/tokenizer/tokenizer.json",
+    ):
         (directory / name).write_bytes(GARBAGE)
     for path in (directory / "tensorboard").iterdir():
         path.write_bytes(GARBAGE)
@@ -223,6 +241,7 @@ def test_latest_never_matters(copy, damage):
 
 def test_what_fails_while_a_file_is_replaced_leaves_it_and_nothing_else(tmp_path, monkeypatch):
     from relora_ds.checkpoint.files import write_text
+
     write_text(tmp_path / "file", "before")
 
     def full(*_):

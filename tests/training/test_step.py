@@ -29,9 +29,11 @@ def logits_alive(overrides: list[str]) -> list[int]:
     def watched(*args):
         enter(*args)
         trainer.engine.module.register_forward_pre_hook(
-            lambda *_: alive.append(sum(storage() is not None for storage in made)))
+            lambda *_: alive.append(sum(storage() is not None for storage in made))
+        )
         trainer.engine.module.register_forward_hook(
-            lambda _module, _inputs, output: made.append(weakref.ref(output.logits.untyped_storage())))
+            lambda _module, _inputs, output: made.append(weakref.ref(output.logits.untyped_storage()))
+        )
 
     trainer._enter = watched
     trainer.fit()
@@ -41,7 +43,7 @@ def logits_alive(overrides: list[str]) -> list[int]:
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_logits_are_gone_before_the_next_ones_are_made(stage, tmp_path):
     """In steps, evaluations, samples and the drift's probe."""
-    alive, = ranks(1).run(logits_alive, [f"run_dir={tmp_path / 'run'}", f"deepspeed={stage}", *SETTINGS])
+    (alive,) = ranks(1).run(logits_alive, [f"run_dir={tmp_path / 'run'}", f"deepspeed={stage}", *SETTINGS])
     assert len(alive) > 4 * 24 and set(alive) == {0}
 
 
@@ -52,11 +54,18 @@ def bytes_a_logit(rows=4, length=32, vocab_size=8192) -> float:
     ids, account, nothing = batch(0, rows, vocab_size, length), Account(), lambda *_, **__: None
     traffic = SimpleNamespace(wants_sample=lambda: False, record=nothing, payload=0, wire=0, full_rank=(0, 0))
     trainer = SimpleNamespace(
-        engine=engine, account=account, traffic=traffic, clock=StepClock(engine.device, account),
+        engine=engine,
+        account=account,
+        traffic=traffic,
+        clock=StepClock(engine.device, account),
         loader=SimpleNamespace(next_step=lambda is_last: [{"input_ids": ids, "labels": ids}]),
-        plan=SimpleNamespace(accumulation=1), spikes=SimpleNamespace(screens=False), phase=SimpleNamespace(start=0),
-        bad_steps=SimpleNamespace(record=nothing), journal=SimpleNamespace(step=nothing),
-        recipe=SimpleNamespace(total_steps=9, tokens_per_step=1))
+        plan=SimpleNamespace(accumulation=1),
+        spikes=SimpleNamespace(screens=False),
+        phase=SimpleNamespace(start=0),
+        bad_steps=SimpleNamespace(record=nothing),
+        journal=SimpleNamespace(step=nothing),
+        recipe=SimpleNamespace(total_steps=9, tokens_per_step=1),
+    )
     Trainer._train_step(trainer)
     with PeakBytes() as memory:
         for _ in range(3):
@@ -67,7 +76,7 @@ def bytes_a_logit(rows=4, length=32, vocab_size=8192) -> float:
 
 def test_a_step_takes_the_bytes_of_one_micro_batch_of_logits():
     """The loss in fp32 and its gradient; the logits of the micro-batch before would be 2 more."""
-    found, = ranks(1).run(bytes_a_logit)
+    (found,) = ranks(1).run(bytes_a_logit)
     assert 12 < found < 12.5
 
 

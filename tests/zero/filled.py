@@ -44,8 +44,15 @@ def engine_of(model, relora, stage, precision, offload=None, **how):
     """offload: "optimizer" or "parameters" (and the optimizer)."""
     zero = {} if offload != "parameters" else {"offload_param": {"device": "cpu"}}
     return relora_ds.initialize(
-        model, cases.ds_settings(stage, precision, offload is not None, **zero), relora, lr=1e-2, total_steps=10,
-        precision=precision, micro_batch_size=2, **how)[0]
+        model,
+        cases.ds_settings(stage, precision, offload is not None, **zero),
+        relora,
+        lr=1e-2,
+        total_steps=10,
+        precision=precision,
+        micro_batch_size=2,
+        **how,
+    )[0]
 
 
 def assert_has_the_values_of(engine, model, precision: str) -> None:
@@ -77,8 +84,9 @@ def _stored(engine, name: str) -> torch.Tensor:
         return weight.detach().clone()
 
 
-def from_a_source(stage, precision="fp32", family="llama", offload=None, base=True, spread=False, relora=None,
-                  **model_changes) -> None:
+def from_a_source(
+    stage, precision="fp32", family="llama", offload=None, base=True, spread=False, relora=None, **model_changes
+) -> None:
     """A model without values, from a source that every rank can read, or (spread) of which each owns some."""
     relora = relora or cases.relora_config()
     build = FAMILIES[family]
@@ -144,8 +152,12 @@ def live_while_filled(stage: int) -> dict:
     model = wrap_quietly(without_values(FAMILIES["llama"](**sizes)), relora)
     before = live_bytes()
     engine = engine_of(model, relora, stage, "fp32", weights=source)
-    found = {"peak": source.peak - before, "built": live_bytes() - before,
-             "largest": max(4 * shape.numel() for shape in source.shapes.values()), "num_read": source.num_read}
+    found = {
+        "peak": source.peak - before,
+        "built": live_bytes() - before,
+        "largest": max(4 * shape.numel() for shape in source.shapes.values()),
+        "num_read": source.num_read,
+    }
     cases.release(engine)
     return found
 

@@ -25,6 +25,7 @@ LAUNCHER = ("DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 @pytest.fixture
 def machine(monkeypatch):
     """Pretend: DeepSpeed's accelerator, GPUs by their compute capability, variables."""
+
     def pretend(name: str, gpus: tuple[tuple[int, int], ...] = (), **variables: str) -> None:
         for variable in LAUNCHER:
             monkeypatch.delenv(variable, raising=False)
@@ -35,6 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+
     return pretend
 
 
@@ -58,8 +60,12 @@ REFUSED = {
     "npu by its variable": ("cpu", (), {"DS_ACCELERATOR": "npu"}, "accelerator: DeepSpeed would compute on npu"),
     "hpu": ("hpu", (), {}, "on hpu devices"),
     "mps": ("mps", (), {}, "set DS_ACCELERATOR=cpu to train on the CPU"),
-    "the CPU beside a GPU": ("cpu", (A100,), {"DS_ACCELERATOR": "cpu"},
-                           'CUDA_VISIBLE_DEVICES="" to train on the CPU, and start with torchrun or single_node.sh'),
+    "the CPU beside a GPU": (
+        "cpu",
+        (A100,),
+        {"DS_ACCELERATOR": "cpu"},
+        'CUDA_VISIBLE_DEVICES="" to train on the CPU, and start with torchrun or single_node.sh',
+    ),
     "a GPU that is not there": ("cuda", (), {"DS_ACCELERATOR": "cuda"}, "cuda, but PyTorch sees no GPU here"),
     "DeepSpeed's ranks": ("cuda", (A100,) * 2, {"LOCAL_SIZE": "8"}, "LOCAL_RANK: 8 ranks on this machine"),
     "torchrun's ranks": ("cuda", (A100,) * 2, {"LOCAL_WORLD_SIZE": "3"}, "start 2 (deepspeed --num_gpus 2"),
@@ -106,8 +112,10 @@ def test_every_gpu_that_has_a_rank_is_asked_for_bf16(machine):
 
 
 def initialize_without_bf16() -> None:
-    with (mock.patch.object(accelerator, "precision_problems", lambda precision: [f"precision: {precision}, but no"]),
-          pytest.raises(ValueError, match="^precision: bf16, but no$")):
+    with (
+        mock.patch.object(accelerator, "precision_problems", lambda precision: [f"precision: {precision}, but no"]),
+        pytest.raises(ValueError, match="^precision: bf16, but no$"),
+    ):
         initialize(llama(), {"zero_optimization": {"stage": 1}}, lr=1e-3, total_steps=2, precision="bf16")
 
 
@@ -126,6 +134,10 @@ def test_bf16_on_the_cpu_may_be_asked_for_but_is_not_chosen(machine):
 def test_nothing_below_asks_pytorch_on_its_own():
     """In the rooms that build engines, whether there is a GPU is `accelerator`'s to say."""
     files = [path for room in ("zero", "training", "checkpoint", "methods") for path in (PACKAGE / room).rglob("*.py")]
-    asking = {path.name for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-              if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda.is_available"}
+    asking = {
+        path.name
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda.is_available"
+    }
     assert asking == {"accelerator.py"}

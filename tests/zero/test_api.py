@@ -27,8 +27,17 @@ class Tokens(torch.utils.data.Dataset):
 def own_loop(directory, stage) -> dict:
     model = relora_ds.wrap(llama(), CONFIG)
     engine, optimizer, loader, scheduler = relora_ds.initialize(
-        model=model, config=f"zero{stage}", relora=CONFIG, training_data=Tokens(), lr=1e-2, total_steps=12,
-        warmup_steps=2, min_lr_ratio=0.1, micro_batch_size=4, precision="fp32")
+        model=model,
+        config=f"zero{stage}",
+        relora=CONFIG,
+        training_data=Tokens(),
+        lr=1e-2,
+        total_steps=12,
+        warmup_steps=2,
+        min_lr_ratio=0.1,
+        micro_batch_size=4,
+        precision="fp32",
+    )
     assert isinstance(engine, deepspeed.DeepSpeedEngine) and engine.module is model
     assert optimizer is engine.optimizer and scheduler is engine.lr_scheduler
     multipliers = []
@@ -49,9 +58,14 @@ def own_loop(directory, stage) -> dict:
 def test_own_loop(tmp_path, stage):
     result = ranks(2).run(own_loop, str(tmp_path), stage)[0]
     assert result["t"] == 8 and result["restarts"] == [4, 6, 8]
-    assert result["multipliers"] == pytest.approx([
-        relora_ds.lr_multiplier(k, total_steps=12, warmup_steps=2, restart_warmup_steps=2, min_lr_ratio=0.1,
-                                restarts=[4, 6, 8]) for k in range(8)])
+    assert result["multipliers"] == pytest.approx(
+        [
+            relora_ds.lr_multiplier(
+                k, total_steps=12, warmup_steps=2, restart_warmup_steps=2, min_lr_ratio=0.1, restarts=[4, 6, 8]
+            )
+            for k in range(8)
+        ]
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert not any("lora" in name for name, _ in plain.named_parameters())
     with torch.no_grad():
@@ -71,8 +85,9 @@ def ranks_with_other_seeds(stage) -> dict:
 
 
 def cases_engine(model, stage):
-    return relora_ds.initialize(model=model, config=f"zero{stage}", relora=CONFIG, lr=1e-2, total_steps=12,
-                                precision="bf16")[0]
+    return relora_ds.initialize(
+        model=model, config=f"zero{stage}", relora=CONFIG, lr=1e-2, total_steps=12, precision="bf16"
+    )[0]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -94,8 +109,16 @@ def refused(changes: dict) -> str:
 
 
 def test_mistakes_are_named():
-    [message] = ranks(1).run(refused, {"config": {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"},
-                                                 "optimizer": {"type": "Muon"}}})
+    [message] = ranks(1).run(
+        refused,
+        {
+            "config": {
+                "zero_optimization": {"stage": 1},
+                "scheduler": {"type": "WarmupLR"},
+                "optimizer": {"type": "Muon"},
+            }
+        },
+    )
     assert "scheduler" in message and "Muon" in message
     [message] = ranks(1).run(refused, {"relora": None})
     assert "pass the ReLoRAConfig" in message

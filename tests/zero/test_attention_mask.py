@@ -35,15 +35,24 @@ def network(kind: type = LlamaForCausalLM, **changes):
 
 
 def sliding():
-    config = MistralConfig(vocab_size=VOCAB, hidden_size=20, intermediate_size=35, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=2, sliding_window=4, use_cache=False)
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=20,
+        intermediate_size=35,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=4,
+        use_cache=False,
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
 def engine_of(model):
-    engine, *_ = relora_ds.initialize(model, cases.ds_settings(0, "fp32"), lr=1e-2, total_steps=10, precision="fp32",
-                                      micro_batch_size=2)
+    engine, *_ = relora_ds.initialize(
+        model, cases.ds_settings(0, "fp32"), lr=1e-2, total_steps=10, precision="fp32", micro_batch_size=2
+    )
     return engine
 
 
@@ -96,7 +105,7 @@ def forwards() -> dict:
 
 
 def test_no_mask_and_nothing_asked_of_the_device():
-    found, = ranks(1).run(forwards)
+    (found,) = ranks(1).run(forwards)
     for mode in (True, False):
         assert found["engine", mode][:2] == ([(None, True)] * 2, 0)
         assert found["plain", mode][1] > 0  # else there is nothing left to do without
@@ -109,8 +118,11 @@ def compiled_forwards() -> dict:
     seen, engine = [], engine_of(network())
 
     def backend(graph, inputs):
-        seen.extend((node.kwargs["attn_mask"] is None, node.kwargs["is_causal"]) for node in graph.graph.nodes
-                    if node.target is F.scaled_dot_product_attention)
+        seen.extend(
+            (node.kwargs["attn_mask"] is None, node.kwargs["is_causal"])
+            for node in graph.graph.nodes
+            if node.target is F.scaled_dot_product_attention
+        )
         return graph
 
     torch._dynamo.reset()
@@ -126,9 +138,10 @@ def compiled_forwards() -> dict:
 
 
 def test_a_compiled_model_has_no_mask_either():
-    found, = ranks(1).run(compiled_forwards)
-    whole, packed = (network()(input_ids=IDS, labels=IDS, position_ids=positions).loss.item()
-                     for positions in (None, PACKED))
+    (found,) = ranks(1).run(compiled_forwards)
+    whole, packed = (
+        network()(input_ids=IDS, labels=IDS, position_ids=positions).loss.item() for positions in (None, PACKED)
+    )
     assert found["first masks"] == [(True, True)] * 2
     assert found["losses"] == pytest.approx([whole, whole, packed, whole, packed], rel=1e-6)
     assert len(found["masks"]) == 4  # with positions it is compiled for itself, once
@@ -170,7 +183,7 @@ def logits(way: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_results_are_the_models_own(way):
-    (plain, found), = ranks(1).run(logits, way)
+    ((plain, found),) = ranks(1).run(logits, way)
     assert torch.equal(plain, found)
 
 
@@ -196,7 +209,7 @@ def beside_another_thread() -> tuple[float, float]:
 
 
 def test_other_threads_keep_documents_apart_meanwhile():
-    (alone, beside), = ranks(1).run(beside_another_thread)
+    ((alone, beside),) = ranks(1).run(beside_another_thread)
     assert alone == beside != network()(input_ids=IDS, labels=IDS).loss.item()
 
 

@@ -19,8 +19,9 @@ STAGES = [0, 1, 2, 3]
 
 
 def build(stage, precision, lora_dropout=0.0, frozen=None, **how):
-    relora = cases.relora_config(restart_every=EVERY, restart_warmup_steps=2, lora_dropout=lora_dropout,
-                                 **(frozen or {}))
+    relora = cases.relora_config(
+        restart_every=EVERY, restart_warmup_steps=2, lora_dropout=lora_dropout, **(frozen or {})
+    )
     return cases.build(stage, precision=precision, relora=relora, **how)
 
 
@@ -35,8 +36,13 @@ def saved_run(stage, precision, directory: str, **how) -> dict:
     saved = everything(engine)
     engine.save_checkpoint(directory)
     assert everything(engine) == saved, "saving changed the engine"
-    result = {"saved": saved, "losses": train(engine, SAVED_AT, END), "restarts": list(engine.restarts),
-              "end": everything(engine), "merge_loss_total": engine.last_restart.merge_loss_total}
+    result = {
+        "saved": saved,
+        "losses": train(engine, SAVED_AT, END),
+        "restarts": list(engine.restarts),
+        "end": everything(engine),
+        "merge_loss_total": engine.last_restart.merge_loss_total,
+    }
     cases.release(engine)
     return result
 
@@ -48,10 +54,16 @@ def resumed_run(stage, precision, directory: str, steps_before: int, **how) -> d
     other = everything(engine)
     engine.load_checkpoint(directory)
     saved = everything(engine)
-    assert not {"master", "forward", "stored"} & {what for what in saved if saved[what] == other[what]}, \
+    assert not {"master", "forward", "stored"} & {what for what in saved if saved[what] == other[what]}, (
         "the other engine was the same to begin with: the test would show nothing"
-    result = {"saved": saved, "losses": train(engine, SAVED_AT, END), "restarts": list(engine.restarts),
-              "end": everything(engine), "merge_loss_total": engine.last_restart.merge_loss_total}
+    )
+    result = {
+        "saved": saved,
+        "losses": train(engine, SAVED_AT, END),
+        "restarts": list(engine.restarts),
+        "end": everything(engine),
+        "merge_loss_total": engine.last_restart.merge_loss_total,
+    }
     cases.release(engine)
     return result
 

@@ -23,15 +23,22 @@ RELORA = cases.relora_config(restart_every=4, restart_warmup_steps=2)
 SAVED_AT = (0, 2, 4, 6)
 
 
-def save(stage, precision, directory: str, relora=RELORA, offload=False, family="llama", settings=None,
-         base=True) -> dict:
+def save(
+    stage, precision, directory: str, relora=RELORA, offload=False, family="llama", settings=None, base=True
+) -> dict:
     """Train, and save at every step of SAVED_AT; returns what the engine collects there, `{step: {name: tensor}}`."""
     model = FAMILIES[family]()
     if relora is not None:
         relora_ds.wrap(model, relora, base=base)
     engine, *_ = relora_ds.initialize(
-        model=model, config={**cases.ds_settings(stage, precision, offload), **(settings or {})}, relora=relora,
-        lr=cases.LR, total_steps=cases.STEPS, precision=precision, micro_batch_size=12)
+        model=model,
+        config={**cases.ds_settings(stage, precision, offload), **(settings or {})},
+        relora=relora,
+        lr=cases.LR,
+        total_steps=cases.STEPS,
+        precision=precision,
+        micro_batch_size=12,
+    )
     collected = {}
     for step in range(max(SAVED_AT) + 1):
         if step in SAVED_AT:
@@ -61,8 +68,10 @@ def check(directory: Path, world_size=2, **how) -> dict:
     return result
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"),
-                                              (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision",
+    [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
+)
 def test_every_stage(tmp_path, stage, precision):
     check(tmp_path, stage=stage, precision=precision)
 
@@ -108,11 +117,16 @@ def test_without_a_base_and_with_frozen_embeddings(tmp_path):
     check(tmp_path, stage=2, precision="bf16", relora=config, base=False)
 
 
-@pytest.mark.parametrize("stage, lost", [(0, "mp_rank_00_model_states.pt"),
-                                         (1, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
-                                         (3, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
-                                         (1, "relora_frozen_masters_00001.safetensors"),
-                                         (1, "relora_model.json")])
+@pytest.mark.parametrize(
+    "stage, lost",
+    [
+        (0, "mp_rank_00_model_states.pt"),
+        (1, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        (3, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
+        (1, "relora_frozen_masters_00001.safetensors"),
+        (1, "relora_model.json"),
+    ],
+)
 def test_a_lost_file_is_named(tmp_path, stage, lost):
     ranks(2).run(save, stage, "bf16", str(tmp_path))
     (tmp_path / "2" / lost).unlink()
@@ -139,18 +153,40 @@ class Evil:
 def router_biases(directory: str, stage: int) -> None:
     """Save a mixture of experts, whose router has a bias that is a buffer, in every way there is."""
     config = DeepseekV3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-        topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
-        v_head_dim=8, n_shared_experts=1)
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_shared_experts=1,
+    )
     model = DeepseekV3ForCausalLM(config)
     for name, buffer in persistent_buffers(model).items():
         assert name.endswith("e_score_correction_bias")
         buffer.copy_(torch.tensor([2.0, -2.0, 1.0, -1.0]))
     relora = dataclasses.replace(RELORA, target_modules=["o_proj"])
     relora_ds.wrap(model, relora)
-    engine, *_ = relora_ds.initialize(model=model, config=cases.ds_settings(stage, "fp32"), relora=relora, lr=1e-3,
-                                      total_steps=20, precision="fp32", micro_batch_size=12)
+    engine, *_ = relora_ds.initialize(
+        model=model,
+        config=cases.ds_settings(stage, "fp32"),
+        relora=relora,
+        lr=1e-3,
+        total_steps=20,
+        precision="fp32",
+        micro_batch_size=12,
+    )
     engine.save_merged(f"{directory}/merged")
     engine.save_checkpoint(f"{directory}/checkpoints", tag="t")
     cases.release(engine)

@@ -123,9 +123,19 @@ def test_other_draws_repeat_and_are_the_same_on_every_rank():
 
 
 def opt(**changes):
-    return AutoModelForCausalLM.from_config(OPTConfig(
-        vocab_size=VOCAB, hidden_size=16, ffn_dim=24, num_hidden_layers=4, num_attention_heads=2,
-        max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.1, **changes))
+    return AutoModelForCausalLM.from_config(
+        OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            word_embed_proj_dim=16,
+            dropout=0.1,
+            **changes,
+        )
+    )
 
 
 def layers_that_ran(stage: int) -> list[list[int]]:
@@ -133,8 +143,14 @@ def layers_that_ran(stage: int) -> list[list[int]]:
     torch.manual_seed(dist.get_rank())
     relora = cases.relora_config(lora_dropout=0.1, restart_every=3, restart_warmup_steps=1)
     model = relora_ds.wrap(opt(layerdrop=0.5), relora)
-    engine, *_ = relora_ds.initialize(model, cases.ds_settings(stage, "fp32"), relora, lr=1e-2, total_steps=6,
-                                      micro_batch_size=cases.GLOBAL_BATCH // 2)
+    engine, *_ = relora_ds.initialize(
+        model,
+        cases.ds_settings(stage, "fp32"),
+        relora,
+        lr=1e-2,
+        total_steps=6,
+        micro_batch_size=cases.GLOBAL_BATCH // 2,
+    )
     found = []
     for number, layer in enumerate(engine.module.model.decoder.layers):
         layer.register_forward_pre_hook(lambda *_, number=number: found[-1].append(number))

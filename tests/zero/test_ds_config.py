@@ -43,48 +43,62 @@ def test_known_zero_keys_are_deepspeeds():
     assert {field.alias or name for name, field in fields.items()} == ds_config.ZERO_KEYS
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4 is not a stage; use 0, 1, 2 or 3"),
-    ({"zero_optimization": True}, "zero_optimization: true is not an object"),
-    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device: nvme is not"),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "no effect at stage 2; use stage 3"),
-    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "cpu has no effect at stage 0"),
-    ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "SuperOffload is not available"),
-    ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights: true, but ZeRO++"),
-    ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients: true, but ZeRO++"),
-    ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "nontrainable_weights: true, but ZeRO++"),
-    ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size: 8, but ZeRO++"),
-    ({"zero_optimization": {"zenflow": {}}}, "zenflow: {}, but ZenFlow is not available"),
-    ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients: true, but"),
-    ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true, but"),
-    ({"zero_optimization": {"reduce_bukket_size": 1}}, "unknown key (did you mean reduce_bucket_size?)"),
-    ({"optimizer": {"type": "Muon"}}, 'optimizer.type: "Muon" is not available; only AdamW is'),
-    ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: "OneBitAdam" is not available'),
-    ({"optimizer": {"type": "ZeroOneAdam"}}, 'optimizer.type: "ZeroOneAdam" is not available'),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "optimizer.params.lr: 0.1 contradicts optim.lr 0.01"),
-    ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: false is not available"),
-    ({"scheduler": {"type": "WarmupLR"}}, "the learning rate must follow the restarts; remove it"),
-    ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled: true, but"),
-    ({"pipeline": {"stages": 2}}, "pipeline parallelism is not available"),
-    ({"tensor_parallel": {"autotp_size": 2}}, "autotp is not available"),
-    ({"bf16": {"bf16_master_weights_and_grads": True}}, "merging needs fp32 masters"),
-    ({"fp16": {"fp16_master_weights_and_grads": True}}, "merging needs fp32 masters"),
-    ({"bf16": {"enabled": False}}, 'bf16.enabled: false contradicts precision bf16; use "auto"'),
-    ({"fp16": {"enabled": True}}, "fp16.enabled: true contradicts precision bf16"),
-    ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu: 4 contradicts train.micro_batch_size 8"),
-    ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4 contradicts the recipe's accumulation 2"),
-    ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5 contradicts optim.max_grad_norm 1.0"),
-    ({"gradient_cliping": 1.0}, "gradient_cliping: unknown key (did you mean gradient_clipping?)"),
-    ({"communication_data_type": "auto"}, 'communication_data_type: "auto", but the recipe has no value for it'),
-])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4 is not a stage; use 0, 1, 2 or 3"),
+        ({"zero_optimization": True}, "zero_optimization: true is not an object"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device: nvme is not"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "no effect at stage 2; use stage 3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "cpu has no effect at stage 0"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "SuperOffload is not available"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights: true, but ZeRO++"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients: true, but ZeRO++"),
+        (
+            {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
+            "nontrainable_weights: true, but ZeRO++",
+        ),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size: 8, but ZeRO++"),
+        ({"zero_optimization": {"zenflow": {}}}, "zenflow: {}, but ZenFlow is not available"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients: true, but"),
+        ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true, but"),
+        ({"zero_optimization": {"reduce_bukket_size": 1}}, "unknown key (did you mean reduce_bucket_size?)"),
+        ({"optimizer": {"type": "Muon"}}, 'optimizer.type: "Muon" is not available; only AdamW is'),
+        ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: "OneBitAdam" is not available'),
+        ({"optimizer": {"type": "ZeroOneAdam"}}, 'optimizer.type: "ZeroOneAdam" is not available'),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "optimizer.params.lr: 0.1 contradicts optim.lr 0.01"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: false is not available"),
+        ({"scheduler": {"type": "WarmupLR"}}, "the learning rate must follow the restarts; remove it"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled: true, but"),
+        ({"pipeline": {"stages": 2}}, "pipeline parallelism is not available"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp is not available"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "merging needs fp32 masters"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "merging needs fp32 masters"),
+        ({"bf16": {"enabled": False}}, 'bf16.enabled: false contradicts precision bf16; use "auto"'),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: true contradicts precision bf16"),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            "train_micro_batch_size_per_gpu: 4 contradicts train.micro_batch_size 8",
+        ),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4 contradicts the recipe's accumulation 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5 contradicts optim.max_grad_norm 1.0"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping: unknown key (did you mean gradient_clipping?)"),
+        ({"communication_data_type": "auto"}, 'communication_data_type: "auto", but the recipe has no value for it'),
+    ],
+)
 def test_one_problem_gives_one_message(config, expected):
     found = ds_config.problems(config, **RECIPE, lr=0.01)
     assert len(found) == 1 and expected in found[0] and found[0].startswith("deepspeed "), found
 
 
 def test_all_problems_at_once():
-    config = {"bf16": {"enabled": True}, "fp16": {"enabled": True}, "scheduler": {"type": "WarmupLR"}, "typo": 1,
-              "zero_optimization": {"stage": 1, "zenflow": {}}}
+    config = {
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": True},
+        "scheduler": {"type": "WarmupLR"},
+        "typo": 1,
+        "zero_optimization": {"stage": 1, "zenflow": {}},
+    }
     found = ds_config.problems(config)
     assert len(found) == 4 and any("both true" in message for message in found)
     with pytest.raises(ValueError, match="(?s)typo.*scheduler.*zenflow.*both true"):
@@ -92,20 +106,43 @@ def test_all_problems_at_once():
 
 
 def test_what_agrees_with_the_recipe_is_no_problem():
-    config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2, "gradient_clipping": 1,
-              "bf16": {"enabled": True}, "fp16": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"},
-              "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}},
-              "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}}}
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+    }
     assert ds_config.problems(config, **RECIPE, lr=1.0, betas=(0.9, 0.999)) == []
 
 
 def test_given_values_stay_and_the_input_is_not_changed():
-    config = {"gradient_clipping": 0.5, "steps_per_print": 7, "train_batch_size": 64, "optimizer": {"type": "Adam"},
-              "zero_optimization": {"stage": 3, "reduce_bucket_size": 11, "stage3_max_live_parameters": 5,
-                                    "stage3_gather_16bit_weights_on_model_save": True, "overlap_comm": "auto"}}
+    config = {
+        "gradient_clipping": 0.5,
+        "steps_per_print": 7,
+        "train_batch_size": 64,
+        "optimizer": {"type": "Adam"},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 11,
+            "stage3_max_live_parameters": 5,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "overlap_comm": "auto",
+        },
+    }
     before = json.dumps(config)
-    resolved = ds_config.resolve(config, precision="bf16", micro_batch_size=8, accumulation=None, world_size=2,
-                                 max_grad_norm=1.0, num_trainable=10)
+    resolved = ds_config.resolve(
+        config,
+        precision="bf16",
+        micro_batch_size=8,
+        accumulation=None,
+        world_size=2,
+        max_grad_norm=1.0,
+        num_trainable=10,
+    )
     assert json.dumps(config) == before
     zero = resolved["zero_optimization"]
     assert (resolved["gradient_clipping"], resolved["steps_per_print"], zero["reduce_bucket_size"]) == (0.5, 7, 11)

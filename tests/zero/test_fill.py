@@ -11,21 +11,40 @@ from tests.zero import filled
 from tests.zero.test_restart import BLOCKS
 
 
-@pytest.mark.parametrize("stage, precision, how", [
-    (0, "fp32", {}), (0, "bf16", {"family": "qwen2"}), (1, "fp32", {"spread": True}),
-    (1, "bf16", {"spread": True, "family": "qwen2"}), (2, "bf16", {"family": "gpt_neox"}),
-    (3, "fp32", {"family": "qwen2"}), (3, "bf16", {"spread": True}),
-    (1, "bf16", {"offload": "optimizer"}), (3, "bf16", {"offload": "optimizer"}),
-    (3, "bf16", {"offload": "parameters"}), (1, "bf16", {"base": False}), (3, "fp32", {"base": False})])
+@pytest.mark.parametrize(
+    "stage, precision, how",
+    [
+        (0, "fp32", {}),
+        (0, "bf16", {"family": "qwen2"}),
+        (1, "fp32", {"spread": True}),
+        (1, "bf16", {"spread": True, "family": "qwen2"}),
+        (2, "bf16", {"family": "gpt_neox"}),
+        (3, "fp32", {"family": "qwen2"}),
+        (3, "bf16", {"spread": True}),
+        (1, "bf16", {"offload": "optimizer"}),
+        (3, "bf16", {"offload": "optimizer"}),
+        (3, "bf16", {"offload": "parameters"}),
+        (1, "bf16", {"base": False}),
+        (3, "fp32", {"base": False}),
+    ],
+)
 def test_a_model_without_values_is_filled_from_a_source(stage, precision, how):
     ranks(2).run(filled.from_a_source, stage, precision, **how)
 
 
-@pytest.mark.parametrize("stage, frozen", [
-    (1, dict(frozen_dtype="int8")), (3, dict(frozen_dtype="nf4")), (3, dict(frozen_dtype="fp8")),
-    (3, dict(frozen_dtype="int8", frozen_placement="replicated")), (1, dict(frozen_dtype="bf16", frozen_master="none")),
-    (3, dict(frozen_dtype="nf4", frozen_master="none")), (2, dict(frozen_master="device")),
-    (3, dict(frozen_placement="replicated"))])
+@pytest.mark.parametrize(
+    "stage, frozen",
+    [
+        (1, dict(frozen_dtype="int8")),
+        (3, dict(frozen_dtype="nf4")),
+        (3, dict(frozen_dtype="fp8")),
+        (3, dict(frozen_dtype="int8", frozen_placement="replicated")),
+        (1, dict(frozen_dtype="bf16", frozen_master="none")),
+        (3, dict(frozen_dtype="nf4", frozen_master="none")),
+        (2, dict(frozen_master="device")),
+        (3, dict(frozen_placement="replicated")),
+    ],
+)
 def test_frozen_weights_in_every_format(stage, frozen):
     ranks(2).run(filled.from_a_source, stage, "bf16", relora=cases.relora_config(**frozen), spread=stage == 3, **BLOCKS)
 
@@ -47,8 +66,10 @@ def test_tensors_are_sent_in_pieces(stage):
     ranks(2).run(filled.in_pieces, stage)
 
 
-@pytest.mark.parametrize("stage, precision, inside, source", [
-    (3, "fp32", False, False), (3, "bf16", True, False), (3, "bf16", False, True), (1, "bf16", False, False)])
+@pytest.mark.parametrize(
+    "stage, precision, inside, source",
+    [(3, "fp32", False, False), (3, "bf16", True, False), (3, "bf16", False, True), (1, "bf16", False, False)],
+)
 def test_a_model_built_under_zero_init(stage, precision, inside, source):
     ranks(2).run(filled.partitioned, stage, precision, inside, source)
 
@@ -74,8 +95,9 @@ def read_of_one_rank_fails(stage) -> str:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_tensor_that_one_rank_cannot_read_ends_all_ranks(stage):
     for message in ranks(2).run(read_of_one_rank_fails, stage):
-        assert message == ("weights: rank 1: ValueError: model.norm.weight cannot be read "
-                           "(KeyError: 'model.norm.weight?')")
+        assert message == (
+            "weights: rank 1: ValueError: model.norm.weight cannot be read (KeyError: 'model.norm.weight?')"
+        )
 
 
 def buffers_of_rank(model, rank: int):
@@ -129,22 +151,47 @@ def refused(what: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("what, message", [
-    ("no source", "model: 30 of its parameters are on the meta device (the first: model.embed_tokens.weight) and have "
-                  "no values; pass weights=, a source of them (relora_ds.zero.weights)"),
-    ("lacks", "weights: missing model.norm.weight, unexpected none, of another shape none; they are of another model"),
-    ("shape", "weights: missing none, unexpected none, of another shape model.embed_tokens.weight (70, 20) instead of "
-              "(67, 20), lm_head.weight (70, 20) instead of (67, 20); they are of another model"),
-    ("buffers", "model: 1 of its buffers are on the meta device (the first: model.rotary_emb.inv_freq) and have no "
-                "values, which no source of weights has; leave only parameters there, as "
-                "accelerate.init_empty_weights(include_buffers=False) does"),
-    ("ranks", "weights: of ranks that do not exist model.norm.weight; spread them over 2 rank(s)"),
-    ("values", "weights: rank 0: ValueError: lm_head.weight cannot be read (NotImplementedError: Cannot copy out of "
-               "meta tensor; no data!)"),
-    ("nothing", "weights: rank 0: ValueError: model.layers.0.self_attn.q_proj.weight cannot be read (AttributeError: "
-                "'NoneType' object has no attribute 'detach')"),
-    ("tied", "weights: rank 0: ValueError: model.embed_tokens.weight and lm_head.weight differ, but share one tensor "
-             "in this model; set tie_word_embeddings to false in its configuration")])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        (
+            "no source",
+            "model: 30 of its parameters are on the meta device (the first: model.embed_tokens.weight) and have "
+            "no values; pass weights=, a source of them (relora_ds.zero.weights)",
+        ),
+        (
+            "lacks",
+            "weights: missing model.norm.weight, unexpected none, of another shape none; they are of another model",
+        ),
+        (
+            "shape",
+            "weights: missing none, unexpected none, of another shape model.embed_tokens.weight (70, 20) instead of "
+            "(67, 20), lm_head.weight (70, 20) instead of (67, 20); they are of another model",
+        ),
+        (
+            "buffers",
+            "model: 1 of its buffers are on the meta device (the first: model.rotary_emb.inv_freq) and have no "
+            "values, which no source of weights has; leave only parameters there, as "
+            "accelerate.init_empty_weights(include_buffers=False) does",
+        ),
+        ("ranks", "weights: of ranks that do not exist model.norm.weight; spread them over 2 rank(s)"),
+        (
+            "values",
+            "weights: rank 0: ValueError: lm_head.weight cannot be read (NotImplementedError: Cannot copy out of "
+            "meta tensor; no data!)",
+        ),
+        (
+            "nothing",
+            "weights: rank 0: ValueError: model.layers.0.self_attn.q_proj.weight cannot be read (AttributeError: "
+            "'NoneType' object has no attribute 'detach')",
+        ),
+        (
+            "tied",
+            "weights: rank 0: ValueError: model.embed_tokens.weight and lm_head.weight differ, but share one tensor "
+            "in this model; set tie_word_embeddings to false in its configuration",
+        ),
+    ],
+)
 def test_what_cannot_be_filled_is_refused_in_one_line(what, message):
     assert ranks(2).run(refused, what) == [message, message]
 

@@ -21,8 +21,13 @@ NUM_RESTARTS = 22
 
 def many_restarts(frozen_dtype: str, frozen_master: str) -> dict:
     """Restart every second step. Beside it W + Σ s·B·A in fp64; returns what was lost against it, by restart."""
-    relora = cases.relora_config(restart_every=2, restart_warmup_steps=1, frozen_dtype=frozen_dtype,
-                                 frozen_master=frozen_master, optimizer_reset="none")
+    relora = cases.relora_config(
+        restart_every=2,
+        restart_warmup_steps=1,
+        frozen_dtype=frozen_dtype,
+        frozen_master=frozen_master,
+        optimizer_reset="none",
+    )
     engine = cases.build(1, relora=relora, weight_decay=0.0, **BLOCKS)
     layers = lowrank_layers(engine.module)
     exact = {name: value.double() for name, value in frozen_masters(engine).items()}
@@ -36,10 +41,14 @@ def many_restarts(frozen_dtype: str, frozen_master: str) -> dict:
             exact[name] += cases.SCALING * state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
         after_step(engine)
         stored = {name: engine.frozen.dequantize(name, value) for name, value in cases.stored_weights(engine).items()}
-        restarts.append({
-            "master": max(_distance(value, exact[name]) for name, value in frozen_masters(engine).items()),
-            "stored": sum(_distance(stored[name], exact[name]) for name in layers) / len(layers),
-            "merge_loss": engine.last_restart.merge_loss, "total": engine.last_restart.merge_loss_total})
+        restarts.append(
+            {
+                "master": max(_distance(value, exact[name]) for name, value in frozen_masters(engine).items()),
+                "stored": sum(_distance(stored[name], exact[name]) for name in layers) / len(layers),
+                "merge_loss": engine.last_restart.merge_loss,
+                "total": engine.last_restart.merge_loss_total,
+            }
+        )
 
     engine.after_step = watched
     for step in range(2 * NUM_RESTARTS + 1):
@@ -86,8 +95,11 @@ def converted(stage: int, directory: str, before: dict, after: dict) -> dict:
     engine = test_checkpoint.build(stage, "fp32", frozen=before, **BLOCKS)
     test_checkpoint.train(engine, 0, 6)
     engine.save_checkpoint(directory, tag="t")
-    was = {"masters": frozen_masters(engine), "loss": engine.last_restart.merge_loss_total,
-           "merged": engine.collect_merged()}
+    was = {
+        "masters": frozen_masters(engine),
+        "loss": engine.last_restart.merge_loss_total,
+        "merged": engine.collect_merged(),
+    }
     cases.release(engine)
     dist.barrier()
     for name, value in read_model(Path(directory, "t")).merged().items():

@@ -49,9 +49,15 @@ def train(stage: int, fused: bool, family: str, precision: str, accumulation: in
     if fused:
         model.forward = types.MethodType(forward, model)
     engine, *_ = relora_ds.initialize(
-        recompute.apply(model, mode), cases.ds_settings(stage, precision), config, lr=1e-2, total_steps=STEPS,
-        precision=precision, gradient_accumulation_steps=accumulation,
-        micro_batch_size=cases.GLOBAL_BATCH // (torch.distributed.get_world_size() * accumulation))
+        recompute.apply(model, mode),
+        cases.ds_settings(stage, precision),
+        config,
+        lr=1e-2,
+        total_steps=STEPS,
+        precision=precision,
+        gradient_accumulation_steps=accumulation,
+        micro_batch_size=cases.GLOBAL_BATCH // (torch.distributed.get_world_size() * accumulation),
+    )
     found = []
     for step in range(STEPS):
         found.append(cases.train_step(engine, step))
@@ -65,10 +71,19 @@ def train(stage: int, fused: bool, family: str, precision: str, accumulation: in
     return found
 
 
-@pytest.mark.parametrize("family, precision, accumulation, mode, relora", [
-    ("llama", "fp32", 1, "none", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("qwen2", "bf16", 2, "cheap", {}),  # one weight for embeddings and head
-        ("llama", "fp32", 2, "full", {"trainable_modules": []})))])
+@pytest.mark.parametrize(
+    "family, precision, accumulation, mode, relora",
+    [
+        ("llama", "fp32", 1, "none", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("qwen2", "bf16", 2, "cheap", {}),  # one weight for embeddings and head
+                ("llama", "fp32", 2, "full", {"trainable_modules": []}),
+            )
+        ),
+    ],
+)
 def test_zero_3_gathers_the_heads_weight_and_reduces_its_gradient(family, precision, accumulation, mode, relora):
     how = (family, precision, accumulation, mode)
     expected = ranks(2).run(train, 1, False, *how, **relora)

@@ -56,8 +56,15 @@ def trained(stage: int, precision: str, kind: str, by_hand: bool) -> dict[str, t
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.to(torch.float32)
     engine, *_ = relora_ds.initialize(
-        model, cases.ds_settings(stage, precision), relora, lr=3e-4, total_steps=6, precision=precision,
-        min_lr_ratio=1.0, micro_batch_size=cases.GLOBAL_BATCH // 2)
+        model,
+        cases.ds_settings(stage, precision),
+        relora,
+        lr=3e-4,
+        total_steps=6,
+        precision=precision,
+        min_lr_ratio=1.0,
+        micro_batch_size=cases.GLOBAL_BATCH // 2,
+    )
     for step in range(5):
         cases.train_step(engine, step)
     assert engine.restarts == [3]
@@ -73,12 +80,24 @@ def trained(stage: int, precision: str, kind: str, by_hand: bool) -> dict[str, t
     return found
 
 
-@pytest.mark.parametrize("stage, precision, kind", [
-    (0, "fp32", "bf16"), (0, "fp32", "mixed"), (0, "fp32", "fp64"), (1, "fp32", "fp16"), (3, "fp32", "mixed"),
-    (0, "bf16", "bf16"), (2, "bf16", "mixed")])
+@pytest.mark.parametrize(
+    "stage, precision, kind",
+    [
+        (0, "fp32", "bf16"),
+        (0, "fp32", "mixed"),
+        (0, "fp32", "fp64"),
+        (1, "fp32", "fp16"),
+        (3, "fp32", "mixed"),
+        (0, "bf16", "bf16"),
+        (2, "bf16", "mixed"),
+    ],
+)
 def test_a_model_in_another_dtype_trains_as_its_values_in_fp32(stage, precision, kind):
-    for found, wanted in zip(ranks(2).run(trained, stage, precision, kind, False),
-                             ranks(2).run(trained, stage, precision, kind, True), strict=True):
+    for found, wanted in zip(
+        ranks(2).run(trained, stage, precision, kind, False),
+        ranks(2).run(trained, stage, precision, kind, True),
+        strict=True,
+    ):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert torch.equal(found[name], value), name

@@ -17,12 +17,16 @@ GOOD_BEFORE, EVERY, STEPS = 3, 4, 7  # the bad batch stands where the first rest
 def everything(engine) -> dict[str, str]:
     """One fingerprint for each kind of state, of this rank's own copies where it has any."""
     state = cases.gathered_state(engine)
-    return {**{what: fingerprint(tree) for what, tree in state.items()},
-            "forward": fingerprint(bytes_of(cases.forward_copies(engine))),
-            "stored": fingerprint(bytes_of(cases.stored_weights(engine))),
-            "frozen masters": fingerprint(engine.frozen.masters),
-            "adam steps": str(engine.shards.adam_steps()), "lr": str(engine.get_lr()),
-            "restarts": str(engine.restarts), "t": str(engine.t)}
+    return {
+        **{what: fingerprint(tree) for what, tree in state.items()},
+        "forward": fingerprint(bytes_of(cases.forward_copies(engine))),
+        "stored": fingerprint(bytes_of(cases.stored_weights(engine))),
+        "frozen masters": fingerprint(engine.frozen.masters),
+        "adam steps": str(engine.shards.adam_steps()),
+        "lr": str(engine.get_lr()),
+        "restarts": str(engine.restarts),
+        "t": str(engine.t),
+    }
 
 
 def bytes_of(tree: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

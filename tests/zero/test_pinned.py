@@ -72,11 +72,11 @@ def test_every_generation_that_is_held_stays():
     store, held = filled(0.0), []
     for number in range(1, 6):
         held.append(store.hold())
-        for name in list(SHAPES)[number % 2:]:  # not always all of them
+        for name in list(SHAPES)[number % 2 :]:  # not always all of them
             store.put(name, value(number, name))
     for number, values in enumerate(held):
         for name in SHAPES:
-            last = max((n for n in range(1, number + 1) if name in list(SHAPES)[n % 2:]), default=0)
+            last = max((n for n in range(1, number + 1) if name in list(SHAPES)[n % 2 :]), default=0)
             assert torch.equal(values[name], value(last, name)), (number, name)
 
 

@@ -17,8 +17,9 @@ def test_tensors_are_taken_over_and_no_random_ones_are_made(family):
     model = FAMILIES[family]()
     state, random_state = collected(model), torch.get_rng_state()
     plain = plain_like(model, dict(state))
-    assert {name: p.data_ptr() for name, p in plain.named_parameters()} == \
-        {name: value.data_ptr() for name, value in state.items()}
+    assert {name: p.data_ptr() for name, p in plain.named_parameters()} == {
+        name: value.data_ptr() for name, value in state.items()
+    }
     assert {tuple(names) for names in tied(plain)} == {tuple(names) for names in tied(model)}
     assert all(buffer.is_meta for buffer in plain.buffers())
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -46,18 +46,35 @@ def fingerprint(*trees: dict) -> str:
     return digest.hexdigest()
 
 
-def restart_by_hand(stage, precision, reset="magnitude_joint", after_evaluation=False, frozen_master="cpu",
-                    frozen_dtype="auto", frozen_placement="auto", double_quant=False, **how) -> dict:
+def restart_by_hand(
+    stage,
+    precision,
+    reset="magnitude_joint",
+    after_evaluation=False,
+    frozen_master="cpu",
+    frozen_dtype="auto",
+    frozen_placement="auto",
+    double_quant=False,
+    **how,
+) -> dict:
     """Six steps, a restart by hand, and every invariant checked on this rank; returns what ranks must agree on."""
-    relora = cases.relora_config(optimizer_reset=reset, frozen_master=frozen_master, frozen_dtype=frozen_dtype,
-                                 frozen_placement=frozen_placement, frozen_double_quant=double_quant)
+    relora = cases.relora_config(
+        optimizer_reset=reset,
+        frozen_master=frozen_master,
+        frozen_dtype=frozen_dtype,
+        frozen_placement=frozen_placement,
+        frozen_double_quant=double_quant,
+    )
     engine = cases.build(stage, precision=precision, relora=relora, **how)
     dtype = DTYPES[precision]
     for step in range(6):
         cases.train_step(engine, step)
     layers = lowrank_layers(engine.module)
-    before, stored_before, masters_before = (cases.gathered_state(engine), cases.stored_weights(engine),
-                                             frozen_masters(engine))
+    before, stored_before, masters_before = (
+        cases.gathered_state(engine),
+        cases.stored_weights(engine),
+        frozen_masters(engine),
+    )
     steps_before = engine.shards.adam_steps()
     probe = cases.batch(999, 4).to(engine.device)
     engine.drift_probe = lambda: engine.module(input_ids=probe).logits.clone()
@@ -128,8 +145,12 @@ def restart_by_hand(stage, precision, reset="magnitude_joint", after_evaluation=
     moved = cases.gathered_state(engine)["master"]
     assert all(moved[f"{name}.lora_B"].any() for name in layers), "B does not train after the restart"
 
-    result = {"state": fingerprint(after, stored, masters, copies), "checksum": report.checksum,
-              "report": (report.prune_fraction_m, report.merge_loss), "restarts": list(engine.restarts)}
+    result = {
+        "state": fingerprint(after, stored, masters, copies),
+        "checksum": report.checksum,
+        "report": (report.prune_fraction_m, report.merge_loss),
+        "restarts": list(engine.restarts),
+    }
     cases.release(engine)
     return result
 
@@ -189,8 +210,18 @@ def test_every_format_replicated_under_zero_3(frozen_dtype):
 @pytest.mark.parametrize("placement", ["replicated", "sharded"])
 def test_formats_in_a_bf16_run(placement, frozen_dtype):
     for master in ("cpu", "device"):
-        _check(ranks(2).run(restart_by_hand, 3, "bf16", frozen_dtype=frozen_dtype, frozen_placement=placement,
-                            frozen_master=master, double_quant=frozen_dtype == "nf4", **BLOCKS))
+        _check(
+            ranks(2).run(
+                restart_by_hand,
+                3,
+                "bf16",
+                frozen_dtype=frozen_dtype,
+                frozen_placement=placement,
+                frozen_master=master,
+                double_quant=frozen_dtype == "nf4",
+                **BLOCKS,
+            )
+        )
 
 
 @pytest.mark.parametrize("frozen_dtype", ["int8", "fp8", "nf4"])
@@ -301,6 +332,7 @@ def test_ranks_that_disagree_are_noticed_by_all(stage, precision):
 
 # -- other choices of A ----------------------------------------------------------------------------------------------
 
+
 def restart_on_schedule(stage, how, accumulation=1) -> dict:
     """Train through the first scheduled restart; returns the new A's, and how much of the gradient each captures."""
     relora = cases.relora_config(restart_init=how)
@@ -321,9 +353,12 @@ def restart_on_schedule(stage, how, accumulation=1) -> dict:
         best = torch.linalg.svd(gradients[name]).S[:4].square().sum()
         captured.append(((gradients[name] @ basis).square().sum() / best).item())
     cases.train_step(engine, cases.EVERY)
-    result = {"A": fingerprint(found), "captured": captured,
-              "orthogonal": all(torch.allclose(A @ A.t(), torch.eye(4) / 3, atol=1e-5) for A in found.values()),
-              "values": {name: A.tolist() for name, A in found.items()}}
+    result = {
+        "A": fingerprint(found),
+        "captured": captured,
+        "orthogonal": all(torch.allclose(A @ A.t(), torch.eye(4) / 3, atol=1e-5) for A in found.values()),
+        "values": {name: A.tolist() for name, A in found.items()},
+    }
     cases.release(engine)
     return result
 
@@ -360,8 +395,10 @@ def restart_by_hand_without_a_sketch() -> bool:
         cases.train_step(engine, step)
     engine.restart()
     masters = cases.gathered_state(engine)["master"]
-    same = all(torch.equal(masters[f"{name}.lora_A"], initial_A(4, layer.in_features, seed=0, restart=1, name=name))
-               for name, layer in lowrank_layers(engine.module).items())
+    same = all(
+        torch.equal(masters[f"{name}.lora_A"], initial_A(4, layer.in_features, seed=0, restart=1, name=name))
+        for name, layer in lowrank_layers(engine.module).items()
+    )
     cases.release(engine)
     return same
 

@@ -35,10 +35,18 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     return min(found)
 
 
-@pytest.mark.parametrize("world_size, stage, precision, relora", [
-    (1, 1, "bf16", {}), (1, 1, "fp32", {}), (1, 0, "bf16", {"frozen_master": "none"}), (2, 0, "bf16", {}),
-    (2, 1, "fp32", {"frozen_dtype": "fp8"}), (2, 2, "bf16", {"frozen_dtype": "nf4"}),
-    (2, 3, "bf16", {"frozen_dtype": "int8"})])
+@pytest.mark.parametrize(
+    "world_size, stage, precision, relora",
+    [
+        (1, 1, "bf16", {}),
+        (1, 1, "fp32", {}),
+        (1, 0, "bf16", {"frozen_master": "none"}),
+        (2, 0, "bf16", {}),
+        (2, 1, "fp32", {"frozen_dtype": "fp8"}),
+        (2, 2, "bf16", {"frozen_dtype": "nf4"}),
+        (2, 3, "bf16", {"frozen_dtype": "int8"}),
+    ],
+)
 def test_the_peak_is_that_of_one_layer(world_size, stage, precision, relora):
     few, many = (ranks(world_size).run(peak, stage, precision, num_layers, **relora) for num_layers in (1, 3))
     for found, expected, left in few + many:

@@ -17,35 +17,69 @@ from transformers import (
 
 from relora_ds.zero.saved_config import save_model, with_old_names
 
-SIZES = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
+SIZES = dict(
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+)
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def layers(full: dict, sliding: dict) -> dict:
-    return {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8,
-            "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+    return {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 8,
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
+    }
 
 
 CASES = {
-    "theta": (LlamaConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-              {"rope_theta": 5e5, "rope_scaling": None}),
+    "theta": (
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": None},
+    ),
     "yarn": (LlamaConfig, {"rope_parameters": {**YARN, "rope_theta": 3e5}}, {"rope_theta": 3e5, "rope_scaling": YARN}),
-    "llama3": (LlamaConfig, {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
-               {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
-    "gpt_neox": (GPTNeoXConfig, {"rope_parameters": {**LINEAR, "rope_theta": 2e4, "partial_rotary_factor": 0.5}},
-                 {"rotary_emb_base": 2e4, "rotary_pct": 0.5, "rope_scaling": LINEAR}),
-    "gemma3": (Gemma3TextConfig, layers({**LINEAR, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 2e4}),
-               {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR}),
-    "olmo3": (Olmo3Config, layers({**YARN, "rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
-              {"rope_theta": 5e5, "rope_scaling": YARN}),
+    "llama3": (
+        LlamaConfig,
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    ),
+    "gpt_neox": (
+        GPTNeoXConfig,
+        {"rope_parameters": {**LINEAR, "rope_theta": 2e4, "partial_rotary_factor": 0.5}},
+        {"rotary_emb_base": 2e4, "rotary_pct": 0.5, "rope_scaling": LINEAR},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        layers({**LINEAR, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 2e4}),
+        {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR},
+    ),
+    "olmo3": (
+        Olmo3Config,
+        layers({**YARN, "rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+        {"rope_theta": 5e5, "rope_scaling": YARN},
+    ),
     # transformers 4 scales this family's frequencies where nothing is said
-    "gpt_oss": (GptOssConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, **EXPERTS},
-                {"rope_theta": 5e5, "rope_scaling": None}),
+    "gpt_oss": (
+        GptOssConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, **EXPERTS},
+        {"rope_theta": 5e5, "rope_scaling": None},
+    ),
     "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "moe_intermediate_size": 16}, {"num_experts": 4}),
 }
 
@@ -65,8 +99,10 @@ def test_the_names_of_transformers_4_stand_beside_the_new_ones(tmp_path, case):
 
 
 def test_names_that_would_change_what_transformers_5_reads_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("relora_ds.zero.saved_config.with_old_names",
-                        lambda config: {**config, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    monkeypatch.setattr(
+        "relora_ds.zero.saved_config.with_old_names",
+        lambda config: {**config, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    )
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     save_model(model, tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == model.config.rope_parameters

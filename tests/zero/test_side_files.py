@@ -35,14 +35,22 @@ def save_where_one_rank_fails(directory: str, rank: int, name: str) -> tuple[str
     return said, left
 
 
-@pytest.mark.parametrize(("rank", "name"), [
-    (1, "relora_ds.zero.checkpoint_files.save_file"), (0, "relora_ds.zero.checkpoint_files.save_file"),
-    (0, "relora_ds.zero.checkpoint_model.engine_state")])
+@pytest.mark.parametrize(
+    ("rank", "name"),
+    [
+        (1, "relora_ds.zero.checkpoint_files.save_file"),
+        (0, "relora_ds.zero.checkpoint_files.save_file"),
+        (0, "relora_ds.zero.checkpoint_model.engine_state"),
+    ],
+)
 def test_where_one_rank_cannot_write_all_of_them_hear_of_it(tmp_path, rank, name):
     for said, left in ranks(2).run(save_where_one_rank_fails, str(tmp_path), rank, name, timeout=120):
         assert said == f"save_checkpoint: rank {rank}: OSError: [Errno 28] No space left on device"
-        assert left == ["relora_frozen_masters_00000.safetensors", "relora_frozen_masters_00001.safetensors",
-                        "relora_model.json"]
+        assert left == [
+            "relora_frozen_masters_00000.safetensors",
+            "relora_frozen_masters_00001.safetensors",
+            "relora_model.json",
+        ]
 
 
 def load_with(directory: str, damage) -> tuple:

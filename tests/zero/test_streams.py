@@ -19,6 +19,7 @@ def order_of_calls() -> list[str]:
             if name != "wait" or args[0] is stream:
                 calls.append(name)
             return function(*args, **kwargs)
+
         return call
 
     with pytest.MonkeyPatch.context() as monkeypatch:

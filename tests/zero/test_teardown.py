@@ -44,9 +44,19 @@ def build_and_release(stage, precision, offload=False, within_a_step=False, **re
     return [name for name, reference in watched.items() if reference() is not None], before, after
 
 
-@pytest.mark.parametrize("stage, precision, offload", [
-    (0, "fp32", False), (0, "bf16", False), (1, "bf16", False), (1, "fp32", True), (2, "bf16", False),
-    (3, "fp32", False), (3, "bf16", False), (3, "bf16", True)])
+@pytest.mark.parametrize(
+    "stage, precision, offload",
+    [
+        (0, "fp32", False),
+        (0, "bf16", False),
+        (1, "bf16", False),
+        (1, "fp32", True),
+        (2, "bf16", False),
+        (3, "fp32", False),
+        (3, "bf16", False),
+        (3, "bf16", True),
+    ],
+)
 def test_nothing_survives_a_release(stage, precision, offload):
     _check(ranks(2).run(build_and_release, stage, precision, offload))
 

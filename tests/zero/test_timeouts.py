@@ -26,8 +26,10 @@ DAY = timedelta(days=1)
 
 def timeouts() -> dict[str, timedelta]:
     """Of every process group, by its name: the least of its devices'."""
-    return {name: min(group._get_backend(device).options._timeout for device in group._device_types)
-            for group, name in distributed_c10d._world.pg_names.items()}
+    return {
+        name: min(group._get_backend(device).options._timeout for device in group._device_types)
+        for group, name in distributed_c10d._world.pg_names.items()
+    }
 
 
 def watched() -> tuple[dict, dict]:
@@ -73,8 +75,10 @@ def test_collectives_heed_it():
 
 def test_a_group_on_the_host_waits_for_slow_disks_and_names_what_could_join_it():
     assert ranks(2).run(timeout_of_a_host_group) == [DAY, DAY]
-    with (mock.patch.object(dist, "new_group", side_effect=RuntimeError("connectFullMesh failed")),
-          pytest.raises(RuntimeError, match="connectFullMesh failed; name the .*interface .*GLOO_SOCKET_IFNAME")):
+    with (
+        mock.patch.object(dist, "new_group", side_effect=RuntimeError("connectFullMesh failed")),
+        pytest.raises(RuntimeError, match="connectFullMesh failed; name the .*interface .*GLOO_SOCKET_IFNAME"),
+    ):
         host_group()
 
 
@@ -86,9 +90,19 @@ def timeout_of_a_host_group() -> timedelta:
         dist.destroy_process_group(group)
 
 
-@pytest.mark.parametrize(("nccl", "gloo", "taken"), [
-    ("eth1", None, "eth1"), ("=eth1", None, "eth1"), ("eth0,eth1", None, "eth0,eth1"), ("eth1", "eth0", "eth0"),
-    ("eth", None, None), ("^eth0", None, None), ("eth1,eth7", None, None), (None, None, None)])
+@pytest.mark.parametrize(
+    ("nccl", "gloo", "taken"),
+    [
+        ("eth1", None, "eth1"),
+        ("=eth1", None, "eth1"),
+        ("eth0,eth1", None, "eth0,eth1"),
+        ("eth1", "eth0", "eth0"),
+        ("eth", None, None),
+        ("^eth0", None, None),
+        ("eth1,eth7", None, None),
+        (None, None, None),
+    ],
+)
 def test_gloo_takes_the_interface_of_nccl_where_its_name_is_whole(monkeypatch, nccl, gloo, taken):
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "eth1")])
     said = {"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": gloo}
@@ -114,11 +128,21 @@ leave()
 def test_ranks_that_do_not_come_are_waited_for_as_long_as_deepspeed_says(restarted):
     """On both ways to a process group: DeepSpeed's, and the one after torchrun has started the ranks again."""
     port = free_port()
-    environment = {**os.environ, "DEEPSPEED_TIMEOUT": "7", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {
+        **os.environ,
+        "DEEPSPEED_TIMEOUT": "7",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     if restarted:
-        environment |= {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
-                        "GROUP_WORLD_SIZE": "1"}
+        environment |= {
+            "TORCHELASTIC_RESTART_COUNT": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "GROUP_WORLD_SIZE": "1",
+        }
     torchrun = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if restarted else None
     done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=300)
     assert "timeouts {420.0}" in done.stdout, done.stderr

@@ -39,8 +39,15 @@ def pad(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 
-def step_bytes(stage: int, groups: list[list[int]], frozen: list[int], element_size: int, accumulation: int,
-               persistence: int = 0, gathers: int = 1) -> dict[str, int]:
+def step_bytes(
+    stage: int,
+    groups: list[list[int]],
+    frozen: list[int],
+    element_size: int,
+    accumulation: int,
+    persistence: int = 0,
+    gathers: int = 1,
+) -> dict[str, int]:
     """Payload bytes by collective of one optimizer step."""
     trainable = [size for group in groups for size in group]
     if stage == 0:
@@ -48,28 +55,43 @@ def step_bytes(stage: int, groups: list[list[int]], frozen: list[int], element_s
     elif stage in (1, 2):
         # Gradients are reduced as they are; a group's flat partitions start at 4-byte boundaries in 16 bit,
         # so the flat group is padded to 2 elements a rank.
-        found = {"all_reduce": sum(trainable) * (accumulation if stage == 2 else 1),
-                 "all_gather": sum(pad(sum(group), 2 * WORLD) for group in groups)}
+        found = {
+            "all_reduce": sum(trainable) * (accumulation if stage == 2 else 1),
+            "all_gather": sum(pad(sum(group), 2 * WORLD) for group in groups),
+        }
     else:
         # Each parameter is cut into equal pieces. One below the persistence threshold stays whole, and is
         # gathered again after the update only.
         stays = [size for size in trainable + frozen if size < persistence]
         moves = [size for size in trainable + frozen if size >= persistence]
-        found = {"all_gather": sum(pad(s, WORLD) for s in moves) * accumulation * gathers
-                 + sum(pad(s, WORLD) for s in stays),
-                 "reduce_scatter": sum(pad(s, WORLD) for s in trainable) * accumulation}
+        found = {
+            "all_gather": sum(pad(s, WORLD) for s in moves) * accumulation * gathers
+            + sum(pad(s, WORLD) for s in stays),
+            "reduce_scatter": sum(pad(s, WORLD) for s in trainable) * accumulation,
+        }
     return {name: size * element_size for name, size in found.items()}
 
 
 def build(stage, precision, accumulation=1, zero=(), full_rank=False, **relora):
     zero = dict(zero)
     if not full_rank:
-        return cases.build(stage, precision=precision, accumulation=accumulation, zero=zero,
-                           relora=cases.relora_config(r=R, lora_alpha=6, **relora), **SIZES)
+        return cases.build(
+            stage,
+            precision=precision,
+            accumulation=accumulation,
+            zero=zero,
+            relora=cases.relora_config(r=R, lora_alpha=6, **relora),
+            **SIZES,
+        )
     engine, *_ = relora_ds.initialize(
-        model=llama(**SIZES), config=cases.ds_settings(stage, precision, **zero), lr=cases.LR,
-        total_steps=cases.STEPS, precision=precision, gradient_accumulation_steps=accumulation,
-        micro_batch_size=cases.GLOBAL_BATCH // (WORLD * accumulation))
+        model=llama(**SIZES),
+        config=cases.ds_settings(stage, precision, **zero),
+        lr=cases.LR,
+        total_steps=cases.STEPS,
+        precision=precision,
+        gradient_accumulation_steps=accumulation,
+        micro_batch_size=cases.GLOBAL_BATCH // (WORLD * accumulation),
+    )
     return engine
 
 
@@ -143,10 +165,20 @@ def test_expected_step_is_exact_but_for_padding(stage, accumulation):
     calls, wire = counted(stage, "bf16", accumulation, NOTHING_STAYS)
     payload = sum(size for _, size in calls if size >= CONTROL)
     trainable = sum(map(sum, LOW_RANK))
-    expected, expected_wire = expected_step(stage, trainable=trainable, frozen_bytes=2 * sum(FROZEN), element_size=2,
-                                            accumulation=accumulation, world_size=WORLD)
-    padded = {0: 0, 1: 3 * len(LOW_RANK), 2: 3 * len(LOW_RANK),
-              3: accumulation * 2 * len(FACTORS + EMBEDDINGS + NORMS + FROZEN)}[stage]
+    expected, expected_wire = expected_step(
+        stage,
+        trainable=trainable,
+        frozen_bytes=2 * sum(FROZEN),
+        element_size=2,
+        accumulation=accumulation,
+        world_size=WORLD,
+    )
+    padded = {
+        0: 0,
+        1: 3 * len(LOW_RANK),
+        2: 3 * len(LOW_RANK),
+        3: accumulation * 2 * len(FACTORS + EMBEDDINGS + NORMS + FROZEN),
+    }[stage]
     assert expected <= payload <= expected + 2 * padded
     assert expected_wire <= wire <= expected_wire + 2 * padded + 1024
 
@@ -192,8 +224,9 @@ def test_a_restart_moves_each_factor_once_and_each_frozen_weight_once(stage, pre
 # Sizes that nf4 can store: 64 divides every weight.
 EVEN_HIDDEN, EVEN_INTERMEDIATE = 48, 80
 EVEN = {"hidden_size": EVEN_HIDDEN, "intermediate_size": EVEN_INTERMEDIATE}
-EVEN_LINEARS = [(EVEN_HIDDEN, EVEN_HIDDEN)] * 4 + [(EVEN_INTERMEDIATE, EVEN_HIDDEN)] * 2 + [
-    (EVEN_HIDDEN, EVEN_INTERMEDIATE)]
+EVEN_LINEARS = (
+    [(EVEN_HIDDEN, EVEN_HIDDEN)] * 4 + [(EVEN_INTERMEDIATE, EVEN_HIDDEN)] * 2 + [(EVEN_HIDDEN, EVEN_INTERMEDIATE)]
+)
 EVEN_FACTORS = [size for out, fan_in in EVEN_LINEARS * LAYERS for size in (R * fan_in, out * R)]
 EVEN_OTHERS = [VOCAB * EVEN_HIDDEN] * 2 + [EVEN_HIDDEN] * (2 * LAYERS + 1)
 
@@ -201,8 +234,13 @@ EVEN_OTHERS = [VOCAB * EVEN_HIDDEN] * 2 + [EVEN_HIDDEN] * (2 * LAYERS + 1)
 def stored(format: str, out: int, fan_in: int) -> int:
     """Bytes of a packed weight; its parts begin at multiples of 16."""
     weights, blocks = out * fan_in, out * fan_in // 64
-    parts = {"bf16": [2 * weights], "int8": [weights, 4 * out], "fp8": [weights, 4 * out],
-             "nf4": [weights // 2, 4 * blocks], "nf4_double": [weights // 2, blocks, 4 * math.ceil(blocks / 256), 4]}
+    parts = {
+        "bf16": [2 * weights],
+        "int8": [weights, 4 * out],
+        "fp8": [weights, 4 * out],
+        "nf4": [weights // 2, 4 * blocks],
+        "nf4_double": [weights // 2, blocks, 4 * math.ceil(blocks / 256), 4],
+    }
     return sum(pad(part, 16) for part in parts[format])
 
 
@@ -216,8 +254,13 @@ def of_frozen(variants: list[tuple[int, str, dict, int]]) -> list[tuple[list, li
     found = []
     for stage, format, options, threshold in variants:
         zero = {"stage3_param_persistence_threshold": threshold} if stage == 3 else None
-        engine = cases.build(stage, zero=zero, accumulation=2, **EVEN,
-                             relora=cases.relora_config(r=R, lora_alpha=6, **storage(format), **options))
+        engine = cases.build(
+            stage,
+            zero=zero,
+            accumulation=2,
+            **EVEN,
+            relora=cases.relora_config(r=R, lora_alpha=6, **storage(format), **options),
+        )
         for step in range(2):
             cases.train_step(engine, step)
         with count_traffic() as a_step:
@@ -233,24 +276,41 @@ def of_frozen(variants: list[tuple[int, str, dict, int]]) -> list[tuple[list, li
 def test_stage_3_gathers_frozen_weights_as_they_are_stored(format):
     """Packed ones as bytes, also where it decides what is small; replicated ones never."""
     # 48x48 weights in nf4, and at 2,400 in fp32 too (elements), are below the threshold; in int8 and bf16 they are not.
-    variants = [(3, format, {"frozen_placement": "sharded", "frozen_master": "none"}, 2400),
-                (3, format, {"frozen_placement": "replicated", "frozen_master": "none"}, 1400)]
+    variants = [
+        (3, format, {"frozen_placement": "sharded", "frozen_master": "none"}, 2400),
+        (3, format, {"frozen_placement": "replicated", "frozen_master": "none"}, 1400),
+    ]
     variants += [(3, format, {"frozen_placement": "sharded", "frozen_master": "cpu"}, 0)] * (format == "int8")
     results, other = ranks(WORLD).run(of_frozen, variants)
     assert results == other, "the ranks do not make the same calls"
     trainable = [(size, 4) for size in EVEN_FACTORS + EVEN_OTHERS]
-    weights = [(out * fan_in, 4) if format == "fp32" else (stored(format, out, fan_in), 1)
-               for out, fan_in in EVEN_LINEARS * LAYERS]
+    weights = [
+        (out * fan_in, 4) if format == "fp32" else (stored(format, out, fan_in), 1)
+        for out, fan_in in EVEN_LINEARS * LAYERS
+    ]
     frozen_bytes = sum(numel * size for numel, size in weights)
     for (_, _, options, threshold), (a_step, a_restart) in zip(variants, results, strict=True):
         sharded = options["frozen_placement"] == "sharded"
         gathered = trainable + weights * sharded
-        check(a_step, {
-            "all_gather": sum(pad(numel, WORLD) * size * (1 if numel <= threshold else 2) for numel, size in gathered),
-            "reduce_scatter": sum(pad(numel, WORLD) * size * 2 for numel, size in trainable)})
+        check(
+            a_step,
+            {
+                "all_gather": sum(
+                    pad(numel, WORLD) * size * (1 if numel <= threshold else 2) for numel, size in gathered
+                ),
+                "reduce_scatter": sum(pad(numel, WORLD) * size * 2 for numel, size in trainable),
+            },
+        )
         small = sum(numel * size for numel, size in gathered if numel <= threshold)
-        expected, _ = expected_step(3, trainable=sum(numel for numel, _ in trainable), element_size=4, accumulation=2,
-                                    frozen_bytes=frozen_bytes * sharded, small_bytes=small, world_size=WORLD)
+        expected, _ = expected_step(
+            3,
+            trainable=sum(numel for numel, _ in trainable),
+            element_size=4,
+            accumulation=2,
+            frozen_bytes=frozen_bytes * sharded,
+            small_bytes=small,
+            world_size=WORLD,
+        )
         assert 0 <= sum(size for _, size in a_step if size >= CONTROL) - expected <= 2 * 4 * len(gathered)
         assert sum(size for name, size in a_restart if name == "broadcast" and size >= 1024) == frozen_bytes
         exact = format == "fp32"
@@ -264,5 +324,7 @@ def test_below_stage_3_a_format_changes_the_restart_only():
     for (stage, format, _, _), (a_step, a_restart) in zip(variants, results, strict=True):
         assert a_step == results[3 * stage][0]
         broadcast = sum(size for name, size in a_restart if name == "broadcast" and size >= 1024)
-        assert broadcast == sum(4 * out * fan_in if format == "fp32" else stored(format, out, fan_in)
-                                for out, fan_in in EVEN_LINEARS * LAYERS)
+        assert broadcast == sum(
+            4 * out * fan_in if format == "fp32" else stored(format, out, fan_in)
+            for out, fan_in in EVEN_LINEARS * LAYERS
+        )

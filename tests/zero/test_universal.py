@@ -27,8 +27,19 @@ def save(stage: int, precision: str, directory: str) -> list[float]:
 
 def convert(directory: str) -> None:
     from deepspeed.checkpoint import ds_to_universal
-    arguments = ["", "--input_folder", f"{directory}/{TAG}", "--output_folder", f"{directory}/{TAG}_universal",
-                 "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+
+    arguments = [
+        "",
+        "--input_folder",
+        f"{directory}/{TAG}",
+        "--output_folder",
+        f"{directory}/{TAG}_universal",
+        "--num_extract_workers",
+        "1",
+        "--num_merge_workers",
+        "1",
+        "--inject_missing_state",
+    ]
     with mock.patch.object(sys, "argv", arguments):
         ds_to_universal.main(ds_to_universal.parse_arguments())
 
@@ -37,10 +48,18 @@ def load(stage: int, precision: str, directory: str) -> dict:
     relora = cases.relora_config(restart_every=EVERY, restart_warmup_steps=2)
     model = relora_ds.wrap(cases.FAMILIES["llama"](1), relora, seed=0)
     engine, *_ = relora_ds.initialize(
-        model=model, config=cases.ds_settings(stage, precision, False) | {"checkpoint": {"load_universal": True}},
-        relora=relora, lr=cases.LR, total_steps=cases.STEPS, warmup_steps=cases.WARMUP, min_lr_ratio=cases.MIN_RATIO,
-        weight_decay=cases.DECAY, precision=precision, micro_batch_size=cases.GLOBAL_BATCH // dist.get_world_size(),
-        max_grad_norm=cases.CLIP)
+        model=model,
+        config=cases.ds_settings(stage, precision, False) | {"checkpoint": {"load_universal": True}},
+        relora=relora,
+        lr=cases.LR,
+        total_steps=cases.STEPS,
+        warmup_steps=cases.WARMUP,
+        min_lr_ratio=cases.MIN_RATIO,
+        weight_decay=cases.DECAY,
+        precision=precision,
+        micro_batch_size=cases.GLOBAL_BATCH // dist.get_world_size(),
+        max_grad_norm=cases.CLIP,
+    )
     before = everything(engine)
     try:
         _, client_state = engine.load_checkpoint(directory)
@@ -48,14 +67,20 @@ def load(stage: int, precision: str, directory: str) -> dict:
         changed = [what for what, value in everything(engine).items() if value != before[what]]
         cases.release(engine)
         return {"refused": str(error), "changed": changed}
-    result = {"client_state": client_state, "t": engine.t, "losses": train(engine, SAVED_AT, END),
-              "restarts": list(engine.restarts)}
+    result = {
+        "client_state": client_state,
+        "t": engine.t,
+        "losses": train(engine, SAVED_AT, END),
+        "restarts": list(engine.restarts),
+    }
     cases.release(engine)
     return result
 
 
-@pytest.mark.parametrize(("saved", "loaded", "precision", "world_size"), [
-    (1, 3, "bf16", 2), (3, 2, "fp32", 1), pytest.param(2, 0, "bf16", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "precision", "world_size"),
+    [(1, 3, "bf16", 2), (3, 2, "fp32", 1), pytest.param(2, 0, "bf16", 2, marks=pytest.mark.slow)],
+)
 def test_it_goes_on_elsewhere_through_the_next_restart(tmp_path, saved, loaded, precision, world_size):
     losses = ranks(2).run(save, saved, precision, str(tmp_path))[0]
     ranks(1).run(convert, str(tmp_path))

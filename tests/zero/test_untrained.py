@@ -27,8 +27,9 @@ def warnings_of(stage: int) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
     logger = logging.getLogger("relora_ds.zero.engine")
-    engine, *_ = relora_ds.initialize(relora_ds.wrap(Net(), config), f"zero{stage}", config, lr=1e-2, total_steps=3,
-                                      precision="fp32")
+    engine, *_ = relora_ds.initialize(
+        relora_ds.wrap(Net(), config), f"zero{stage}", config, lr=1e-2, total_steps=3, precision="fp32"
+    )
     logger.addHandler(handler)
     try:
         for _ in range(2):
@@ -42,5 +43,5 @@ def warnings_of(stage: int) -> list[str]:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_what_is_never_called_is_named_once(stage):
-    (message,), = ranks(1).run(warnings_of, stage)
+    ((message,),) = ranks(1).run(warnings_of, stage)
     assert "forgotten.0 (and 2 like it)" in message and "used," not in message and "exclude_modules" in message
