@@ -66,7 +66,7 @@ setup(
     package_data={
         "relora_ds": ["py.typed", "recipes/*.yaml"],
         "relora_ds.models": ["*.json"],
-        "relora_ds.experiments": ["suites/*.yaml"],
+        "relora_ds.lab.experiments": ["suites/*.yaml"],
         "relora_ds.ds_configs": ["*.json"],
     },
     install_requires=INSTALL_REQUIRES,

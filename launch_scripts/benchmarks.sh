@@ -37,4 +37,4 @@ bench trainer --out $out/trainer.json
 bench startup --out $out/startup.json
 bench clusters --out $out/clusters.json
 # host_memory_*_before.json stay: they are of 0.1.0.
-python -m tests.bench.report
+python -m tests.lab.bench.report

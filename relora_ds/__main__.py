@@ -4,8 +4,14 @@ import argparse
 import importlib
 import sys
 
-from relora_ds.commands import COMMANDS
+from relora_ds import commands
 from relora_ds.config import RecipeError
+from relora_ds.lab import commands as lab_commands
+
+# name -> (what it does, its module)
+COMMANDS = {
+    name: (what, f"{room.__name__}.{name}") for room in (commands, lab_commands) for name, what in room.COMMANDS.items()
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,14 +26,16 @@ def main(argv: list[str] | None = None) -> int:
         return train(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m relora_ds", description="ReLoRA pre-training on DeepSpeed ZeRO.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands = {known: subparsers.add_parser(known, help=what, description=what) for known, what in COMMANDS.items()}
+    parsers = {
+        known: subparsers.add_parser(known, help=what, description=what) for known, (what, _) in COMMANDS.items()
+    }
     if name not in COMMANDS:
         parser.parse_args(argv)  # prints the list, or names the mistake, and exits
-    command = importlib.import_module(f"relora_ds.commands.{name}")  # only this one: torch takes seconds to import
-    command.add_arguments(commands[name])
+    command = importlib.import_module(COMMANDS[name][1])  # only this one: torch takes seconds to import
+    command.add_arguments(parsers[name])
     try:
         # Intermixed: overrides may stand before and after the options.
-        return command.run(commands[name].parse_intermixed_args(argv[1:]))
+        return command.run(parsers[name].parse_intermixed_args(argv[1:]))
     except RecipeError as error:
         return _fail(error, 2)
     except (ValueError, OSError) as error:

@@ -4,7 +4,7 @@ Imports are read with `ast`, also those inside functions and under TYPE_CHECKING
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 
 # What each room may import of relora_ds, beside itself. A room is a folder of relora_ds or one of its modules; the
-# modules that read a recipe are one room, with `remote_code`, which several rooms share.
+# modules that read a recipe are one room, with `remote_code`, which several rooms share. The lab has rooms of its own.
 CONFIG_MODULES = (
     "config",
     "recipe_checks",
@@ -36,11 +36,13 @@ ALLOWED = {
     "training": BELOW_TRAINING,
     "train": BELOW_TRAINING | {"training"},
     "planning": BELOW_TRAINING | {"training"},
-    "bench": BELOW_TRAINING | {"training", "planning", "figures"},
-    "experiments": BELOW_TRAINING | {"training", "bench", "figures", "train"},
-    "figures": {"config", "training"},
-    "commands": BELOW_TRAINING | {"training", "planning", "bench", "experiments", "figures", "train"},
-    "__main__": {"config", "commands", "train"},
+    "commands": BELOW_TRAINING | {"training", "planning"},
+    "lab": set(),
+    "lab.figures": {"config", "training"},
+    "lab.bench": BELOW_TRAINING | {"training", "planning", "lab.figures"},
+    "lab.experiments": BELOW_TRAINING | {"training", "train", "lab.bench", "lab.figures"},
+    "lab.commands": {"config", "training", "train", "commands", "lab.bench", "lab.experiments", "lab.figures"},
+    "__main__": {"config", "commands", "train", "lab.commands"},
 }
 # Other people's packages that a room may not import; "*" is every room that has no entry of its own.
 FORBIDDEN = {
@@ -57,7 +59,7 @@ def violations(root: Path) -> list[str]:
     known = {path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")}
     found = []
     for path in sorted(package.rglob("*.py")):
-        room = _room(path.relative_to(package).parts[0].removesuffix(".py"))
+        room = _room(path.relative_to(package).with_suffix("").parts)
         if room not in ALLOWED:
             found.append(f"{path.relative_to(root)}:1: no rule says what {room} may import")
             continue
@@ -70,8 +72,12 @@ def violations(root: Path) -> list[str]:
     return found
 
 
-def _room(name: str) -> str:
-    return "config" if name in CONFIG_MODULES else name
+def _room(parts: Sequence[str]) -> str:
+    """Return the room of a module or of a name in it, given by its parts below `relora_ds`."""
+    top, *rest = parts
+    if top == "lab" and rest and rest[0] != "__init__":
+        return f"lab.{rest[0]}"
+    return "config" if top in CONFIG_MODULES else top
 
 
 def _reason(room: str, name: str, known: set[str]) -> str | None:
@@ -82,7 +88,7 @@ def _reason(room: str, name: str, known: set[str]) -> str | None:
         return next((f"{room} imports {name}" for ban in forbidden if f"{name}.".startswith(f"{ban}.")), None)
     if rest and rest[0] not in known:
         return None if rest[0] == "__version__" else f"{name} is a public name; import it from the module it is in"
-    target = _room(rest[0]) if rest else "__init__"
+    target = _room(rest) if rest else "__init__"
     return None if target == room or target in ALLOWED[room] else f"{room} imports {name}"
 
 
@@ -112,7 +118,7 @@ def test_the_arrows_point_one_way():
 
 def test_every_room_of_the_house_is_seen():
     rooms = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop", "training"}
-    assert rooms <= {_room(path.stem) for path in (REPOSITORY / "relora_ds").iterdir()}
+    assert rooms <= {_room([path.stem]) for path in (REPOSITORY / "relora_ds").iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,16 @@ def test_every_room_of_the_house_is_seen():
         ),
         ("relora_ds/attic/old.py", "", "no rule says what attic may import"),
         (
+            "relora_ds/training/trainer.py",
+            "from relora_ds.lab.bench import memory",
+            "training imports relora_ds.lab.bench.memory",
+        ),
+        (
+            "relora_ds/lab/figures/plot.py",
+            "import relora_ds.lab.bench.layer",
+            "lab.figures imports relora_ds.lab.bench.layer",
+        ),
+        (
             "train.py",
             "from relora_ds.zero import engine",
             "it imports relora_ds.zero.engine; relora_ds.train is all it needs",
@@ -185,6 +201,8 @@ def test_a_wrong_import_is_found(tmp_path, file, code, violation):
         "relora_ds/interop/export.py",
         "relora_ds/training/trainer.py",
         "relora_ds/train.py",
+        "relora_ds/lab/bench/layer.py",
+        "relora_ds/lab/figures/plot.py",
     ]
     for name in [*good, file]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

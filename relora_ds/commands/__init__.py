@@ -5,7 +5,7 @@ prints; the work itself is in the other rooms. ValueError and OSError become one
 2) in `__main__`.
 """
 
-# name -> what it does, one line. `train` is relora_ds/train.py.
+# name -> what it does, one line. `train` is relora_ds/train.py; `relora_ds.lab.commands` has more.
 COMMANDS = {
     "train": "train a recipe; the same as train.py",
     "check": "resolve a recipe without training: its calendar, T, memory and bytes per step",
@@ -15,8 +15,4 @@ COMMANDS = {
     "export": "write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base",
     "eval": "validation loss of any Hugging Face model directory on any corpus",
     "checkpoint": "list, verify and prune the checkpoints of a run",
-    "bench": "measured comparisons: layers, steps, restarts, memory, bytes, quality; a GPU's first check",
-    "reproduce": "the paper's experiments: suites of runs, trained where they are missing, with a table and figures",
-    "plot": "figures of one or more runs: PNG, and one self-contained HTML page",
-    "spectrum": "singular values of the updates that runs made to their weights, and the ranks they amount to",
 }

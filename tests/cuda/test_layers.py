@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relora_ds.bench import layer as bench
+from relora_ds.lab.bench import layer as bench
 from relora_ds.lowrank.formats import DTYPES, FP8, format_named, multiplies_fp8
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.reinit import GradientSketch
-from tests.bench.test_layer import tiny_arguments
 from tests.cuda.gpus import needs, on_gpus
+from tests.lab.bench.test_layer import tiny_arguments
 
 IN, OUT, RANK, ROWS = 64, 32, 4, 48
 FORMATS = (

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from relora_ds.bench.record import conditions
 from relora_ds.checkpoint.store import directories
+from relora_ds.lab.bench.record import conditions
 from relora_ds.training.metrics import read_metrics
 from tests.ranks import Ranks
 from tests.training.runs import losses, train

@@ -1,0 +1,1 @@
+"""What measures, reproduces and draws. Nothing of the product imports it."""

@@ -1,0 +1,246 @@
+"""How fast is one low-rank layer? Forward and backward in every storage format, against full rank, naive LoRA and PEFT.
+
+Timed is what a layer inside a network computes: its output, the gradient of its input, and those of what it trains
+(full rank: W; the others: A and B). The layers are square, hidden x hidden, without bias or dropout.
+
+    full     nn.Linear that trains
+    naive    F.linear(x, W) + s · F.linear(F.linear(x, A), B), W frozen
+    peft     PEFT's lora.Linear
+    dense …  ReLoRALinear in that format
+
+In FLOPs a token costs full rank 6·in·out and a low-rank layer 4·in·out + 6·r·(in + out): W needs no gradient, A and B
+are small. Their quotient is the ceiling of a speed-up over full rank. It is below 1 where r is large beside hidden.
+
+All layers take turns in every repetition, so that what else a machine does falls on all of them. A speed is the median
+over the repetitions of full rank's time / the layer's.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lowrank.formats import ALIGNMENT, DENSE, DTYPES, Format, format_of, multiplies_fp8
+from relora_ds.lowrank.kernels import SLOW_ON_CPU
+from relora_ds.lowrank.linear import ReLoRALinear
+
+NAME = "layer"
+HELP = "speed of one layer, forward and backward, in every storage format, against full rank, naive LoRA and PEFT"
+
+OTHERS = ("full", "naive", "peft")
+FROZEN_DTYPES = ("auto", "fp32", "bf16", "int8", "fp8", "nf4")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=DTYPES,
+        default=["fp32", "bf16"],
+        metavar="P",
+        help="fp32, bf16 or fp16 (default: fp32 bf16)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        nargs="+",
+        default=[512, 1024, 2048],
+        metavar="N",
+        help="sizes of the layer (default: 512 1024 2048)",
+    )
+    parser.add_argument("--r", type=int, nargs="+", default=[32, 128], metavar="R", help="ranks (default: 32 128)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="tokens in a call (default: 16384 on CUDA; on a CPU 2048, or 256 without 16-bit units)",
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=9, metavar="N", help="timings of each layer (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Times, in milliseconds of one call, and speeds, as quotients of times.
+
+    Raises:
+        ValueError: PEFT or CUDA is missing, or a size has no place in every format.
+    """
+    if any(hidden % ALIGNMENT for hidden in arguments.hidden):
+        raise ValueError(f"--hidden: {arguments.hidden} are not all multiples of {ALIGNMENT}, as formats ask for")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: there is no cuda here; use --device cpu")
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('bench layer compares with PEFT, which is missing; pip install "relora_ds[peft]"')
+    device = torch.device(arguments.device)
+    measured = []
+    for precision in arguments.precision:
+        in_fp32 = device.type == "cpu" and DTYPES[precision] in SLOW_ON_CPU
+        rows = arguments.rows or (16384 if device.type == "cuda" else 256 if in_fp32 else 2048)
+        for hidden in arguments.hidden:
+            for r in arguments.r:
+                times = _times(
+                    _layers(hidden, r, precision, device),
+                    hidden,
+                    rows,
+                    DTYPES[precision],
+                    device,
+                    arguments.repetitions,
+                )
+                measured.append(
+                    {
+                        "precision": precision,
+                        "hidden": hidden,
+                        "r": r,
+                        "rows": rows,
+                        "in_fp32": in_fp32,
+                        "ceiling": ceiling(hidden, hidden, r),
+                        "ms": {name: statistics.median(values) for name, values in times.items()},
+                        **{f"over_{other}": _speeds(times, other) for other in OTHERS},
+                    }
+                )
+    return {"device": arguments.device, "repetitions": arguments.repetitions, "measured": measured}
+
+
+def ceiling(in_features: int, out_features: int, r: int) -> float:
+    """Full rank's FLOPs / a low-rank layer's, forward and backward."""
+    return 6 * in_features * out_features / (4 * in_features * out_features + 6 * r * (in_features + out_features))
+
+
+def markdown(result: dict) -> str:
+    blocks = []
+    for precision in dict.fromkeys(entry["precision"] for entry in result["measured"]):
+        entries = [entry for entry in result["measured"] if entry["precision"] == precision]
+        blocks += [f"Speed over full rank; {precision}, {entries[0]['rows']} tokens:", _table(entries)]
+        formats = [name for name in entries[0]["ms"] if name not in OTHERS]
+        for other, named in (("naive", "naive LoRA"), ("peft", "PEFT")):
+            lowest = {name: min(entry[f"over_{other}"][name] for entry in entries) for name in formats}
+            blocks.append(
+                f"Lowest speed over {named}: "
+                + ", ".join(f"{name} {value:.2f}" for name, value in lowest.items())
+                + "."
+            )
+        if entries[0]["in_fp32"]:
+            blocks.append(
+                f"This CPU has no units for {precision}. ReLoRALinear multiplies in fp32 there, torch's own "
+                "layers do not: that, and not the FLOPs, is what these speeds show."
+            )
+    return "\n\n".join(blocks)
+
+
+def _table(entries: list[dict]) -> str:
+    formats = [name for name in entries[0]["ms"] if name not in OTHERS]
+    rows = [["hidden", "r", "full rank, ms", "ceiling", "naive", "PEFT", *formats, "dense / ceiling"]]
+    for entry in entries:
+        speed = entry["over_full"]
+        rows.append(
+            [
+                str(entry["hidden"]),
+                str(entry["r"]),
+                f"{entry['ms']['full']:.2f}",
+                f"{entry['ceiling']:.2f}",
+                *(f"{speed[name]:.2f}" for name in ("naive", "peft", *formats)),
+                f"{100 * speed['dense'] / entry['ceiling']:.0f} %",
+            ]
+        )
+    return rows_as_markdown(rows)
+
+
+class _Naive(nn.Module):
+    """LoRA as three separate matmuls."""
+
+    def __init__(self, layer: ReLoRALinear):
+        super().__init__()
+        self.weight, self.lora_A, self.lora_B, self.scaling = layer.weight, layer.lora_A, layer.lora_B, layer.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def _layers(hidden: int, r: int, precision: str, device: torch.device) -> dict[str, nn.Module]:
+    dtype = DTYPES[precision]
+    torch.manual_seed(0)
+    values = {
+        "weight": torch.randn(hidden, hidden) / hidden**0.5,
+        "lora_A": torch.randn(r, hidden) / hidden**0.5,
+        "lora_B": torch.randn(hidden, r) / r**0.5,
+    }
+
+    def full() -> nn.Linear:
+        linear = nn.Linear(hidden, hidden, bias=False, dtype=dtype, device=device)
+        linear.load_state_dict({"weight": values["weight"]})
+        return linear
+
+    def lowrank(format: Format) -> ReLoRALinear:
+        layer = ReLoRALinear(hidden, hidden, full().weight, None, r=r, lora_alpha=r, dtype=dtype, device=device)
+        layer.load_state_dict(values)
+        layer.store_weight(format.quantize(values["weight"].to(device), dtype), format, as_buffer=False)
+        return layer
+
+    asked = [
+        format_of(name, precision, double_quant=double, in_fp8=multiplies_fp8(device))
+        for name, double in (*((name, False) for name in FROZEN_DTYPES), ("nf4", True))
+    ]
+    formats = {format.name: format for format in asked if format.unavailable() is None}
+    return {
+        "full": full(),
+        "naive": _Naive(lowrank(DENSE)),
+        "peft": _peft(full(), r),
+        **{name: lowrank(format) for name, format in formats.items()},
+    }
+
+
+def _peft(linear: nn.Linear, r: int) -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.ModuleDict({"linear": linear})
+    return inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["linear"]), model)["linear"]
+
+
+def _times(
+    layers: dict[str, nn.Module], hidden: int, rows: int, dtype: torch.dtype, device: torch.device, repetitions: int
+) -> dict[str, list[float]]:
+    """Milliseconds of a forward and backward, for every layer as many as there are repetitions."""
+    x = torch.randn(rows, hidden, device=device).to(dtype).requires_grad_()
+    upstream = torch.randn(rows, hidden, device=device).to(dtype)
+    timed = _timed_on_cuda if device.type == "cuda" else _timed_on_cpu
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for repetition in range(1 + repetitions):  # the first warms up
+        for name, layer in layers.items():
+            leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+            elapsed = timed(lambda layer=layer, leaves=leaves: torch.autograd.grad(layer(x), leaves, upstream))
+            if repetition:
+                times[name].append(elapsed)
+    return times
+
+
+def _timed_on_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _timed_on_cuda(call: Callable[[], object], num_calls: int = 10) -> float:
+    """Events on the stream, around several calls: one may be shorter than its launch."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(num_calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / num_calls
+
+
+def _speeds(times: dict[str, list[float]], other: str) -> dict[str, float]:
+    """Of every layer: the median of `other`'s time / its own, measured one after the other."""
+    return {
+        name: statistics.median(theirs / own for theirs, own in zip(times[other], values, strict=True))
+        for name, values in times.items()
+    }

@@ -1,0 +1,298 @@
+"""One run of an experiment: where it is, how it is trained, and what is kept of it.
+
+A run is known by its recipe: rows of several suites that are the same training share it. Its directory, with
+checkpoints, is under `--runs`; what the tables and figures need is one small file under `--results`, so that the
+directory can go.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from relora_ds.checkpoint.files import write_text
+from relora_ds.checkpoint.run_files import read_json
+from relora_ds.config import Recipe, load_recipe
+from relora_ds.lab.bench.record import conditions
+from relora_ds.lab.experiments import spectra
+from relora_ds.lab.experiments.suites import Row
+from relora_ds.train import EXIT_PREEMPTED
+from relora_ds.training.metrics import read_metrics
+from relora_ds.training.preemption import Preempted
+
+# Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.
+_ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "seed")
+NUM_POINTS = 100  # of a training curve
+COMMAND = "\n$ "  # stands before each command in a run's log
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row's run of one seed.
+
+    Attributes:
+        overrides: of the row's recipe, the seed and the user's among them.
+        name: the same for the same training, whatever suite it is in.
+    """
+
+    row: Row
+    seed: int
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    name: str
+
+    @classmethod
+    def of(cls, row: Row, seed: int, overrides: Sequence[str] = ()) -> "Run":
+        """Of a row with more overrides. RecipeError where they are wrong."""
+        overrides = (*row.overrides, *overrides, f"seed={seed}")
+        recipe = load_recipe(row.recipe, overrides)
+        digest = hashlib.sha256(json.dumps(_settings(recipe), sort_keys=True).encode()).hexdigest()[:10]
+        return cls(row, seed, overrides, recipe, f"{recipe.method}-{digest}-seed{seed}")
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.total_steps * self.recipe.tokens_per_step
+
+
+def _settings(recipe: Recipe) -> dict:
+    """What it computes, as far as it is no default: a key that a later version adds leaves old results their names."""
+
+    def leaves(of: Recipe) -> dict:
+        return {
+            (section, key): value
+            for section, values in asdict(of).items()
+            for key, value in (values if isinstance(values, dict) else {"": values}).items()
+        }
+
+    defaults = leaves(Recipe())
+    return {
+        f"{section}.{key}": value
+        for (section, key), value in leaves(recipe).items()
+        if value != defaults[section, key] and section not in _ELSEWHERE
+    }
+
+
+class Runner:
+    """Trains runs in processes of their own.
+
+    Args:
+        runs: the directory of run directories.
+        num_gpus: of each run, started by `deepspeed`; 0: one process without a launcher.
+        threads: CPU threads of a run; None leaves it to PyTorch.
+    """
+
+    def __init__(self, runs: Path, num_gpus: int = 0, threads: int | None = None):
+        self.runs, self.num_gpus, self.threads = runs.resolve(), num_gpus, threads
+        self.stopping = threading.Event()
+        self._processes: set[subprocess.Popen] = set()
+
+    def directory(self, run: Run) -> Path:
+        return self.runs / run.name
+
+    def train_all(self, runs: Sequence[Run], results: "Results", jobs: int, say: Callable[[str], None]) -> list[str]:
+        """Train what has no result yet, `jobs` at a time, and keep the results; returns why runs failed.
+
+        Raises:
+            Preempted: it was told to stop; what was running has saved itself.
+        """
+
+        def train(run: Run) -> str | None:
+            if self.stopping.is_set():
+                raise Preempted(f"{run.name} was not started")
+            if results.read(run) is None:
+                say(f"{run.row.name}, seed {run.seed}: {self.directory(run)}")
+                if failure := self.train(run):
+                    return failure
+                results.write(run, result := result_of(run, self.directory(run)))
+                say(
+                    f"{run.row.name}, seed {run.seed}: validation loss {result['val_loss']:.4f}, "
+                    f"{result['seconds'] / 60:.0f} min"
+                )
+            return None
+
+        with ThreadPoolExecutor(jobs) as pool:
+            return [failure for failure in pool.map(train, runs) if failure]
+
+    def train(self, run: Run) -> str | None:
+        """Train it, or go on with it; returns why it failed, or None.
+
+        Raises:
+            Preempted: it was told to stop; what was running has saved itself.
+        """
+        directory = self.directory(run)
+        code = self.execute(run, directory, "resume=auto")
+        status = read_json(directory / "status.json")
+        if status.get("state") == "done":
+            return None
+        if self.stopping.is_set() or status.get("state") == "preempted" or code == EXIT_PREEMPTED:
+            self.stop()  # whoever told this one meant all
+            raise Preempted(f"{run.name} was stopped")
+        return f"{run.name} ({run.row.name}): {status.get('reason') or reason(directory, code)}; see {directory}.log"
+
+    def execute(self, run: Run, directory: Path, *more: str) -> int:
+        """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(self.num_gpus), "--module"] if self.num_gpus else []
+        command = [
+            sys.executable,
+            "-m",
+            *launcher,
+            "relora_ds.train",
+            "--config",
+            run.row.recipe,
+            *run.overrides,
+            f"run_dir={directory}",
+            *more,
+        ]
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        with open(f"{directory}.log", "a", encoding="utf-8") as log:
+            if self.stopping.is_set():
+                raise Preempted(f"{run.name} was not started")
+            print(f"{COMMAND}{shlex.join(command)}", file=log, flush=True)
+            # A session of its own: a Ctrl-C reaches it once, through `stop`.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **threads},
+                start_new_session=True,
+            )
+            self._processes.add(process)
+            if self.stopping.is_set():  # between the last look and this one
+                process.send_signal(signal.SIGTERM)
+            try:
+                return process.wait()
+            finally:
+                self._processes.discard(process)
+
+    def stop(self) -> None:
+        """Have what is running save itself and end."""
+        self.stopping.set()
+        for process in list(self._processes):
+            process.send_signal(signal.SIGTERM)
+
+
+def reason(directory: Path, code: int) -> str:
+    """Why the last command in a run's log ended: the error it printed, with its indented lines, or its exit code."""
+    log = Path(f"{directory}.log").read_text(encoding="utf-8", errors="replace")
+    errors = re.findall(r"^error: (.*(?:\n[ \t].*)*)", log.rpartition(COMMAND)[2], re.MULTILINE)
+    return errors[-1] if errors else f"exit code {code}"
+
+
+def result_of(run: Run, directory: Path) -> dict:
+    """What is kept of a finished run; plain JSON."""
+    summary, lines = read_json(directory / "summary.json"), read_metrics(directory)
+    train = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    restarts = [line for line in lines if line["kind"] == "restart"]
+    tokens_per_step = summary["tokens"] / summary["step"]
+    switch = run.recipe.full_rank_steps if run.recipe.low_rank_steps else None
+    phases = {line["phase"] for line in train}
+    speeds = {phase: sorted(line["tokens_per_s"] for line in train if line["phase"] == phase) for phase in phases}
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "recipe": [run.row.recipe, *run.overrides],
+        **{
+            key: summary[key]
+            for key in (
+                "method",
+                "model",
+                "precision",
+                "world_size",
+                "val_loss",
+                "val_tokens",
+                "ppl",
+                "tokens",
+                "step",
+                "seconds",
+                "restarts",
+                "skipped_steps",
+                "trainable_parameters",
+                "total_parameters",
+                "bytes_wire",
+                "full_rank_bytes_wire",
+            )
+        },
+        "r": run.recipe.relora.r if run.recipe.method in ("lora", "relora") else None,
+        "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
+        "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == switch), None),
+        # Of the whole validation split: a part of it has another loss (`eval.max_tokens`).
+        "curve": [
+            [tokens_per_step * line["step"], line["val_loss"]]
+            for line in evaluations
+            if line["val_tokens"] == summary["val_tokens"]
+        ],
+        "train_curve": _thinned(
+            [[line["tokens"], line["loss"]] for line in train if line["step"] % run.recipe.log.every == 0]
+        ),  # after a restart there are more
+        "restart_steps": [line["step"] for line in restarts],
+        "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
+        "first_updates": _first_updates(train),
+        "spectrum": _spectrum(directory, switch),
+        "conditions": {key: value for key, value in conditions().items() if key != "threads"},
+    }  # of this process
+
+
+def _spectrum(directory: Path, switch: int | None) -> dict | None:
+    """Of the update since the warm start, or since the oldest checkpoint that is kept.
+
+    None where there is none, or none that leaves out the warm start, which ends at step `switch`.
+    """
+    try:
+        found = spectra.measure([directory])["runs"][0]
+    except ValueError:
+        return None
+    if switch is not None and found["start"] < switch:
+        return None
+    kinds = {
+        kind: {name: value for name, value in one.items() if name != "singular_values"}
+        for kind, one in found["kinds"].items()
+    }
+    return {"start": found["start"], "numerical_rank": found["numerical_rank"], "kinds": kinds}
+
+
+def _first_updates(train: list[dict]) -> float | None:
+    """max|ΔA| / learning rate in the steps after any restart in which it is measured."""
+    return max(
+        (line["max_update_over_lr"] for line in train if line.get("max_update_over_lr") is not None), default=None
+    )
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    """At most NUM_POINTS, each the mean of as many neighbours."""
+    size = -(-len(points) // NUM_POINTS)
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    return [
+        [chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)]
+        for chunk in chunks
+        if all(loss is not None for _, loss in chunk)
+    ]
+
+
+class Results:
+    """The kept results, one file a run."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def read(self, run: Run) -> dict | None:
+        """None where the run has not ended."""
+        return read_json(self._path(run)) or None
+
+    def write(self, run: Run, result: dict) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_text(self._path(run), json.dumps(result) + "\n")
+
+    def _path(self, run: Run) -> Path:
+        return self.directory / f"{run.name}.json"

@@ -1,0 +1,78 @@
+"""The tables and figures of docs/, from the measurements beside them: `python -m tests.lab.bench.report` writes them.
+
+In docs/PAGE.md a table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, with docs/PAGE/NAME.json.
+"""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+from relora_ds.lab.bench.record import remark_on_seeds
+
+DOCS = Path(__file__).parents[3] / "docs"
+PAGES = ("quantization", "benchmarks")
+OF_LOSSES = ("quality",)  # benchmarks that quote losses of runs from random weights
+TABLE = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)
+
+
+def measurements(page: str) -> dict[str, dict]:
+    """The records of a page, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / page).glob("*.json"))}
+
+
+def block(record: dict) -> str:
+    """The table of one measurement, and on what it was made."""
+    from relora_ds.lab.bench import BENCHMARKS
+
+    modules = {
+        module.NAME: module
+        for module in (importlib.import_module(f"relora_ds.lab.bench.{name}") for name in BENCHMARKS)
+    }
+    made = dict(record["conditions"])
+    device, cores = made.pop("device"), made.pop("cores")
+    made.pop("threads")  # of the process that collects; what measures has its own, in the table's first line
+    versions = ", ".join(f"{library} {version}" for library, version in made.items())
+    module = modules[record["bench"]]
+    remark = remark_on_seeds(record["conditions"]) if record["bench"] in OF_LOSSES else None
+    lines = [module.markdown(record["result"]), f"*{device}, {cores} cores; {versions}.*", remark]
+    return "\n" + "\n\n".join(line for line in lines if line) + "\n\n"
+
+
+def filled(page: str) -> str:
+    """The page with every table as it is measured."""
+    records = measurements(page)
+    return _with_tables(page, lambda name: block(records[name]))
+
+
+def filled_cards() -> str:
+    """The page of GPUs, with all that were checked: one line of each, and the tables of each."""
+    from relora_ds.lab.bench import gpu_report
+
+    records = measurements("gpu")
+    each = [f"### {name}\n{block(record)}" for name, record in records.items()]
+    return _with_tables("gpu", lambda _: "\n".join([gpu_report.cards(records), "", *each]))
+
+
+def _with_tables(page: str, table) -> str:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{table(found[1])}<!-- end of {found[1]} -->", text)
+
+
+def main() -> None:
+    """Write all pages and their figures."""
+    from relora_ds.lab.bench.two_hosts import with_predictions
+    from relora_ds.lab.figures.benchmarks import save_clusters, save_two_hosts
+
+    for page in PAGES:
+        (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")
+    (DOCS / "gpu.md").write_text(filled_cards(), encoding="utf-8")
+    results = {name: record["result"] for name, record in measurements("benchmarks").items()}
+    hosts = [with_predictions(results[f"two_hosts_{rate}"]) for rate in ("10gbit", "1gbit", "100mbit")]
+    rows = [row for result in hosts for row in result["rows"]]
+    save_two_hosts({"rows": rows}, DOCS / "benchmarks" / "two_hosts.png")
+    save_clusters(results["clusters"], DOCS / "benchmarks" / "clusters.png")
+
+
+if __name__ == "__main__":
+    main()

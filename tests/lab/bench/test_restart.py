@@ -1,0 +1,35 @@
+"""The pause of a restart is measured, and set against a step of the recipe's batch."""
+
+import argparse
+
+from relora_ds.lab.bench import restart
+from tests.ranks import ranks
+
+
+def measured() -> dict:
+    return restart.measure(
+        argparse.Namespace(
+            presets=["llama_9m"],
+            variants=["ours, bf16"],
+            masters=["cpu", "none"],
+            stages=[1],
+            r=8,
+            vocab_size=1000,
+            seq_len=32,
+            micro_batch_size=1,
+            tokens_per_step=6400,
+            precision="bf16",
+            restarts=3,
+        )
+    )
+
+
+def test_pauses():
+    result, _ = ranks(2).run(measured)
+    assert [row["master"] for row in result["rows"]] == ["cpu", "none"]
+    for row in result["rows"]:
+        assert len(row["pauses_s"]) == 3 and row["world_size"] == 2
+        assert all(0 < own < pause for own, pause in zip(row["without_drift_s"], row["pauses_s"], strict=True))
+        assert row["wire"] > 1e6  # the merged weights are broadcast
+    (one,) = restart.markdown(result).splitlines()[4:5]
+    assert one.startswith("| llama_9m | 2 | 1 | bf16 | cpu |")

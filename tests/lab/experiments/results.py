@@ -1,0 +1,65 @@
+"""The tables of docs/results.md and README.md that suites fill: `python -m tests.lab.experiments.results` writes them.
+
+A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, one with few columns between
+`<!-- short SCALE SUITE -->` and its end. It has the rows whose recipes are what the shipped recipes say today: a recipe
+that changes takes its rows from the pages until they are trained again.
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.experiments import report
+from relora_ds.lab.experiments.runs import Results, Run
+from relora_ds.lab.experiments.suites import Suite, read_suite
+from relora_ds.training.console import human_count
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
+
+
+def measured(scale: str, name: str) -> tuple[Suite, list[Run], list[report.Measured]]:
+    """A suite, its runs, and the rows that have results."""
+    suite = read_suite(name, scale)
+    runs = [Run.of(row, seed) for row in suite.rows for seed in range(suite.seeds)]
+    return suite, runs, report.measured(suite, runs, Results(RESULTS / scale))
+
+
+def block(scale: str, name: str) -> str:
+    """What `reproduce` writes of a suite, without title and question."""
+    suite, runs, rows = measured(scale, name)
+    told = report.blocks(suite, rows, len(runs))[1:]
+    return "\n\n".join(one if isinstance(one, str) else rows_as_markdown(one) for one in told)
+
+
+def short(scale: str, name: str) -> str:
+    """Its rows with what trains and how well it learned."""
+    table, rows = [["", "trains", "validation loss", "perplexity"]], measured(scale, name)[2]
+    for row in rows:
+        table.append(
+            [
+                row.row.name,
+                human_count(row.results[0]["trainable_parameters"]),
+                report.spread(row.losses),
+                f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
+            ]
+        )
+    return "\n\n".join([rows_as_markdown(table), *report.remarks_on_seeds(rows)])
+
+
+def filled(text: str) -> str:
+    """A page with every table as it is measured."""
+
+    def fill(found: re.Match) -> str:
+        name = f"{found[1] or ''}{found[2]} {found[3]}"
+        return f"<!-- {name} -->\n\n{(short if found[1] else block)(found[2], found[3])}\n\n<!-- end of {name} -->"
+
+    return TABLE.sub(fill, text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""docs/results.md and README.md say what was measured."""
+
+import statistics
+
+import pytest
+
+from tests.lab.experiments import results
+
+
+@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_runs(page):
+    text = page.read_text(encoding="utf-8")
+    assert results.TABLE.search(text)
+    assert results.filled(text) == text, f"{page.name} is stale: python -m tests.lab.experiments.results"
+
+
+@pytest.fixture(scope="module")
+def main():
+    _, _, rows = results.measured("tiny", "main")
+    return {row.row.name: row for row in rows}
+
+
+def test_the_headline_rows_have_three_seeds(main):
+    assert {name: len(row.results) for name, row in main.items()} == dict.fromkeys(
+        ["full rank", "Control", "LoRA", "LoRA, warm start", "ReLoRA"], 3
+    )
+
+
+@pytest.mark.parametrize("other", ["LoRA", "LoRA, warm start", "Control"])
+def test_relora_is_better_by_more_than_the_spread(main, other):
+    """Seed by seed: initial weights and data are the same then."""
+    gaps = main["ReLoRA"].differences(main[other])
+    assert max(gaps) < 0 and -statistics.mean(gaps) > statistics.stdev(gaps)
+
+
+def test_the_rank_of_the_updates(main):
+    for row in main.values():
+        ranks = [one["spectrum"]["numerical_rank"] for one in row.results if one.get("spectrum")]
+        if row.row.name == "ReLoRA":
+            assert min(ranks) >= 2 * row.results[0]["r"]
+        if row.row.name == "LoRA, warm start":
+            assert max(ranks) <= row.results[0]["r"]
+
+
+def losses(suite: str) -> dict[str, float]:
+    return {row.row.name: row.losses[0] for row in results.measured("tiny", suite)[2]}
+
+
+def test_the_ablation_has_the_papers_order():
+    """But for resets without a ramp, which diverged there."""
+    found = losses("ablation")
+    alone = (found["restarts"], found["restarts, jagged"])
+    assert found["LoRA, random W"] - min(alone) < 0.01  # as good as nothing
+    order = [
+        min(alone),
+        found["restarts, reset, jagged"],
+        found["restarts, reset, jagged, warm start"],
+        found["ReLoRA"],
+    ]
+    assert order == sorted(order, reverse=True)
+
+
+@pytest.fixture(scope="module")
+def horizon():
+    """row name, number of steps -> the row."""
+    return {tuple(row.row.name.split(", steps ")): row for row in results.measured("tiny", "horizon")[2]}
+
+
+def leads(horizon, other: str) -> list[tuple[float, ...]]:
+    """By how much ReLoRA is ahead, by the number of steps and by seed."""
+    found = [
+        tuple(-gap for gap in horizon["ReLoRA", steps].differences(horizon[other, steps]))
+        for steps in ("3500", "5000", "8000", "16000")
+    ]
+    assert all(len(by_seed) == 3 for by_seed in found)
+    return found
+
+
+def test_the_lead_over_lora_grows_with_the_number_of_steps(horizon):
+    found = leads(horizon, "LoRA, warm start")
+    assert max(found[0]) < 0 < min(found[1]), "the lines cross with every seed"
+    assert all(list(of_seed) == sorted(of_seed) for of_seed in zip(*found, strict=True))
+
+
+def test_in_long_runs_the_lead_is_larger_than_the_spread_of_the_losses(horizon):
+    relora, lora = horizon["ReLoRA", "16000"], horizon["LoRA, warm start", "16000"]
+    assert -statistics.mean(relora.differences(lora)) > max(map(statistics.stdev, (relora.losses, lora.losses)))
+
+
+def test_a_warm_start_that_grows_with_the_run_keeps_the_control_behind(horizon):
+    control, full = horizon["Control", "16000"], horizon["full rank", "16000"]
+    relora, lora = (horizon[f"{name} in the longest run, warm start 4000",] for name in ("ReLoRA", "LoRA"))
+    shorter, base = horizon["ReLoRA", "8000"], horizon["LoRA, warm start", "8000"]
+    assert max(relora.differences(control)) < statistics.mean(shorter.differences(horizon["Control", "8000"])) < 0
+    assert max(relora.differences(lora)) < 0
+    for row, before in ((relora, shorter), (lora, base)):
+        nearer, far = row.differences(full), before.differences(horizon["full rank", "8000"])
+        assert statistics.mean(nearer) < statistics.mean(far)
+
+
+def test_one_warm_start_has_both_leads_larger_than_the_spread_of_the_losses(horizon):
+    relora, lora = (horizon[f"{name} in the longest run, warm start 3000",] for name in ("ReLoRA", "LoRA"))
+    for other in (lora, horizon["Control", "16000"]):
+        assert -statistics.mean(relora.differences(other)) > max(map(statistics.stdev, (relora.losses, other.losses)))
+
+
+@pytest.mark.parametrize("other", ["Control", "full rank"])
+def test_what_trains_all_the_time_gains_on_it(horizon, other):
+    found = [statistics.mean(by_seed) for by_seed in leads(horizon, other)]
+    assert found == sorted(found, reverse=True)

@@ -1,0 +1,26 @@
+"""The figures of a suite."""
+
+import numpy as np
+
+from relora_ds.lab.figures.experiments import draw_differences
+from relora_ds.lab.figures.style import LIGHT
+
+
+def run(seed: int, *losses: float) -> dict:
+    return {"seed": seed, "train_curve": [[512.0 * (i + 1), loss] for i, loss in enumerate(losses)], "curve": []}
+
+
+def test_differences_are_of_the_same_seed():
+    curves = {
+        "theirs": [run(0, 5.0, 4.0), run(1, 7.0, 6.0)],
+        "mine": [run(1, 6.9, 6.3), run(0, 5.1, 4.1), run(2, 1.0, 1.0)],  # nothing to compare the last one with
+        "alone": [run(3, 5.0, 4.0)],
+    }
+    curves["mine"][0]["train_curve"].insert(1, [700.0, 0.0])  # theirs has no point there
+    axes = draw_differences(curves, "theirs", LIGHT).axes[0]
+    mine, zero = axes.lines
+    assert mine.get_label() == "mine" and mine.get_xdata().tolist() == [512, 1024]
+    np.testing.assert_allclose(mine.get_ydata(), [0.0, 0.2], atol=1e-9)
+    band = axes.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [-0.1, 0.3], atol=1e-9)
+    assert zero.get_ydata() == [0, 0]
