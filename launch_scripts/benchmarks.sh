@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure all that docs/benchmarks.md shows, then write the page and its figures again.
+# Measure all that docs/results/benchmarks.md shows, then write the page and its figures again.
 #
 #   sudo -E bash launch_scripts/benchmarks.sh          about two hours on two CPU cores
 #
@@ -7,7 +7,7 @@
 # should run on the machine. For GPUs there is benchmarks_gpu.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=docs/benchmarks
+out=docs/results/benchmarks
 mkdir -p $out
 bench() { echo "== $*" >&2; python -m relora_ds bench "$@" >/dev/null; }
 

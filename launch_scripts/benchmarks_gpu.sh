@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The measurements of docs/benchmarks.md that only a GPU can make; one JSON file each in DIRECTORY.
+# The measurements of docs/results/benchmarks.md that only a GPU can make; one JSON file each in DIRECTORY.
 #
 #   bash launch_scripts/benchmarks_gpu.sh DIRECTORY [PRESET ...]        default: llama_350m llama_1b_aligned
 #

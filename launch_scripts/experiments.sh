@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of docs/results.md: bash launch_scripts/experiments.sh SCALE DIRECTORY [section.key=value ...]
+# The experiments of docs/results/training.md: bash launch_scripts/experiments.sh SCALE DIRECTORY [section.key=value ...]
 #
 #   bash launch_scripts/experiments.sh tiny results/tiny              two CPU cores, a run on each; hours
 #   bash launch_scripts/experiments.sh small results/small            one GPU, C4 from the hub

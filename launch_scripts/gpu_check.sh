@@ -4,7 +4,7 @@
 #   bash launch_scripts/gpu_check.sh [FILE.json] [--minutes N]       default: gpu_check.json
 #   bash launch_scripts/gpu_check.sh --tiny                          networks of no size, also without a GPU
 #
-# docs/gpu.md says how to read it. Exit code 1: something failed, which is named at the end and in the file.
+# docs/results/gpu.md says how to read it. Exit code 1: something failed, which is named at the end and in the file.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,7 +1,7 @@
 """The figures of the shipped recipes, computed: calendar, tokens and parameters.
 
-`tests/test_recipes.py` compares them with what the recipes' headers and docs/recipes.md say. After a change of a
-recipe, or with a new one (whose header then needs a line `# Figures:`), this writes the new figures into both:
+`tests/test_recipes.py` compares them with what the recipes' headers and docs/reference/recipes.md say. After a change
+of a recipe, or with a new one (whose header then needs a line `# Figures:`), this writes the new figures into both:
 
     python -m tests.recipe_figures
 """
@@ -19,7 +19,7 @@ from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.methods import method_of
 from relora_ds.models.build import build_config, meta_model
 
-DOCUMENT = PACKAGE_DIR.parent / "docs" / "recipes.md"
+DOCUMENT = PACKAGE_DIR.parent / "docs" / "reference" / "recipes.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 # What the recipes take from a hub, which no test may need: vocabularies in pieces (T5's 32,000 and 100 extra ids), and
@@ -101,7 +101,7 @@ def header(name: str) -> str:
 
 
 def table() -> str:
-    """The table of docs/recipes.md."""
+    """The table of docs/reference/recipes.md."""
     rows = [
         "| recipe | method | steps | tokens | warm start | restarts after step | trains | of |",
         "|---|---|---|---|---|---|---|---|",

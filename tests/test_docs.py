@@ -10,7 +10,7 @@ from relora_ds.config import load_recipe, preset_names, recipe_names
 from relora_ds.lowrank.formats import DENSE
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +44,7 @@ def test_links_files_tests_and_recipes_exist(path):
 
 
 def test_the_files_of_each_room_exist():
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.*\.py.*) \|$", text, re.MULTILINE)
     assert len(rows) > 5
     for room, files in rows:
@@ -56,7 +56,7 @@ def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("text")
-    blocks = BLOCK.findall((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
+    blocks = BLOCK.findall((ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8"))
     (recipe,) = [code for language, code in blocks if language == "yaml"]
     (tmp_path / "my_run.yaml").write_text(recipe)
     commands = [line for language, code in blocks if language == "bash" for line in code.splitlines()]
@@ -69,7 +69,7 @@ def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
 
 
 def test_rounding_errors_of_a_merge_are_those_of_the_table():
-    text = (ROOT / "docs" / "restart.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / "restart.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (1e-\d) \| (\d+) % \| (\d+) % \|$", text, re.MULTILINE)
     assert len(rows) == 3
     generator = torch.Generator().manual_seed(0)

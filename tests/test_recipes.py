@@ -190,7 +190,7 @@ def test_the_billion_and_the_lineage_of_2026():
 def test_the_document_lists_every_recipe_with_its_figures():
     text = recipe_figures.DOCUMENT.read_text(encoding="utf-8")
     shown = text.split(recipe_figures.BEGIN)[1].split(recipe_figures.END)[0].strip()
-    assert shown == recipe_figures.table(), "docs/recipes.md is stale: python -m tests.recipe_figures"
+    assert shown == recipe_figures.table(), "docs/reference/recipes.md is stale: python -m tests.recipe_figures"
 
 
 # -- extends ---------------------------------------------------------------------------------------------------------

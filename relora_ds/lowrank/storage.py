@@ -7,7 +7,7 @@ import torch
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES, Format, format_of
 
-# What 20 merges without masters lose of updates that make up 10 % of W, in per cent: docs/quantization.md.
+# What 20 merges without masters lose of updates that make up 10 % of W, in per cent: docs/results/quantization.md.
 _LOST_WITHOUT_MASTER = {"int8": 0.1, "fp8": 32, "nf4": 98}
 
 

@@ -1,6 +1,6 @@
 """kill -9, at a chosen place or at a random instant, and what is left of a run when it goes on.
 
-    python -m tests.faults.kills --kills 200 --out docs/faults/kills.jsonl
+    python -m tests.faults.kills --kills 200 --out docs/results/kills.jsonl
 
 kills one rank or all of them, at every place below and at instants that are uniform over what is left of the run, three
 times; then the run goes on to its end, and must have the losses and weights of the one that nobody touched.

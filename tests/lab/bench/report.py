@@ -1,6 +1,6 @@
-"""The tables and figures of docs/, from the measurements beside them: `python -m tests.lab.bench.report` writes them.
+"""Write the tables and figures of docs/results/ from the measurements beside them: `python -m tests.lab.bench.report`.
 
-In docs/PAGE.md a table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, with docs/PAGE/NAME.json.
+In PAGE.md a table stands between `<!-- NAME -->` and `<!-- end of NAME -->`; its measurement is PAGE/NAME.json.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from relora_ds.lab.bench.record import remark_on_seeds
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[3] / "docs" / "results"
 PAGES = ("quantization", "benchmarks")
 OF_LOSSES = ("quality",)  # benchmarks that quote losses of runs from random weights
 TABLE = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)

@@ -24,13 +24,13 @@ MEASURED = {name: record["result"] for page in report.PAGES for name, record in 
 @pytest.mark.parametrize("page", report.PAGES)
 def test_every_table_is_that_of_its_measurement(page):
     text = (report.DOCS / f"{page}.md").read_text(encoding="utf-8")
-    assert report.filled(page) == text, f"docs/{page}.md is stale: python -m tests.lab.bench.report"
+    assert report.filled(page) == text, f"docs/results/{page}.md is stale: python -m tests.lab.bench.report"
     assert {found[1] for found in report.TABLE.finditer(text)} == set(report.measurements(page))
 
 
 def test_the_page_of_gpus_has_every_card_that_was_checked():
     text = (report.DOCS / "gpu.md").read_text(encoding="utf-8")
-    assert report.filled_cards() == text, "docs/gpu.md is stale: python -m tests.lab.bench.report"
+    assert report.filled_cards() == text, "docs/results/gpu.md is stale: python -m tests.lab.bench.report"
     parser = argparse.ArgumentParser()
     gpu_check.add_arguments(parser)
     assert f"{parser.get_default('minutes')} minutes at most" in text

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md and README.md that suites fill: `python -m tests.lab.experiments.results` writes them.
+"""Write the tables of suites in docs/results/training.md and README.md: `python -m tests.lab.experiments.results`.
 
 A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, one with few columns between
 `<!-- short SCALE SUITE -->` and its end. It has the rows whose recipes are what the shipped recipes say today: a recipe
@@ -17,7 +17,7 @@ from relora_ds.training.console import human_count
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results" / "training.md", ROOT / "README.md")
 TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
 
 

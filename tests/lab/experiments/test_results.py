@@ -1,4 +1,4 @@
-"""docs/results.md and README.md say what was measured."""
+"""docs/results/training.md and README.md say what was measured."""
 
 import statistics
 
