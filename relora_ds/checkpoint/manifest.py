@@ -18,7 +18,7 @@ import os
 import re
 from pathlib import Path
 
-from relora_ds.checkpoint import files
+from relora_ds.utils import files
 
 NAME = "manifest.json"
 LATEST = "latest"  # beside the checkpoints: the newest one's name

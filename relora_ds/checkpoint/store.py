@@ -19,7 +19,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from relora_ds.checkpoint import manifest
-from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.manifest import (
     IN_CHECKPOINT,
     LATEST,
@@ -31,6 +30,7 @@ from relora_ds.checkpoint.manifest import (
     is_needed,
     tag_of,
 )
+from relora_ds.utils.files import write_text
 from relora_ds.zero.latest import named_by
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,9 @@ checkpoints before it as they are, and training goes on.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import socket
 import threading
 import time
@@ -26,18 +24,17 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from relora_ds.checkpoint import files
 from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifest, tag_of
 from relora_ds.checkpoint.sharing import Sharing, find_peers
 from relora_ds.checkpoint.state import RANGES, Captured, capture
 from relora_ds.checkpoint.store import LATE_S, delete, put_aside
+from relora_ds.utils import files
+from relora_ds.utils.versions import installed_versions
 from relora_ds.zero.pinned import HostCopies
 from relora_ds.zero.plain_model import own_generation_config
 from relora_ds.zero.start import host_group
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("relora_ds", "torch", "deepspeed", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,9 @@ class CheckpointWriter:
             listed |= self._frozen.files
         failed = failed or self._lacks(temporary, listed)
         if failed is None and self._sharing.leads:
-            about = Manifest(step, run, captured.engine, captured.model | {"restarts": restarts}, listed, _versions())
+            about = Manifest(
+                step, run, captured.engine, captured.model | {"restarts": restarts}, listed, installed_versions()
+            )
             _, failed = _attempt(lambda: self._complete(temporary, target, about))
         failed = next(filter(None, self._words(failed)), None)
         if failed is None:
@@ -322,13 +321,3 @@ def _same_content(about: Manifest, engine) -> bool:
     saved, now = about.model["frozen"], dataclasses.asdict(engine.frozen.storage)
     in_fp32 = [content["with_masters"] or content["dtype"] == "fp32" for content in (saved, now)]
     return about.model["restarts"] == len(engine.restarts) and (all(in_fp32) or saved == now)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            continue
-    return found

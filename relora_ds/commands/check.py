@@ -48,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _head(resolved, vocabulary: str) -> list[str]:
-    from relora_ds.training.console import human_count
     from relora_ds.training.preflight import machine_problems
     from relora_ds.training.report import model_name
     from relora_ds.training.run_directory import early_problems
+    from relora_ds.utils.text import human_count
 
     recipe = resolved.recipe
     ranks = "1 rank" if resolved.world_size == 1 else f"{resolved.world_size} ranks"
@@ -173,7 +173,7 @@ def _phases(resolved, config) -> list[str]:
 
 
 def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> list[list[str]]:
-    from relora_ds.training.console import human_count
+    from relora_ds.utils.text import human_count
 
     shapes = [costs[name].shapes for name in names]
     return [
@@ -189,7 +189,7 @@ def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> li
 def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]:
     from relora_ds.planning.host import HOST_MOMENTS
     from relora_ds.planning.memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, peak, total
-    from relora_ds.training.console import human_bytes
+    from relora_ds.utils.text import human_bytes
 
     rows = []
     for where, head in ((DEVICE, "memory of a rank, device"), (HOST, "memory of a rank, host")):
@@ -228,7 +228,7 @@ def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]
 
 
 def _traffic(names: list[str], costs: dict) -> list[list[str]]:
-    from relora_ds.training.console import human_bytes
+    from relora_ds.utils.text import human_bytes
 
     if costs[names[0]].world_size == 1:
         return [["bytes per step", *("none: one rank" for _ in names)]]

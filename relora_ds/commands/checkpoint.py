@@ -40,7 +40,7 @@ def _list(found: list[Path]) -> int:
     from rich.table import Table
 
     from relora_ds.checkpoint import manifest
-    from relora_ds.training.console import human_bytes
+    from relora_ds.utils.text import human_bytes
 
     table, damaged = Table(box=None, padding=(0, 1, 0, 0)), []
     for column in ("checkpoint", "phase", "restarts", "ranks", "engine", "bytes", "written"):

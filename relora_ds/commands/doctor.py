@@ -102,7 +102,7 @@ def _link(arguments: argparse.Namespace) -> tuple[dict, list[str]]:
 
 
 def _link_as_text(link) -> list[str]:
-    from relora_ds.training.console import human_bytes
+    from relora_ds.utils.text import human_bytes
 
     rows = [["collective", "payload", "median", "sent by a rank, ring"]]
     rows += [
@@ -120,7 +120,7 @@ def _link_as_text(link) -> list[str]:
 
 
 def _advice_as_text(name: str, resolved, link, advice) -> list[str]:
-    from relora_ds.training.console import human_bytes, human_count
+    from relora_ds.utils.text import human_bytes, human_count
 
     recipe, best = resolved.recipe, advice.best
     if best is None:

@@ -206,8 +206,8 @@ def _entry(
 
 
 def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, entries: list[dict]) -> list[str]:
-    from relora_ds.training.console import human_bytes, human_count
     from relora_ds.training.report import model_name
+    from relora_ds.utils.text import human_bytes, human_count
 
     recipe = resolved.recipe
     counts = {entry["method"]: (entry["trainable"], entry["frozen"]) for entry in entries}
@@ -329,7 +329,7 @@ def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config) ->
 
 
 def _clusters_as_text(arguments: argparse.Namespace, clusters: list[dict]) -> list[str]:
-    from relora_ds.training.console import human_count
+    from relora_ds.utils.text import human_count
 
     if not clusters:
         return []
@@ -365,6 +365,6 @@ def _clusters_as_text(arguments: argparse.Namespace, clusters: list[dict]) -> li
 
 
 def _bytes(size: float | None) -> str:
-    from relora_ds.training.console import human_bytes
+    from relora_ds.utils.text import human_bytes
 
     return "-" if size is None else human_bytes(size)

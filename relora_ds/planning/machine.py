@@ -16,17 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LIBRARIES = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "datasets",
-    "huggingface_hub",
-    "safetensors",
-    "sentencepiece",
-    "tensorboard",
-)
-EXTRAS = ("peft", "bitsandbytes", "liger-kernel", "flash-attn", "matplotlib")
+from relora_ds.utils.versions import LIBRARIES, version_of
+
 VARIABLES = (
     "NCCL_",
     "GLOO_",
@@ -106,20 +97,15 @@ def _requirements_of_checkout() -> list[str]:
 def _software(found: Findings) -> None:
     found.facts.append(("software", "python", platform.python_version()))
     required = requirements()
-    for name in dict.fromkeys((*LIBRARIES, *required)):
-        version = _version(name)
+    for name, wanted in required.items():
+        version = version_of(name)
         found.facts.append(("software", name, version or "missing"))
-        if name in required and (problem := _version_problem(name, version, required[name])):
+        if problem := _version_problem(name, version, wanted):
             found.essential.append(problem)
-    for name in EXTRAS:
-        found.facts.append(("software", f"{name} (optional)", _version(name) or "not installed"))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in (*LIBRARIES, "flash-attn", "matplotlib"):
+        if name in required:
+            continue
+        found.facts.append(("software", f"{name} (optional)", version_of(name) or "not installed"))
 
 
 def _version_problem(name: str, version: str | None, wanted: str) -> str | None:

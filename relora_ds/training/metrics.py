@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.run_files import METRICS, metrics_in
 from relora_ds.checkpoint.run_files import read_json as read_json  # figures read a run through this room
 from relora_ds.checkpoint.run_files import read_metrics as read_metrics
+from relora_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 

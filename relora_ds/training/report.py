@@ -10,12 +10,13 @@ from relora_ds.config import Recipe
 from relora_ds.lowrank.schedule import scheduled_restarts
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.training.accounting import Account
-from relora_ds.training.console import View, human_bytes, human_count
+from relora_ds.training.console import View
 from relora_ds.training.epochs import epochs_line
 from relora_ds.training.evaluation import Evaluation
 from relora_ds.training.phases import Phase
 from relora_ds.training.preflight import Plan
 from relora_ds.training.samples import Sample
+from relora_ds.utils.text import human_bytes, human_count
 from relora_ds.zero.accelerator import is_cuda
 from relora_ds.zero.restart import RestartReport
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from relora_ds.checkpoint.files import write_json, write_text
 from relora_ds.data import tokenizer_files
 from relora_ds.data.tokenizer import SAMPLES
 from relora_ds.interop.export import model_card
 from relora_ds.training.preflight import Plan
+from relora_ds.utils.files import write_json, write_text
 from relora_ds.zero.engine import ReLoRAEngine
 
 

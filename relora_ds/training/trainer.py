@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.checkpoint import store
-from relora_ds.checkpoint.files import write_json, write_text
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.checkpoint.sharing import find_peers
@@ -38,6 +37,7 @@ from relora_ds.training.results import write_results
 from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.training.watchdog import Watchdog
+from relora_ds.utils.files import write_json, write_text
 from relora_ds.zero.restart import NonFiniteMergeError
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.teardown import release

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.files import sha256
 from relora_ds.checkpoint.model import read_model
 from relora_ds.interop.sources import model_of
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
+from relora_ds.utils.files import sha256
 from tests.ranks import ranks
 from tests.training.runs import run
 

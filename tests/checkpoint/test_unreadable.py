@@ -9,9 +9,9 @@ import pytest
 
 from relora_ds.__main__ import main
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.files import sha256
 from relora_ds.checkpoint.manifest import File, Manifest
 from relora_ds.checkpoint.store import ResumeError
+from relora_ds.utils.files import sha256
 from tests.ranks import ranks
 
 HERE = store.socket.gethostname()

@@ -80,7 +80,7 @@ def test_a_damaged_directory_of_tokens_is_refused(root, tmp_path, name):
 def test_what_was_verified_is_not_read_again(root, monkeypatch):
     monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)  # as if the files had lain here for long
     prepare(settings(root, seq_len=16))
-    monkeypatch.setattr(manifest, "sha256_of_file", lambda name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(manifest, "sha256", lambda name: pytest.fail(f"{name} was read"))
     prepare(settings(root, seq_len=16))
 
 
@@ -117,7 +117,7 @@ def test_a_cache_that_cannot_be_written_is_used_and_read_once(root, builds, monk
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
     (tmp_path / "elsewhere").unlink()
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
-    monkeypatch.setattr(manifest, "sha256_of_file", lambda name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(manifest, "sha256", lambda name: pytest.fail(f"{name} was read"))
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint and builds == []
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_read_now_is_not_deleted(root, monkeypatch):
     def unreadable(name):
         raise OSError(errno.EIO, "Input/output error", str(name))
 
-    monkeypatch.setattr(manifest, "sha256_of_file", unreadable)
+    monkeypatch.setattr(manifest, "sha256", unreadable)
     change(first.directory / "train.bin", DAMAGES["train.bin"])
     with pytest.raises(ValueError, match=r"data.cache_dir: '.*' cannot be read \(Input/output error\); make it readab"):
         prepare(settings(root, seq_len=16))

@@ -12,8 +12,8 @@ from relora_ds.data import manifest
 def hashed(monkeypatch):
     """The files that were read, by name."""
     read = []
-    real = manifest.sha256_of_file
-    monkeypatch.setattr(manifest, "sha256_of_file", lambda name: read.append(os.path.basename(name)) or real(name))
+    real = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda name: read.append(os.path.basename(name)) or real(name))
     return read
 
 

@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import os
 import resource
 import shutil
 import time
@@ -237,17 +236,3 @@ def test_latest_never_matters(copy, damage):
     assert len(warnings) == 1 and "root:" not in str(warnings)
     with pytest.raises(ValueError, match="is not in"):
         find_checkpoint(copy, "../elsewhere")
-
-
-def test_what_fails_while_a_file_is_replaced_leaves_it_and_nothing_else(tmp_path, monkeypatch):
-    from relora_ds.checkpoint.files import write_text
-
-    write_text(tmp_path / "file", "before")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(tmp_path / "file", "after")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "before"

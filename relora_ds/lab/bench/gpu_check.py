@@ -14,7 +14,6 @@ the time is up is recorded as such.
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import signal
@@ -33,6 +32,7 @@ from relora_ds.lab.bench.throughput import CONTENDERS
 from relora_ds.lab.bench.watched import Process
 from relora_ds.lowrank.formats import format_named
 from relora_ds.models import compilation
+from relora_ds.utils.versions import version_of
 
 NAME = "gpu-check"
 HELP = "correctness, speed, memory and restarts on this machine's GPU, into one file, within minutes"
@@ -262,7 +262,7 @@ class Check:
 
     def _write(self) -> None:
         if self.out is not None:
-            from relora_ds.checkpoint.files import write_json
+            from relora_ds.utils.files import write_json
 
             write_json(
                 self.out,
@@ -307,13 +307,7 @@ def _missing() -> dict[str, str]:
         "liger-kernel": "its kernels",
         "triton": "torch.compile",
     }
-    found = {}
-    for name, what in unmeasured.items():
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = what
-    return found
+    return {name: what for name, what in unmeasured.items() if version_of(name) is None}
 
 
 def _said(part: str, entry: dict) -> str:

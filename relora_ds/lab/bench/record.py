@@ -1,28 +1,23 @@
 """What a measurement is worth without: on what it was made. And how it is shown."""
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import torch
 
+from relora_ds.utils.versions import installed_versions
+
 _SAME_SEEDS_SINCE = (0, 2, 0)  # random weights are drawn otherwise since this version of relora_ds
-LIBRARIES = ("torch", "deepspeed", "transformers", "bitsandbytes", "peft", "liger-kernel")
 
 
 def conditions() -> dict:
     """Device, threads and versions: all that a figure depends on, and nothing that changes from day to day."""
-    from relora_ds import __version__
-
-    versions = {name: _version(name) for name in LIBRARIES}
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "relora_ds": __version__,
-        **{name: version for name, version in versions.items() if version},
+        **installed_versions(),
     }
 
 
@@ -43,13 +38,6 @@ def rows_as_markdown(rows: list[list[str]]) -> str:
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relora_ds.commands.recipes import rows_as_text
 from relora_ds.lab.experiments.suites import SCALES, suite_names
-from relora_ds.training.console import human_count
+from relora_ds.utils.text import human_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

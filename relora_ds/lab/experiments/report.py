@@ -10,7 +10,7 @@ from relora_ds.lab.bench.record import remark_on_seeds, rows_as_markdown
 from relora_ds.lab.experiments import spectra
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Row, Suite
-from relora_ds.training.console import human_bytes, human_count
+from relora_ds.utils.text import human_bytes, human_count
 
 
 @dataclass(frozen=True)

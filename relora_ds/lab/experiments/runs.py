@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from relora_ds.checkpoint.files import write_text
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.config import Recipe, load_recipe
 from relora_ds.lab.bench.record import conditions
@@ -28,6 +27,7 @@ from relora_ds.lab.experiments.suites import Row
 from relora_ds.train import EXIT_PREEMPTED
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
+from relora_ds.utils.files import write_text
 
 # Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "seed")

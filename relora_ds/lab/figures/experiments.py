@@ -11,7 +11,7 @@ from relora_ds.lab.figures.page import suite_page
 from relora_ds.lab.figures.plot import png
 from relora_ds.lab.figures.spectra import draw_spectra
 from relora_ds.lab.figures.style import DARK, LIGHT, Theme, colour, dash, limits, rc
-from relora_ds.training.console import human_count
+from relora_ds.utils.text import human_count
 
 LINEAR = 0.02  # nats per token: larger differences are drawn to a logarithmic scale
 CAPTIONS = {

@@ -6,7 +6,7 @@ from html import escape
 import numpy as np
 
 from relora_ds.lab.figures.record import RunRecord
-from relora_ds.training.console import human_bytes, human_count
+from relora_ds.utils.text import human_bytes, human_count
 
 CAPTIONS = {
     "loss": "Loss in nats per token; the lines are smoothed. The fall of the first steps is cut off.",

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from relora_ds.lab.figures.record import RunRecord
 from relora_ds.lab.figures.style import Theme, colour, dash, is_smoothed, limits, rc, smoothed
-from relora_ds.training.console import human_bytes, human_count
+from relora_ds.utils.text import human_bytes, human_count
 
 AXES = {"step": "step", "tokens": "tokens", "total_bytes_wire": "bytes sent by each rank"}
 FORMATS = {"tokens": human_count, "total_bytes_wire": human_bytes}

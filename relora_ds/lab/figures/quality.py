@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from relora_ds.lab.figures.plot import DPI
 from relora_ds.lab.figures.style import LIGHT, Theme, colour, dash, rc
-from relora_ds.training.console import human_count
+from relora_ds.utils.text import human_count
 
 
 def save_quality(result: dict, path: Path) -> None:

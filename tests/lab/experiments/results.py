@@ -13,7 +13,7 @@ from relora_ds.lab.bench.record import rows_as_markdown
 from relora_ds.lab.experiments import report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
-from relora_ds.training.console import human_count
+from relora_ds.utils.text import human_count
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
