@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from relora_ds.config import Recipe, load_recipe, read_recipe
-from relora_ds.recipe_loading import PATHS
+from relora_ds.config.merge import PATHS
 
 # Plain words to which YAML gives another type, and characters that mean something to it.
 RETYPED = (

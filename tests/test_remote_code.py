@@ -11,12 +11,12 @@ from transformers import dynamic_module_utils
 
 from relora_ds.__main__ import main
 from relora_ds.config import RecipeError
+from relora_ds.config.remote_code import UntrustedCode
 from relora_ds.data import tokenizer
 from relora_ds.interop import peft, sources
 from relora_ds.interop.export import export
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import load_config
-from relora_ds.remote_code import UntrustedCode
 from relora_ds.training.preflight import check, resolve
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks

@@ -141,10 +141,10 @@ def _methods(recipe) -> dict:
 
 def _by_format(resolved, method, config) -> dict[str, int]:
     """Bytes of the frozen weights, all of them whole, in every format that can store them; {} without any."""
+    from relora_ds.config.validate import FROZEN_DTYPES
     from relora_ds.lowrank.formats import DTYPES
     from relora_ds.planning.network import shapes_of
     from relora_ds.planning.storage import format_here
-    from relora_ds.recipe_validation import FROZEN_DTYPES
 
     choices = {name: (name, False) for name in FROZEN_DTYPES if name != "auto"} | {DOUBLE: ("nf4", True)}
     shapes, found = shapes_of(method, config).merged.values(), {}
@@ -158,10 +158,10 @@ def _by_format(resolved, method, config) -> dict[str, int]:
 
 def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, int | None]:
     """Bytes of the activations in every mode that the network supports. known: those of the recipe's own."""
+    from relora_ds.config.validate import ACTIVATION_CHECKPOINTING
     from relora_ds.models import recompute
     from relora_ds.models.build import meta_model
     from relora_ds.planning.cost import activations_of
-    from relora_ds.recipe_validation import ACTIVATION_CHECKPOINTING
 
     found = {}
     for mode in ACTIVATION_CHECKPOINTING:

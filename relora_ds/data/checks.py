@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from relora_ds.config.validate import DATA_SOURCES, source_problem
 from relora_ds.data import corpora, hub, localfiles, pretokenized
 from relora_ds.data.cache import cache_root
-from relora_ds.recipe_validation import DATA_SOURCES, source_problem
 
 if TYPE_CHECKING:
     from relora_ds.config import DataConfig

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
+from relora_ds.config.remote_code import UntrustedCode, is_refusal
 from relora_ds.data import encoding, hub, tokenizer_class, tokenizer_files
 from relora_ds.data.localfiles import first_line
 from relora_ds.data.reading import DataWarning
-from relora_ds.remote_code import UntrustedCode, is_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,11 +9,11 @@ from torch import Tensor
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.model import CheckpointWeights
 from relora_ds.checkpoint.run_files import read_metrics, read_text
+from relora_ds.config.remote_code import is_refusal
 from relora_ds.data import tokenizer
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
 from relora_ds.models.loading import load_model
-from relora_ds.remote_code import is_refusal
 from relora_ds.utils.files import write_text
 from relora_ds.zero.engine import DTYPES
 from relora_ds.zero.saved_config import save_model

@@ -17,13 +17,13 @@ from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.manifest import LATEST
 from relora_ds.checkpoint.model import CheckpointWeights, is_checkpoint
 from relora_ds.checkpoint.run_files import read_json
+from relora_ds.config.remote_code import UntrustedCode
 from relora_ds.interop import peft
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import load_config, load_model
 from relora_ds.models.pretrained_weights import pretrained_weights
 from relora_ds.models.ties import tied_as_stored
 from relora_ds.models.without_values import build_without_values, fill
-from relora_ds.remote_code import UntrustedCode
 from relora_ds.zero.latest import named_by
 from relora_ds.zero.plain_model import export_config
 from relora_ds.zero.weights import WeightSource, problems

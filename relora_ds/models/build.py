@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from relora_ds.config import ModelConfig
+from relora_ds.config.remote_code import UntrustedCode
+from relora_ds.config.rules import nearest
 from relora_ds.models.loading import from_config, load_config
 from relora_ds.models.pretrained_weights import StoredWeights, pretrained_weights
 from relora_ds.models.random_weights import RandomWeights
 from relora_ds.models.ties import tied_as_stored
 from relora_ds.models.whole_weights import WholeWeights
 from relora_ds.models.without_values import build_without_values, fill
-from relora_ds.recipe_checks import nearest
-from relora_ds.remote_code import UntrustedCode
 
 # What all presets share. 1024 positions at least, as in the papers' configurations; rotary positions cost nothing.
 _PRESET_DEFAULTS = {

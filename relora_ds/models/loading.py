@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from relora_ds.remote_code import UntrustedCode, is_refusal
+from relora_ds.config.remote_code import UntrustedCode, is_refusal
 
 
 def load_config(name_or_path: str | Path, trust_remote_code: bool) -> PretrainedConfig:

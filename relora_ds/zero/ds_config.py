@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from relora_ds.config import DS_CONFIG_DIR, ds_config_names
-from relora_ds.recipe_checks import nearest
+from relora_ds.config.rules import nearest
 
 AUTO = "auto"
 _ABSENT = object()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from relora_ds.__main__ import main
 from relora_ds.config import Recipe, read_recipe
-from relora_ds.recipe_loading import PATHS
+from relora_ds.config.merge import PATHS
 
 INTEGERS, NUMBERS, TEXTS = [], [], []
 for top in dataclasses.fields(Recipe):

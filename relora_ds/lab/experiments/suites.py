@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from relora_ds.config import Recipe, load_recipe
-from relora_ds.recipe_validation import METHODS
+from relora_ds.config.validate import METHODS
 
 DIRECTORY = Path(__file__).parent / "suites"
 # scale -> how its recipes begin. 130M is the paper's smallest network that restarts often enough to see it.

@@ -2,7 +2,7 @@
 
 The sources are flattened to {dotted key: what is written there} and merged leaf by leaf: the recipe that a file
 `extends` lies under the file, and the overrides lie over it. Then the fields' types decide what the values are, see
-`recipe_values`. The recipe class comes in as an argument: nothing here knows a field by name, except those listed
+`spelling`. The recipe class comes in as an argument: nothing here knows a field by name, except those listed
 below.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from relora_ds import recipe_values
-from relora_ds.recipe_values import Raw, Written
+from relora_ds.config import spelling
+from relora_ds.config.spelling import Raw, Written
 
 # Where the text "none" is a choice, YAML's null means the same.
 NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relora.frozen_master", "lora.base")
@@ -71,7 +71,7 @@ def read_values(
             complete = True
         elif not isinstance(parent, Written):
             problems.append(
-                f"{EXTENDS}: {recipe_values.show(parent)} in {chain[-1]} is neither a recipe's name nor a "
+                f"{EXTENDS}: {spelling.show(parent)} in {chain[-1]} is neither a recipe's name nor a "
                 f"path; use e.g. {EXTENDS}: quickstart"
             )
             break
@@ -110,7 +110,7 @@ def _read_file(path: Path, recipe_class: type, problems: list[str]) -> dict[str,
     """{dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
     values = {}
     try:
-        root = recipe_values.compose(path.read_bytes())
+        root = spelling.compose(path.read_bytes())
         if root is not None:
             _flatten(root, "", recipe_class, values, problems)
     except (ValueError, OSError) as error:
@@ -130,9 +130,9 @@ def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[
         elif key == EXTENDS:
             problems.append(f"{EXTENDS}: {text!r} is no override; write it into a recipe file")
         elif key in sections:
-            _refuse_section(key, recipe_values.of_override(text, None), sections, problems)
+            _refuse_section(key, spelling.of_override(text, None), sections, problems)
         else:
-            values[key] = recipe_values.of_override(text, schema.get(key))
+            values[key] = spelling.of_override(text, schema.get(key))
     return values
 
 
@@ -150,17 +150,17 @@ def _flatten(
         if isinstance(node, yaml.MappingNode) and dotted not in _schema(recipe_class):
             _flatten(node, f"{dotted}.", recipe_class, values, problems)
         elif dotted in sections:
-            _refuse_section(dotted, recipe_values.of_node(node), sections, problems)
+            _refuse_section(dotted, spelling.of_node(node), sections, problems)
         elif dotted in values:
             raise ValueError(f"line {key.start_mark.line + 1}: duplicate key {dotted}; remove one of the two")
         else:
-            values[dotted] = recipe_values.of_node(node)
+            values[dotted] = spelling.of_node(node)
 
 
 def _refuse_section(key: str, raw: Raw, sections: dict[str, str], problems: list[str]) -> None:
     if raw is not None:  # null: a section with every key commented out
         problems.append(
-            f"{key}: {recipe_values.show(raw)} where a section of keys is expected; "
+            f"{key}: {spelling.show(raw)} where a section of keys is expected; "
             f"set its keys instead, e.g. {key}.{sections[key]}"
         )
 
@@ -178,10 +178,10 @@ def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> 
             if guess not in values:
                 untrusted.add(guess or key)  # that the guessed key is not set is no second mistake
             continue
-        if recipe_values.has_variable(raw):
+        if spelling.has_variable(raw):
             untrusted.add(key)
             problems.append(
-                f"{key}: {recipe_values.show(raw)} holds a ${{…}}, and recipes resolve no variables; write "
+                f"{key}: {spelling.show(raw)} holds a ${{…}}, and recipes resolve no variables; write "
                 f'the value itself, or let the shell insert it: {key}="$NAME" on the command line'
             )
             continue
@@ -190,10 +190,10 @@ def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> 
         section, _, leaf = key.rpartition(".")
         part = getattr(recipe, section) if section else recipe
         try:
-            value = recipe_values.convert(raw, schema[key])
+            value = spelling.convert(raw, schema[key])
         except ValueError as error:
             untrusted.add(key)
-            problems.append(f"{key}: {recipe_values.show(raw)} {error}; the default is {_show(getattr(part, leaf))}")
+            problems.append(f"{key}: {spelling.show(raw)} {error}; the default is {_show(getattr(part, leaf))}")
         else:
             setattr(part, leaf, os.path.expanduser(value) if key in PATHS and isinstance(value, str) else value)
     return recipe, untrusted

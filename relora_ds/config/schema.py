@@ -1,39 +1,9 @@
-"""The recipe: everything a run needs to know, in one typed tree.
+"""The recipe as one typed tree: the fields, their defaults, and what follows from them."""
 
-A recipe is a YAML file (or the name of a shipped one, see `recipe_names`) laid over the recipe that it `extends`, if
-any, and over the defaults of the dataclasses below, with dotted `section.key=value` overrides on top:
-
-    recipe = load_recipe("quickstart", ["relora.r=64", "train.steps=2000"])
-
-Every mistake in it is reported at once, in one `RecipeError`, with the field, the value and a remedy: starting a job
-on a cluster once per typo wastes hours. How sources are merged is in `recipe_loading`, how values are spelled in
-`recipe_values`, the checks of the values in `recipe_validation`.
-
-This module imports neither torch nor deepspeed, so that tools can read a recipe in milliseconds.
-"""
-
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from relora_ds import recipe_checks, recipe_loading, recipe_validation, recipe_values
-
-PACKAGE_DIR = Path(__file__).parent
-# The one copy of the DeepSpeed configurations: inside an installed package, beside the package in a checkout.
-_INSTALLED = PACKAGE_DIR / "ds_configs"
-DS_CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else PACKAGE_DIR.parent / "ds_configs"
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run. `problems` lists everything that is wrong with it; `str` shows one per line."""
-
-    def __init__(self, problems: list[str], source: str | None = None):
-        self.problems = list(problems)
-        where = f" in recipe {source}" if source else ""
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{count}{where}:", *(f"  {problem}" for problem in self.problems)]))
+from relora_ds.config import merge, spelling, validate
+from relora_ds.config.names import ds_config_names, preset_names
 
 
 @dataclass(kw_only=True)
@@ -92,7 +62,7 @@ class ReLoRAConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one message each (`relora.<field>: <value> … <remedy>`); [] when usable."""
-        return recipe_validation.relora_problems(self)
+        return validate.relora_problems(self)
 
 
 @dataclass(kw_only=True)
@@ -276,120 +246,15 @@ class Recipe:
 
     def problems(self, check_files: bool = True) -> list[str]:
         """What is wrong with the values; [] when the recipe can run. check_files: also look whether files exist."""
-        return recipe_validation.recipe_problems(self, preset_names(), ds_config_names(), check_files)
+        return validate.recipe_problems(self, preset_names(), ds_config_names(), check_files)
 
     def warnings(self) -> list[str]:
         """What is allowed but has no effect, or not the effect one would expect. Only for a recipe without problems."""
-        return recipe_validation.recipe_warnings(self)
+        return validate.recipe_warnings(self)
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, without `resume` and `overwrite`, which are of one start only.
 
         `load_recipe` of it gives an equal Recipe but for these two.
         """
-        return recipe_values.to_yaml(
-            {key: value for key, value in asdict(self).items() if key not in recipe_loading.OF_ONE_START}
-        )
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in (PACKAGE_DIR / "recipes").glob("*.yaml"))
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped model presets, in the file's order (smallest first)."""
-    return list(json.loads((PACKAGE_DIR / "models" / "presets.json").read_text()))
-
-
-def ds_config_names() -> list[str]:
-    """Names of the shipped DeepSpeed configurations."""
-    return sorted(path.stem for path in DS_CONFIG_DIR.glob("*.json"))
-
-
-def resolve_precision(precision: str, cuda_bf16: bool) -> str:
-    """fp32, bf16 or fp16. cuda_bf16: whether the run's devices are CUDA devices that compute in bf16.
-
-    auto never picks fp16: its loss scaling changes which steps are applied. It never picks bf16 on a CPU: the demos
-    run there, and fp32 is as fast and more exact.
-    """
-    if precision != "auto":
-        return precision
-    return "bf16" if cuda_bf16 else "fp32"
-
-
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro-steps per optimizer step on `world_size` ranks.
-
-    RecipeError when ranks × micro_batch_size do not divide the batch; it names the nearest batch sizes that work.
-    """
-    micro, batch = recipe.train.micro_batch_size, recipe.batch_sequences
-    if batch % (micro * world_size) == 0:
-        return batch // (micro * world_size)
-    name, unit = recipe_validation.batch_field(recipe)
-    sizes = recipe_checks.nearest_multiples(batch, micro * world_size)
-    remedies = [f"{name}={size * unit}" for size in sizes]
-    smaller = [m for m in range(micro - 1, 0, -1) if batch % (m * world_size) == 0][:1]
-    remedies += [f"train.micro_batch_size={m}" for m in smaller]
-    raise RecipeError(
-        [
-            f"{name}: {batch * unit} ({batch} sequences) cannot be split into {world_size} ranks × "
-            f"train.micro_batch_size {micro}; use {' or '.join(remedies)}"
-        ]
-    )
-
-
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
-    """Read a recipe, lay the overrides over it, and check all of it; see `read_recipe`.
-
-    Raises RecipeError with every unknown key, wrong type, bad value and missing file.
-    """
-    recipe, problems = read_recipe(name_or_path, overrides, check_files)
-    if problems:
-        raise RecipeError(problems, str(name_or_path))
-    return recipe
-
-
-def read_recipe(
-    name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True
-) -> tuple[Recipe, list[str]]:
-    """`(recipe, problems)`: the recipe as far as it can be read, and everything that is wrong with it.
-
-    name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value as the field's
-    type reads it (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`; text is taken as it
-    is); later ones win, and one that sets train.tokens also takes back the train.steps of the recipe (so for all of
-    `recipe_loading.ONE_OF`).
-    check_files: False for tools that read the recipe of a run whose data may be elsewhere.
-
-    A file may start from another recipe, `extends: NAME_OR_PATH` (a path starts at the file's directory): its own
-    values lie over that one's, leaf by leaf. The Recipe that comes out knows nothing of it.
-    """
-    path, problems = _find(str(name_or_path))
-    values, readable, _ = recipe_loading.read_values(path, Recipe, _find, problems) if path else ({}, False, [])
-    values = recipe_loading.lay_over(values, recipe_loading.read_overrides(overrides, Recipe, problems))
-    recipe, untrusted = recipe_loading.fill_in(Recipe, values, problems)
-    if recipe.run_dir is None:
-        recipe.run_dir = f"runs/{Path(name_or_path).stem}"
-    if readable:  # without a file, whatever it would have set is missing, and the rest means nothing
-        messages = recipe.problems(check_files)
-        problems += [m for m in messages if not any(recipe_checks.mentions(m, key) for key in untrusted)]
-    return recipe, problems
-
-
-def recipe_files(name_or_path: str | Path) -> list[Path]:
-    """Return the file of a recipe and those that it extends; [] when there is none."""
-    path, _ = _find(str(name_or_path))
-    return recipe_loading.read_values(path, Recipe, _find, [])[2] if path else []
-
-
-def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, list[str]]:
-    """(the recipe's file, []), or (None, [what is wrong]). directory: where relative paths start."""
-    path = directory / os.path.expanduser(name_or_path)
-    if os.path.isfile(path):  # no error for a name that is too long
-        return path, []
-    if name_or_path in recipe_names():
-        return PACKAGE_DIR / "recipes" / f"{name_or_path}.yaml", []
-    hint = recipe_checks.nearest(Path(name_or_path).stem, recipe_names())
-    return None, [
-        f"no file {str(path)!r}, and no shipped recipe of that name{hint}; shipped: {', '.join(recipe_names())}"
-    ]
+        return spelling.to_yaml({key: value for key, value in asdict(self).items() if key not in merge.OF_ONE_START})

@@ -8,7 +8,8 @@ fields whose value it could not read in the first place).
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from relora_ds.recipe_checks import (
+from relora_ds.config.paths import missing_files, text_problems
+from relora_ds.config.rules import (
     MAX_COUNT,
     MAX_TOKENS,
     choice,
@@ -21,10 +22,9 @@ from relora_ds.recipe_checks import (
     number,
     tenth,
 )
-from relora_ds.recipe_files import missing_files, text_problems
 
 if TYPE_CHECKING:
-    from relora_ds.config import Recipe, ReLoRAConfig
+    from relora_ds.config.schema import Recipe, ReLoRAConfig
 
 METHODS = ("full", "control", "lora", "relora")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora_ds.recipe_checks import nearest
-from relora_ds.recipe_loading import PATHS
+from relora_ds.config.merge import PATHS
+from relora_ds.config.rules import nearest
 
 if TYPE_CHECKING:
-    from relora_ds.config import Recipe
+    from relora_ds.config.schema import Recipe
 
 MAX_NAME_BYTES = 255  # of one component of a path, on the usual file systems
 

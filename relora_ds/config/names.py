@@ -1,0 +1,24 @@
+"""Where the shipped recipes, presets and DeepSpeed configurations are, and what they are called."""
+
+import json
+from pathlib import Path
+
+PACKAGE_DIR = Path(__file__).parent.parent
+# The one copy of the DeepSpeed configurations: inside an installed package, beside the package in a checkout.
+_INSTALLED = PACKAGE_DIR / "ds_configs"
+DS_CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else PACKAGE_DIR.parent / "ds_configs"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    return sorted(path.stem for path in (PACKAGE_DIR / "recipes").glob("*.yaml"))
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped model presets, in the file's order (smallest first)."""
+    return list(json.loads((PACKAGE_DIR / "models" / "presets.json").read_text()))
+
+
+def ds_config_names() -> list[str]:
+    """Return the names of the shipped DeepSpeed configurations."""
+    return sorted(path.stem for path in DS_CONFIG_DIR.glob("*.json"))
