@@ -7,7 +7,7 @@ _HOMES = {
     "wrap": "relora_ds.methods.wrapping",
     "merge_and_unwrap": "relora_ds.lowrank.wrap",
     "lr_multiplier": "relora_ds.lowrank.schedule",
-    "initialize": "relora_ds.zero.engine",
+    "initialize": "relora_ds.zero.initialize",
     "ReLoRAEngine": "relora_ds.zero.engine",
     "ReLoRACallback": "relora_ds.interop.hf_trainer",
 }

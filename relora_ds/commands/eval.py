@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     quieten_libraries()
     from relora_ds.data import tokenizer
     from relora_ds.interop.sources import model_of, tokenizer_of
+    from relora_ds.lowrank.formats import DTYPES
     from relora_ds.training.evaluation import evaluate
     from relora_ds.zero.accelerator import device_of_rank
-    from relora_ds.zero.engine import DTYPES
 
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size: {arguments.batch_size} is not 1 or more")

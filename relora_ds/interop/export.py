@@ -13,9 +13,9 @@ from relora_ds.config.remote_code import is_refusal
 from relora_ds.data import tokenizer
 from relora_ds.interop import peft
 from relora_ds.interop.sources import TOKENIZER, find_checkpoint, is_finished, plain_model
+from relora_ds.lowrank.formats import DTYPES
 from relora_ds.models.loading import load_model
 from relora_ds.utils.files import write_text
-from relora_ds.zero.engine import DTYPES
 from relora_ds.zero.saved_config import save_model
 
 logger = logging.getLogger(__name__)

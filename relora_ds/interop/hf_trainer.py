@@ -43,7 +43,8 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import ds_config
-from relora_ds.zero.engine import ReLoRAEngine, initialize
+from relora_ds.zero.engine import ReLoRAEngine
+from relora_ds.zero.initialize import initialize
 from relora_ds.zero.plain_model import plain_like
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")

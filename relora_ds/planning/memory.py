@@ -21,7 +21,7 @@ from relora_ds.config import Recipe, ReLoRAConfig
 from relora_ds.lowrank.frozen import MergeLedger
 from relora_ds.planning.network import Shapes
 from relora_ds.planning.storage import ELEMENT_SIZE, Storage, gathered_by_stage_3, storage_of
-from relora_ds.zero import ds_config
+from relora_ds.zero import ds_config, ds_resolve
 from relora_ds.zero.frozen_master import assign_owners
 
 MASTER, MOMENTS = 4, 8  # bytes per element: fp32, and exp_avg with exp_avg_sq
@@ -69,7 +69,7 @@ def zero_section(
     recipe: Recipe, deepspeed: dict, shapes: Shapes, *, precision: str, accumulation: int, world_size: int
 ) -> dict:
     """DeepSpeed's `zero_optimization` as the engine will get it: every "auto" filled in."""
-    resolved = ds_config.resolve(
+    resolved = ds_resolve.resolve(
         {
             **deepspeed,
             "train_batch_size": ds_config.AUTO,

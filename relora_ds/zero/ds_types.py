@@ -6,7 +6,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from relora_ds.zero.ds_config import without_autos
+from relora_ds.zero.ds_resolve import without_autos
 
 _MODELS = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -16,8 +16,8 @@ _MODELS = {
 }
 
 
-def problems(config: dict) -> list[str]:
-    """Return one line each: `deepspeed <key>: <value> <why>`. Sections that are no objects are left to `ds_config`."""
+def problems(config: dict, name: str = "deepspeed") -> list[str]:
+    """Return one line each: `<name> <key>: <value> <why>`. Sections that are no objects are left to `ds_config`."""
     found = []
     for section, model in _MODELS.items():
         if not isinstance(config.get(section), dict):
@@ -29,7 +29,6 @@ def problems(config: dict) -> list[str]:
                 key = ".".join(str(part) for part in (section, *one["loc"]))
                 reason = one["msg"][:1].lower() + one["msg"][1:]
                 found.append(
-                    f"deepspeed {key}: {json.dumps(one['input'], default=str)[:200]} ({reason}); correct it, "
-                    "or remove it"
+                    f"{name} {key}: {json.dumps(one['input'], default=str)[:200]} ({reason}); correct it, or remove it"
                 )
     return found

@@ -1,176 +1,29 @@
-"""`initialize`: DeepSpeed's 4-tuple, with the restart inside `engine.step()`.
-
-The engine is DeepSpeed's own with its class specialised, so `isinstance(engine, DeepSpeedEngine)`,
-`engine.module` and every other attribute keep working. What is added is gathered in `ReLoRAEngine` below.
-"""
+"""`ReLoRAEngine`: DeepSpeed's engine with the restart inside `engine.step()`; `zero.initialize` makes one."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from torch import Tensor, nn
+from torch import Tensor
 
-from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.reinit import GradientSketch
-from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.targets import summary
-from relora_ds.lowrank.ties import align_tie_flag
-from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
-from relora_ds.zero import accelerator, checkpoint_files, checkpoint_model, ds_config, universal
-from relora_ds.zero.allocate import allocate, nothing_broadcast
+from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.zero import checkpoint_files, checkpoint_model, universal
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
-from relora_ds.zero.fill import fill
-from relora_ds.zero.frozen_master import FrozenWeights, Storage, is_partitioned
+from relora_ds.zero.frozen_master import Storage, is_partitioned
 from relora_ds.zero.latest import newest_tag
 from relora_ds.zero.plain_model import save_plain
-from relora_ds.zero.randomness import drops_values_only, seeded_forward
+from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
-from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
-from relora_ds.zero.shards import ShardView
-from relora_ds.zero.start import init_distributed
-from relora_ds.zero.streams import order_gathers
 from relora_ds.zero.together import together
-from relora_ds.zero.weights import Nothing, WeightSource, sources_of
 
 logger = logging.getLogger(__name__)
-
-
-def initialize(
-    model: nn.Module,
-    config: str | dict,
-    relora: ReLoRAConfig | None = None,
-    *,
-    lr: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    min_lr_ratio: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    precision: str | None = None,
-    micro_batch_size: int | None = None,
-    gradient_accumulation_steps: int | None = None,
-    max_grad_norm: float | None = None,
-    training_data=None,
-    collate_fn=None,
-    param_groups: list[dict] | None = None,
-    seed: int = 0,
-    after_step: Callable[["ReLoRAEngine"], None] | None = None,
-    weights: WeightSource | Nothing | None = None,
-):
-    """`deepspeed.initialize` for a model that `relora_ds.wrap` has wrapped (or a plain one, with `relora=None`).
-
-    Args:
-        model: on CPU, with its values or on the meta device without them (its buffers need theirs), or built under
-            `deepspeed.zero.Init`. Masters of what trains and of what is frozen start from its values; best in fp32.
-            Where ranks hold different values, rank 0's count. What it holds is let go tensor by tensor.
-        config: a shipped name ("zero1"), a path, or a DeepSpeed config dict. "auto" values are filled
-            from the arguments below; `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps`
-            default to 1, clipping to 1.0, precision to bf16 on GPUs that have it, else fp32.
-        relora: the config that the model was wrapped with. With `restart_every`, `engine.step()` restarts.
-        lr, total_steps, warmup_steps, min_lr_ratio: the schedule, see `relora_ds.lr_multiplier`; steps are
-            applied optimizer steps, counted from here.
-        param_groups: default `lowrank.wrap.parameter_groups(model)`: LoRA factors, other matrices, and
-            vectors without weight decay.
-        seed: decides the values of A after each restart.
-        after_step: called after every applied step; default: restart when it is due.
-        weights: a source of the plain model's fp32 weights, read one tensor at a time, instead of the model's own
-            values; `zero.weights.NOTHING` where a checkpoint is loaded next.
-
-    Returns:
-        `(engine, optimizer, loader, scheduler)`; `loader` is None without `training_data`.
-
-    Raises:
-        ValueError: everything in `config` that is not supported or in conflict, at once; a model without values and
-            without a source of them, or a source of another model's, before anything is built; a tensor that cannot be
-            read, on every rank.
-    """
-    if relora is None and lowrank_layers(model):
-        raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
-
-    if (changed := align_tie_flag(model)) and int(os.environ.get("RANK", "0")) == 0:
-        logger.warning(changed)
-    settings = ds_config.load(config)
-    found = ds_config.problems(
-        settings,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-        accumulation=gradient_accumulation_steps,
-        max_grad_norm=max_grad_norm,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
-    if found:
-        raise ValueError("\n".join(found))
-    init_distributed()
-    precision = precision or ds_config.precision_of(settings) or ("bf16" if accelerator.computes_bf16() else "fp32")
-    found = accelerator.precision_problems(precision)
-    if found := found + (storage_problems(relora, precision) if relora is not None else []):
-        raise ValueError("\n".join(found))
-    settings = ds_config.resolve(
-        settings,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-        accumulation=gradient_accumulation_steps,
-        world_size=dist.get_world_size(),
-        max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
-        num_trainable=count_parameters(model)[0],
-        cpu=not accelerator.is_cuda(),
-    )
-    stage = settings["zero_optimization"]["stage"]
-
-    sources = sources_of(model, weights)
-    device = accelerator.device_of_rank()
-    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device)
-    if frozen.layers and dist.get_rank() == 0:
-        for warning in storage_warnings(relora, precision, stage):
-            logger.warning(warning)
-    allocate(model, settings, DTYPES[precision], device)
-
-    groups = param_groups or parameter_groups(model, weight_decay=weight_decay)
-    adam = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
-    schedule = ScheduleConfig(
-        total_steps,
-        warmup_steps,
-        min_lr_ratio,
-        relora.restart_every if relora else None,
-        relora.restart_warmup_steps if relora else 0,
-    )
-    with nothing_broadcast():
-        engine, optimizer, loader, scheduler = deepspeed.initialize(
-            model=model,
-            optimizer=adam,
-            config=settings,
-            training_data=training_data,
-            collate_fn=collate_fn,
-            lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule),
-        )
-
-    order_gathers(engine)
-    shards = ShardView(engine)
-    shards.create_adam_state()
-    shards.drop_gathered_copies()
-    fill(model, shards, frozen, sources, engine.device)
-
-    engine.__class__ = ReLoRAEngine
-    engine.shards, engine.frozen, engine.relora, engine.seed = shards, frozen, relora, seed
-    engine.after_step = after_step or ReLoRAEngine.restart_if_due
-    engine.drift_probe = None
-    engine.last_restart = None
-    engine.num_accumulated = 0
-    engine._keeps_own_frozen = False
-    engine._masks_differ_on_cpu = drops_values_only(model)
-    return engine, optimizer, loader, scheduler
 
 
 def _to(value, device: torch.device):

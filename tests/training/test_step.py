@@ -11,7 +11,7 @@ from relora_ds.training.accounting import Account
 from relora_ds.training.clock import StepClock
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
-from relora_ds.zero.engine import initialize
+from relora_ds.zero.initialize import initialize
 from relora_ds.zero.teardown import release
 from tests.peak_bytes import PeakBytes
 from tests.ranks import ranks

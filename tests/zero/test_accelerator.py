@@ -13,7 +13,7 @@ import torch
 from relora_ds.lab.bench.on_ranks import run_on_ranks
 from relora_ds.train import main
 from relora_ds.zero import accelerator
-from relora_ds.zero.engine import initialize
+from relora_ds.zero.initialize import initialize
 from relora_ds.zero.start import init_distributed
 from tests.ranks import ranks
 from tests.small_models import llama

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from relora_ds.zero import ds_config
+from relora_ds.zero import ds_config, ds_keys, ds_resolve
 
 RECIPE = {"precision": "bf16", "micro_batch_size": 8, "accumulation": 2, "max_grad_norm": 1.0}
 
 
 def resolve(config, **changes):
     arguments = {**RECIPE, "world_size": 2, "num_trainable": 100_001, **changes}
-    return ds_config.resolve(ds_config.load(config), **arguments)
+    return ds_resolve.resolve(ds_config.load(config), **arguments)
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero1_offload", "zero3_offload"])
@@ -40,7 +40,7 @@ def test_known_zero_keys_are_deepspeeds():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
-    assert {field.alias or name for name, field in fields.items()} == ds_config.ZERO_KEYS
+    assert {field.alias or name for name, field in fields.items()} == ds_keys.ZERO_KEYS
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_known_zero_keys_are_deepspeeds():
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device: nvme is not"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "no effect at stage 2; use stage 3"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "cpu has no effect at stage 0"),
-        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "SuperOffload is not available"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "SuperOffload is not supported"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights: true, but ZeRO++"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients: true, but ZeRO++"),
         (
@@ -59,7 +59,7 @@ def test_known_zero_keys_are_deepspeeds():
             "nontrainable_weights: true, but ZeRO++",
         ),
         ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size: 8, but ZeRO++"),
-        ({"zero_optimization": {"zenflow": {}}}, "zenflow: {}, but ZenFlow is not available"),
+        ({"zero_optimization": {"zenflow": {}}}, "zenflow: {}, but ZenFlow is not supported"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients: true, but"),
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true, but"),
         ({"zero_optimization": {"reduce_bukket_size": 1}}, "unknown key (did you mean reduce_bucket_size?)"),
@@ -70,8 +70,8 @@ def test_known_zero_keys_are_deepspeeds():
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: false is not available"),
         ({"scheduler": {"type": "WarmupLR"}}, "the learning rate must follow the restarts; remove it"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled: true, but"),
-        ({"pipeline": {"stages": 2}}, "pipeline parallelism is not available"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "autotp is not available"),
+        ({"pipeline": {"stages": 2}}, "pipeline parallelism is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp is not supported"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "merging needs fp32 masters"),
         ({"fp16": {"fp16_master_weights_and_grads": True}}, "merging needs fp32 masters"),
         ({"bf16": {"enabled": False}}, 'bf16.enabled: false contradicts precision bf16; use "auto"'),
@@ -83,7 +83,7 @@ def test_known_zero_keys_are_deepspeeds():
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4 contradicts the recipe's accumulation 2"),
         ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5 contradicts optim.max_grad_norm 1.0"),
         ({"gradient_cliping": 1.0}, "gradient_cliping: unknown key (did you mean gradient_clipping?)"),
-        ({"communication_data_type": "auto"}, 'communication_data_type: "auto", but the recipe has no value for it'),
+        ({"communication_data_type": "auto"}, 'communication_data_type: "auto", but nothing fills it in'),
     ],
 )
 def test_one_problem_gives_one_message(config, expected):
@@ -134,7 +134,7 @@ def test_given_values_stay_and_the_input_is_not_changed():
         },
     }
     before = json.dumps(config)
-    resolved = ds_config.resolve(
+    resolved = ds_resolve.resolve(
         config,
         precision="bf16",
         micro_batch_size=8,

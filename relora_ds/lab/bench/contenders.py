@@ -134,7 +134,7 @@ def build(spec: Spec):
     from relora_ds.planning.network import network_of
     from relora_ds.training.phases import build_engine, phases_of
     from relora_ds.training.preflight import Plan, resolve
-    from relora_ds.zero.engine import initialize
+    from relora_ds.zero.initialize import initialize
 
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     resolved = resolve("tiny", spec.overrides(world_size), world_size, to_run=False)

@@ -1,0 +1,213 @@
+"""`initialize`: DeepSpeed's 4-tuple, with an engine that restarts inside `engine.step()`.
+
+The engine is DeepSpeed's own with its class specialised (`zero.engine.ReLoRAEngine`), so
+`isinstance(engine, DeepSpeedEngine)`, `engine.module` and every other attribute keep working.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.formats import DTYPES
+from relora_ds.lowrank.storage import storage_problems, storage_warnings
+from relora_ds.lowrank.ties import align_tie_flag
+from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
+from relora_ds.zero import accelerator, ds_config, ds_types
+from relora_ds.zero.allocate import allocate, nothing_broadcast
+from relora_ds.zero.ds_config import ARGUMENT_NAMES
+from relora_ds.zero.ds_resolve import resolve
+from relora_ds.zero.engine import ReLoRAEngine
+from relora_ds.zero.fill import fill
+from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.randomness import drops_values_only
+from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
+from relora_ds.zero.shards import ShardView
+from relora_ds.zero.start import init_distributed
+from relora_ds.zero.streams import order_gathers
+from relora_ds.zero.weights import Nothing, WeightSource, sources_of
+
+logger = logging.getLogger(__name__)
+
+_ADAMW_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def initialize(
+    model: nn.Module,
+    config: str | dict,
+    relora: ReLoRAConfig | None = None,
+    *,
+    lr: float | None = None,
+    total_steps: int,
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.0,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    precision: str | None = None,
+    micro_batch_size: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    max_grad_norm: float | None = None,
+    training_data=None,
+    collate_fn=None,
+    param_groups: list[dict] | None = None,
+    seed: int = 0,
+    after_step: Callable[[ReLoRAEngine], None] | None = None,
+    weights: WeightSource | Nothing | None = None,
+):
+    """Make DeepSpeed's 4-tuple, as `deepspeed.initialize` does, for a model that `relora_ds.wrap` has wrapped.
+
+    A plain model is trained at full rank.
+
+    Args:
+        model: on CPU, with its values or on the meta device without them (its buffers need theirs), or built under
+            `deepspeed.zero.Init`. Masters of what trains and of what is frozen start from its values; best in fp32.
+            Where ranks hold different values, rank 0's count. Its tensors are released one by one.
+        config: a shipped name ("zero1"), a path, or a DeepSpeed config dict.
+        relora: not needed: the model carries the config that it was wrapped with, as `model.relora_config`. With its
+            `restart_every`, `engine.step()` restarts.
+        lr, betas, eps, weight_decay: AdamW's. None = what `config["optimizer"]["params"]` says, else (0.9, 0.999),
+            1e-8 and 0; `lr` has no default.
+        total_steps, warmup_steps, min_lr_ratio: the schedule, see `relora_ds.lr_multiplier`; steps are applied
+            optimizer steps, counted from here.
+        precision: "fp32", "bf16" or "fp16". None = what `config` enables, else bf16 on GPUs that have it, else fp32.
+        micro_batch_size, gradient_accumulation_steps: None = what `config` says, else 1.
+        max_grad_norm: gradient clipping, 0 = none. None = what `config` says, else 1.0.
+        training_data, collate_fn: a dataset, and how its items make a batch, for the loader that is returned.
+        param_groups: default `lowrank.wrap.parameter_groups(model)`: LoRA factors, other matrices, and
+            vectors without weight decay.
+        seed: decides the values of A after each restart.
+        after_step: called after every applied step; default: restart when it is due.
+        weights: a source of the plain model's fp32 weights, read one tensor at a time, instead of the model's own
+            values; `zero.weights.NOTHING` where a checkpoint is loaded next.
+
+    Returns:
+        `(engine, optimizer, loader, scheduler)`; `loader` is None without `training_data`.
+
+    Raises:
+        ValueError: everything in `config` that is not supported, or contradicts an argument that was passed, at once;
+            `relora` is another config than the model's; a model without values and without a source of them, or a
+            source of another model's, before anything is built; a tensor that cannot be read, on every rank.
+    """
+    relora = _carried_config(model, relora)
+    if (changed := align_tie_flag(model)) and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(changed)
+    settings = ds_config.load(config, ARGUMENT_NAMES["config"])
+    passed = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    batch = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
+    _refuse(
+        _argument_problems(passed, settings)
+        + (
+            ds_config.problems(
+                settings, precision=precision, max_grad_norm=max_grad_norm, **passed, **batch, names=ARGUMENT_NAMES
+            )
+            or ds_types.problems(settings, ARGUMENT_NAMES["config"])
+        )
+    )
+    init_distributed()
+    precision = precision or ds_config.precision_of(settings) or ("bf16" if accelerator.computes_bf16() else "fp32")
+    _refuse(
+        accelerator.precision_problems(precision) + (storage_problems(relora, precision) if relora is not None else [])
+    )
+    adamw = {**_ADAMW_DEFAULTS, **ds_config.adamw_values(settings), **_given(passed)}
+    settings = resolve(
+        settings,
+        precision=precision,
+        **batch,
+        world_size=dist.get_world_size(),
+        max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
+        num_trainable=count_parameters(model)[0],
+        cpu=not accelerator.is_cuda(),
+        names=ARGUMENT_NAMES,
+    )
+    stage = settings["zero_optimization"]["stage"]
+
+    sources = sources_of(model, weights)
+    device = accelerator.device_of_rank()
+    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device)
+    if frozen.layers and dist.get_rank() == 0:
+        for warning in storage_warnings(relora, precision, stage):
+            logger.warning(warning)
+    allocate(model, settings, DTYPES[precision], device)
+
+    groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])
+    schedule = ScheduleConfig(
+        total_steps,
+        warmup_steps,
+        min_lr_ratio,
+        relora.restart_every if relora else None,
+        relora.restart_warmup_steps if relora else 0,
+    )
+    with nothing_broadcast():
+        engine, optimizer, loader, scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(groups, fused=True, **{**adamw, "betas": tuple(adamw["betas"])}),
+            config=settings,
+            training_data=training_data,
+            collate_fn=collate_fn,
+            lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule),
+        )
+
+    order_gathers(engine)
+    shards = ShardView(engine)
+    shards.create_adam_state()
+    shards.drop_gathered_copies()
+    fill(model, shards, frozen, sources, engine.device)
+
+    engine.__class__ = ReLoRAEngine
+    engine.shards, engine.frozen, engine.relora, engine.seed = shards, frozen, relora, seed
+    engine.after_step = after_step or ReLoRAEngine.restart_if_due
+    engine.drift_probe = None
+    engine.last_restart = None
+    engine.num_accumulated = 0
+    engine._keeps_own_frozen = False
+    engine._masks_differ_on_cpu = drops_values_only(model)
+    return engine, optimizer, loader, scheduler
+
+
+def _carried_config(model: nn.Module, relora: ReLoRAConfig | None) -> ReLoRAConfig | None:
+    """Return the config that a model was wrapped with; ValueError where `relora`, or the lack of both, contradicts."""
+    carried = getattr(model, "relora_config", None)
+    if not lowrank_layers(model):
+        if relora is not None:
+            raise ValueError("relora: given, but the model has no low-rank layers; call relora_ds.wrap(model, config)")
+        return None
+    if carried is None and relora is None:
+        raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
+    if carried is not None and relora is not None and carried != relora:
+        raise ValueError(f"relora: {_differences(carried, relora)}; leave it out, the model carries its config")
+    return carried if relora is None else relora
+
+
+def _differences(carried: ReLoRAConfig, other: ReLoRAConfig) -> str:
+    """Return what two configs say differently, as a part of a sentence."""
+    now = dataclasses.asdict(other)
+    return ", ".join(
+        f"{name} is {now.get(name)!r}, and {value!r} in the config that the model was wrapped with"
+        for name, value in dataclasses.asdict(carried).items()
+        if now.get(name) != value
+    )
+
+
+def _argument_problems(passed: dict[str, Any], settings: dict) -> list[str]:
+    """Return what is wrong with the values of AdamW that were passed, one message each."""
+    found = ds_config.adamw_problems(_given(passed))
+    if passed["lr"] is None and "lr" not in ds_config.adamw_values(settings):
+        found.append("lr: not given, and config has no optimizer.params.lr; pass for instance lr=1e-3")
+    return found
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
