@@ -62,7 +62,7 @@ class Manifest:
         run: the trainer's own state, see `training.trainer`.
         engine: see `zero.engine_state`.
         model: `{"parameters": {name: {"shape", "trains"}}, "layers": {name: {"scaling", "base", "shape"}}, "frozen":
-            the fields of `zero.frozen_master.Storage`, "relora": the fields of the `ReLoRAConfig`, or None}`.
+            the fields of `lowrank.storage.Storage`, "relora": the fields of the `ReLoRAConfig`, or None}`.
         restarts: how many there were when the frozen weights were written.
         files: by name.
         versions: of the libraries that wrote it.

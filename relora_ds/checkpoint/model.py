@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from relora_ds.checkpoint import manifest, store
+from relora_ds.checkpoint.contents import BUFFER, OTHER, STORED
 from relora_ds.checkpoint.manifest import Manifest, is_needed
-from relora_ds.checkpoint.state import BUFFER, SavedTensors
+from relora_ds.checkpoint.tensors import SavedTensors
+from relora_ds.lowrank.storage import Storage
 from relora_ds.zero import checkpoint_model
 from relora_ds.zero.checkpoint_model import SavedModel, merged_weight, plain_shapes
-from relora_ds.zero.frozen_master import Storage
-from relora_ds.zero.frozen_state import OTHER, STORED
 
 
 @dataclass(frozen=True)

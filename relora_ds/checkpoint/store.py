@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from relora_ds.checkpoint import manifest
+from relora_ds.checkpoint.latest import named_by
 from relora_ds.checkpoint.manifest import (
     IN_CHECKPOINT,
     LATEST,
@@ -31,7 +32,6 @@ from relora_ds.checkpoint.manifest import (
     tag_of,
 )
 from relora_ds.utils.files import write_text
-from relora_ds.zero.latest import named_by
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of one engine, in the background.
+"""Write the checkpoints of one engine, in the background.
 
     save      links what an earlier checkpoint has, copies what changes to the CPU (the stall that training sees) and
               hands it to a thread
@@ -10,7 +10,6 @@ checkpoints before it as they are, and training goes on.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -24,15 +23,12 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from relora_ds.checkpoint.contents import RANGES, Captured, Source
 from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifest, tag_of
 from relora_ds.checkpoint.sharing import Sharing, find_peers
-from relora_ds.checkpoint.state import RANGES, Captured, capture
 from relora_ds.checkpoint.store import LATE_S, delete, put_aside
 from relora_ds.utils import files
 from relora_ds.utils.versions import installed_versions
-from relora_ds.zero.pinned import HostCopies
-from relora_ds.zero.plain_model import own_generation_config
-from relora_ds.zero.start import host_group
 
 logger = logging.getLogger(__name__)
 
@@ -77,27 +73,27 @@ class CheckpointWriter:
     """The checkpoints of an engine in `directory`, one after the other. Collective: every rank has one.
 
     Args:
+        source: the engine, as `zero.checkpoints.writer_of` gives it.
+        group: of all ranks, for objects on the host; the writer's own.
         after: called by a leader when a checkpoint is complete, to delete what is not kept.
-        continues: a checkpoint with the frozen weights that the engine was restored from.
+        continues: a checkpoint with the frozen weights that the engine has now.
         sharing: who sees `directory`, where that is known.
     """
 
     def __init__(
         self,
-        engine,
+        source: Source,
         directory: Path,
+        group: dist.ProcessGroup,
         after: Callable[[], None] = lambda: None,
         continues: tuple[Path, Manifest] | None = None,
         sharing: Sharing | None = None,
     ):
-        self._engine, self._directory, self._after = engine, directory, after
-        self._group = host_group()
+        self._source, self._directory, self._group, self._after = source, directory, group, after
         self._sharing = sharing or find_peers(directory)
         self._frozen: _Frozen | None = None  # of the newest checkpoint
-        self._copies = HostCopies(pinned=engine.device.type == "cuda")
-        if continues is not None and _same_content(continues[1], engine):
-            source, about = continues
-            self._remember(source, about.files, len(engine.restarts))
+        if continues is not None:
+            self._remember(continues[0], continues[1].files, source.cycle)
         if self._sharing.leads:
             for leftover in (
                 *directory.glob(".step_*"),
@@ -118,10 +114,10 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        restarts = len(self._engine.restarts)
+        restarts = self._source.cycle
         temporary = self._directory / f".{tag_of(step)}"
         is_linked = self._link(temporary, restarts)
-        captured = capture(self._engine, self._sharing.peers, not is_linked, self._copies)
+        captured = self._source.capture(self._sharing.peers, not is_linked)
         stall = time.perf_counter() - started
         self._thread = threading.Thread(
             target=self._run, args=(step, run, captured, restarts, started, stall), name="checkpoint", daemon=True
@@ -250,13 +246,9 @@ class CheckpointWriter:
         save(TRAINED, captured.trained, {RANGES: json.dumps(captured.ranges)})
         if captured.frozen is not None:
             save(FROZEN, captured.frozen, {})
-        module = self._engine.module
-        if self._sharing.leads and hasattr(getattr(module, "config", None), "save_pretrained"):
-            module.config.save_pretrained(directory)
-            add("config.json")
-            if own_generation_config(module):
-                module.generation_config.save_pretrained(directory)
-                add("generation_config.json")
+        if self._sharing.leads:
+            for name in self._source.write_config(directory):
+                add(name)
         return written
 
     def _lacks(self, directory: Path, listed: dict[str, File]) -> str | None:
@@ -314,10 +306,3 @@ def _attempt(work: Callable) -> tuple[object, str | None]:
     except Exception as error:
         logger.debug("checkpoint", exc_info=True)
         return None, f"rank {dist.get_rank()} on {socket.gethostname()}: {type(error).__name__}: {error}"
-
-
-def _same_content(about: Manifest, engine) -> bool:
-    """Whether the frozen files of a checkpoint are what the engine would write now."""
-    saved, now = about.model["frozen"], dataclasses.asdict(engine.frozen.storage)
-    in_fp32 = [content["with_masters"] or content["dtype"] == "fp32" for content in (saved, now)]
-    return about.model["restarts"] == len(engine.restarts) and (all(in_fp32) or saved == now)

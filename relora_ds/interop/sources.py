@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint import manifest, store
+from relora_ds.checkpoint.latest import named_by
 from relora_ds.checkpoint.manifest import LATEST
 from relora_ds.checkpoint.model import CheckpointWeights, is_checkpoint
 from relora_ds.checkpoint.run_files import read_json
@@ -24,7 +25,6 @@ from relora_ds.models.loading import load_config, load_model
 from relora_ds.models.pretrained_weights import pretrained_weights
 from relora_ds.models.ties import tied_as_stored
 from relora_ds.models.without_values import build_without_values, fill
-from relora_ds.zero.latest import named_by
 from relora_ds.zero.plain_model import export_config
 from relora_ds.zero.weights import WeightSource, problems
 

@@ -1,14 +1,53 @@
 """What a config asks for about the storage of the frozen weights, and what is wrong with it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DTYPES, Format, format_of
+from relora_ds.lowrank.formats import DTYPES, Format, format_named, format_of
 
 # What 20 merges without masters lose of updates that make up 10 % of W, in per cent: docs/results/quantization.md.
 _LOST_WITHOUT_MASTER = {"int8": 0.1, "fp8": 32, "nf4": 98}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the frozen weights of an engine are kept.
+
+    Attributes:
+        format: name of the format of the stored copies.
+        dtype: of what is stored in floating point, as text.
+        replicated: the weights are buffers, which ZeRO-3 leaves alone.
+        with_masters: there are fp32 masters.
+    """
+
+    format: str
+    dtype: str
+    replicated: bool
+    with_masters: bool
+
+    @property
+    def exact(self) -> bool:
+        """The stored copies are in fp32 themselves."""
+        return self.dtype == "fp32"
+
+    def same_bytes(self, other: "Storage") -> bool:
+        """Whether both hold a weight in the same bytes, at the same place."""
+        return (self.format, self.dtype, self.replicated) == (other.format, other.dtype, other.replicated)
+
+    def rounds_like(self, other: "Storage") -> bool:
+        """Whether the stored copies of both are rounded alike, wherever they are."""
+        return (self.format, self.dtype) == (other.format, other.dtype)
+
+    def dequantize(self, stored: Tensor, shape: torch.Size) -> Tensor:
+        """The fp32 weight `[out, in]` that a stored copy stands for."""
+        return format_named(self.format).dequantize(stored, shape, torch.float32)
+
+    def __str__(self) -> str:
+        return f"{self.dtype or self.format}{' (replicated)' if self.replicated else ''}"
 
 
 def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:

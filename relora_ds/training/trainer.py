@@ -14,8 +14,6 @@ from relora_ds.checkpoint import store
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.checkpoint.sharing import find_peers
-from relora_ds.checkpoint.state import problems, restore
-from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.data import tokenizer_files
 from relora_ds.data.agreement import require_same_tokens
 from relora_ds.interop.sources import TOKENIZER
@@ -38,7 +36,9 @@ from relora_ds.training.run_directory import Claim
 from relora_ds.training.samples import draw_samples, first_documents
 from relora_ds.training.watchdog import Watchdog
 from relora_ds.utils.files import write_json, write_text
+from relora_ds.zero.checkpoints import writer_of
 from relora_ds.zero.restart import NonFiniteMergeError
+from relora_ds.zero.restore import problems, restore
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.teardown import release
 from relora_ds.zero.traffic import count_traffic
@@ -242,7 +242,7 @@ class Trainer:
         self.watchdog.beat()
         if self.sharing is None:  # once, while the disk has room
             self.sharing = find_peers(self.run_dir / "checkpoints")
-        self.writer = CheckpointWriter(
+        self.writer = writer_of(
             self.engine,
             self.run_dir / "checkpoints",
             self._prune_checkpoints,

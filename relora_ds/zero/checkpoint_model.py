@@ -28,10 +28,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relora_ds.lowrank.frozen import add_update_
+from relora_ds.lowrank.storage import Storage
 from relora_ds.lowrank.wrap import full_shape, is_lora_parameter, lowrank_layers
 from relora_ds.zero.checkpoint_files import MASTERS_GLOB, STORED
 from relora_ds.zero.engine_state import engine_state
-from relora_ds.zero.frozen_master import Storage
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,15 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
+from relora_ds.checkpoint.latest import newest_tag
 from relora_ds.lowrank.reinit import GradientSketch
+from relora_ds.lowrank.storage import Storage
 from relora_ds.lowrank.targets import summary
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import checkpoint_files, checkpoint_model, universal
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
-from relora_ds.zero.frozen_master import Storage, is_partitioned
-from relora_ds.zero.latest import newest_tag
+from relora_ds.zero.frozen_master import is_partitioned
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart

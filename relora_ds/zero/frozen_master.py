@@ -6,18 +6,16 @@ rank. It holds the master, merges into it, quantizes the whole tensor once and b
 that all ranks hold the same bytes by construction.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DTYPES, format_named, multiplies_fp8
+from relora_ds.lowrank.formats import DTYPES, multiplies_fp8
 from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.linear import ReLoRALinear
-from relora_ds.lowrank.storage import format_at, has_masters, is_sharded, shape_problems
+from relora_ds.lowrank.storage import Storage, format_at, has_masters, is_sharded, shape_problems
 from relora_ds.zero.pinned import MasterStore
 from relora_ds.zero.shards import write_partition
 
@@ -36,43 +34,6 @@ def frozen_owners(layers: dict[str, ReLoRALinear]) -> dict[str, int]:
     """The rank that owns the weight of each layer, by name; layers without a base weight are left out."""
     sizes = {name: layer.weight_shape.numel() for name, layer in layers.items() if layer.weight is not None}
     return assign_owners(sizes, dist.get_world_size())
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How the frozen weights of an engine are kept.
-
-    Attributes:
-        format: name of the format of the stored copies.
-        dtype: of what is stored in floating point, as text.
-        replicated: the weights are buffers, which ZeRO-3 leaves alone.
-        with_masters: there are fp32 masters.
-    """
-
-    format: str
-    dtype: str
-    replicated: bool
-    with_masters: bool
-
-    @property
-    def exact(self) -> bool:
-        """The stored copies are in fp32 themselves."""
-        return self.dtype == "fp32"
-
-    def same_bytes(self, other: "Storage") -> bool:
-        """Whether both hold a weight in the same bytes, at the same place."""
-        return (self.format, self.dtype, self.replicated) == (other.format, other.dtype, other.replicated)
-
-    def rounds_like(self, other: "Storage") -> bool:
-        """Whether the stored copies of both are rounded alike, wherever they are."""
-        return (self.format, self.dtype) == (other.format, other.dtype)
-
-    def dequantize(self, stored: Tensor, shape: torch.Size) -> Tensor:
-        """The fp32 weight `[out, in]` that a stored copy stands for."""
-        return format_named(self.format).dequantize(stored, shape, torch.float32)
-
-    def __str__(self) -> str:
-        return f"{self.dtype or self.format}{' (replicated)' if self.replicated else ''}"
 
 
 class FrozenWeights:

@@ -1,11 +1,6 @@
 """The frozen weights of an engine, to be written and read again: whole tensors, each by its owner.
 
-They change at restarts only. What names what:
-
-    NAME.weight                 the fp32 value of a merged weight: its master, or a stored copy that is exact
-    stored/NAME.weight          the stored copy, where it is all there is
-    intended/, lost/NAME        the sums of the merge ledger
-    frozen/NAME                 what no layer merges into and nothing trains, as it is stored; of rank 0
+They change at restarts only. Their names are in `checkpoint.contents`.
 """
 
 from collections.abc import Callable
@@ -15,10 +10,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor
 
-from relora_ds.zero.frozen_master import Storage, is_partitioned
+from relora_ds.checkpoint.contents import INTENDED, LOST, OTHER, STORED
+from relora_ds.lowrank.storage import Storage
+from relora_ds.zero.frozen_master import is_partitioned
 from relora_ds.zero.shards import write_partition
 
-STORED, INTENDED, LOST, OTHER = "stored/", "intended/", "lost/", "frozen/"
 Read = Callable[[str], Tensor]  # the tensor of that name in a checkpoint
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from relora_ds.lowrank.storage import Storage
 from relora_ds.zero import checkpoint_files, checkpoint_model
 from relora_ds.zero.engine_state import restore_engine_state
-from relora_ds.zero.frozen_master import Storage
 from relora_ds.zero.frozen_state import restore_others
 from relora_ds.zero.shards import MOMENTS
 

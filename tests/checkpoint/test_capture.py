@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora_ds.checkpoint.state import PARTS, capture
+from relora_ds.checkpoint.contents import PARTS
+from relora_ds.zero.capture import capture
 from relora_ds.zero.pinned import HostCopies
 from tests.parity import cases
 from tests.ranks import ranks

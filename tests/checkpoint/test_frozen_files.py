@@ -17,6 +17,7 @@ from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.training.guard import GuardError
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
+from relora_ds.zero.checkpoints import writer_of
 from tests.faults.test_stop import train_and_signal
 from tests.parity import cases
 from tests.ranks import ranks
@@ -66,7 +67,7 @@ def save_twice(directory: Path, accident, host: str | None, link_error: int | No
     real = socket.gethostname
     for number, continues in enumerate((None, directory / "0" / "step_00000003")):
         known = continues and (continues, manifest.read(continues))
-        written = CheckpointWriter(engine, directory / str(number), continues=known)
+        written = writer_of(engine, directory / str(number), continues=known)
         if known is None:
             written.save(1, {})
             written.wait()
@@ -143,7 +144,7 @@ def test_whatever_becomes_of_the_source_every_checkpoint_is_whole(tmp_path, acci
 def lose_before_the_rename(directory: Path, name: str) -> list:
     """On a rank: save, and a file vanishes before it becomes a checkpoint."""
     engine = cases.build(1)
-    written = CheckpointWriter(engine, directory)
+    written = writer_of(engine, directory)
     real = CheckpointWriter._lacks
 
     def losing(self, temporary, listed):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from relora_ds.checkpoint import store
-from relora_ds.checkpoint.state import Captured
+from relora_ds.checkpoint.contents import Captured
 from relora_ds.checkpoint.store import ResumeError
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 import relora_ds
-from relora_ds.checkpoint.state import capture
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank import frozen
 from relora_ds.lowrank.wrap import wrap
+from relora_ds.zero.capture import capture
 from relora_ds.zero.teardown import release
 from tests.emulated_cuda.pool import gpu
 from tests.parity.cases import ds_settings

@@ -43,7 +43,7 @@ SETTINGS = [
 
 # A call at whose beginning the process dies: (module, what it is called there).
 PLACES = {
-    "a save: copying": ("relora_ds.checkpoint.writer", "capture"),
+    "a save: copying": ("relora_ds.zero.capture", "capture"),
     "a save: before the first file": ("relora_ds.checkpoint.writer", "save_file"),
     "a save: before a file is on the disk": ("relora_ds.checkpoint.files", "sync"),
     "a save: before the manifest": ("relora_ds.checkpoint.manifest", "Manifest.write"),
@@ -57,7 +57,7 @@ PLACES = {
     "a restart: before the ranks agree": ("relora_ds.zero.restart", "verify"),
     "the switch: collecting": ("relora_ds.training.phases", "hand_over"),
     "the switch: building": ("relora_ds.zero.weights", "OwnedWeights.read"),
-    "the switch: before the first step": ("relora_ds.training.trainer", "CheckpointWriter"),
+    "the switch: before the first step": ("relora_ds.training.trainer", "writer_of"),
 }
 
 

@@ -74,12 +74,12 @@ def markdown(result: dict) -> str:
 
 
 def _ours(engine, arguments: argparse.Namespace) -> list[dict]:
-    from relora_ds.checkpoint.writer import CheckpointWriter
+    from relora_ds.zero.checkpoints import writer_of
 
     found = {"ours, the first of a cycle": [], "ours, between restarts": []}
     for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-            writer = CheckpointWriter(engine, Path(directory))
+            writer = writer_of(engine, Path(directory))
             for number, rows in enumerate(found.values(), 1):
                 writer.save(number, {})
                 writer.wait()

@@ -1,0 +1,103 @@
+"""Take an engine's state out of it, for a checkpoint: written against the shard view, so it knows no ZeRO stage.
+
+Each rank contributes the ranges of the fp32 masters and Adam moments that it owns, under names; any number of ranks, at
+any stage, reads the ranges that it needs (`zero.restore`).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from relora_ds.checkpoint.contents import BUFFER, PARTS, Captured
+from relora_ds.lowrank.wrap import full_shape, lowrank_layers
+from relora_ds.zero.engine_state import engine_state
+from relora_ds.zero.frozen_master import assign_owners
+from relora_ds.zero.frozen_state import frozen_state
+from relora_ds.zero.pinned import HostCopies
+from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
+
+# Of a model's configuration: what changes nothing that it computes.
+_ELSEWHERE = ("dtype", "torch_dtype", "transformers_version", "use_cache", "architectures", "name_or_path")
+
+
+class EngineSource:
+    """What `checkpoint.writer` writes the checkpoints of an engine from; see `checkpoint.contents.Source`."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self._copies = HostCopies(pinned=engine.device.type == "cuda")
+
+    @property
+    def cycle(self) -> int:
+        return len(self._engine.restarts)
+
+    def capture(self, peers: list[int], with_frozen: bool) -> Captured:
+        return capture(self._engine, peers, with_frozen, self._copies)
+
+    def write_config(self, directory: Path) -> list[str]:
+        module, written = self._engine.module, []
+        if hasattr(getattr(module, "config", None), "save_pretrained"):
+            module.config.save_pretrained(directory)
+            written.append("config.json")
+            if own_generation_config(module):
+                module.generation_config.save_pretrained(directory)
+                written.append("generation_config.json")
+        return written
+
+
+@torch.no_grad()
+def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | None = None) -> Captured:
+    """Copy this rank's part of the state to the CPU. Collective.
+
+    Args:
+        peers: the ranks that share this rank's directory, this one among them; where every rank holds everything
+            (stage 0) they divide it among themselves.
+        with_frozen: also what is frozen.
+        copies: where to; what was captured into it before is overwritten.
+    """
+    rank, shards = dist.get_rank(), engine.shards
+    owners = {}
+    if not shards.partitioned:
+        owners = assign_owners({shard.name: shard.numel for shard in shards}, len(peers))
+    trained, ranges = {}, {}
+    for shard in shards:
+        if shard.start < shard.stop and peers[owners.get(shard.name, peers.index(rank))] == rank:
+            ranges[shard.name] = (shard.start, shard.stop)
+            trained |= {f"{part}/{shard.name}": getattr(shard, part) for part in PARTS}
+    trained = (copies or HostCopies(pinned=engine.device.type == "cuda")).take(trained)
+    if rank == 0:
+        trained |= {
+            BUFFER + name: buffer.to("cpu", copy=True) for name, buffer in persistent_buffers(engine.module).items()
+        }
+    return Captured(
+        trained, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine), description(engine)
+    )
+
+
+def description(engine) -> dict:
+    """Return what a manifest says about the model of an engine."""
+    layers = lowrank_layers(engine.module)
+    return {
+        "parameters": {
+            name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
+            for name, p in engine.module.named_parameters()
+        },
+        "layers": {
+            name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
+            for name, layer in layers.items()
+        },
+        "frozen": dataclasses.asdict(engine.frozen.storage),
+        "config": _configuration(engine.module),
+        "relora": None if engine.relora is None else dataclasses.asdict(engine.relora),
+    }
+
+
+def _configuration(module) -> dict:
+    """Return what decides the function of a transformers model; networks of the same shapes may differ in it."""
+    if not hasattr(getattr(module, "config", None), "to_dict"):
+        return {}
+    found = json.loads(json.dumps(module.config.to_dict(), default=str))
+    return {name: value for name, value in found.items() if name not in _ELSEWHERE and not name.startswith("_")}
