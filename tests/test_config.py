@@ -173,7 +173,10 @@ def test_all_errors_at_once():
         (["relora.frozen_dtype=nf8"], "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?); known: auto, fp32"),
         (["relora.frozen_master=gpu"], "relora.frozen_master: 'gpu' is unknown (did you mean cpu?)"),
         (["relora.frozen_placement=shared"], "relora.frozen_placement: 'shared' is unknown (did you mean sharded?)"),
-        (["relora.target_modules=q_proj"], "relora.target_modules: 'q_proj' is neither all-linear nor a list"),
+        (["relora.target_modules=(q_proj"], "'(q_proj' is neither all-linear, a list of module names or suffixes, nor"),
+        (["relora.exclude_modules=(lm"], "relora.exclude_modules: '(lm' is neither a list of module names nor a reg"),
+        (["log.to=[wandb, tensorbord]"], "log.to: 'tensorbord' is unknown (did you mean tensorboard?); known: tensorb"),
+        (["log.to=[wandb, wandb]"], "log.to: ['wandb', 'wandb'] names a logger twice"),
         (["model.preset=llama_60"], "model.preset: 'llama_60' is unknown (did you mean llama_60m?)"),
         (
             ["model.name_or_path=gpt2", "model.preset=tiny"],
@@ -196,7 +199,7 @@ def test_all_errors_at_once():
             "lora.base: warm_start has nothing to start from",
         ),
         (["train.tokens=1.5", "train.steps=null"], "train.tokens: 1.5 is not an integer or null"),
-        (["relora.target_modules=[a"], "relora.target_modules: '[a' is neither all-linear nor a list"),
+        (["relora.target_modules=[a"], "relora.target_modules: '[a' is neither all-linear, a list"),
     ],
 )
 def test_one_mistake_gives_one_message(overrides, expected):
@@ -229,7 +232,6 @@ def test_a_run_is_readable_where_its_data_is_not():
 
 def test_relora_config_checks_what_python_users_pass():
     assert ReLoRAConfig().problems() == []
-    assert ReLoRAConfig(r=64, lora_alpha=32).scaling == 0.5
     found = ReLoRAConfig(r="8", reset_ratio=1.0, lora_alpha=None, restart_every=100, target_modules=[]).problems()
     assert [message.split(":")[0] for message in found] == [
         "relora.r",
@@ -238,6 +240,27 @@ def test_relora_config_checks_what_python_users_pass():
         "relora.restart_every",
         "relora.target_modules",
     ]
+
+
+def test_scaling_is_pefts():
+    assert ReLoRAConfig(r=64, lora_alpha=32).scaling == 0.5
+    assert ReLoRAConfig(r=64, lora_alpha=32, use_rslora=True).scaling == 4
+
+
+def test_modules_to_save_is_another_name_of_trainable_modules():
+    config = ReLoRAConfig(modules_to_save=["lm_head"])
+    assert config.trainable_modules == ["lm_head"] and "modules_to_save" not in dataclasses.asdict(config)
+    assert dataclasses.replace(config, trainable_modules=["norm"]).trainable_modules == ["norm"]
+    with pytest.raises(ValueError, match="two names of one setting"):
+        ReLoRAConfig(modules_to_save=["lm_head"], trainable_modules=["norm"])
+    recipe = load_recipe("base.yaml", ["relora.modules_to_save=[lm_head]"])
+    assert recipe.relora.trainable_modules == ["lm_head"]
+
+
+def test_target_modules_may_be_a_regular_expression_and_empty_beside_parameters():
+    assert load_recipe("base.yaml", [r"relora.target_modules=.*\.(q|v)_proj"]).relora.target_modules
+    overrides = ["relora.target_modules=[]", "relora.target_parameters=[experts.down_proj]"]
+    assert load_recipe("base.yaml", overrides).relora.target_parameters == ["experts.down_proj"]
 
 
 def test_derived_values():

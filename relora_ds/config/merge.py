@@ -28,6 +28,9 @@ ONE_OF = (
     ("model.preset", "model.name_or_path"),
 )
 
+# Other names of a key.
+ALIASES = {"relora.modules_to_save": "relora.trainable_modules"}
+
 # How one start treats the run directory. A recipe that is stored or extended must not repeat it: `overwrite` would
 # delete the very run that stored it.
 OF_ONE_START = ("resume", "overwrite")
@@ -124,7 +127,7 @@ def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[
     values, schema, sections = {}, _schema(recipe_class), _sections(recipe_class)
     for override in overrides:
         key, equals, text = override.partition("=")
-        key = key.strip()
+        key = ALIASES.get(key.strip(), key.strip())
         if not equals or not key:
             problems.append(f"override {override!r} is not section.key=value; e.g. relora.r=64")
         elif key == EXTENDS:
@@ -146,7 +149,7 @@ def _flatten(
     """
     sections = _sections(recipe_class)
     for key, node in tree.value:
-        dotted = f"{prefix}{key.value}"
+        dotted = ALIASES.get(f"{prefix}{key.value}", f"{prefix}{key.value}")
         if isinstance(node, yaml.MappingNode) and dotted not in _schema(recipe_class):
             _flatten(node, f"{dotted}.", recipe_class, values, problems)
         elif dotted in sections:

@@ -1,6 +1,7 @@
 """The recipe as one typed tree: the fields, their defaults, and what follows from them."""
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import InitVar, asdict, dataclass, field
 
 from relora_ds.config import merge, spelling, validate
 from relora_ds.config.names import ds_config_names, preset_names
@@ -21,10 +22,14 @@ class ModelConfig:
 class ReLoRAConfig:
     """The low-rank phase: `W + s·B·A`, merged and restarted every `restart_every` steps (arXiv 2307.05695, sec. 3).
 
-    r, lora_alpha, lora_dropout, target_modules: PEFT's names and meanings; `s = lora_alpha / r`. `target_modules` is
-        "all-linear" (every linear layer but the output head) or a list of module names or name suffixes.
-    exclude_modules: names or name suffixes of linears to leave out of `target_modules`, as in PEFT.
-    trainable_modules: what trains at full rank beside A and B; None = embeddings, output head and norms.
+    r, lora_alpha, lora_dropout, target_modules: PEFT's names and meanings; `s = lora_alpha / r`, with `use_rslora`
+        `lora_alpha / sqrt(r)`. `target_modules` is "all-linear" (every linear layer but the output head), a list of
+        module names or name suffixes, or a regular expression that a whole module name matches.
+    exclude_modules: what to leave out of `target_modules`, as in PEFT: a list of names or suffixes, or an expression.
+    target_parameters: names or name suffixes of parameters that are low-rank without being a linear's weight, such as
+        the 3-D weights of a mixture of experts; as in PEFT.
+    trainable_modules: what trains at full rank beside A and B; None = embeddings, output head and norms. PEFT's name,
+        `modules_to_save`, is taken too.
     restart_every: applied optimizer steps between restarts; None = never (plain LoRA on a frozen W).
     restart_warmup_steps: length of the linear re-warm-up after a restart, in steps.
     optimizer_reset, reset_ratio: what happens to Adam's moments of A and B at a restart. `magnitude_joint` keeps the
@@ -43,8 +48,10 @@ class ReLoRAConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
-    exclude_modules: list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     trainable_modules: list[str] | None = None
+    use_rslora: bool = False
     restart_every: int | None = None
     restart_warmup_steps: int = 100
     optimizer_reset: str = "magnitude_joint"  # magnitude_joint | magnitude | random | zero | none
@@ -54,11 +61,21 @@ class ReLoRAConfig:
     frozen_double_quant: bool = False
     frozen_master: str = "cpu"  # cpu | device | none
     frozen_placement: str = "auto"  # auto | replicated | sharded
+    modules_to_save: InitVar[list[str] | None] = None
+
+    def __post_init__(self, modules_to_save: list[str] | None) -> None:
+        if modules_to_save is not None:
+            if self.trainable_modules not in (None, modules_to_save):
+                raise ValueError(
+                    f"ReLoRAConfig.modules_to_save: {modules_to_save} and trainable_modules: {self.trainable_modules} "
+                    "are two names of one setting; give one of them"
+                )
+            self.trainable_modules = modules_to_save
 
     @property
     def scaling(self) -> float:
         """`s` of `W + s·B·A`."""
-        return self.lora_alpha / self.r
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one message each (`relora.<field>: <value> … <remedy>`); [] when usable."""
@@ -162,6 +179,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class LogConfig:
     every: int = 10  # in steps
+    to: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard | wandb | mlflow | trackio
     update_rank: bool = False  # at each restart the effective rank of what W has gained since the warm start
 
 

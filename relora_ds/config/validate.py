@@ -5,6 +5,7 @@ nothing stops at the first problem. Every message names each field that it judge
 fields whose value it could not read in the first place).
 """
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ ACTIVATION_CHECKPOINTING = ("none", "full", "selective", "cheap")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 MAX_VOCABULARY = 10**7
 MAX_RESTARTS = 100_000  # their list is kept, saved and drawn
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 ON_SPIKE = ("report", "skip", "rollback")
 DATA_SOURCES = ("wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized")  # and org/name of the hub
 
@@ -69,28 +71,47 @@ def relora_problems(config: "ReLoRAConfig") -> list[str]:
             f"relora.restart_init: gradient needs the layer's own input, and relora.lora_dropout "
             f"{config.lora_dropout} hides it; use relora.lora_dropout=0"
         )
-    for name in ("target_modules", "exclude_modules", "trainable_modules"):
+    for name in ("target_modules", "exclude_modules", "target_parameters", "trainable_modules"):
         names = getattr(config, name)
         twice = sorted({one for one in names if names.count(one) > 1}) if isinstance(names, list) else []
         if twice and is_names(names):
             found.append(f"relora.{name}: {', '.join(twice)} is given twice; remove one")
     targets = config.target_modules
-    if targets != "all-linear" and not is_names(targets):
+    if not _is_expression(targets) and not is_names(targets, empty=bool(config.target_parameters)):
         found.append(
-            f"relora.target_modules: {targets!r} is neither all-linear nor a list of module names or "
-            "suffixes; use e.g. all-linear or [q_proj, v_proj]"
+            f"relora.target_modules: {targets!r} is neither all-linear, a list of module names or suffixes, nor a "
+            "regular expression; use e.g. all-linear or [q_proj, v_proj]"
         )
-    if config.exclude_modules is not None and not is_names(config.exclude_modules, empty=True):
+    excluded = config.exclude_modules
+    if excluded is not None and not _is_expression(excluded) and not is_names(excluded, empty=True):
         found.append(
-            f"relora.exclude_modules: {config.exclude_modules!r} is not a list of module names; use e.g. "
-            "[dt_proj, shared_expert_gate], or null for none"
+            f"relora.exclude_modules: {excluded!r} is neither a list of module names nor a regular expression; use "
+            "e.g. [dt_proj, shared_expert_gate], or null for none"
         )
+    if config.target_parameters is not None and not is_names(config.target_parameters, empty=True):
+        found.append(
+            f"relora.target_parameters: {config.target_parameters!r} is not a list of parameter names; use e.g. "
+            "[experts.gate_up_proj, experts.down_proj], or null for none"
+        )
+    if not isinstance(config.use_rslora, bool):
+        found.append(f"relora.use_rslora: {config.use_rslora!r} is not true or false; use e.g. false")
     if config.trainable_modules is not None and not is_names(config.trainable_modules, empty=True):
         found.append(
             f"relora.trainable_modules: {config.trainable_modules!r} is not a list of module names; use e.g. "
             "[embed_tokens, lm_head, norm], or null for embeddings, head and norms"
         )
     return [message for message in found if message]
+
+
+def _is_expression(value: object) -> bool:
+    """Return True for a regular expression, which PEFT takes for module names; "all-linear" is one by its form."""
+    if not isinstance(value, str) or any(character.isspace() for character in value):  # a list that is misspelled
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def recipe_problems(
@@ -346,6 +367,10 @@ def _interval_problems(recipe: "Recipe") -> Iterator[str | None]:
     yield integer("guard.watchdog_seconds", recipe.guard.watchdog_seconds, 1, example=1800)
     yield number("guard.spike_zscore", recipe.guard.spike_zscore, "above 0", lambda x: x > 0, example=8.0)
     yield choice("guard.on_spike", recipe.guard.on_spike, ON_SPIKE)
+    for logger in recipe.log.to:
+        yield choice("log.to", logger, LOGGERS)
+    if len(set(recipe.log.to)) < len(recipe.log.to):
+        yield f"log.to: {recipe.log.to} names a logger twice; remove one"
     if recipe.log.update_rank and not _keeps_the_switch(recipe):
         yield (
             "log.update_rank: true measures from the checkpoint at the end of the warm start, and the recipe keeps "
