@@ -32,6 +32,8 @@ EXTRAS_REQUIRE = {
         "accelerate>=1.15,<2",
         "bitsandbytes>=0.49",
         "matplotlib",
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.5,<10",
         "peft",
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -39,6 +41,7 @@ EXTRAS_REQUIRE = {
         "setuptools>=70.1",
     ],
     "lint": ["ruff==0.17.*"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     "plot": ["matplotlib"],
     "peft": ["peft"],
     "quantization": ["bitsandbytes>=0.49"],  # relora.frozen_dtype=nf4

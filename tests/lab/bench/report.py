@@ -8,11 +8,19 @@ import json
 import re
 from pathlib import Path
 
-from relora_ds.lab.bench.record import remark_on_seeds
+from relora_ds.lab.bench.record import remark_on_seeds, rows_as_markdown
 
 DOCS = Path(__file__).parents[3] / "docs" / "results"
+README = DOCS.parents[1] / "README.md"
 PAGES = ("quantization", "benchmarks")
 OF_LOSSES = ("quality",)  # benchmarks that quote losses of runs from random weights
+COSTS = {  # the rows of the README's table: contender -> its name there
+    "full rank": "full rank",
+    "PEFT, same modules train": "LoRA by PEFT, the same modules train",
+    "ours, dense": "ReLoRA",
+    "ours, LoRA alone": "ReLoRA, `trainable_modules: []`",
+    "ours, int8": "ReLoRA, `frozen_dtype: int8`",
+}
 TABLE = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,6 +62,31 @@ def filled_cards() -> str:
     return _with_tables("gpu", lambda _: "\n".join([gpu_report.cards(records), "", *each]))
 
 
+def costs() -> str:
+    """Return the README's table: bytes and seconds of a step between two hosts, and the peak memory of a step."""
+    hosts = measurements("benchmarks")["two_hosts_1gbit"]["result"]["rows"]
+    cable = {row["variant"]: row for row in hosts if row["shape"] == "wide_4"}
+    memory = {row["variant"]: row for row in measurements("quantization")["memory_350m"]["result"]["rows"]}
+    table = [["", "sent by a rank in a step ¹", "time of the step ¹", "peak memory of a step ²"]]
+    for variant, name in COSTS.items():
+        sent, peak = cable.get(variant), memory.get(variant)
+        table.append(
+            [
+                name,
+                f"{sent['wire'] / 1e6:,.0f} MB" if sent else "",
+                f"{sent['step_s']:.1f} s" if sent else "",
+                f"{peak['peak_bytes'] / 1e9:.1f} GB" if peak else "",
+            ]
+        )
+    return f"\n{rows_as_markdown(table)}\n\n"
+
+
+def filled_readme() -> str:
+    """Return the README with its table of costs as it is measured."""
+    text = README.read_text(encoding="utf-8")
+    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{costs()}<!-- end of {found[1]} -->", text)
+
+
 def _with_tables(page: str, table) -> str:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{table(found[1])}<!-- end of {found[1]} -->", text)
@@ -67,6 +100,7 @@ def main() -> None:
     for page in PAGES:
         (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")
     (DOCS / "gpu.md").write_text(filled_cards(), encoding="utf-8")
+    README.write_text(filled_readme(), encoding="utf-8")
     results = {name: record["result"] for name, record in measurements("benchmarks").items()}
     hosts = [with_predictions(results[f"two_hosts_{rate}"]) for rate in ("10gbit", "1gbit", "100mbit")]
     rows = [row for result in hosts for row in result["rows"]]

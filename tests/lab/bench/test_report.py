@@ -39,6 +39,12 @@ def test_the_page_of_gpus_has_every_card_that_was_checked():
     )
 
 
+def test_the_readme_has_what_was_measured():
+    text = report.README.read_text(encoding="utf-8")
+    assert {found[1] for found in report.TABLE.finditer(text)} == {"costs"}
+    assert report.filled_readme() == text, "README.md is stale: python -m tests.lab.bench.report"
+
+
 def test_a_card_has_a_line_and_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DOCS", tmp_path)
     (tmp_path / "gpu").mkdir()

@@ -1,20 +1,16 @@
 """What docs/ says can be checked: its links, the tests and files that it names, and the measured figures."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from relora_ds.config import load_recipe, preset_names, recipe_names
 from relora_ds.lowrank.formats import DENSE
-
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted((ROOT / "docs").rglob("*.md"))
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+from tests.docs.pages import DOCS, PAGES, ROOT, anchors, commands, fenced, name_of
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_files_tests_and_recipes_exist(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -22,16 +18,7 @@ def test_links_files_tests_and_recipes_exist(path):
         if not target.startswith("https://"):
             linked = path.parent / file
             assert linked.is_file(), target
-            headings = (
-                [
-                    re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                    for line in linked.read_text(encoding="utf-8").splitlines()
-                    if line.startswith("#")
-                ]
-                if anchor
-                else []
-            )
-            assert not anchor or anchor in headings, target
+            assert not anchor or anchor in anchors(linked), target
     for file in re.findall(r"`((?:relora_ds|tests|launch_scripts)/[\w/.]+)`", text):
         assert (ROOT / file).exists(), file
     for file, test in re.findall(r"`(tests/[\w/]+\.py)`,\s+`(test_\w+)`", text):
@@ -44,11 +31,11 @@ def test_links_files_tests_and_recipes_exist(path):
 
 
 def test_the_files_of_each_room_exist():
-    text = (ROOT / "docs" / "concepts" / "architecture.md").read_text(encoding="utf-8")
+    text = (DOCS / "concepts/architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.*\.py.*) \|$", text, re.MULTILINE)
     assert len(rows) > 5
     for room, files in rows:
-        folder = ROOT / "relora_ds" / ("" if room == "config" else room)
+        folder = ROOT / "relora_ds" / room
         assert [name for name in re.findall(r"`(\w+\.py)`", files) if not (folder / name).is_file()] == [], room
 
 
@@ -56,12 +43,11 @@ def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("text")
-    blocks = BLOCK.findall((ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8"))
-    (recipe,) = [code for language, code in blocks if language == "yaml"]
+    (recipe,) = fenced(DOCS / "reference/recipe_files.md", "yaml")
     (tmp_path / "my_run.yaml").write_text(recipe)
-    commands = [line for language, code in blocks if language == "bash" for line in code.splitlines()]
-    assert len(commands) == 3
-    for command in commands:
+    lines = [*commands(DOCS / "reference/recipe_files.md"), *commands(DOCS / "reference/recipes.md")]
+    assert len(lines) == 3
+    for command in lines:
         name, *overrides = command.partition("--config ")[2].split()
         load_recipe(name, overrides)
     mine = load_recipe("my_run.yaml", ["optim.lr=1e-3"])
@@ -69,7 +55,7 @@ def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
 
 
 def test_rounding_errors_of_a_merge_are_those_of_the_table():
-    text = (ROOT / "docs" / "concepts" / "restart.md").read_text(encoding="utf-8")
+    text = (DOCS / "concepts/restart.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (1e-\d) \| (\d+) % \| (\d+) % \|$", text, re.MULTILINE)
     assert len(rows) == 3
     generator = torch.Generator().manual_seed(0)

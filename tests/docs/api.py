@@ -1,0 +1,72 @@
+"""The public Python names in Markdown, from signatures and docstrings."""
+
+import inspect
+import re
+import textwrap
+
+import relora_ds
+
+
+def markdown() -> str:
+    """Return a section of every public name."""
+    return "\n\n".join(_section(name, getattr(relora_ds, name)) for name in relora_ds.__all__ if name != "__version__")
+
+
+def _section(name: str, thing) -> str:
+    parts = [f"## {name}", _block("python", _signature(name, thing)), _text(inspect.getdoc(thing) or "")]
+    if inspect.isclass(thing):
+        for method, function in _own_methods(thing).items():
+            parts += [
+                f"### {name}.{method}",
+                _block("python", _signature(method, function)),
+                _text(inspect.getdoc(function)),
+            ]
+    return "\n\n".join(parts)
+
+
+def _own_methods(kind: type) -> dict:
+    """Return the documented public methods that the class itself defines."""
+    found = {
+        name: value for name, value in vars(kind).items() if not name.startswith("_") and inspect.isfunction(value)
+    }
+    return {name: function for name, function in found.items() if function.__doc__}
+
+
+def _signature(name: str, thing) -> str:
+    try:
+        signature = inspect.signature(thing)
+    except (TypeError, ValueError):
+        return name
+    parameters = list(signature.parameters.values())
+    if inspect.isclass(thing) and any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return f"class {name}"  # made by others: the arguments are those of its base
+    shown = [str(one) for one in parameters]
+    if (first := next((i for i, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY), None)) is not None:
+        shown.insert(first, "*")
+    line = f"{name}({', '.join(shown)})"
+    if len(line) > 100:
+        line = f"{name}(\n" + textwrap.indent(",\n".join(shown), "    ") + ",\n)"
+    return line
+
+
+def _text(docstring: str) -> str:
+    """Return a docstring in Markdown: the entries of `Args:` and the like as lists."""
+    lines, in_section = [], False
+    for line in docstring.splitlines():
+        if re.fullmatch(r"(Args|Returns|Raises|Attributes|Args, Returns):", line):
+            in_section = True
+            lines += [f"**{line.removesuffix(':')}**", ""]
+        elif not line.strip():
+            lines.append("")
+        elif not line.startswith(" "):
+            in_section = False
+            lines.append(line)
+        elif in_section and (entry := re.fullmatch(r" {4}([\w, ]+): (.*)", line)):
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        else:
+            lines.append(line if not in_section else f"  {line.strip()}")
+    return "\n".join(lines)
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,80 @@
+"""Write the parts of the documentation that the code decides: `python -m tests.docs.generated`.
+
+A part stands between `<!-- NAME -->` and `<!-- end of NAME -->`; `PARTS` says which page has it and what makes it.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+
+from tests.docs import api, cli, keys
+from tests.docs.pages import DOCS, ROOT
+
+PURPOSES = {
+    "test": "`launch_scripts/test.sh`",
+    "lint": "`ruff` alone",
+    "docs": "this site",
+    "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
+    "peft": "baselines of `relora bench`, loading of PEFT exports",
+    "quantization": "`relora.frozen_dtype=nf4`",
+    "liger": "`model.use_liger_kernel=true`",
+    "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
+}
+
+
+def extras() -> str:
+    """Return the table of setup.py's extras."""
+    rows = ["| extra | brings | for |", "|---|---|---|"]
+    for name, requirements in setup_extras().items():
+        brings = ", ".join(f"`{re.split('[<>=]', one)[0]}`" for one in requirements)
+        rows.append(f"| `pip install '.[{name}]'` | {brings} | {PURPOSES[name]} |")
+    return "\n".join(rows)
+
+
+def setup_extras() -> dict[str, list[str]]:
+    """Return setup.py's EXTRAS_REQUIRE."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (value,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EXTRAS_REQUIRE"
+    )
+    return ast.literal_eval(value)
+
+
+def fixed_keys() -> str:
+    """Return the list of what must be the same when a run resumes."""
+    from relora_ds.training import identity
+
+    names = ", ".join(f"`{name}`" for name in identity._FIXED)
+    return (
+        f"- the shape of the network;\n- {names};\n"
+        "- the training data or the tokenizer (`data.source`, `data.path`, `data.tokenizer`, `data.max_tokens`, or\n"
+        "  the files themselves);\n"
+        "- `warm_start_steps`, where the checkpoint is past the old or the new end of the warm start;\n"
+        "- `train.steps` or `train.tokens`, where the run would end before the checkpoint."
+    )
+
+
+# (page, name of the part) -> what makes it
+PARTS: dict[tuple[str, str], Callable[[], str]] = {
+    ("guides/install.md", "extras"): extras,
+    ("guides/resume.md", "fixed keys"): fixed_keys,
+    ("reference/recipe.md", "keys"): keys.markdown,
+    ("reference/cli.md", "commands"): cli.markdown,
+    ("reference/api.md", "names"): api.markdown,
+}
+
+
+def filled(page: str) -> str:
+    """Return the text of docs/PAGE with every part of it made anew."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for (where, name), make in PARTS.items():
+        if where == page:
+            begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{make()}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    for page in dict.fromkeys(page for page, _ in PARTS):
+        (DOCS / page).write_text(filled(page), encoding="utf-8")
