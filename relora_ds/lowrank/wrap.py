@@ -4,6 +4,8 @@ A model is: targets (linears that get a frozen weight and a low-rank update), wh
 beside them (`trainable_modules`: by default embeddings, head and norms), and the rest, which is frozen.
 """
 
+import copy
+import functools
 import logging
 from collections import Counter
 
@@ -26,6 +28,7 @@ from relora_ds.lowrank.targets import (
     summary,
 )
 from relora_ds.lowrank.ties import align_tie_flag
+from relora_ds.lowrank.words import in_python
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = True) -> nn.Module:
     """Replace the target linears by `ReLoRALinear`, in place, and freeze what does not train.
 
+    The model then carries its config, as PEFT's do: `model.relora_config` and `model.print_trainable_parameters()`.
+
     Args:
         model: a model on CPU or meta, or partitioned by ZeRO-3, in the precision that its masters shall have (fp32).
         config: which linears, rank and scaling; see `ReLoRAConfig`.
@@ -71,12 +76,12 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
             a target's smaller side, a weight that `frozen_dtype` cannot store or that is shared with another module,
             a target that computes something else than `nn.Linear` or is not called, a model wrapped before.
     """
-    found = problems(model, config, base=base)
-    if found:
-        raise ValueError("\n".join(found))
-    changed = align_tie_flag(model)
-    for warning in [*warnings(model, config), *([changed] if changed else [])]:
-        logger.warning(warning)
+    if found := problems(model, config, base=base):
+        raise ValueError("\n".join(in_python(message) for message in found))
+    if changed := align_tie_flag(model):
+        logger.warning(changed)
+    for warning in warnings(model, config):
+        logger.warning(in_python(warning))
     return wrap_quietly(model, config, seed=seed, base=base)
 
 
@@ -106,8 +111,7 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # no fast path in evaluation, which reads weights instead of calling
     _choose_what_trains(model, config)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _refuse_to_save
+    _carry(model, config)
     return model
 
 
@@ -123,7 +127,8 @@ def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     replace_modules(model, linears)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    vars(model).pop("save_pretrained", None)
+    for name in ("save_pretrained", "relora_config", "print_trainable_parameters"):
+        vars(model).pop(name, None)
     return model
 
 
@@ -315,6 +320,12 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
     ]
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many weights train, in PEFT's words; a packed or partitioned weight counts as one weight each."""
+    trainable, total = count_parameters(model)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+
 def is_lora_parameter(name: str) -> bool:
     """Whether a parameter's name is that of a low-rank factor."""
     return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
@@ -327,6 +338,14 @@ def _refuse_to_save(*args, **kwargs) -> None:
         "loaded; use engine.save_merged, ReLoRACallback with the Hugging Face Trainer, or "
         "relora_ds.merge_and_unwrap in a single process"
     )
+
+
+def _carry(model: nn.Module, config: ReLoRAConfig) -> None:
+    """Let a wrapped model have its config and what PEFT's models can; `copy.deepcopy` and pickle take them along."""
+    model.relora_config = copy.deepcopy(config)
+    model.print_trainable_parameters = functools.partial(print_trainable_parameters, model)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_to_save
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

@@ -106,7 +106,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         if untrained:
             logger.warning(
                 "no gradient reached the low-rank update of %s in the first step: it is not called, or its "
-                "result is not used; leave it out with relora.exclude_modules",
+                "result is not used; leave it out with exclude_modules",
                 summary(untrained),
             )
 

@@ -19,6 +19,7 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
+from relora_ds.lowrank.words import for_everyone
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import accelerator, ds_config, ds_types
 from relora_ds.zero.allocate import allocate, nothing_broadcast
@@ -134,7 +135,7 @@ def initialize(
     frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device)
     if frozen.layers and dist.get_rank() == 0:
         for warning in storage_warnings(relora, precision, stage):
-            logger.warning(warning)
+            logger.warning(for_everyone(warning))
     allocate(model, settings, DTYPES[precision], device)
 
     groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])

@@ -39,7 +39,7 @@ def pin_memory(address: int, size: int) -> None:
     if error := int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE)):
         raise RuntimeError(
             f"{size:,} bytes of host memory cannot be page-locked (cudaError {error}); allow more with "
-            "ulimit -l, or keep the masters on the GPU with relora.frozen_master=device"
+            "ulimit -l, or keep the masters on the GPU with frozen_master=device"
         )
 
 

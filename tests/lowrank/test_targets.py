@@ -75,7 +75,7 @@ def test_what_is_no_plain_linear_is_left_out_or_refused_by_name(kind, caplog):
     model = nn.Sequential(nn.Linear(8, 8), PECULIAR[kind](8, 8))
     refused = ReLoRAConfig(r=2, target_modules=["1"])
     assert [p for p in problems(model, refused) if "target_modules: 1 " in p and "relora.exclude_modules=[1]" in p]
-    with pytest.raises(ValueError, match="relora.target_modules: 1 "):
+    with pytest.raises(ValueError, match="ReLoRAConfig.target_modules: 1 "):
         wrap(model, refused)
     if kind == "lazy":
         model(torch.randn(2, 8))  # it becomes an nn.Linear
@@ -153,8 +153,8 @@ def test_excluded_names_agree_with_peft():
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["dwon_proj"], "relora.exclude_modules: 'dwon_proj' matches no module"),
-        ("down_proj", "relora.exclude_modules: 'down_proj' is not a list"),
+        (["dwon_proj"], "ReLoRAConfig.exclude_modules: 'dwon_proj' matches no module"),
+        ("down_proj", "ReLoRAConfig.exclude_modules: 'down_proj' is not a list"),
         (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "leaves nothing"),
     ],
 )

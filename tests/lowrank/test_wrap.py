@@ -123,13 +123,13 @@ def test_groups_have_no_decay_on_vectors_and_lora_of_its_own():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(r=21), "relora.r: 21 exceeds the smaller side of model.layers.0.self_attn.q_proj"),
-        (dict(target_modules=["q_porj"]), "relora.target_modules: 'q_porj' matches no module"),
-        (dict(target_modules=["mlp"]), "relora.target_modules: 'mlp' matches no nn.Linear"),
-        (dict(trainable_modules=["emb"]), "relora.trainable_modules: 'emb' matches no module"),
+        (dict(r=21), "ReLoRAConfig.r: 21 exceeds the smaller side of model.layers.0.self_attn.q_proj"),
+        (dict(target_modules=["q_porj"]), "ReLoRAConfig.target_modules: 'q_porj' matches no module"),
+        (dict(target_modules=["mlp"]), "ReLoRAConfig.target_modules: 'mlp' matches no nn.Linear"),
+        (dict(trainable_modules=["emb"]), "ReLoRAConfig.trainable_modules: 'emb' matches no module"),
         (
             dict(frozen_dtype="nf4"),
-            "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 11 more: nf4 stores blocks",
+            "ReLoRAConfig.frozen_dtype: model.layers.0.self_attn.q_proj and 11 more: nf4 stores blocks",
         ),
     ],
 )
@@ -162,6 +162,6 @@ def test_a_weight_shared_between_modules_is_an_error():
     with pytest.raises(
         ValueError,
         match=r"up_proj \(and 1 like it\) is shared with another module .*"
-        r"relora.exclude_modules=\[up_proj\]",
+        r"ReLoRAConfig.exclude_modules=\[up_proj\]",
     ):
         wrap(model, CONFIG)

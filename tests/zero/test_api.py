@@ -29,7 +29,6 @@ def own_loop(directory, stage) -> dict:
     engine, optimizer, loader, scheduler = relora_ds.initialize(
         model=model,
         config=f"zero{stage}",
-        relora=CONFIG,
         training_data=Tokens(),
         lr=1e-2,
         total_steps=12,
@@ -85,9 +84,7 @@ def ranks_with_other_seeds(stage) -> dict:
 
 
 def cases_engine(model, stage):
-    return relora_ds.initialize(
-        model=model, config=f"zero{stage}", relora=CONFIG, lr=1e-2, total_steps=12, precision="bf16"
-    )[0]
+    return relora_ds.initialize(model=model, config=f"zero{stage}", lr=1e-2, total_steps=12, precision="bf16")[0]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -100,7 +97,7 @@ def test_rank_0s_weights_count_to_the_last_bit(stage):
 
 
 def refused(changes: dict) -> str:
-    arguments = dict(config="zero1", relora=CONFIG, lr=1e-2, total_steps=12)
+    arguments = dict(config="zero1", lr=1e-2, total_steps=12)
     try:
         relora_ds.initialize(model=relora_ds.wrap(llama(), CONFIG), **{**arguments, **changes})
     except ValueError as error:
@@ -108,20 +105,148 @@ def refused(changes: dict) -> str:
     return "accepted"
 
 
-def test_mistakes_are_named():
-    [message] = ranks(1).run(
-        refused,
-        {
-            "config": {
-                "zero_optimization": {"stage": 1},
-                "scheduler": {"type": "WarmupLR"},
-                "optimizer": {"type": "Muon"},
-            }
-        },
-    )
-    assert "scheduler" in message and "Muon" in message
-    [message] = ranks(1).run(refused, {"relora": None})
-    assert "pass the ReLoRAConfig" in message
+def with_optimizer(**values) -> dict:
+    return {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": values}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            {"config": {"scheduler": {"type": "WarmupLR"}, "optimizer": {"type": "Muon"}}},
+            ["config scheduler: ", 'config optimizer.type: "Muon"'],
+        ),
+        ({"config": "zero7"}, ["config: zero7 is neither a file nor a shipped configuration"]),
+        ({"config": {"zero_optimization": {"stage": 1, "reduce_bucket_size": "x"}}}, ["config zero_optimization.red"]),
+        ({"config": {"train_batch_size": 3}, "micro_batch_size": 2}, ["config train_batch_size: 3 is not 2 ="]),
+        (
+            {"config": with_optimizer(betas=[0.9, 0.95]), "betas": (0.9, 0.999)},
+            ["config optimizer.params.betas: [0.9, 0.95] contradicts betas [0.9, 0.999]"],
+        ),
+        ({"config": with_optimizer(lr=0.1)}, ["config optimizer.params.lr: 0.1 contradicts lr 0.01"]),
+        ({"config": with_optimizer(eps=1e-6), "eps": 1e-8}, ["config optimizer.params.eps: 1e-06 contradicts eps 1"]),
+        (
+            {"config": with_optimizer(weight_decay=0.1), "weight_decay": 0.0},
+            ["config optimizer.params.weight_decay: 0.1 contradicts weight_decay 0.0"],
+        ),
+        (
+            {"config": {"gradient_clipping": 0.5}, "max_grad_norm": 1.0},
+            ["config gradient_clipping: 0.5 contradicts max_grad_norm 1.0"],
+        ),
+        (
+            {"config": {"train_micro_batch_size_per_gpu": 4}, "micro_batch_size": 2},
+            ["config train_micro_batch_size_per_gpu: 4 contradicts micro_batch_size 2"],
+        ),
+        (
+            {"config": {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps": 2},
+            ["config gradient_accumulation_steps: 4 contradicts gradient_accumulation_steps 2"],
+        ),
+        (
+            {"config": {"bf16": {"enabled": True}}, "precision": "fp32"},
+            ["config bf16.enabled: true contradicts precision fp32"],
+        ),
+        ({"lr": None}, ["lr: not given, and config has no optimizer.params.lr; pass"]),
+        ({"lr": -1.0}, ["lr: -1.0 is not a number > 0"]),
+        ({"betas": (0.9, 1.0)}, ["betas: [0.9, 1.0] are not two numbers in [0, 1)"]),
+        ({"config": with_optimizer(betas=0.9)}, ["config optimizer.params.betas: 0.9 are not two numbers in [0, 1)"]),
+        (
+            {"relora": ReLoRAConfig(r=4, lora_alpha=8, restart_every=5, restart_warmup_steps=2)},
+            ["relora: restart_every is 5, and 4 in the config that the model was wrapped with; leave it out"],
+        ),
+    ],
+)
+def test_mistakes_have_the_names_that_the_caller_wrote(changes, messages):
+    [said] = ranks(1).run(refused, changes)
+    for message in messages:
+        assert any(line.startswith(message) for line in said.splitlines()), said
+    for key in ("optim.", "train.micro", "recipe", "relora.", "deepspeed "):
+        assert key not in said
+
+
+def test_a_config_without_a_model_to_apply_it_to():
+    assert "call relora_ds.wrap" in ranks(1).run(plain_with_a_config)[0]
+
+
+def plain_with_a_config() -> str:
+    try:
+        relora_ds.initialize(llama(), "zero1", CONFIG, lr=1e-2, total_steps=12)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+JSON = {
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.2}},
+    "gradient_clipping": 0.5,
+    "train_micro_batch_size_per_gpu": 3,
+    "gradient_accumulation_steps": 2,
+    "bf16": {"enabled": True},
+}
+
+
+def settled(arguments: dict) -> dict:
+    """What the engine trains with."""
+    model = relora_ds.wrap(llama(), CONFIG)
+    engine, *_ = relora_ds.initialize(model, total_steps=12, **arguments)
+    group = engine.optimizer.param_groups[0]
+    found = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    found["lr"] = engine.lr_scheduler.base_lrs[0]
+    found |= {
+        "clipping": engine.gradient_clipping(),
+        "micro": engine.train_micro_batch_size_per_gpu(),
+        "accumulation": engine.gradient_accumulation_steps(),
+        "bf16": engine.bfloat16_enabled(),
+        "restart_every": engine.relora.restart_every,
+    }
+    release(engine)
+    return found
+
+
+FROM_JSON = {
+    "lr": 3e-3,
+    "betas": (0.8, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.2,
+    "clipping": 0.5,
+    "micro": 3,
+    "accumulation": 2,
+    "bf16": True,
+    "restart_every": 4,
+}
+DEFAULTS = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "clipping": 1.0,
+    "micro": 1,
+    "accumulation": 1,
+    "bf16": False,
+    "restart_every": 4,
+}
+AUTO = {
+    **JSON,
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "bf16": {"enabled": "auto"},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"config": JSON}, FROM_JSON),
+        ({"config": JSON, "lr": 3e-3, "betas": (0.8, 0.95), "relora": CONFIG, "precision": "bf16"}, FROM_JSON),
+        ({"config": "zero1", "lr": 1e-2}, DEFAULTS),
+        ({"config": AUTO, "lr": 1e-2, "relora": CONFIG}, DEFAULTS),
+    ],
+    ids=["the JSON decides", "the same twice", "defaults", "auto"],
+)
+def test_what_is_not_passed_is_what_the_deepspeed_configuration_says(arguments, expected):
+    assert ranks(1).run(settled, arguments)[0] == expected
 
 
 def test_public_names():

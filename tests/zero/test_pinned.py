@@ -122,7 +122,7 @@ def test_a_block_is_locked_whole_and_unlocked_with_its_last_tensor(cuda):
 def test_memory_that_cannot_be_locked_is_an_error_with_a_remedy(monkeypatch):
     refusing = types.SimpleNamespace(cudaHostRegister=lambda *_: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
-    with pytest.raises(RuntimeError, match=r"4,000 bytes .* \(cudaError 2\); .* relora.frozen_master=device"):
+    with pytest.raises(RuntimeError, match=r"4,000 bytes .* \(cudaError 2\); .* frozen_master=device"):
         host_block(1000, pinned=True)
 
 
