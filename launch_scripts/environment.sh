@@ -9,6 +9,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
+CPU_INDEX=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { printf '%s\n' "$*"; }
@@ -122,35 +123,53 @@ make_venv() {
     fi || fail "$base could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
 }
 
-announce_download() {
+# pip_is_set_up: whether the user's settings, of the environment or of pip's files, say what pip may install.
+pip_is_set_up() {
+    local settings="\.(index-url|extra-index-url|no-index|find-links|constraint)='[^']"
+    [[ $("$PYTHON" -m pip config list 2>/dev/null) =~ $settings ]]
+}
+
+# choose_build: announce the download, and set `build` to the options by which pip finds PyTorch's CPU build: on a
+# machine without an NVIDIA GPU, if the user has not set pip up and the index of that build answers.
+choose_build() {
+    build=()
     say "installing PyTorch, DeepSpeed, transformers and the rest into .venv; this takes minutes"
-    if [ "$(uname -sm)" = "Linux x86_64" ]; then
-        say "  3 to 6 GB: PyTorch for Linux brings its CUDA libraries, unless pip is set up to take another build"
-        if [ -n "${PIP_CONSTRAINT:-}" ]; then
-            say "  PIP_CONSTRAINT is set and decides the versions"
-        elif ! command -v nvidia-smi >/dev/null; then
-            say "  No NVIDIA GPU was found. PyTorch's CPU build (0.2 GB) is enough here; to have it, stop now and start with"
-            say "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment."
-        fi
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then return; fi
+    if pip_is_set_up; then
+        say "  pip's settings decide which PyTorch: 3 to 6 GB with its CUDA libraries, 0.2 GB without"
+    elif command -v nvidia-smi >/dev/null; then
+        say "  3 to 6 GB: PyTorch for Linux brings its CUDA libraries"
+    elif timeout 10 "$PYTHON" -m pip index versions torch --index-url "$CPU_INDEX" --retries 0 --timeout 4 \
+        >/dev/null 2>&1; then
+        build=(--extra-index-url "$CPU_INDEX")
+        say "  no NVIDIA GPU was found: PyTorch's CPU build from $CPU_INDEX, 0.2 GB instead of 3 to 6"
+        say "  To use .venv on machines with GPUs, stop now and start with PIP_INDEX_URL=https://pypi.org/simple in the"
+        say "  environment."
+    else
+        say "  3 to 6 GB: PyTorch for Linux brings its CUDA libraries. No NVIDIA GPU was found, but $CPU_INDEX,"
+        say "  which has a CPU build of 0.2 GB, does not answer."
     fi
 }
 
 # use_venv: set PYTHON to .venv's, making and completing it where setup.py has changed since it was last completed.
 use_venv() {
-    local stamp pins
+    local stamp pins build=()
     stamp="$(cksum <"$ROOT/setup.py") $ROOT"
     PYTHON=$VENV/bin/python
     "$PYTHON" -c '' 2>/dev/null || make_venv
     if [ "$(cat "$VENV/relora_ds.stamp" 2>/dev/null)" != "$stamp" ]; then
         pins=$(mktemp)
-        "$PYTHON" -m pip list --format=freeze 2>/dev/null | grep -i '^torch==' >"$pins" || announce_download
-        "$PYTHON" -m pip install -qq -c "$pins" -e "${ROOT}[test]" ||
+        "$PYTHON" -m pip list --format=freeze 2>/dev/null | grep -i '^torch==' >"$pins" || choose_build
+        "$PYTHON" -m pip install -qq -c "$pins" ${build[@]+"${build[@]}"} -e "${ROOT}[test]" ||
             fail "pip could not complete .venv; what it says is above. Run this again to go on."
         rm -f "$pins"
         printf '%s\n' "$stamp" >"$VENV/relora_ds.stamp"
     fi
     export VIRTUAL_ENV=$VENV
     say "environment: .venv ($unused)"
+    if command -v nvidia-smi >/dev/null && [[ $("$PYTHON" -m pip freeze 2>/dev/null) =~ torch==[^[:space:]]*\+cpu ]]; then
+        say "warning: .venv has PyTorch's CPU build, and this machine has an NVIDIA GPU; remove .venv to have it made again"
+    fi
 }
 
 prepare_environment() {
