@@ -51,7 +51,8 @@ def checkout(tmp_path) -> Path:
     program(tmp_path / "tools/uname", "echo Linux x86_64")
     program(
         tmp_path / ".venv/bin/python",
-        f'case "$*" in "-m pip install"*) echo "$*" >>installed ;; "-m pip list"* | "-m pip freeze"*) cat has 2>/dev/null ;;\n'
+        'case "$*" in\n"-m pip install"*) echo "$*" >>installed ;;\n'
+        '"-m pip list"* | "-m pip freeze"*) cat has 2>/dev/null ;;\n'
         f'*) exec "{sys.executable}" "$@" ;; esac',
     )
     return tmp_path
