@@ -97,7 +97,7 @@ def _fp8(resolved) -> list[str]:
     """Whether the products of fp8 weights are in fp8, as far as this machine can tell."""
     from relora_ds.lowrank.formats import FP8
     from relora_ds.methods import method_of
-    from relora_ds.planning.storage import format_here
+    from relora_ds.planning.planned_storage import format_here
 
     format = format_here(method_of(resolved.recipe).relora, resolved.precision, resolved.stage)
     if not isinstance(format, FP8):
@@ -114,14 +114,14 @@ def _fp8(resolved) -> list[str]:
 
 
 def _calendar(recipe) -> list[str]:
-    from relora_ds.planning import calendar
+    from relora_ds.planning import schedule_preview
 
-    columns, happens = calendar.curve(recipe), calendar.events(recipe)
+    columns, happens = schedule_preview.curve(recipe), schedule_preview.events(recipe)
     highest = max(event.lr for event in happens)
     lines = [
         f"learning rate (peak {highest:.3g})",
-        *(f"  {line}" for line in calendar.draw(columns)),
-        f"  {calendar.marks(recipe)}",
+        *(f"  {line}" for line in schedule_preview.draw(columns)),
+        f"  {schedule_preview.marks(recipe)}",
         "  | a phase begins   ^ restart",
         "",
     ]
@@ -145,8 +145,8 @@ def _calendar(recipe) -> list[str]:
 def _phases(resolved, config) -> list[str]:
     """T, memory and bytes: a column for each phase, and full rank beside them."""
     from relora_ds.methods import Full
-    from relora_ds.planning.calendar import restarts_of
     from relora_ds.planning.cost import activations_of, cost
+    from relora_ds.planning.schedule_preview import restarts_of
     from relora_ds.training.phases import phases_of
 
     recipe, phases = resolved.recipe, phases_of(resolved.recipe)
@@ -187,8 +187,8 @@ def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> li
 
 
 def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]:
+    from relora_ds.planning.device_memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, peak, total
     from relora_ds.planning.host import HOST_MOMENTS
-    from relora_ds.planning.memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, peak, total
     from relora_ds.utils.text import human_bytes
 
     rows = []

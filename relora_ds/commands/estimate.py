@@ -144,7 +144,7 @@ def _by_format(resolved, method, config) -> dict[str, int]:
     from relora_ds.config.validate import FROZEN_DTYPES
     from relora_ds.lowrank.formats import DTYPES
     from relora_ds.planning.network import shapes_of
-    from relora_ds.planning.storage import format_here
+    from relora_ds.planning.planned_storage import format_here
 
     choices = {name: (name, False) for name in FROZEN_DTYPES if name != "auto"} | {DOUBLE: ("nf4", True)}
     shapes, found = shapes_of(method, config).merged.values(), {}
@@ -177,8 +177,8 @@ def _entry(
     resolved, name: str, method, config, stage: int, world_size: int, activations: int | None, ranks_per_host: int
 ) -> dict:
     from relora_ds.planning.cost import cost
+    from relora_ds.planning.device_memory import DEVICE, HOST, KEPT, peak, total
     from relora_ds.planning.host import HOST_MOMENTS
-    from relora_ds.planning.memory import DEVICE, HOST, KEPT, peak, total
 
     result = cost(resolved, method, config, stage=stage, world_size=world_size)
     payload, wire = result.step or (None, None)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora_ds.data import gutenberg, hub, localfiles, manifest, wikitext
+from relora_ds.data import file_hashes, gutenberg, hub, localfiles, wikitext
 from relora_ds.data.cache import cache_root
 from relora_ds.data.hub import Splits
 from relora_ds.data.reading import DataWarning, hold_out, in_memory
@@ -104,7 +104,7 @@ def is_hashed(data: DataConfig) -> bool:
         *([text_files(data)] if data.source == "text" else []),
         *([localfiles.find(validation, "data.validation")] if isinstance(validation, str) else []),
     ]
-    return all(manifest.is_remembered(files, cache_root(data)) for files in named)
+    return all(file_hashes.is_remembered(files, cache_root(data)) for files in named)
 
 
 def is_datasets_id(source: str) -> bool:
@@ -187,7 +187,7 @@ def _named(splits) -> Splits:
 
 def _contents(files: list[Path], data: DataConfig) -> list[list[str]]:
     """Kinds and hashes: the same bytes are other documents under another suffix."""
-    hashes = manifest.sha256_of(files, cache_root(data))
+    hashes = file_hashes.sha256_of(files, cache_root(data))
     return [[localfiles.kind(file), sha256] for file, sha256 in zip(files, hashes, strict=True)]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relora_ds.data import manifest, tokenizer_files
+from relora_ds.data import file_hashes, tokenizer_files
 from relora_ds.data.reading import DataWarning
 from relora_ds.utils.files import sha256, write_text
 
@@ -147,9 +147,9 @@ def _damage(directory: Path, metadata: dict, cache_root: Path, field: str) -> st
         return f"{str(directory / METADATA)!r} is damaged"
     files = [directory / name for name in expected]
     try:
-        found = manifest.sha256_of(files, cache_root)
+        found = file_hashes.sha256_of(files, cache_root)
         if found != list(expected.values()):  # what is remembered may be damaged too
-            found = manifest.sha256_of(files, cache_root, afresh=True)
+            found = file_hashes.sha256_of(files, cache_root, afresh=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         return f"{error.filename!r} is missing"
     except OSError as error:

@@ -15,6 +15,7 @@ from relora_ds.models import recompute
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import from_config
 from relora_ds.planning.cost import activations_of, cost
+from relora_ds.planning.device_memory import HOST, KEPT, peak, total
 from relora_ds.planning.link import (
     Candidate,
     Link,
@@ -25,9 +26,8 @@ from relora_ds.planning.link import (
     recommend,
     seconds_per_token,
 )
-from relora_ds.planning.memory import HOST, KEPT, peak, total
 from relora_ds.planning.network import network_of, shapes_of
-from relora_ds.planning.storage import format_here
+from relora_ds.planning.planned_storage import format_here
 from relora_ds.training.preflight import Resolved
 
 USABLE = 0.9  # of a device's memory: the rest is the allocator's and the libraries'

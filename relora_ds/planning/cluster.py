@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 
 from relora_ds.config import Recipe
 from relora_ds.methods import Method
-from relora_ds.planning import memory
+from relora_ds.planning import device_memory
 from relora_ds.planning.cost import cost
 from relora_ds.planning.link import flops_per_token, forward_flops_per_token
 from relora_ds.planning.network import Shapes, shapes_of
@@ -118,9 +118,9 @@ def predict_step(
     resolved = dataclasses.replace(resolved, recipe=recipe)
     shapes = shapes or shapes_of(method, config)
     found = cost(resolved, method, config, stage=stage, world_size=cluster.world_size, shapes=shapes)
-    zero = memory.zero_section(
+    zero = device_memory.zero_section(
         recipe,
-        memory.at_stage(resolved.deepspeed, stage),
+        device_memory.at_stage(resolved.deepspeed, stage),
         shapes,
         precision=resolved.precision,
         accumulation=found.accumulation,

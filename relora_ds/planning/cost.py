@@ -6,11 +6,11 @@ from transformers import PretrainedConfig
 
 from relora_ds.config import RecipeError, accumulation_steps
 from relora_ds.methods import Full, Method
-from relora_ds.planning import host, memory
+from relora_ds.planning import device_memory, host
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
-from relora_ds.planning.storage import format_here, storage_of
-from relora_ds.planning.traffic import restart_bytes, step_bytes
+from relora_ds.planning.planned_storage import format_here, storage_of
+from relora_ds.planning.planned_traffic import restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
 from relora_ds.zero.restart import peak_bytes
 
@@ -31,7 +31,7 @@ class Cost:
     world_size: int
     accumulation: int | None
     shapes: Shapes
-    items: list[memory.Item]
+    items: list[device_memory.Item]
     step: tuple[float, float] | None
     restart: tuple[float, float] | None
 
@@ -52,16 +52,16 @@ def cost(
     recipe, precision = resolved.recipe, resolved.precision
     world_size = world_size or resolved.world_size
     stage = resolved.stage if stage is None else stage
-    deepspeed = memory.at_stage(resolved.deepspeed, stage)
+    deepspeed = device_memory.at_stage(resolved.deepspeed, stage)
     shapes = shapes or shapes_of(method, config)
     try:
         accumulation = accumulation_steps(recipe, world_size)
     except RecipeError:
         accumulation = None
-    zero = memory.zero_section(
+    zero = device_memory.zero_section(
         recipe, deepspeed, shapes, precision=precision, accumulation=accumulation or 1, world_size=world_size
     )
-    items = memory.state(
+    items = device_memory.state(
         shapes, zero, method.relora, precision=precision, world_size=world_size, accumulation=accumulation or 1
     )
     items += host.moments(
@@ -84,7 +84,7 @@ def cost(
         )
     if method.relora is not None and method.relora.restart_every is not None and shapes.merged:
         merge = peak_bytes(shapes.merged, method.relora.r, stage=stage, world_size=world_size)
-        items.append(memory.Item("a merge", merge, when=memory.RESTART))
+        items.append(device_memory.Item("a merge", merge, when=device_memory.RESTART))
         restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart)
 

@@ -6,9 +6,9 @@ whole by one rank, which is not counted here.
 """
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.planning.memory import HOST, MASTER, MOMENTS, RESTART, Item, masters_bytes, most_owned, share
+from relora_ds.planning.device_memory import HOST, MASTER, MOMENTS, RESTART, Item, masters_bytes, most_owned, share
 from relora_ds.planning.network import Shapes
-from relora_ds.planning.storage import Storage
+from relora_ds.planning.planned_storage import PlannedStorage
 
 BUILD = "build"  # of an engine
 SWITCH = "switch"  # from the warm start
@@ -17,7 +17,7 @@ HOST_MOMENTS = (BUILD, SWITCH, RESTART, CHECKPOINT)
 
 
 def moments(
-    shapes: Shapes, storage: Storage, relora: ReLoRAConfig | None, *, world_size: int, after_warm_start: bool
+    shapes: Shapes, storage: PlannedStorage, relora: ReLoRAConfig | None, *, world_size: int, after_warm_start: bool
 ) -> list[Item]:
     """What the rank with the most of it holds on the host for a while."""
     largest = max([*map(max, shapes.groups), *shapes.frozen, *(shape.numel() for shape in shapes.merged.values())])

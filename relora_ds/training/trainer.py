@@ -15,7 +15,7 @@ from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.checkpoint.sharing import find_peers
 from relora_ds.data import tokenizer_files
-from relora_ds.data.agreement import require_same_tokens
+from relora_ds.data.check_same_data import require_same_tokens
 from relora_ds.interop.sources import TOKENIZER
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.models.build import meta_model

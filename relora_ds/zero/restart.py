@@ -26,10 +26,10 @@ from relora_ds.lowrank.linear import initial_A
 from relora_ds.lowrank.reinit import dominant_rows, orthogonal_A
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
-from relora_ds.zero.agreement import checksum, verify
 from relora_ds.zero.frozen_master import FrozenWeights, assign_owners
 from relora_ds.zero.moments import prune_moments
 from relora_ds.zero.shards import ShardView
+from relora_ds.zero.verify_ranks import checksum, verify
 
 _COPIES = 5  # of a layer's W in fp32: what `_merged` has alive at once, the stored copy among it
 _FAILED = 2  # beside 1, not finite

@@ -98,7 +98,7 @@ def test_what_frozen_weights_do_not_do_is_said(capsys):
     ],
 )
 def test_whether_fp8_weights_multiply_in_fp8(monkeypatch, overrides, able, words):
-    monkeypatch.setattr("relora_ds.planning.storage._this_machine_multiplies_fp8", lambda: able)
+    monkeypatch.setattr("relora_ds.planning.planned_storage._this_machine_multiplies_fp8", lambda: able)
     resolved = resolve("tiny", ["relora.frozen_dtype=fp8", *overrides], 1, to_run=False)
     (line,) = _fp8(resolved)
     assert line.startswith("fp8: ") and words in line

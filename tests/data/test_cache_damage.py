@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from relora_ds.data import cache, gutenberg, manifest, preparation, prepare, pretokenized, tokenization, wikitext
+from relora_ds.data import cache, file_hashes, gutenberg, preparation, prepare, pretokenized, tokenization, wikitext
 from relora_ds.data import tokenizer as tokenizers
 from tests.data.settings import settings
 
@@ -78,14 +78,14 @@ def test_a_damaged_directory_of_tokens_is_refused(root, tmp_path, name):
 
 
 def test_what_was_verified_is_not_read_again(root, monkeypatch):
-    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)  # as if the files had lain here for long
+    monkeypatch.setattr(file_hashes, "GRANULARITY_NS", -10_000_000_000)  # as if the files had lain here for long
     prepare(settings(root, seq_len=16))
-    monkeypatch.setattr(manifest, "sha256", lambda name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(file_hashes, "sha256", lambda name: pytest.fail(f"{name} was read"))
     prepare(settings(root, seq_len=16))
 
 
 def test_damage_of_what_is_remembered_damages_nothing(root, builds, monkeypatch):
-    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)
+    monkeypatch.setattr(file_hashes, "GRANULARITY_NS", -10_000_000_000)
     prepare(settings(root, seq_len=16))
     for file in (root / "manifests").glob("*.json"):
         known = json.loads(file.read_text())
@@ -108,7 +108,7 @@ def test_an_entry_without_checksums_is_used_as_before(root, builds):
 
 
 def test_a_cache_that_cannot_be_written_is_used_and_read_once(root, builds, monkeypatch, tmp_path):
-    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)
+    monkeypatch.setattr(file_hashes, "GRANULARITY_NS", -10_000_000_000)
     monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
     first = prepare(settings(root, seq_len=16))
     shutil.rmtree(root / "manifests")
@@ -117,7 +117,7 @@ def test_a_cache_that_cannot_be_written_is_used_and_read_once(root, builds, monk
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
     (tmp_path / "elsewhere").unlink()
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint
-    monkeypatch.setattr(manifest, "sha256", lambda name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(file_hashes, "sha256", lambda name: pytest.fail(f"{name} was read"))
     assert prepare(settings(root, seq_len=16)).fingerprint == first.fingerprint and builds == []
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_read_now_is_not_deleted(root, monkeypatch):
     def unreadable(name):
         raise OSError(errno.EIO, "Input/output error", str(name))
 
-    monkeypatch.setattr(manifest, "sha256", unreadable)
+    monkeypatch.setattr(file_hashes, "sha256", unreadable)
     change(first.directory / "train.bin", DAMAGES["train.bin"])
     with pytest.raises(ValueError, match=r"data.cache_dir: '.*' cannot be read \(Input/output error\); make it readab"):
         prepare(settings(root, seq_len=16))

@@ -91,7 +91,7 @@ def test_a_file_that_is_found_in_several_ways_is_read_once(tmp_path):
 
 def test_a_wrong_column_is_found_before_the_corpus_is_hashed(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", n=[1], body=["x"])
-    monkeypatch.setattr("relora_ds.data.manifest.sha256_of", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("relora_ds.data.file_hashes.sha256_of", lambda *_: pytest.fail("hashed"))
     with pytest.raises(ValueError, match=r"data.text_column: 'text' is not in '.*a.parquet'; it has: n, body"):
         prepare(settings(tmp_path / "cache", source="text", path=str(tmp_path / "a.parquet")))
     write_parquet(tmp_path / "a.parquet", text=[1])

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from relora_ds.checkpoint.store import directories
-from relora_ds.lab.bench.record import conditions
+from relora_ds.lab.bench.environment import environment_info
 from relora_ds.training.metrics import read_metrics
 from tests.ranks import Ranks
 from tests.training.runs import losses, train
@@ -170,7 +170,7 @@ def main() -> int:
     seconds, killed, lived = untouched(directory / "whole"), 0, 0
     places = [place for place in PLACES for _ in range(3)]
     with arguments.out.open("a", encoding="utf-8") as log:
-        log.write(json.dumps({"session": conditions(), "seed": arguments.seed}) + "\n")
+        log.write(json.dumps({"session": environment_info(), "seed": arguments.seed}) + "\n")
         while killed < arguments.kills:
             run_dir, finished = directory / f"run_{lived}", False
             for _ in range(KILLS_OF_A_RUN):

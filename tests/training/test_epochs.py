@@ -3,7 +3,7 @@
 import pytest
 
 from relora_ds.__main__ import main
-from relora_ds.data import manifest
+from relora_ds.data import file_hashes
 from relora_ds.training import preflight, report
 from relora_ds.training.phases import phases_of
 from tests.data.settings import write_text
@@ -11,7 +11,7 @@ from tests.data.settings import write_text
 
 @pytest.fixture
 def overrides(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "GRANULARITY_NS", -10_000_000_000)  # as if the text had lain here for long
+    monkeypatch.setattr(file_hashes, "GRANULARITY_NS", -10_000_000_000)  # as if the text had lain here for long
     for number in range(30):
         write_text(tmp_path / "text" / f"{number:02}.txt", 40, f"word{number}")
     return [

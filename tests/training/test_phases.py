@@ -7,7 +7,7 @@ import torch
 
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.planning.cost import cost
-from relora_ds.planning.memory import DEVICE, HOST, KEPT, total
+from relora_ds.planning.device_memory import DEVICE, HOST, KEPT, total
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import build_engine, hand_over, phases_of
 from relora_ds.training.preflight import check, resolve

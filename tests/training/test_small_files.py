@@ -15,7 +15,7 @@ from relora_ds.checkpoint import store
 from relora_ds.checkpoint.run_files import read_json, read_metrics
 from relora_ds.interop.export import export
 from relora_ds.interop.sources import find_checkpoint, is_finished
-from relora_ds.lab.figures.record import method_text, read_runs
+from relora_ds.lab.figures.run_history import method_text, read_runs
 from relora_ds.training import metrics
 from relora_ds.training.console import View
 from relora_ds.training.metrics import MetricsLog

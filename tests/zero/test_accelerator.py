@@ -10,7 +10,7 @@ import deepspeed.accelerator
 import pytest
 import torch
 
-from relora_ds.lab.bench.on_ranks import run_on_ranks
+from relora_ds.lab.bench.launch_local import launch_local
 from relora_ds.train import main
 from relora_ds.zero import accelerator
 from relora_ds.zero.initialize import initialize
@@ -85,7 +85,7 @@ def test_benchmarks_do_not_start_more_ranks_than_there_are_gpus(machine, monkeyp
     machine("cuda", (A100,))
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="^LOCAL_RANK: 2 ranks on this machine, but PyTorch sees 1 GPU"):
-        run_on_ranks("relora_ds.lab.bench.restart", Namespace(), 2)
+        launch_local("relora_ds.lab.bench.restart_time", Namespace(), 2)
 
 
 def test_a_run_is_refused_before_anything_begins(machine, tmp_path, capfd):

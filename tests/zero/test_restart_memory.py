@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.zero import agreement, restart
+from relora_ds.zero import restart, verify_ranks
 from tests.parity import cases
 from tests.peak_bytes import PeakBytes
 from tests.ranks import ranks
@@ -28,7 +28,7 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     found = []
     for step in range(3):
         cases.train_step(engine, step)
-        with mock.patch.object(agreement, "_CHUNK", LARGEST // 64), PeakBytes() as memory:
+        with mock.patch.object(verify_ranks, "_CHUNK", LARGEST // 64), PeakBytes() as memory:
             engine.restart()
         found.append((memory.peak, expected, memory.live))
     cases.release(engine)

@@ -11,12 +11,9 @@ import sys
 
 import torch.distributed as dist
 
-from relora_ds.lab.bench.contenders import FULL, VARIANTS, Spec, build, require, step
-from relora_ds.lab.bench.on_ranks import run_on_ranks
-from relora_ds.lab.bench.record import rows_as_markdown
-
-NAME = "bandwidth"
-HELP = "bytes of a step by collective: full rank, PEFT LoRA and ours, at every ZeRO stage"
+from relora_ds.lab.bench.baselines import FULL, VARIANTS, Spec, build, require, step
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.bench.launch_local import launch_local
 
 CONTROL = 1024  # bytes: smaller messages are control
 DEFAULT = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
@@ -64,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict:
     """Count one contender after the other. ValueError: see `require`, or the ranks failed."""
     require(_specs(arguments))
-    return run_on_ranks("relora_ds.lab.bench.bandwidth", arguments, arguments.ranks)
+    return launch_local("relora_ds.lab.bench.bandwidth", arguments, arguments.ranks)
 
 
 def _specs(arguments: argparse.Namespace) -> list[Spec]:

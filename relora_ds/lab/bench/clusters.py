@@ -10,10 +10,7 @@ import dataclasses
 import itertools
 import sys
 
-from relora_ds.lab.bench.record import rows_as_markdown
-
-NAME = "clusters"
-HELP = "PREDICTED step time of full rank and ReLoRA on 8 to 4,096 GPUs, and across the internet"
+from relora_ds.lab.bench.environment import rows_as_markdown
 
 PER_HOST = 8
 MICRO_BATCHES = (1, 2, 4)
@@ -120,7 +117,7 @@ class _Method:
         """The step at the fastest stage whose state and activations fit into `memory` bytes, or why there is none."""
         from relora_ds.planning.cluster import predict_step, with_batch_for
         from relora_ds.planning.cost import activations_of, cost
-        from relora_ds.planning.memory import peak
+        from relora_ds.planning.device_memory import peak
 
         found = []
         for checkpointing, micro_batch_size in itertools.product(("none", "full"), MICRO_BATCHES):

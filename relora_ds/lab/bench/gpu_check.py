@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.lab.bench.contenders import FULL, Spec
+from relora_ds.lab.bench.baselines import FULL, Spec
 from relora_ds.lab.bench.gpu_report import label, markdown, suspicious  # noqa: F401 (markdown: of every benchmark)
 from relora_ds.lab.bench.peaks import peak_flops
 from relora_ds.lab.bench.throughput import CONTENDERS
@@ -33,9 +33,6 @@ from relora_ds.lab.bench.watched import Process
 from relora_ds.lowrank.formats import format_named
 from relora_ds.models import compilation
 from relora_ds.utils.versions import version_of
-
-NAME = "gpu-check"
-HELP = "correctness, speed, memory and restarts on this machine's GPU, into one file, within minutes"
 
 TESTS = Path(__file__).parents[3] / "tests" / "cuda"
 # The most telling first; compiling takes the longest.
@@ -266,7 +263,11 @@ class Check:
 
             write_json(
                 self.out,
-                {"bench": NAME, "conditions": self.result["machine"].get("conditions", {}), "result": self.result},
+                {
+                    "bench": "gpu-check",
+                    "conditions": self.result["machine"].get("conditions", {}),
+                    "result": self.result,
+                },
             )
 
 

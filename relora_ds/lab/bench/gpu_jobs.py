@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from relora_ds.lab.bench.contenders import Spec
+from relora_ds.lab.bench.baselines import Spec
 
 
 def machine() -> dict:
     """On what all is measured: the conditions, the GPUs, and what a large product in bf16 reaches."""
-    from relora_ds.lab.bench.record import conditions
+    from relora_ds.lab.bench.environment import environment_info
     from relora_ds.lab.bench.throughput import measured_peak_flops
 
     cuda = torch.cuda.is_available()
     found = {
-        "conditions": conditions(),
+        "conditions": environment_info(),
         "gpus": torch.cuda.device_count() if cuda else 0,
         "measured_flops": measured_peak_flops("bf16", "cuda" if cuda else "cpu"),
     }
@@ -49,7 +49,7 @@ def speed(spec: dict, contender: str, repeats: int) -> dict:
 
 def restart(spec: dict, tokens_per_step: int, restarts: int) -> dict:
     """Pauses, as `bench restart` has them."""
-    from relora_ds.lab.bench.restart import time_restarts
+    from relora_ds.lab.bench.restart_time import time_restarts
 
     return time_restarts(Spec(**spec), tokens_per_step, restarts)
 

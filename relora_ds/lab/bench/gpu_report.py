@@ -3,8 +3,8 @@
 import statistics
 
 from relora_ds.lab.bench import layer
-from relora_ds.lab.bench.contenders import FULL
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.baselines import FULL
+from relora_ds.lab.bench.environment import rows_as_markdown
 
 OURS = "ours, dense"
 OUT_OF_MEMORY = "out of memory"  # a result, and no fault

@@ -22,13 +22,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from relora_ds.lab.bench.memory import MALLOC, forget_peak, resident
-from relora_ds.lab.bench.on_ranks import run_on_ranks
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.bench.launch_local import launch_local
+from relora_ds.lab.bench.peak_memory import MALLOC, forget_peak, resident
 from relora_ds.models.build import count_parameters
-
-NAME = "host-memory"
-HELP = "memory of the host while an engine is built and at the switch from the warm start, by number of ranks"
 
 FP32 = 4  # bytes
 
@@ -68,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict:
     rows = []
     for stage, num_ranks in itertools.product(arguments.stages, arguments.ranks):
         rows.append(
-            run_on_ranks(
+            launch_local(
                 "relora_ds.lab.bench.host_memory", argparse.Namespace(**shared, stage=stage), num_ranks, MALLOC
             )
         )

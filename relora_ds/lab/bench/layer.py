@@ -25,13 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lowrank.formats import ALIGNMENT, DENSE, DTYPES, Format, format_of, multiplies_fp8
 from relora_ds.lowrank.kernels import SLOW_ON_CPU
 from relora_ds.lowrank.linear import ReLoRALinear
-
-NAME = "layer"
-HELP = "speed of one layer, forward and backward, in every storage format, against full rank, naive LoRA and PEFT"
 
 OTHERS = ("full", "naive", "peft")
 FROZEN_DTYPES = ("auto", "fp32", "bf16", "int8", "fp8", "nf4")

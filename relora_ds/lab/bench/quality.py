@@ -21,11 +21,8 @@ from pathlib import Path
 
 from relora_ds.config import Recipe, load_recipe
 from relora_ds.data.corpora import documents
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.training.metrics import read_metrics
-
-NAME = "quality"
-HELP = "validation loss by storage format: whole training runs on WikiText-2"
 
 RECIPE = "quickstart"
 SETTINGS = (
@@ -104,7 +101,7 @@ def run(arguments: argparse.Namespace) -> dict:
     result = compare({name: [plan.read() for plan in plans if plan.name == name] for name in names})
     result["settings"] = [RECIPE, *SETTINGS, *arguments.overrides]
     if arguments.figure:
-        from relora_ds.lab.figures.quality import save_quality
+        from relora_ds.lab.figures.plot_quality import save_quality
 
         save_quality(result, arguments.figure)
     return result

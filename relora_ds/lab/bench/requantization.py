@@ -23,12 +23,9 @@ import argparse
 import torch
 from torch import Tensor
 
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lowrank.formats import ALIGNMENT, Format, format_named
 from relora_ds.lowrank.frozen import add_update_
-
-NAME = "requantization"
-HELP = "how much of 20 merged updates is left in a quantized weight, with an fp32 master and as others merge"
 
 FORMATS = ("bf16", "int8", "fp8", "nf4", "nf4_double")
 FIGURES = ("lost", "distance", "error")

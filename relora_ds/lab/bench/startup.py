@@ -14,9 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-NAME = "startup"
-HELP = "seconds from the command to the first step, and where they go"
-
 STAGES = (
     "launcher",
     "import torch",
@@ -92,7 +89,7 @@ def _start(arguments: argparse.Namespace, scratch: Path) -> dict[str, float]:
 
 def markdown(result: dict) -> str:
     """The table."""
-    from relora_ds.lab.bench.record import rows_as_markdown  # it imports torch, which is timed
+    from relora_ds.lab.bench.environment import rows_as_markdown  # it imports torch, which is timed
 
     full = {stage: statistics.median(start[stage] for start in result["full_cache_s"]) for stage in STAGES}
     rows = [["", "data cache full", "empty"]]

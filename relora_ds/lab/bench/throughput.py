@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from relora_ds.lab.bench.contenders import (
+from relora_ds.lab.bench.baselines import (
     FULL,
     VARIANTS,
     Seconds,
@@ -35,12 +35,9 @@ from relora_ds.lab.bench.contenders import (
     step,
     synchronized,
 )
-from relora_ds.lab.bench.on_ranks import run_on_ranks
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.bench.launch_local import launch_local
 from relora_ds.lowrank.formats import DTYPES
-
-NAME = "throughput"
-HELP = "tokens/s and the parts of a step: full rank, PEFT LoRA and ours, at the same and at each one's best micro-batch"
 
 # name -> what of its Spec differs
 UNLIKE_FULL_RANK = ("compile", "checkpointing")  # a ceiling says nothing of those that also differ in these
@@ -94,7 +91,7 @@ def run(arguments: argparse.Namespace) -> dict:
     """Time one contender after the other. ValueError: see `require`, or the ranks failed."""
     arguments.variants = [FULL, *(name for name in arguments.variants if name != FULL)]
     require(_spec(name, arguments.micro_batch_size[0], arguments) for name in arguments.variants)
-    return run_on_ranks("relora_ds.lab.bench.throughput", arguments, arguments.ranks)
+    return launch_local("relora_ds.lab.bench.throughput", arguments, arguments.ranks)
 
 
 def measure(arguments: argparse.Namespace) -> dict:

@@ -9,12 +9,9 @@ import argparse
 import statistics
 import tempfile
 
-from relora_ds.lab.bench.contenders import synchronized
-from relora_ds.lab.bench.on_ranks import run_on_ranks
-from relora_ds.lab.bench.record import rows_as_markdown
-
-NAME = "trainer"
-HELP = "what metrics, guard and progress cost of a step, measured by leaving them out"
+from relora_ds.lab.bench.baselines import synchronized
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.bench.launch_local import launch_local
 
 WARM_BLOCKS = 1
 _QUIET = ("warm_start_steps=0", "eval.every=1000000", "eval.samples=0", "checkpoint.every=1000000", "overwrite=true")
@@ -35,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """Train, and compare the blocks. ValueError: the ranks failed."""
-    return run_on_ranks("relora_ds.lab.bench.trainer", arguments, arguments.ranks)
+    return launch_local("relora_ds.lab.bench.trainer", arguments, arguments.ranks)
 
 
 def measure(arguments: argparse.Namespace) -> dict:

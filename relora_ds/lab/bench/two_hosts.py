@@ -29,15 +29,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from relora_ds.lab.bench.cable import ADDRESSES, INTERFACE, Cable, parse_rate
-from relora_ds.lab.bench.contenders import FULL, TWINS, VARIANTS, Spec, build, require, step, synchronized
-from relora_ds.lab.bench.record import rows_as_markdown
+from relora_ds.lab.bench.baselines import FULL, TWINS, VARIANTS, Spec, build, require, step, synchronized
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.bench.simulated_link import ADDRESSES, INTERFACE, Cable, parse_rate
 from relora_ds.planning import link
 from relora_ds.planning.cluster import Cluster, Wire
 from relora_ds.zero.launchers import hosts_in
-
-NAME = "two-hosts"
-HELP = "step time and tokens/s of two hosts, over a cable of a given rate"
 
 CONTENDERS = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
 SHAPES = ("llama_60m", "wide_4")

@@ -14,18 +14,28 @@ MAY_BE_ZERO = {"stage", "stages", "node_rank", "seed"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from relora_ds.lab.bench import BENCHMARKS
 
-    subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name")
-    for name in BENCHMARKS:
-        module = importlib.import_module(f"relora_ds.lab.bench.{name}")
-        subparser = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP)
-        module.add_arguments(subparser)
-        subparser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result, with its conditions")
-        subparser.set_defaults(module=module)
+    subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name", parser_class=_BenchmarkParser)
+    for name, (_, what) in BENCHMARKS.items():
+        subparsers.add_parser(name, help=what, description=what)
     parser.parse_intermixed_args = parser.parse_args  # argparse cannot intermix where there are subcommands
 
 
+class _BenchmarkParser(argparse.ArgumentParser):
+    """The options of one benchmark, whose module (it imports torch and deepspeed) is imported when they are parsed."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        from relora_ds.lab.bench import BENCHMARKS
+
+        name = self.prog.split()[-1]
+        module = importlib.import_module(f"relora_ds.lab.bench.{BENCHMARKS[name][0]}")
+        module.add_arguments(self)
+        self.add_argument("--out", type=Path, metavar="FILE.json", help="write the result, with its conditions")
+        self.set_defaults(module=module)
+        return super().parse_known_args(args, namespace)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    from relora_ds.lab.bench.record import conditions
+    from relora_ds.lab.bench.environment import environment_info
 
     if arguments.out and not arguments.out.parent.is_dir():  # known before hours of measuring
         raise ValueError(f"--out: there is no directory {arguments.out.parent}; make it first")
@@ -37,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = arguments.module.run(arguments)
     if os.environ.get("RANK", "0") != "0":  # one of several ranks that a launcher has started
         return 0
-    record = {"bench": arguments.module.NAME, "conditions": conditions(), "result": result}
+    record = {"bench": arguments.bench, "conditions": environment_info(), "result": result}
     print(arguments.module.markdown(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     with needs_matplotlib("plot"):
-        from relora_ds.lab.figures.plot import plot_runs
+        from relora_ds.lab.figures.run_figures import plot_runs
     page, *images = plot_runs(arguments.runs, arguments.out)
     print(f"{page}: open it in a browser; figures: {', '.join(image.name for image in images)}")
     return 0

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from relora_ds.lab.experiments import budget, report
+    from relora_ds.lab.experiments import budget, suite_report
     from relora_ds.lab.experiments.runs import Results, Run, Runner
     from relora_ds.lab.experiments.suites import read_suite
     from relora_ds.train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"stopped; the same command goes on in {arguments.runs}", file=sys.stderr)
         return EXIT_PREEMPTED
     for suite in suites:
-        for path in report.write(suite, runs[suite.name], results, runner.directory, _has_matplotlib()):
+        for path in suite_report.write(suite, runs[suite.name], results, runner.directory, _has_matplotlib()):
             print(path)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

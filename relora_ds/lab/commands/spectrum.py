@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         with needs_matplotlib("--out"):
-            from relora_ds.lab.figures.spectra import save_spectra
+            from relora_ds.lab.figures.plot_spectra import save_spectra
     from relora_ds.training.console import quieten_libraries
 
     quieten_libraries()
-    from relora_ds.lab.experiments.spectra import measure
+    from relora_ds.lab.experiments.update_spectra import measure
 
     result = measure(arguments.runs, arguments.before, arguments.trust_remote_code)
     print(json.dumps(result) if arguments.json else "\n".join(_as_text(result)))

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.config import Recipe, load_recipe
-from relora_ds.lab.bench.record import conditions
-from relora_ds.lab.experiments import spectra
+from relora_ds.lab.bench.environment import environment_info
+from relora_ds.lab.experiments import update_spectra
 from relora_ds.lab.experiments.suites import Row
 from relora_ds.train import EXIT_PREEMPTED
 from relora_ds.training.metrics import read_metrics
@@ -240,7 +240,7 @@ def result_of(run: Run, directory: Path) -> dict:
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
         "first_updates": _first_updates(train),
         "spectrum": _spectrum(directory, switch),
-        "conditions": {key: value for key, value in conditions().items() if key != "threads"},
+        "conditions": {key: value for key, value in environment_info().items() if key != "threads"},
     }  # of this process
 
 
@@ -250,7 +250,7 @@ def _spectrum(directory: Path, switch: int | None) -> dict | None:
     None where there is none, or none that leaves out the warm start, which ends at step `switch`.
     """
     try:
-        found = spectra.measure([directory])["runs"][0]
+        found = update_spectra.measure([directory])["runs"][0]
     except ValueError:
         return None
     if switch is not None and found["start"] < switch:

@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from relora_ds.lab.figures.record import RunRecord
+from relora_ds.lab.figures.run_history import RunRecord
 from relora_ds.utils.text import human_bytes, human_count
 
 CAPTIONS = {

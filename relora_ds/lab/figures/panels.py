@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from relora_ds.lab.figures.record import RunRecord
+from relora_ds.lab.figures.run_history import RunRecord
 from relora_ds.lab.figures.style import Theme, colour, dash, is_smoothed, limits, rc, smoothed
 from relora_ds.utils.text import human_bytes, human_count
 

@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from relora_ds.lab.bench.record import remark_on_seeds, rows_as_markdown
+from relora_ds.lab.bench.environment import remark_on_seeds, rows_as_markdown
 
 DOCS = Path(__file__).parents[3] / "docs" / "results"
 README = DOCS.parents[1] / "README.md"
@@ -33,15 +33,11 @@ def block(record: dict) -> str:
     """The table of one measurement, and on what it was made."""
     from relora_ds.lab.bench import BENCHMARKS
 
-    modules = {
-        module.NAME: module
-        for module in (importlib.import_module(f"relora_ds.lab.bench.{name}") for name in BENCHMARKS)
-    }
     made = dict(record["conditions"])
     device, cores = made.pop("device"), made.pop("cores")
     made.pop("threads")  # of the process that collects; what measures has its own, in the table's first line
     versions = ", ".join(f"{library} {version}" for library, version in made.items())
-    module = modules[record["bench"]]
+    module = importlib.import_module(f"relora_ds.lab.bench.{BENCHMARKS[record['bench']][0]}")
     remark = remark_on_seeds(record["conditions"]) if record["bench"] in OF_LOSSES else None
     lines = [module.markdown(record["result"]), f"*{device}, {cores} cores; {versions}.*", remark]
     return "\n" + "\n\n".join(line for line in lines if line) + "\n\n"
@@ -95,7 +91,7 @@ def _with_tables(page: str, table) -> str:
 def main() -> None:
     """Write all pages and their figures."""
     from relora_ds.lab.bench.two_hosts import with_predictions
-    from relora_ds.lab.figures.benchmarks import save_clusters, save_two_hosts
+    from relora_ds.lab.figures.plot_benchmarks import save_clusters, save_two_hosts
 
     for page in PAGES:
         (DOCS / f"{page}.md").write_text(filled(page), encoding="utf-8")

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from relora_ds.lab.bench import bandwidth, on_ranks
+from relora_ds.lab.bench import bandwidth, launch_local
 
 
 def bench(*argv: str) -> dict:
@@ -52,11 +52,11 @@ def test_nothing_is_unexplained(argv):
     ("argv", "words"), [(("--vocab-size", "0"), "data.vocab_size"), (("--preset", "nosuch"), "model.preset")]
 )
 def test_what_cannot_be_is_known_before_a_rank_starts(monkeypatch, argv, words):
-    monkeypatch.setattr(bandwidth, "run_on_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(bandwidth, "launch_local", lambda *_: pytest.fail("ranks were started"))
     with pytest.raises(ValueError, match=words):
         bench(*argv)
 
 
 def test_ranks_that_fail():
     with pytest.raises(ValueError, match="no_such_module: the ranks failed"):
-        on_ranks.run_on_ranks("no_such_module", argparse.Namespace(), 1)
+        launch_local.launch_local("no_such_module", argparse.Namespace(), 1)

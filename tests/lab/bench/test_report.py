@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from relora_ds.lab.bench import gpu_check
-from relora_ds.lab.bench.contenders import FULL, TWINS
+from relora_ds.lab.bench.baselines import FULL, TWINS
 from relora_ds.lab.bench.throughput import speed_of
 from relora_ds.lab.bench.two_hosts import with_predictions
-from relora_ds.lab.figures.benchmarks import draw_clusters, draw_two_hosts
+from relora_ds.lab.figures.plot_benchmarks import draw_clusters, draw_two_hosts
 from relora_ds.lab.figures.style import LIGHT
 from relora_ds.lowrank.formats import format_named
 from tests.lab.bench import report

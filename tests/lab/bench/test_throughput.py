@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import relora_ds.lowrank.kernels  # noqa: F401 (the operators)
-from relora_ds.lab.bench import contenders, throughput
+from relora_ds.lab.bench import baselines, throughput
 from tests.ranks import ranks
 
 SHAPE = {"preset": "llama_9m", "r": 16, "vocab_size": 1000, "seq_len": 64, "precision": "fp32", "stage": 1}
@@ -45,17 +45,17 @@ def counted_flops(variant: str) -> tuple[float, float]:
     """Per token: what torch counts in a forward and backward, and the formula without attention."""
     from relora_ds.zero.teardown import release
 
-    spec = contenders.Spec(variant, micro_batch_size=2, **SHAPE)
-    engine = contenders.build(spec)
+    spec = baselines.Spec(variant, micro_batch_size=2, **SHAPE)
+    engine = baselines.build(spec)
     config = engine.module.config
-    contenders.step(engine, spec, 0)
+    baselines.step(engine, spec, 0)
     with FlopCounterMode(display=False, custom_mapping=LAYER) as counter:
-        contenders.step(engine, spec, 1)
+        baselines.step(engine, spec, 1)
     release(engine)
     attention = 6 * config.num_hidden_layers * config.hidden_size * spec.seq_len  # of which torch counts nothing here
     return (
         counter.get_total_flops() / (spec.micro_batch_size * spec.seq_len),
-        contenders.flops_per_token(spec) - attention,
+        baselines.flops_per_token(spec) - attention,
     )
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from relora_ds.lab.bench import cable, two_hosts
+from relora_ds.lab.bench import simulated_link, two_hosts
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
@@ -17,18 +17,18 @@ needs_root = pytest.mark.skipif(
 
 @pytest.mark.parametrize(("text", "rate"), [("10gbit", 1e10), ("100mbit", 1e8), ("1.5Gbit", 1.5e9), ("64kbit", 64e3)])
 def test_rates(text, rate):
-    assert cable.parse_rate(text) == rate
+    assert simulated_link.parse_rate(text) == rate
 
 
 @pytest.mark.parametrize("text", ["fast", "10", "", "gbit", "0gbit", "-1gbit", "nangbit", "1xmbit"])
 def test_what_is_no_rate(text):
     with pytest.raises(ValueError, match="--rate: .* is no rate"):
-        cable.parse_rate(text)
+        simulated_link.parse_rate(text)
 
 
 def test_without_root_it_says_so(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(ValueError, match="network namespaces need root"), cable.Cable():
+    with pytest.raises(ValueError, match="network namespaces need root"), simulated_link.Cable():
         pass
 
 
@@ -60,7 +60,7 @@ def test_a_step_across_the_cable():
                 ]
             )
         )
-    except cable.CableError as error:
+    except simulated_link.CableError as error:
         pytest.skip(str(error))
     full, ours = result["rows"]
     for row in (full, ours):

@@ -9,8 +9,8 @@ import re
 import statistics
 from pathlib import Path
 
-from relora_ds.lab.bench.record import rows_as_markdown
-from relora_ds.lab.experiments import report
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.experiments import suite_report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
 from relora_ds.utils.text import human_count
@@ -21,17 +21,17 @@ PAGES = (ROOT / "docs" / "results" / "training.md", ROOT / "README.md")
 TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
 
 
-def measured(scale: str, name: str) -> tuple[Suite, list[Run], list[report.Measured]]:
+def measured(scale: str, name: str) -> tuple[Suite, list[Run], list[suite_report.Measured]]:
     """A suite, its runs, and the rows that have results."""
     suite = read_suite(name, scale)
     runs = [Run.of(row, seed) for row in suite.rows for seed in range(suite.seeds)]
-    return suite, runs, report.measured(suite, runs, Results(RESULTS / scale))
+    return suite, runs, suite_report.measured(suite, runs, Results(RESULTS / scale))
 
 
 def block(scale: str, name: str) -> str:
     """What `reproduce` writes of a suite, without title and question."""
     suite, runs, rows = measured(scale, name)
-    told = report.blocks(suite, rows, len(runs))[1:]
+    told = suite_report.blocks(suite, rows, len(runs))[1:]
     return "\n\n".join(one if isinstance(one, str) else rows_as_markdown(one) for one in told)
 
 
@@ -43,11 +43,11 @@ def short(scale: str, name: str) -> str:
             [
                 row.row.name,
                 human_count(row.results[0]["trainable_parameters"]),
-                report.spread(row.losses),
+                suite_report.spread(row.losses),
                 f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
             ]
         )
-    return "\n\n".join([rows_as_markdown(table), *report.remarks_on_seeds(rows)])
+    return "\n\n".join([rows_as_markdown(table), *suite_report.remarks_on_seeds(rows)])
 
 
 def filled(text: str) -> str:

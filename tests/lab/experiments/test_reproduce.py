@@ -11,7 +11,7 @@ import pytest
 
 from relora_ds.__main__ import main
 from relora_ds.config import load_recipe
-from relora_ds.lab.experiments import budget, report
+from relora_ds.lab.experiments import budget, suite_report
 from relora_ds.lab.experiments.runs import Results, Run, Runner, _spectrum, result_of
 from relora_ds.lab.experiments.suites import read_suite
 from relora_ds.training.metrics import read_metrics
@@ -166,7 +166,7 @@ def test_the_table(tmp_path):
     runs = [Run.of(row, seed) for seed in range(3) for row in suite.rows]
     runner = Pretended(tmp_path / "runs", failing=["LoRA"])
     runner.train_all(runs, results, 1, lambda _: None)
-    page, html, *figures = report.write(suite, runs, results, runner.directory, with_figures=True)
+    page, html, *figures = suite_report.write(suite, runs, results, runner.directory, with_figures=True)
     text = page.read_text()
     assert "12 of 15 runs have ended" in text
     full, relora = (
@@ -203,28 +203,31 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
                 "curve": [],
             },
         )
-    rows = report.measured(suite, runs, results)
-    text = report.markdown(suite, report.blocks(suite, rows, len(runs)))
+    rows = suite_report.measured(suite, runs, results)
+    text = suite_report.markdown(suite, suite_report.blocks(suite, rows, len(runs)))
     assert "ReLoRA 0.004 (0.0000)" in text and "full rank 0.008 (2.5257, the edge of what was tried)" in text
-    assert set(report.sweeps(rows)) == {"learning rate"} and len(report.sweeps(rows)["learning rate"]["ReLoRA"]) == 4
-    _, _, *figures = report.write(suite, runs, results, lambda run: tmp_path / run.name, True)
+    assert (
+        set(suite_report.sweeps(rows)) == {"learning rate"}
+        and len(suite_report.sweeps(rows)["learning rate"]["ReLoRA"]) == 4
+    )
+    _, _, *figures = suite_report.write(suite, runs, results, lambda run: tmp_path / run.name, True)
     assert [figure.name for figure in figures] == ["lr_learning_rate.png"]
 
 
 def test_the_hours_of_a_run_that_rows_share_count_once():
     rows = [
-        report.Measured(row, [{"name": Run.of(row, 0).name, "seconds": 3600, "conditions": {}}])
+        suite_report.Measured(row, [{"name": Run.of(row, 0).name, "seconds": 3600, "conditions": {}}])
         for row in read_suite("horizon", "tiny").rows
     ]
-    assert len(rows) == 22 and report._made(rows).endswith(". 20.0 hours of training.")
+    assert len(rows) == 22 and suite_report._made(rows).endswith(". 20.0 hours of training.")
 
 
 def test_more_tokens_are_not_a_better_setting():
     rows = [
-        report.Measured(row, [{"seed": 0, "val_loss": 3.0, "tokens": row.value}])
+        suite_report.Measured(row, [{"seed": 0, "val_loss": 3.0, "tokens": row.value}])
         for row in read_suite("horizon", "tiny").rows
     ]
-    assert report._best(rows) == []
+    assert suite_report._best(rows) == []
 
 
 def test_the_budget(tmp_path):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relora_ds.checkpoint.store import directories
-from relora_ds.lab.bench.record import remark_on_seeds, rows_as_markdown
-from relora_ds.lab.experiments import spectra
+from relora_ds.lab.bench.environment import remark_on_seeds, rows_as_markdown
+from relora_ds.lab.experiments import update_spectra
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Row, Suite
 from relora_ds.utils.text import human_bytes, human_count
@@ -58,7 +58,7 @@ def write(
     page.write_text(markdown(suite, told) + "\n", encoding="utf-8")
     if not with_figures:
         return [page]
-    from relora_ds.lab.figures.experiments import save_suite
+    from relora_ds.lab.figures.plot_experiments import save_suite
 
     there = {
         run.row.name: directory_of(run)
@@ -81,7 +81,7 @@ def write(
 
 
 def _spectra(there: dict[str, Path]) -> dict:
-    found = spectra.measure(list(there.values()))
+    found = update_spectra.measure(list(there.values()))
     for one, name in zip(found["runs"], there, strict=True):
         one["name"] = name
     return found

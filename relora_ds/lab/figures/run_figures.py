@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from relora_ds.lab.figures.page import html_page
 from relora_ds.lab.figures.panels import draw
-from relora_ds.lab.figures.record import read_runs
+from relora_ds.lab.figures.run_history import read_runs
 from relora_ds.lab.figures.style import DARK, LIGHT
 
 DPI = 150

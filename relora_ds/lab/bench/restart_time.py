@@ -16,12 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from relora_ds.lab.bench.contenders import VARIANTS, Spec, build, require, step, synchronized
-from relora_ds.lab.bench.on_ranks import run_on_ranks
-from relora_ds.lab.bench.record import rows_as_markdown
-
-NAME = "restart"
-HELP = "the pause of a restart, by network, ZeRO stage, storage format and place of the masters"
+from relora_ds.lab.bench.baselines import VARIANTS, Spec, build, require, step, synchronized
+from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lab.bench.launch_local import launch_local
 
 FORMATS = [name for name in VARIANTS if name.startswith("ours") and name != "ours, LoRA alone"]
 EVERY = (1000, 5000)  # relora.restart_every that the pause is shared out over
@@ -91,7 +88,9 @@ def run(arguments: argparse.Namespace) -> dict:
     launched = "RANK" in os.environ  # with as many ranks as there are then
     require(_specs(arguments))
     ranks = arguments.ranks or ([1] if torch.cuda.device_count() == 1 else [1, 2])
-    results = [run_on_ranks("relora_ds.lab.bench.restart", arguments, n) for n in (ranks[:1] if launched else ranks)]
+    results = [
+        launch_local("relora_ds.lab.bench.restart_time", arguments, n) for n in (ranks[:1] if launched else ranks)
+    ]
     return {**results[0], "rows": [row for result in results for row in result["rows"]]}
 
 

@@ -11,11 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from relora_ds.lab.bench.contenders import FULL, Spec, build, step
-from relora_ds.lab.bench.record import rows_as_markdown
-
-NAME = "checkpoint"
-HELP = "bytes and seconds of a checkpoint, beside DeepSpeed's own of the same state"
+from relora_ds.lab.bench.baselines import FULL, Spec, build, step
+from relora_ds.lab.bench.environment import rows_as_markdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

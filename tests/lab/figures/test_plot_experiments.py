@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from relora_ds.lab.figures.experiments import draw_differences
+from relora_ds.lab.figures.plot_experiments import draw_differences
 from relora_ds.lab.figures.style import LIGHT
 
 

@@ -8,8 +8,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from relora_ds.lab.figures.page import suite_page
-from relora_ds.lab.figures.plot import png
-from relora_ds.lab.figures.spectra import draw_spectra
+from relora_ds.lab.figures.plot_spectra import draw_spectra
+from relora_ds.lab.figures.run_figures import png
 from relora_ds.lab.figures.style import DARK, LIGHT, Theme, colour, dash, limits, rc
 from relora_ds.utils.text import human_count
 
@@ -37,9 +37,9 @@ def save_suite(
 
     Args:
         title, blocks: of the page, see `suite_page`.
-        curves, sweeps: what `experiments.report` makes of a suite.
+        curves, sweeps: what `experiments.suite_report` makes of a suite.
         reference: the name of the curves that the others are compared with.
-        spectra: of its runs, what `experiments.spectra.measure` returns.
+        spectra: of its runs, what `experiments.update_spectra.measure` returns.
     """
     light, dark = (_draw(curves, reference, sweeps, spectra, theme) for theme in (LIGHT, DARK))
     images = {figure: png(drawn) for figure, drawn in light.items()}

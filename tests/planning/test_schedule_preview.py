@@ -3,7 +3,7 @@
 import pytest
 
 from relora_ds.config import load_recipe
-from relora_ds.planning.calendar import curve, draw, events, learning_rate, marks, restarts_of
+from relora_ds.planning.schedule_preview import curve, draw, events, learning_rate, marks, restarts_of
 from relora_ds.training.phases import phases_of
 from tests.training.runs import lines, run
 

@@ -1,4 +1,4 @@
-"""The figures of `experiments.spectra`: what rank the updates of runs have (arXiv 2307.05695, Figures 3 and 4)."""
+"""Draw the results of `experiments.update_spectra`: the rank of runs' updates (arXiv 2307.05695, Figures 3 and 4)."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from relora_ds.lab.figures.plot import DPI
+from relora_ds.lab.figures.run_figures import DPI
 from relora_ds.lab.figures.style import LIGHT, Theme, colour, dash, rc
 
 COLUMNS = 4
@@ -18,7 +18,7 @@ FLOOR = 1e-4  # of the largest singular value: what is below it is rounding
 
 
 def save_spectra(result: dict, directory: Path) -> list[Path]:
-    """Draw the result of `experiments.spectra.measure` into PNGs; the folder is made if it is missing."""
+    """Draw the result of `experiments.update_spectra.measure` into PNGs; the folder is made if it is missing."""
     figures = {directory / f"{name}.png": figure for name, figure in draw_spectra(result, LIGHT).items()}
     directory.mkdir(parents=True, exist_ok=True)
     for path, figure in figures.items():

@@ -33,7 +33,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Storage:
+class PlannedStorage:
     """Attributes: merged: by layer; frozen: the others; with_masters: whether `merged` has fp32 masters."""
 
     merged: dict[str, Stored]
@@ -55,18 +55,18 @@ class Storage:
         return sum(stored.num_bytes for stored in self.all if stored.sharded)
 
 
-def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, stage: int) -> Storage:
+def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, stage: int) -> PlannedStorage:
     """How the frozen weights of `shapes` are stored. relora: of the method; None for one without low-rank layers."""
     frozen = tuple(Stored(size, ELEMENT_SIZE[precision], stage == 3) for size in shapes.frozen)
     if relora is None:
-        return Storage({}, frozen, with_masters=False)
+        return PlannedStorage({}, frozen, with_masters=False)
     format, sharded = format_here(relora, precision, stage), is_sharded(relora, stage)
 
     def stored(shape: torch.Size) -> Stored:
         like = format.stored_like(shape, DTYPES[precision], "meta")
         return Stored(like.numel(), like.element_size(), sharded)
 
-    return Storage(
+    return PlannedStorage(
         {name: stored(shape) for name, shape in shapes.merged.items()},
         frozen,
         with_masters=has_masters(relora, precision),
@@ -100,7 +100,7 @@ class Gathered:
     repeated_bytes: int
 
 
-def gathered_by_stage_3(shapes: Shapes, storage: Storage, zero: dict, element_size: int) -> Gathered:
+def gathered_by_stage_3(shapes: Shapes, storage: PlannedStorage, zero: dict, element_size: int) -> Gathered:
     """zero: a resolved `zero_optimization` section. element_size: bytes of an element that trains."""
 
     def sizes(trainable: Iterable[int], frozen: Iterable[Stored]) -> list[tuple[int, int]]:

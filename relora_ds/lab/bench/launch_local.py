@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 
-def run_on_ranks(
+def launch_local(
     module: str, arguments: argparse.Namespace, num_ranks: int, environment: dict[str, str] | None = None
 ) -> dict:
     """The result of `module.measure(arguments)`, which every rank calls.

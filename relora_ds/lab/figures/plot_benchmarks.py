@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from relora_ds.lab.figures.plot import DPI
+from relora_ds.lab.figures.run_figures import DPI
 from relora_ds.lab.figures.style import DASHES, LIGHT, Theme, colour, rc
 
 PARTS = {"compute_s": "compute", "optimizer_s": "optimizer", "communication_s": "communication"}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from relora_ds.lab.figures.panels import draw
-from relora_ds.lab.figures.plot import plot_runs
-from relora_ds.lab.figures.record import read_runs
+from relora_ds.lab.figures.run_figures import plot_runs
+from relora_ds.lab.figures.run_history import read_runs
 from relora_ds.lab.figures.style import DARK, LIGHT, limits, smoothed
 from tests.lab.figures.runs import RESTARTS, write_run
 
@@ -160,7 +160,9 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
 
 
 def test_drawing_loads_neither_torch_nor_deepspeed():
-    code = "import sys, relora_ds.lab.figures.plot; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    code = (
+        "import sys, relora_ds.lab.figures.run_figures; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

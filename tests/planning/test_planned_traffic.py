@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from relora_ds.planning.cost import cost
-from relora_ds.planning.memory import at_stage
+from relora_ds.planning.device_memory import at_stage
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import phases_of
 from relora_ds.training.preflight import resolve

@@ -2,7 +2,7 @@
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.planning.network import Shapes
-from relora_ds.planning.storage import ELEMENT_SIZE, gathered_by_stage_3, storage_of
+from relora_ds.planning.planned_storage import ELEMENT_SIZE, gathered_by_stage_3, storage_of
 from relora_ds.zero.traffic import expected_step
 
 # The histograms that find a pruning threshold: 11, 10 and 10 bits of a magnitude, one counter of 4 bytes each.

@@ -2,7 +2,7 @@
 
 import argparse
 
-from relora_ds.lab.bench import checkpoint as bench
+from relora_ds.lab.bench import checkpoint_cost as bench
 from tests.ranks import ranks
 
 

@@ -23,11 +23,8 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.lab.bench.contenders import FULL, VARIANTS, Spec, build, require, step
-from relora_ds.lab.bench.record import rows_as_markdown
-
-NAME = "memory"
-HELP = "peak memory of a training step, by storage format and activation checkpointing"
+from relora_ds.lab.bench.baselines import FULL, VARIANTS, Spec, build, require, step
+from relora_ds.lab.bench.environment import rows_as_markdown
 
 MODES = ("none", "full", "selective", "cheap")
 
@@ -156,7 +153,7 @@ def _in_a_process(spec: Spec, device: str) -> dict:
     if spec.threads:
         environment["OMP_NUM_THREADS"] = str(spec.threads)
     done = subprocess.run(
-        [sys.executable, "-m", "relora_ds.lab.bench.memory", json.dumps(vars(spec))],
+        [sys.executable, "-m", "relora_ds.lab.bench.peak_memory", json.dumps(vars(spec))],
         env=environment,
         capture_output=True,
         text=True,

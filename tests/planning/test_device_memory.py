@@ -2,9 +2,9 @@
 
 import pytest
 
-from relora_ds.planning import memory
+from relora_ds.planning import device_memory
 from relora_ds.planning.cost import cost
-from relora_ds.planning.memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER
+from relora_ds.planning.device_memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import phases_of
 from relora_ds.training.preflight import resolve
@@ -47,10 +47,10 @@ def _step(engine, step: int, after_backward=lambda: None) -> None:
 
 def compare(changes: list[str]) -> None:
     items = planned(changes).items
-    kept = memory.total(items, DEVICE, KEPT) + memory.total(items, HOST, KEPT)
+    kept = device_memory.total(items, DEVICE, KEPT) + device_memory.total(items, HOST, KEPT)
     # What backward holds while it runs is gone when it can be looked at.
     gone = [item for item in items if item.what not in ("reduce buckets", "gathered weights")]
-    backward, optimizer = (kept + memory.total(gone, DEVICE, moment) for moment in (BACKWARD, OPTIMIZER))
+    backward, optimizer = (kept + device_memory.total(gone, DEVICE, moment) for moment in (BACKWARD, OPTIMIZER))
     unseen = sum(item.size for item in items if item.what == COPIES) if "precision=fp32" in changes else 0
     for seen in ranks(2).run(measure, changes):
         assert seen.pop("after backward") == pytest.approx(backward, rel=0.05)
@@ -112,7 +112,7 @@ def test_offloading_moves_what_it_says_to_the_host():
         if item.what in ("weights that train", "frozen weights", "fp32 masters of what trains", "Adam's moments"):
             assert (item.size, item.where) == (sizes[item.what][0], HOST)
             assert sizes[item.what][1] == DEVICE
-    assert memory.total(offloaded, DEVICE, KEPT) < 0.5 * memory.total(on_device, DEVICE, KEPT)
+    assert device_memory.total(offloaded, DEVICE, KEPT) < 0.5 * device_memory.total(on_device, DEVICE, KEPT)
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_known_numbers_of_one_billion():
     assert (result.shapes.num_trainable, result.shapes.num_frozen) == (trainable, frozen) == (250706944, 1207910400)
     assert result.step == (4 * trainable, (2 * 2 + 2) * trainable * 7 / 8)
     expected = 2 * (trainable + frozen) + 12 * trainable / 8
-    assert memory.total(result.items, DEVICE, KEPT) == pytest.approx(expected, rel=1e-6)
-    assert memory.total(result.items, HOST, KEPT) == pytest.approx(4 * frozen / 8, rel=0.02)  # greedy balance
+    assert device_memory.total(result.items, DEVICE, KEPT) == pytest.approx(expected, rel=1e-6)
+    assert device_memory.total(result.items, HOST, KEPT) == pytest.approx(4 * frozen / 8, rel=0.02)  # greedy balance

@@ -1,8 +1,8 @@
 """Bytes that one rank holds, by ZeRO stage: an itemised account of what is alive in a DeepSpeed 0.19 engine.
 
 The items that are kept between steps, the gradients after backward and the copies at the optimizer step are checked
-against the live tensors of real engines (tests/planning/test_memory.py). Sizes with T trainable and F frozen weights,
-`e` bytes for one that trains, `f` bytes for one that is frozen (see `lowrank.formats`), n ranks:
+against the live tensors of real engines (tests/planning/test_device_memory.py). Sizes with T trainable and F frozen
+weights, `e` bytes for one that trains, `f` bytes for one that is frozen (see `lowrank.formats`), n ranks:
 
     stage 0     eT + fF weights, 8T moments; in 16 bit 4T masters
     stage 1, 2  eT + fF weights, 12T/n masters and moments
@@ -20,7 +20,7 @@ import torch
 from relora_ds.config import Recipe, ReLoRAConfig
 from relora_ds.lowrank.frozen import MergeLedger
 from relora_ds.planning.network import Shapes
-from relora_ds.planning.storage import ELEMENT_SIZE, Storage, gathered_by_stage_3, storage_of
+from relora_ds.planning.planned_storage import ELEMENT_SIZE, PlannedStorage, gathered_by_stage_3, storage_of
 from relora_ds.zero import ds_config, ds_resolve
 from relora_ds.zero.frozen_master import assign_owners
 
@@ -116,7 +116,7 @@ def state(
     return [item for item in items if item.size]
 
 
-def _stage_0(shapes: Shapes, storage: Storage, e: int) -> list[Item]:
+def _stage_0(shapes: Shapes, storage: PlannedStorage, e: int) -> list[Item]:
     trainable = shapes.num_trainable
     below_fp32 = e < MASTER  # in fp32 the optimizer steps the parameters themselves
     return [
@@ -130,7 +130,7 @@ def _stage_0(shapes: Shapes, storage: Storage, e: int) -> list[Item]:
 
 
 def _stage_1_and_2(
-    shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int, accumulation: int
+    shapes: Shapes, storage: PlannedStorage, zero: dict, e: int, world_size: int, accumulation: int
 ) -> list[Item]:
     groups = [share(sum(group), world_size) for group in shapes.groups]
     mine, trainable = sum(groups), shapes.num_trainable
@@ -159,7 +159,7 @@ def _stage_1_and_2(
     ]
 
 
-def _stage_3(shapes: Shapes, storage: Storage, zero: dict, e: int, world_size: int) -> list[Item]:
+def _stage_3(shapes: Shapes, storage: PlannedStorage, zero: dict, e: int, world_size: int) -> list[Item]:
     trainable = [size for group in shapes.groups for size in group]
     mine = sum(share(size, world_size) for size in trainable)
     frozen = sum(s.element_size * share(s.numel, world_size) for s in storage.all if s.sharded)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_ds.lab.bench import contenders, memory
+from relora_ds.lab.bench import baselines, peak_memory
 from relora_ds.planning.cost import cost
-from relora_ds.planning.memory import DEVICE, KEPT, total
+from relora_ds.planning.device_memory import DEVICE, KEPT, total
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import phases_of
 from relora_ds.training.preflight import resolve
@@ -16,13 +16,13 @@ from relora_ds.training.preflight import resolve
 
 def arguments(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    memory.add_arguments(parser)
+    peak_memory.add_arguments(parser)
     return parser.parse_args(argv)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="Linux's /proc")
 def test_the_meter_sees_a_peak_that_is_over_and_what_is_kept():
-    meter = memory._Meter(None)
+    meter = peak_memory._Meter(None)
     size = 2**28  # what other tests leave comes and goes, and is little beside it
     kept = torch.ones(size // 4)
     forgotten = torch.ones(size)
@@ -64,7 +64,7 @@ def test_the_table_compares_with_full_rank_under_the_same_checkpointing():
             row("ours, nf4", "full", 10**9),
         ],
     }
-    lines = [line for line in memory.markdown(result).splitlines() if line.startswith("| ours")]
+    lines = [line for line in peak_memory.markdown(result).splitlines() if line.startswith("| ours")]
     assert lines == [
         "| ours, nf4 | none | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 25 % | 1.00 GB |",
         "| ours, nf4 | full | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 50 % | – |",
@@ -73,7 +73,7 @@ def test_the_table_compares_with_full_rank_under_the_same_checkpointing():
 
 @pytest.mark.slow
 def test_engines_hold_what_the_account_says():
-    result = memory.run(
+    result = peak_memory.run(
         arguments(
             "--device",
             "cpu",
@@ -102,7 +102,7 @@ def test_engines_hold_what_the_account_says():
         if checkpointing == "full":
             assert row["peak_bytes"] < 0.6 * rows[variant, "none"]["peak_bytes"], variant
         elif not variant.startswith("PEFT"):
-            spec = contenders.Spec(variant, "llama_20m", 8, 1000, 8, 256, "fp32")
+            spec = baselines.Spec(variant, "llama_20m", 8, 1000, 8, 256, "fp32")
             resolved = resolve("tiny", spec.overrides(1), 1, to_run=False)
             (phase,) = phases_of(resolved.recipe)
             items = cost(resolved, phase.method, network_of(resolved.recipe)[0]).items
@@ -116,17 +116,17 @@ def test_engines_hold_what_the_account_says():
 def test_an_option_for_a_device_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device: PyTorch sees no CUDA device here; use --device cpu"):
-        memory.run(arguments("--device", "cuda"))
+        peak_memory.run(arguments("--device", "cuda"))
 
 
 def test_a_process_that_dies_is_a_row_with_its_last_line_and_the_others_are_measured(monkeypatch):
     good = {"trainable": 1e6, "kept_bytes": 1e9, "peak_bytes": 2e9, "reserved_bytes": 0, "host_bytes": 0}
-    real = memory._in_a_process
-    monkeypatch.setattr(memory, "require", lambda specs: None)  # it would find the mistake before
+    real = peak_memory._in_a_process
+    monkeypatch.setattr(peak_memory, "require", lambda specs: None)  # it would find the mistake before
     monkeypatch.setattr(
-        memory, "_in_a_process", lambda spec, device: good if spec.variant == "ours, nf4" else real(spec, device)
+        peak_memory, "_in_a_process", lambda spec, device: good if spec.variant == "ours, nf4" else real(spec, device)
     )
-    result = memory.run(
+    result = peak_memory.run(
         arguments(
             "--device", "cpu", "--preset", "llama_1x", "--checkpointing", "none", "--variants", "full rank", "ours, nf4"
         )
@@ -134,4 +134,4 @@ def test_a_process_that_dies_is_a_row_with_its_last_line_and_the_others_are_meas
     error, row = result["rows"]
     assert error["error"].startswith("exit code 1; ") and "model.preset: 'llama_1x'" in error["error"]
     assert row["peak_bytes"] == 2e9
-    assert "| full rank | none | failed |" in memory.markdown(result)
+    assert "| full rank | none | failed |" in peak_memory.markdown(result)

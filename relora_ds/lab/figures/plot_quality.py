@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from relora_ds.lab.figures.plot import DPI
+from relora_ds.lab.figures.run_figures import DPI
 from relora_ds.lab.figures.style import LIGHT, Theme, colour, dash, rc
 from relora_ds.utils.text import human_count
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relora_ds.lab.figures.spectra import draw_spectra
+from relora_ds.lab.figures.plot_spectra import draw_spectra
 from relora_ds.lab.figures.style import LIGHT
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 
-from relora_ds.lab.bench import restart
+from relora_ds.lab.bench import restart_time
 from tests.ranks import ranks
 
 
 def measured() -> dict:
-    return restart.measure(
+    return restart_time.measure(
         argparse.Namespace(
             presets=["llama_9m"],
             variants=["ours, bf16"],
@@ -31,5 +31,5 @@ def test_pauses():
         assert len(row["pauses_s"]) == 3 and row["world_size"] == 2
         assert all(0 < own < pause for own, pause in zip(row["without_drift_s"], row["pauses_s"], strict=True))
         assert row["wire"] > 1e6  # the merged weights are broadcast
-    (one,) = restart.markdown(result).splitlines()[4:5]
+    (one,) = restart_time.markdown(result).splitlines()[4:5]
     assert one.startswith("| llama_9m | 2 | 1 | bf16 | cpu |")

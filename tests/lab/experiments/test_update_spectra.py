@@ -10,7 +10,7 @@ from transformers import GPT2Config
 
 from relora_ds.__main__ import main
 from relora_ds.checkpoint.model import Contents, open_model, read_model
-from relora_ds.lab.experiments.spectra import OLDEST, WITH_INITIAL_VALUE, Window, linear_layers, measure
+from relora_ds.lab.experiments.update_spectra import OLDEST, WITH_INITIAL_VALUE, Window, linear_layers, measure
 from relora_ds.models.build import meta_model
 from tests.ranks import ranks
 from tests.training.runs import run

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from relora_ds.lab.figures.record import read_runs
+from relora_ds.lab.figures.run_history import read_runs
 from tests.lab.figures.runs import RESTARTS, write_run
 
 

@@ -11,7 +11,7 @@ from relora_ds.utils.versions import installed_versions
 _SAME_SEEDS_SINCE = (0, 2, 0)  # random weights are drawn otherwise since this version of relora_ds
 
 
-def conditions() -> dict:
+def environment_info() -> dict:
     """Device, threads and versions: all that a figure depends on, and nothing that changes from day to day."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),

@@ -8,7 +8,7 @@ import pytest
 
 from relora_ds.config import RecipeError
 from relora_ds.data import prepare
-from relora_ds.data.agreement import require_same_tokens
+from relora_ds.data.check_same_data import require_same_tokens
 from tests.data.settings import settings, write_text
 from tests.ranks import ranks
 
