@@ -19,11 +19,10 @@ fail() {
     exit 1
 }
 
-# examine PYTHON [EXTRA]: compare what is installed with setup.py; one fact a line: `python PATH`, `using VERSIONS`,
+# examine PYTHON [EXTRA]: compare what is installed with pyproject.toml; one fact a line: `python PATH`, `using VERSIONS`,
 # `missing REQUIREMENT`, `installed NAME==VERSION`. Where the environment cannot be used: exit code 1 and the reason.
 examine() {
-    "$1" - "$ROOT/setup.py" "${2:-}" <<'PYTHON'
-import ast
+    "$1" - "$ROOT/pyproject.toml" "${2:-}" <<'PYTHON'
 import sys
 
 
@@ -45,16 +44,20 @@ for module in ("torch", "deepspeed"):
 
 from packaging.requirements import Requirement
 
-setup_file, extra = sys.argv[1:]
-with open(setup_file, encoding="utf-8") as file:
-    assignments = [node for node in ast.parse(file.read()).body if isinstance(node, ast.Assign)]
-lists = {node.targets[0].id: node.value for node in assignments}
-requirements = ast.literal_eval(lists["INSTALL_REQUIRES"])
-if extra:
-    requirements += ast.literal_eval(lists["EXTRAS_REQUIRE"])[extra]
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+project_file, extra = sys.argv[1:]
+with open(project_file, "rb") as file:
+    project = tomllib.load(file)["project"]
+requirements = project["dependencies"] + (project["optional-dependencies"][extra] if extra else [])
 facts = [f"python {sys.executable}", f"using torch {version('torch')}, deepspeed {version('deepspeed')}"]
 for text in requirements:
     requirement = Requirement(text)
+    if requirement.marker is not None and not requirement.marker.evaluate():
+        continue
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
@@ -151,10 +154,10 @@ choose_build() {
     fi
 }
 
-# use_venv: set PYTHON to .venv's, making and completing it where setup.py has changed since it was last completed.
+# use_venv: set PYTHON to .venv's, making and completing it where pyproject.toml has changed since it was last completed.
 use_venv() {
     local stamp pins build=()
-    stamp="$(cksum <"$ROOT/setup.py") $ROOT"
+    stamp="$(cksum <"$ROOT/pyproject.toml") $ROOT"
     PYTHON=$VENV/bin/python
     "$PYTHON" -c '' 2>/dev/null || make_venv
     if [ "$(cat "$VENV/relora_ds.stamp" 2>/dev/null)" != "$stamp" ]; then

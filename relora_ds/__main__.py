@@ -1,10 +1,11 @@
-"""`python -m relora_ds <command>`; see `relora_ds.commands`."""
+"""`relora COMMAND`, also `python -m relora_ds COMMAND`; see `relora_ds.commands`."""
 
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
-from relora_ds import commands
+from relora_ds import __version__, commands
 from relora_ds.config import RecipeError
 from relora_ds.lab import commands as lab_commands
 
@@ -24,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         from relora_ds.train import main as train
 
         return train(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m relora_ds", description="ReLoRA pre-training on DeepSpeed ZeRO.")
+    prog = "relora" if Path(sys.argv[0]).name == "relora" else "python -m relora_ds"
+    parser = argparse.ArgumentParser(prog=prog, description="ReLoRA pre-training on DeepSpeed ZeRO.")
+    parser.add_argument("--version", action="version", version=f"relora_ds {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     parsers = {
         known: subparsers.add_parser(known, help=what, description=what) for known, (what, _) in COMMANDS.items()

@@ -1,6 +1,7 @@
 """What `pip install .` brings: all code and data of relora_ds, the DeepSpeed configurations, and nothing else."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import relora_ds
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 REPOSITORY = Path(__file__).parent.parent
 # Where the name of the module is not the name to install.
@@ -75,17 +82,27 @@ def test_version_and_requirements(wheel):
     assert metadata["Version"] == relora_ds.__version__ and metadata["Requires-Python"] == ">=3.10"
     required = metadata.get_all("Requires-Dist")
     assert any(line.startswith("deepspeed") and ">=0.19.8" in line and "<0.20" in line for line in required)
+    assert metadata["License-Expression"] == "Apache-2.0" and "Typing :: Typed" in metadata.get_all("Classifier")
+
+
+def test_the_page_on_pypi_has_no_links_into_the_repository(wheel):
+    metadata = zipfile.ZipFile(wheel).read(f"relora_ds-{relora_ds.__version__}.dist-info/METADATA").decode()
+    assert "# relora_ds" in metadata
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", metadata) == []
+
+
+def test_the_command_is_relora(wheel):
+    scripts = zipfile.ZipFile(wheel).read(f"relora_ds-{relora_ds.__version__}.dist-info/entry_points.txt").decode()
+    assert "relora = relora_ds.__main__:main" in scripts
 
 
 def test_what_is_imported_is_required():
-    setup = ast.parse((REPOSITORY / "setup.py").read_text(encoding="utf-8"))
-    literals = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in setup.body
-        if isinstance(node, ast.Assign) and node.targets[0].id in ("INSTALL_REQUIRES", "EXTRAS_REQUIRE")
-    }
-    requirements = [*literals["INSTALL_REQUIRES"], *(r for extra in literals["EXTRAS_REQUIRE"].values() for r in extra)]
-    required = {requirement.split(">")[0].split("<")[0].split("=")[0] for requirement in requirements}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
+    required = {Requirement(requirement).name for requirement in requirements}
     imported = set()
     for path in (REPOSITORY / "relora_ds").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

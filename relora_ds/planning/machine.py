@@ -4,11 +4,11 @@ The findings are `(section, name, value)` lines, and problems with a remedy each
 can be trained.
 """
 
-import ast
 import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -17,6 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from relora_ds.utils.versions import LIBRARIES, version_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 VARIABLES = (
     "NCCL_",
@@ -70,28 +75,20 @@ def examine() -> Findings:
 
 
 def requirements() -> dict[str, str]:
-    """`{package: version specifier}` that relora_ds needs: from its installed metadata, else from setup.py."""
+    """`{package: version specifier}` that relora_ds needs: from its installed metadata, else from pyproject.toml."""
+    from packaging.requirements import Requirement
+
     try:
-        lines = [line for line in importlib.metadata.requires("relora_ds") or () if "extra ==" not in line]
+        lines = importlib.metadata.requires("relora_ds") or []
     except importlib.metadata.PackageNotFoundError:
         lines = _requirements_of_checkout()
-    names = [line[: next((i for i, c in enumerate(line) if c in "<>=!~ ("), len(line))] for line in lines]
-    return {name: line.removeprefix(name).strip(" ()") for name, line in zip(names, lines, strict=True)}
+    needed = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return {one.name: str(one.specifier) for one in needed}
 
 
 def _requirements_of_checkout() -> list[str]:
-    setup = Path(__file__).parents[2] / "setup.py"
-    if not setup.is_file():
-        return []
-    body = ast.parse(setup.read_text(encoding="utf-8")).body
-    return next(
-        (
-            ast.literal_eval(node.value)
-            for node in body
-            if isinstance(node, ast.Assign) and node.targets[0].id == "INSTALL_REQUIRES"
-        ),
-        [],
-    )
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"] if project.is_file() else []
 
 
 def _software(found: Findings) -> None:
@@ -113,13 +110,11 @@ def _version_problem(name: str, version: str | None, wanted: str) -> str | None:
         return f'{name}: it is not installed; pip install "{name}{wanted}"'
     if not wanted:
         return None
-    from transformers.utils.versions import require_version
+    from packaging.specifiers import SpecifierSet
 
-    try:
-        require_version(f"{name}{wanted}")
-    except ImportError:
-        return f'{name}: {version} is not {wanted}; pip install "{name}{wanted}"'
-    return None
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return None
+    return f'{name}: {version} is not {wanted}; pip install "{name}{wanted}"'
 
 
 def _devices(found: Findings) -> None:

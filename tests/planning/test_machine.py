@@ -1,6 +1,7 @@
-"""Looking at a machine: versions against what setup.py wants, and things that are missing."""
+"""Looking at a machine: versions against what pyproject.toml wants, and things that are missing."""
 
 import importlib.metadata
+import sys
 
 import pytest
 
@@ -15,9 +16,22 @@ def test_this_machine_can_train():
     assert facts["backends", "gloo"] == "available"
 
 
-def test_requirements_are_those_of_setup():
-    assert machine.requirements()["deepspeed"].replace(" ", "") in (">=0.19.8,<0.20", "<0.20,>=0.19.8")
-    assert machine.requirements()["transformers"]
+@pytest.mark.parametrize("installed", [True, False])
+def test_requirements_are_those_of_the_project(monkeypatch, installed):
+    def requires(name):
+        if installed:
+            return [
+                "deepspeed<0.20,>=0.19.8",
+                "transformers>=5",
+                "peft; extra == 'peft'",
+                "tomli; python_version < '3'",
+            ]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    found = machine.requirements()
+    assert set(found["deepspeed"].split(",")) == {">=0.19.8", "<0.20"} and ">=5" in found["transformers"]
+    assert "peft" not in found and ("tomli" in found) == (not installed and sys.version_info < (3, 11))
 
 
 @pytest.mark.parametrize(
