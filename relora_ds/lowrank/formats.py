@@ -201,7 +201,7 @@ class NF4(Packed):
         self.name = "nf4_double" if double else "nf4"
 
     def unavailable(self):
-        remedy = 'pip install "relora_ds[quantization]", or use frozen_dtype=int8'
+        remedy = 'pip install ".[quantization]", or use frozen_dtype=int8'
         if importlib.util.find_spec("bitsandbytes") is None:
             return f"needs bitsandbytes; {remedy}"
         try:

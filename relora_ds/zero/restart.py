@@ -1,9 +1,9 @@
 """The restart, as one exact transaction over all shards (paper section 3, Algorithm 1).
 
-    merge         W <- W + s·B·A, in fp32, on the rank that owns W; only the copy that it sends is rounded
+    merge         W <- W + s·B·A, in fp32, on the rank that owns W, which broadcasts the rounded copy
     reinitialise  A <- Kaiming from (seed, restart number, name), B <- 0: masters and forward's copies
     prune         Adam moments of A and B, per tensor over all ranks
-    agree         the owners broadcast W; checksums over W, A and B prove that all ranks hold the same
+    agree         checksums over W, A and B prove that all ranks hold the same
 
 Before anything is overwritten, the owners make sure that what they would merge is finite.
 

@@ -179,7 +179,7 @@ def test_what_cannot_be_stored_is_said(monkeypatch):
     assert all(format_named(name).problem(torch.Size([33, 3])) is None for name in PACKED if "nf4" not in name)
     assert nf4.unavailable() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert nf4.unavailable() == 'needs bitsandbytes; pip install "relora_ds[quantization]", or use frozen_dtype=int8'
+    assert nf4.unavailable() == 'needs bitsandbytes; pip install ".[quantization]", or use frozen_dtype=int8'
     assert all(format_named(name).unavailable() is None for name in PACKED if "nf4" not in name)
 
 

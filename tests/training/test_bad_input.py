@@ -59,7 +59,7 @@ def test_a_format_without_its_library_or_with_blocks_that_do_not_divide(fails, t
     printed = fails(
         "relora.frozen_dtype=nf4", "relora.r=4", "model.preset=null", f"model.name_or_path={tmp_path / 'config.json'}"
     )
-    assert 'relora.frozen_dtype: nf4 needs bitsandbytes; pip install "relora_ds[quantization]"' in printed
+    assert 'relora.frozen_dtype: nf4 needs bitsandbytes; pip install ".[quantization]"' in printed
     assert "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 7 more: nf4 stores blocks of 64" in printed
 
 

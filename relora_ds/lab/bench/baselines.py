@@ -118,7 +118,7 @@ def require(specs: Iterable[Spec]) -> None:
     found = []
     for spec in specs:
         if spec.is_peft and importlib.util.find_spec("peft") is None:
-            found.append("--variants: PEFT is not installed; pip install 'relora_ds[peft]', or leave it out")
+            found.append("--variants: PEFT is not installed; pip install '.[peft]', or leave it out")
         try:
             found += machine_problems(resolve("tiny", spec.overrides(1), 1, to_run=False).recipe)
         except RecipeError as error:

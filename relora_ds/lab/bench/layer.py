@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: there is no cuda here; use --device cpu")
     if importlib.util.find_spec("peft") is None:
-        raise ValueError('bench layer compares with PEFT, which is missing; pip install "relora_ds[peft]"')
+        raise ValueError('bench layer compares with PEFT, which is missing; pip install ".[peft]"')
     device = torch.device(arguments.device)
     measured = []
     for precision in arguments.precision:

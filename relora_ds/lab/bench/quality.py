@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> dict:
         ValueError: a run failed, `--runs` holds runs with other settings, or matplotlib is missing for `--figure`.
     """
     if arguments.figure and importlib.util.find_spec("matplotlib") is None:  # known before hours of training
-        raise ValueError("--figure: matplotlib draws it, which is not installed; pip install 'relora_ds[plot]'")
+        raise ValueError("--figure: matplotlib draws it, which is not installed; pip install '.[plot]'")
     names = list(dict.fromkeys([REFERENCE, *arguments.variants]))
     runs = arguments.runs.resolve()
     common = [*SETTINGS, f"data.validation={_validation_file(runs, arguments.overrides)}", *arguments.overrides]

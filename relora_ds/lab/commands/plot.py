@@ -34,5 +34,5 @@ def needs_matplotlib(what: str) -> Iterator[None]:
         if error.name.partition(".")[0] != "matplotlib":
             raise
         raise ValueError(
-            f"{what} draws with matplotlib, which is not installed: pip install 'relora_ds[plot]'"
+            f"{what} draws with matplotlib, which is not installed: pip install '.[plot]'"
         ) from None

@@ -115,8 +115,8 @@ def test_all_variants_see_the_same_tokens():
 
 @pytest.mark.slow
 def test_real_runs_and_their_figure(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="the extra relora_ds[quantization]")
-    pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
+    pytest.importorskip("bitsandbytes", reason="the extra .[quantization]")
+    pytest.importorskip("matplotlib", reason="the extra .[plot]")
     figure = tmp_path / "figures" / "quality.png"
     result = compare(tmp_path / "runs", *TINY, "--seeds", "1", "--variants", "nf4", "--figure", str(figure))
     assert (result["restarts"], result["tokens"]) == (1, 12 * 8 * 32)

@@ -9,7 +9,7 @@ from tests.lab.figures.runs import write_run
 
 
 def test_it_draws_runs_into_a_folder(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
+    pytest.importorskip("matplotlib", reason="the extra .[plot]")
     runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
     assert main(["plot", *runs, "--out", str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out" / "index.html") in capsys.readouterr().out
@@ -17,7 +17,7 @@ def test_it_draws_runs_into_a_folder(tmp_path, capsys):
 
 
 def test_it_draws_what_a_real_run_left(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
+    pytest.importorskip("matplotlib", reason="the extra .[plot]")
     from tests.training.runs import run
 
     run(tmp_path / "r", "train.steps=22", "eval.samples=1")
@@ -34,7 +34,7 @@ def test_it_draws_what_a_real_run_left(tmp_path, capsys):
 
 
 def test_what_is_no_run_is_one_line(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
+    pytest.importorskip("matplotlib", reason="the extra .[plot]")
     assert main(["plot", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path}: no run; it has no metrics.jsonl\n"
     assert not (tmp_path / "out").exists()
@@ -47,4 +47,4 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatc
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot", str(write_run(tmp_path / "r"))]) == 1
-    assert "pip install 'relora_ds[plot]'" in capsys.readouterr().err
+    assert "pip install '.[plot]'" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_the_command(runs, capsys):
 
 
 def test_its_figures(runs, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the extra relora_ds[plot]")
+    pytest.importorskip("matplotlib", reason="the extra .[plot]")
     assert main(["spectrum", str(runs / "relora"), str(runs / "lora"), "--out", str(tmp_path / "out")]) == 0
     files, printed = sorted((tmp_path / "out").iterdir()), capsys.readouterr().out
     assert [path.name for path in files] == ["singular_values.png", "singular_values_sorted.png"]
@@ -216,7 +216,7 @@ def test_without_matplotlib_it_says_what_to_install(runs, tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["spectrum", str(runs / "lora"), "--out", str(tmp_path / "out")]) == 1
     assert (
-        "--out draws with matplotlib, which is not installed: pip install 'relora_ds[plot]'" in capsys.readouterr().err
+        "--out draws with matplotlib, which is not installed: pip install '.[plot]'" in capsys.readouterr().err
     )
     assert main(["spectrum", str(runs / "lora")]) == 0
 
