@@ -3,16 +3,21 @@
 A part stands between `<!-- NAME -->` and `<!-- end of NAME -->`; `PARTS` says which page has it and what makes it.
 """
 
-import ast
 import re
+import sys
 from collections.abc import Callable
 
 from tests.docs import api, cli, keys
 from tests.docs.pages import DOCS, ROOT
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PURPOSES = {
     "test": "`launch_scripts/test.sh`",
-    "lint": "`ruff` alone",
+    "lint": "`ruff`, `codespell` and `mypy` alone",
     "docs": "this site",
     "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
     "peft": "baselines of `relora bench`, loading of PEFT exports",
@@ -23,21 +28,18 @@ PURPOSES = {
 
 
 def extras() -> str:
-    """Return the table of setup.py's extras."""
+    """Return the table of the extras."""
     rows = ["| extra | brings | for |", "|---|---|---|"]
-    for name, requirements in setup_extras().items():
-        brings = ", ".join(f"`{re.split('[<>=]', one)[0]}`" for one in requirements)
+    for name, requirements in extras_of_setup().items():
+        brings = ", ".join(f"`{re.split('[<>=; ]', one)[0]}`" for one in requirements)
         rows.append(f"| `pip install '.[{name}]'` | {brings} | {PURPOSES[name]} |")
     return "\n".join(rows)
 
 
-def setup_extras() -> dict[str, list[str]]:
-    """Return setup.py's EXTRAS_REQUIRE."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    (value,) = (
-        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EXTRAS_REQUIRE"
-    )
-    return ast.literal_eval(value)
+def extras_of_setup() -> dict[str, list[str]]:
+    """Return the extras of pyproject.toml and what each brings."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["project"]["optional-dependencies"]
 
 
 def fixed_keys() -> str:

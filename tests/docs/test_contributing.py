@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from tests.docs.generated import setup_extras
+from tests.docs.generated import extras_of_setup
 from tests.docs.pages import ROOT, anchors
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -26,5 +26,5 @@ def test_links_files_and_modules_exist():
 def test_the_test_extra_brings_what_a_hook_runs(hook):
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     (entry,) = (one["entry"] for one in repository["hooks"] if one["id"] == hook)
-    brought = {re.split("[<>=]", requirement)[0] for requirement in setup_extras()["test"]}
+    brought = {re.split("[<>=]", requirement)[0] for requirement in extras_of_setup()["test"]}
     assert entry.split()[0] in brought

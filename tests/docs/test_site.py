@@ -43,7 +43,7 @@ def build(checkout: Path) -> subprocess.CompletedProcess:
 def checkout(tmp_path_factory) -> Path:
     """What the site is built from."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("mkdocs.yml", "setup.py", "pyproject.toml", "CHANGELOG.md", "README.md"):
+    for name in ("mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "README.md"):
         shutil.copy(ROOT / name, folder)
     for name in ("docs", "launch_scripts"):
         shutil.copytree(ROOT / name, folder / name)

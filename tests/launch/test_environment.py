@@ -47,7 +47,7 @@ def checkout(tmp_path) -> Path:
     for name in ("launch_scripts", "tools", ".venv/bin"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copy(SCRIPTS / "environment.sh", tmp_path / "launch_scripts")
-    (tmp_path / "setup.py").write_text("")
+    (tmp_path / "pyproject.toml").write_text("")
     program(tmp_path / "tools/uname", "echo Linux x86_64")
     program(
         tmp_path / ".venv/bin/python",

@@ -33,6 +33,4 @@ def needs_matplotlib(what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] != "matplotlib":
             raise
-        raise ValueError(
-            f"{what} draws with matplotlib, which is not installed: pip install '.[plot]'"
-        ) from None
+        raise ValueError(f"{what} draws with matplotlib, which is not installed: pip install '.[plot]'") from None

@@ -215,9 +215,7 @@ def test_without_matplotlib_it_says_what_to_install(runs, tmp_path, capsys, monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["spectrum", str(runs / "lora"), "--out", str(tmp_path / "out")]) == 1
-    assert (
-        "--out draws with matplotlib, which is not installed: pip install '.[plot]'" in capsys.readouterr().err
-    )
+    assert "--out draws with matplotlib, which is not installed: pip install '.[plot]'" in capsys.readouterr().err
     assert main(["spectrum", str(runs / "lora")]) == 0
 
 
