@@ -1,0 +1,89 @@
+"""Sentences of the documentation that were wrong once, each held by what it speaks of."""
+
+import io
+import re
+import statistics
+import tokenize
+
+import pytest
+
+from relora_ds.data.gutenberg import NUM_BOOKS
+from relora_ds.zero.traffic import expected_step
+from tests.docs.generated import fixed_keys
+from tests.docs.pages import DOCS, PAGES, ROOT
+from tests.lab.experiments import results
+
+
+def text_of(page: str) -> str:
+    """Return a page in one line."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_the_number_of_books():
+    assert f"{NUM_BOOKS} books" in text_of("docs/guides/data.md")
+    for page in PAGES:
+        assert set(re.findall(r"(\d+) books", page.read_text(encoding="utf-8"))) <= {str(NUM_BOOKS)}, page
+
+
+def test_what_is_sent_at_which_stage():
+    assert "At ZeRO stages 0 to 2 only what trains is sent between GPUs; stage 3 also gathers `W`" in text_of("README.md")
+
+    def sent(stage: int, frozen: int) -> float:
+        sizes = {"trainable": 1000, "frozen_bytes": frozen, "element_size": 2, "accumulation": 1, "world_size": 4}
+        return expected_step(stage, **sizes)[1]
+
+    assert all(sent(stage, 0) == sent(stage, 10_000) for stage in (0, 1, 2))
+    assert sent(3, 0) < sent(3, 10_000)
+
+
+def test_a_resume_on_other_ranks_is_no_reason_to_refuse():
+    row = next(line for line in text_of("docs/concepts/comparison.md").split("| ") if line.startswith("yes; also at"))
+    assert "`tests/checkpoint/test_moves.py`" in row
+    assert "world_size" not in fixed_keys() and "precision" not in fixed_keys() and "frozen_dtype" not in fixed_keys()
+
+
+def test_the_leads_at_toy_size():
+    """As docs/concepts/comparison.md and README.md tell them."""
+    rows = {row.row.name: row for row in results.measured("tiny", "main")[2]}
+    lead = -statistics.mean(rows["ReLoRA"].differences(rows["LoRA, warm start"]))
+    behind = statistics.mean(rows["ReLoRA"].differences(rows["full rank"]))
+    sentence = f"beats LoRA on the same warm start by {lead:.3f} nats, and full rank beats it by {behind:.3f}"
+    assert sentence in text_of("docs/concepts/comparison.md")
+    assert all(max(rows["ReLoRA"].differences(rows[other])) < 0 for other in ("LoRA, warm start", "Control"))
+    assert "ReLoRA ends below LoRA on the same warm start and below" in text_of("README.md")
+
+
+def test_the_broadcast_of_W_belongs_to_the_merge():
+    """Not to the agreement, where the ranks compare what they have."""
+    source = (ROOT / "relora_ds/zero/restart.py").read_text(encoding="utf-8")
+    summary = {line.split()[0]: line for line in source.split('"""')[1].splitlines() if line.startswith("    ")}
+    assert "broadcast" in summary["merge"] and "broadcast" not in summary["agree"]
+    diagram = (DOCS / "concepts/restart.md").read_text(encoding="utf-8").split("```")[1]
+    assert diagram.index("1 merge") < diagram.index("broadcast stored W1") < diagram.index("2 reinitialise")
+    assert "broadcast(" not in (ROOT / "relora_ds/zero/verify_ranks.py").read_text(encoding="utf-8")
+
+
+def test_extras_are_named_as_they_are_installed():
+    """Nothing of that name is on PyPI: `relora_ds[plot]` would install somebody else's."""
+    for path in [*(ROOT / "relora_ds").rglob("*.py"), *PAGES, ROOT / "README.md", *(ROOT / "launch_scripts").iterdir()]:
+        assert "relora_ds[" not in path.read_text(encoding="utf-8").replace("relora-ds[", "relora_ds["), path
+
+
+def test_modules_that_never_ask_for_the_stage():
+    """docs/concepts/shard_view.md names them; comments and docstrings may speak of it."""
+    text = text_of("docs/concepts/shard_view.md")
+    (sentence,) = re.findall(r"written against it and never ask for the stage: (.*?)\.(?= |$)", text)
+    modules = re.findall(r"`(relora_ds/[\w/]+\.py)`", sentence)
+    assert len(modules) > 3
+    for module in modules:
+        with io.StringIO((ROOT / module).read_text(encoding="utf-8")) as source:
+            names = [one.string for one in tokenize.generate_tokens(source.readline) if one.type == tokenize.NAME]
+        assert not [name for name in names if "stage" in name], module
+
+
+@pytest.mark.parametrize("page", ["benchmarks", "quantization"])
+def test_each_page_of_measurements_says_which_processor(page):
+    """Two machines of one label: only one of them multiplies in 16 bits."""
+    units = {"benchmarks": "with AVX-512 BF16", "quantization": "without 16-bit units"}
+    text = text_of(f"docs/results/{page}.md")
+    assert units.pop(page) in text and units.popitem()[1] not in text
