@@ -26,7 +26,8 @@ def test_the_number_of_books():
 
 
 def test_what_is_sent_at_which_stage():
-    assert "At ZeRO stages 0 to 2 only what trains is sent between GPUs; stage 3 also gathers `W`" in text_of("README.md")
+    sentence = "At ZeRO stages 0 to 2 only what trains is sent between GPUs; stage 3 also gathers `W`"
+    assert sentence in text_of("README.md")
 
     def sent(stage: int, frozen: int) -> float:
         sizes = {"trainable": 1000, "frozen_bytes": frozen, "element_size": 2, "accumulation": 1, "world_size": 4}
