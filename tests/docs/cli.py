@@ -6,6 +6,7 @@ from unittest import mock
 
 from relora_ds.__main__ import COMMANDS
 from relora_ds.config import recipe_names
+from relora_ds.lab.commands.bench import BenchmarkParser
 
 
 def markdown() -> str:
@@ -45,6 +46,8 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
     for action in children:
         helps = {choice.dest: choice.help for choice in action._choices_actions}
         for child, inner in action.choices.items():
+            if isinstance(inner, BenchmarkParser):
+                inner.complete()
             parts += [
                 f"### {name} {child}",
                 _sentence(helps.get(child) or ""),

@@ -14,23 +14,26 @@ MAY_BE_ZERO = {"stage", "stages", "node_rank", "seed"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from relora_ds.lab.bench import BENCHMARKS
 
-    subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name", parser_class=_BenchmarkParser)
+    subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name", parser_class=BenchmarkParser)
     for name, (_, what) in BENCHMARKS.items():
         subparsers.add_parser(name, help=what, description=what)
     parser.parse_intermixed_args = parser.parse_args  # argparse cannot intermix where there are subcommands
 
 
-class _BenchmarkParser(argparse.ArgumentParser):
+class BenchmarkParser(argparse.ArgumentParser):
     """The options of one benchmark, whose module (it imports torch and deepspeed) is imported when they are parsed."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def complete(self) -> None:
+        """Import the benchmark's module and add its options."""
         from relora_ds.lab.bench import BENCHMARKS
 
-        name = self.prog.split()[-1]
-        module = importlib.import_module(f"relora_ds.lab.bench.{BENCHMARKS[name][0]}")
+        module = importlib.import_module(f"relora_ds.lab.bench.{BENCHMARKS[self.prog.split()[-1]][0]}")
         module.add_arguments(self)
         self.add_argument("--out", type=Path, metavar="FILE.json", help="write the result, with its conditions")
         self.set_defaults(module=module)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # argparse's has overloads
+        self.complete()
         return super().parse_known_args(args, namespace)
 
 
