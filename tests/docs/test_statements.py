@@ -7,11 +7,14 @@ import tokenize
 
 import pytest
 
+from relora_ds.config import load_recipe, recipe_names
 from relora_ds.data.gutenberg import NUM_BOOKS
+from relora_ds.planning.network import network_of
 from relora_ds.zero.traffic import expected_step
 from tests.docs.generated import fixed_keys
 from tests.docs.pages import DOCS, PAGES, ROOT
 from tests.lab.experiments import results
+from tests.small_models import llama
 
 
 def text_of(page: str) -> str:
@@ -88,3 +91,23 @@ def test_each_page_of_measurements_says_which_processor(page):
     units = {"benchmarks": "with AVX-512 BF16", "quantization": "without 16-bit units"}
     text = text_of(f"docs/results/{page}.md")
     assert units.pop(page) in text and units.popitem()[1] not in text
+
+
+def test_check_needs_the_configuration_of_a_model_and_nothing_else(tmp_path):
+    """docs/guides/train.md: a model of the hub has its configuration downloaded."""
+    llama(max_position_embeddings=2048).config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    overrides = [f"model.name_or_path={tmp_path}", "model.init=pretrained", "data.source=pydocs", "data.tokenizer=null"]
+    recipe = load_recipe("continued", [*overrides, "data.max_tokens=null"], check_files=False)
+    config, _ = network_of(recipe)
+    assert config.model_type == "llama"
+    sentence = "A model of the Hugging Face hub has its configuration downloaded, and nothing else."
+    assert sentence in text_of("docs/guides/train.md")
+
+
+def test_every_recipe_that_a_page_speaks_of_is_shipped():
+    """Also where a page shortens the name: `_relora_20k` stands for several."""
+    for page in [*PAGES, ROOT / "README.md"]:
+        for suffix in re.findall(r"`(_\w+)`", page.read_text(encoding="utf-8")):
+            if suffix.startswith(("_full", "_control", "_lora", "_relora")):
+                assert any(name.endswith(suffix) for name in recipe_names()), (page, suffix)
