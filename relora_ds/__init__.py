@@ -9,6 +9,8 @@ _HOMES = {
     "lr_multiplier": "relora_ds.lowrank.schedule",
     "initialize": "relora_ds.zero.initialize",
     "ReLoRAEngine": "relora_ds.zero.engine",
+    "load_run": "relora_ds.interop.loaded_run",
+    "ReLoRATrainer": "relora_ds.interop.hf_trainer",
     "ReLoRACallback": "relora_ds.interop.hf_trainer",
 }
 __version__ = "0.2.0"
@@ -20,3 +22,7 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'relora_ds' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -132,7 +132,7 @@ def test_a_models_code_does_not_run(places, tmp_path, capsys):
         lambda: sources.model_of(str(model)),
         lambda: sources.weights_of(str(model)),
     ):
-        with pytest.raises(ValueError, match="^init_from: .*code of its own.*trust_remote_code=true"):
+        with pytest.raises(ValueError, match="^source: .*code of its own.*trust_remote_code=true"):
             refused()
     for refused in (lambda: resolve("tiny", given), lambda: check("tiny", given)):
         with pytest.raises(RecipeError, match="model.name_or_path: .*code of its own.*trust_remote_code=true"):

@@ -15,6 +15,6 @@ class UntrustedCode(ValueError):
         )
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: BaseException | None) -> bool:
     """Return True if `error` is transformers' refusal to run code that was not trusted."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)

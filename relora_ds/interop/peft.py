@@ -62,7 +62,7 @@ def weights_sha256(directory: Path) -> str:
     Raises:
         ValueError: no safetensors file in it.
     """
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
@@ -181,7 +181,7 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
     except ImportError as error:
         raise ValueError("--format peft needs PEFT; pip install peft") from error
     config, layers = saved.contents.relora, saved.contents.layers
-    if not layers:
+    if not layers or config is None:
         raise ValueError(
             "--format peft: the checkpoint has no adapter, it trains at full rank (method full or "
             "control, or the warm start); use --format hf"
@@ -213,7 +213,7 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
         base_model_name_or_path=str((directory / BASE).resolve()),
         revision=sha256,
         inference_mode=True,
-    ).save_pretrained(directory)
+    ).save_pretrained(str(directory))
 
 
 def _target_modules(model: nn.Module, names: set[str]) -> list[str]:

@@ -40,10 +40,11 @@ def is_finished(run_dir: Path) -> bool:
     return read_json(run_dir / "status.json").get("state", "done") == "done"
 
 
-def find_checkpoint(source: Path, name: str | None = None) -> Path:
-    """The directory of one step, in a run, a directory of checkpoints, or `source` itself.
+def find_checkpoint(source: Path, name: str | None = None, field: str = "--checkpoint") -> Path:
+    """Return the directory of one step, in a run, a directory of checkpoints, or `source` itself.
 
     Args:
+        field: what the caller calls `name`, for messages.
         name: such as `step_00005000`; None for the one that `latest` names or, where that file is missing or damaged
             or leads elsewhere, the newest one.
 
@@ -52,7 +53,7 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
     """
     if is_checkpoint(source):
         if name is not None:
-            raise ValueError(f"--checkpoint: {name} with {source}, which is a checkpoint itself; give one of the two")
+            raise ValueError(f"{field}: {name} with {source}, which is a checkpoint itself; give one of the two")
         return source
     is_run = store.has_run(source)
     directory = source / "checkpoints" if is_run else source
@@ -66,7 +67,7 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
     if name in there:
         return directory / name
     if name is not None:
-        raise ValueError(f"--checkpoint: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
+        raise ValueError(f"{field}: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
     if is_run:
         raise ValueError(
             f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
@@ -78,7 +79,7 @@ def find_checkpoint(source: Path, name: str | None = None) -> Path:
     )
 
 
-def locate(source: str, field: str = "init_from") -> tuple[str, str]:
+def locate(source: str, field: str = "source") -> tuple[str, str]:
     """`(kind, path)` of a model's weights; kind: "checkpoint", "peft" or "huggingface" (a directory or a hub id).
 
     Args:
@@ -109,7 +110,7 @@ def locate(source: str, field: str = "init_from") -> tuple[str, str]:
     return "huggingface", str(path)
 
 
-def config_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PretrainedConfig:
+def config_of(source: str, trust_remote_code: bool = False, field: str = "source") -> PretrainedConfig:
     """The configuration of a model. Arguments and errors: see `locate`; ValueError too where it cannot be read."""
     kind, path = locate(source, field)
     if kind == "peft":
@@ -122,7 +123,7 @@ def config_of(source: str, trust_remote_code: bool = False, field: str = "init_f
     return tied_as_stored(config, meta_model(config), path)
 
 
-def model_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> PreTrainedModel:
+def model_of(source: str, trust_remote_code: bool = False, field: str = "source") -> PreTrainedModel:
     """The plain model, fp32 on CPU, updates merged. Arguments and errors: see `config_of`."""
     kind, path = locate(source, field)
     if kind == "checkpoint":
@@ -133,7 +134,7 @@ def model_of(source: str, trust_remote_code: bool = False, field: str = "init_fr
         return load_model(path, torch.float32, trust_remote_code)
 
 
-def weights_of(source: str, trust_remote_code: bool = False, field: str = "init_from") -> WeightSource:
+def weights_of(source: str, trust_remote_code: bool = False, field: str = "source") -> WeightSource:
     """The fp32 weights of the plain model, updates merged, read one tensor at a time. Errors: see `config_of`."""
     kind, path = locate(source, field)
     if kind == "checkpoint":
@@ -148,7 +149,7 @@ def weights_of(source: str, trust_remote_code: bool = False, field: str = "init_
         return pretrained_weights(path, config, trust_remote_code)
 
 
-def tokenizer_of(source: str, field: str = "init_from") -> str:
+def tokenizer_of(source: str, field: str = "source") -> str:
     """Where the tokenizer of a model is: what `data.tokenizer.load` takes."""
     kind, path = locate(source, field)
     return str(Path(path).parent / TOKENIZER) if kind == "checkpoint" else path

@@ -24,20 +24,27 @@ def lr_multiplier(
     min_lr_ratio: float = 0.0,
     restarts: Sequence[int] | None = None,
 ) -> float:
-    """The factor on the base learning rate for update number `step + 1`.
+    """Return the factor on the base learning rate for update number `step + 1`.
 
     Linear over `warmup_steps`, then a cosine from 1 to `min_lr_ratio` at `total_steps`; after a restart
     at L, a linear ramp from 0 over `restart_warmup_steps` to the value that the curve has at its end.
 
     Args:
         step: applied optimizer steps so far, `0 ≤ step`; past `total_steps` the cosine stays at its end.
+        total_steps, warmup_steps, min_lr_ratio: of the curve.
+        restart_every, restart_warmup_steps: applied steps between restarts (None = there are none), and of the ramp.
         restarts: the ascending steps at which restarts took place. Default: the schedule's own,
             `scheduled_restarts(total_steps, restart_every)`. A running engine passes the list that it
             records, so that learning rate and merges cannot drift apart.
 
     Returns:
         A factor in [0, 1].
+
+    Raises:
+        ValueError: `step` is below 0.
     """
+    if step < 0:
+        raise ValueError(f"step: {step} is below 0; count applied steps from 0")
 
     def base(k: int) -> float:
         if k < warmup_steps:

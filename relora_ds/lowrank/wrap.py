@@ -137,7 +137,18 @@ def merge_and_unwrap(model: nn.Module) -> nn.Module:
 
     Single process, in place, in the precision of the parameters; an engine's `save_merged` does the same
     from the fp32 masters of all ranks.
+
+    Args:
+        model: one that `wrap` has wrapped, with whole weights.
+
+    Returns:
+        The same model, plain again: it saves itself and carries no config.
+
+    Raises:
+        ValueError: the model has no low-rank layers.
     """
+    if not lowrank_layers(model):
+        raise ValueError("model: it has no low-rank layers to merge; it is plain, or was merged already")
     return unwrap(
         model, {name: layer.merged_weight().to(layer.lora_A.dtype) for name, layer in lowrank_layers(model).items()}
     )

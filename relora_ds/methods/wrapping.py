@@ -32,7 +32,7 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
             update would be lost; the message names what leaves them out.
     """
     found = lowrank.problems(model, config, base=base)
-    if not found and _has_small_copy(model):
+    if not found and isinstance(model, PreTrainedModel) and _has_small_copy(model):
         with whole_models():
             found = prove(model.config, config, base=base, attention="eager", next_token=False).problems
     if found:
@@ -40,8 +40,6 @@ def wrap(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base: bool = 
     return lowrank.wrap(model, config, seed=seed, base=base)
 
 
-def _has_small_copy(model: nn.Module) -> bool:
+def _has_small_copy(model: PreTrainedModel) -> bool:
     """Return True if the model is what its configuration alone would give."""
-    return isinstance(model, PreTrainedModel) and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(
-        type(model.config), None
-    )
+    return type(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)

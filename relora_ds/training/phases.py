@@ -120,7 +120,7 @@ def _weights(plan: Plan, model: nn.Module, handover: HandOver | None, resuming: 
     if handover is not None:
         return handover.weights
     if recipe.init_from:
-        return weights_of(recipe.init_from, recipe.trust_remote_code)
+        return weights_of(recipe.init_from, recipe.trust_remote_code, "init_from")
     return initial_weights(model.config, recipe.model, recipe.seed, recipe.trust_remote_code)
 
 

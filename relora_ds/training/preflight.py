@@ -288,9 +288,9 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
     if not recipe.init_from or store.may_resume(Path(recipe.run_dir), recipe.resume):
         return []
     if config is None:
-        locate(recipe.init_from)
+        locate(recipe.init_from, "init_from")
         return []
-    there = _shapes(config_of(recipe.init_from, recipe.trust_remote_code))
+    there = _shapes(config_of(recipe.init_from, recipe.trust_remote_code, "init_from"))
     here = _shapes(config)
     name = next((name for name in [*here, *there] if here.get(name) != there.get(name)), None)
     return (

@@ -101,10 +101,11 @@ def initialize(
     if (changed := align_tie_flag(model)) and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(changed)
     settings = ds_config.load(config, ARGUMENT_NAMES["config"])
-    passed = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    batch = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
+    passed: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
     _refuse(
         _argument_problems(passed, settings)
+        + _schedule_problems(total_steps, warmup_steps, min_lr_ratio)
         + (
             ds_config.problems(
                 settings, precision=precision, max_grad_norm=max_grad_norm, **passed, **batch, names=ARGUMENT_NAMES
@@ -133,7 +134,7 @@ def initialize(
     sources = sources_of(model, weights)
     device = accelerator.device_of_rank()
     frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device)
-    if frozen.layers and dist.get_rank() == 0:
+    if relora is not None and frozen.layers and dist.get_rank() == 0:
         for warning in storage_warnings(relora, precision, stage):
             logger.warning(for_everyone(warning))
     allocate(model, settings, DTYPES[precision], device)
@@ -202,6 +203,18 @@ def _argument_problems(passed: dict[str, Any], settings: dict) -> list[str]:
     found = ds_config.adamw_problems(_given(passed))
     if passed["lr"] is None and "lr" not in ds_config.adamw_values(settings):
         found.append("lr: not given, and config has no optimizer.params.lr; pass for instance lr=1e-3")
+    return found
+
+
+def _schedule_problems(total_steps: int, warmup_steps: int, min_lr_ratio: float) -> list[str]:
+    """Return what is wrong with the arguments that make the learning-rate curve, one message each."""
+    found = []
+    if total_steps < 1:
+        found.append(f"total_steps: {total_steps} is not a number of steps; use 1 or more")
+    if warmup_steps < 0:
+        found.append(f"warmup_steps: {warmup_steps} is below 0; use 0 for no warm-up")
+    if not 0 <= min_lr_ratio <= 1:
+        found.append(f"min_lr_ratio: {min_lr_ratio} is not between 0 and 1; use for instance 0.1")
     return found
 
 

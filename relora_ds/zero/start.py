@@ -118,6 +118,8 @@ def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
 
 
 def leave() -> None:
-    """Leave the process group, when the process has nothing more to do in it."""
-    if dist.is_initialized():
+    """Leave the process group, when the process has nothing more to do in it; it may start another one afterwards."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # torch's alone would leave DeepSpeed with groups that are gone
+    elif dist.is_initialized():
         dist.destroy_process_group()

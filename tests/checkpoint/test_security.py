@@ -92,7 +92,7 @@ def test_a_model_to_begin_with(whole, tmp_path, name):
     evil, model = tmp_path / "evil", shutil.copytree(whole / "export", tmp_path / "model")
     (model / "model.safetensors").unlink()
     torch.save({"evil": Evil(evil)}, model / name)
-    with pytest.raises(ValueError, match="^init_from: .*(could run code|cannot be loaded)"):
+    with pytest.raises(ValueError, match="^source: .*(could run code|cannot be loaded)"):
         model_of(str(model))
     assert not evil.exists()
 
