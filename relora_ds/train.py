@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if found := accelerator.problems():  # before DeepSpeed is imported for a device that it has no packages for
         return _stop(None, is_first, "; ".join(found), EXIT_ERROR)
-    from relora_ds.checkpoint.store import ResumeError
+    from relora_ds.checkpoint.find import ResumeError
     from relora_ds.training.guard import GuardError
     from relora_ds.training.preemption import Preempted
     from relora_ds.training.preflight import check

@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"config"},
     "lowrank": {"config"},
     "zero": {"config", "lowrank", "checkpoint"},
-    "checkpoint": {"config", "lowrank", "zero"},
+    "checkpoint": {"config", "lowrank"},
     "methods": {"config", "models", "lowrank", "zero", "checkpoint"},
     "interop": {"config", "models", "data", "lowrank", "zero", "checkpoint"},
     "training": BELOW_TRAINING,

@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint is of and what it consists of. It is written last: a checkpoint without one is none.
+"""manifest.json: what a checkpoint captures and consists of. It is written last: a checkpoint without one is none.
 
 A checkpoint is one directory:
 
@@ -59,7 +59,8 @@ class Manifest:
 
     Attributes:
         step: applied steps of the run.
-        run: the trainer's own state, see `training.trainer`.
+        run: what was saved beside the engine: the trainer's own state, or `client_state`, see
+            `checkpoint.client_state`.
         engine: see `zero.engine_state`.
         model: `{"parameters": {name: {"shape", "trains"}}, "layers": {name: {"scaling", "base", "shape"}}, "frozen":
             the fields of `lowrank.storage.Storage`, "relora": the fields of the `ReLoRAConfig`, or None}`.
@@ -74,6 +75,11 @@ class Manifest:
     model: dict
     files: dict[str, File]
     versions: dict[str, str]
+
+    @property
+    def is_of_run(self) -> bool:
+        """Return True if a run's trainer wrote it, False for a loop of its own."""
+        return {"recipe", "phase", "account", "total_steps"} <= self.run.keys()
 
     def write(self, directory: Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}

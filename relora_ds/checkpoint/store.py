@@ -1,7 +1,7 @@
-"""The checkpoints of a run, RUN/checkpoints/{step_00005000/, latest}: which there are, are intact, are kept.
+"""The checkpoints in a directory: which there are, which are intact, which are kept.
 
-`latest` names the newest one for people and other programs; what counts is the directories themselves, each of which
-was put there by one rename.
+Of a run they are RUN/checkpoints/step_00005000, ..., and `latest` names the newest one for people and other programs;
+what counts is the directories themselves, each of which was put there by one rename.
 """
 
 import contextlib
@@ -12,20 +12,15 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from relora_ds.checkpoint import manifest
-from relora_ds.checkpoint.latest import named_by
 from relora_ds.checkpoint.manifest import (
     IN_CHECKPOINT,
     LATEST,
     DamagedError,
     File,
-    Manifest,
     MissingError,
     UnreadableError,
     is_needed,
@@ -37,27 +32,9 @@ logger = logging.getLogger(__name__)
 
 LATE_S = 60  # for so long network disks may show an old state of what another host has written
 REPLACED = "replaced"  # beside the checkpoints: those that a run went back behind
-_NAME = re.compile(r"step_\d{8,}")  # not a copy that somebody put beside it
-
-
-class ResumeError(RuntimeError):
-    """A run cannot go on from what was asked for."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint to go on from.
-
-    Attributes:
-        directory, manifest: of it.
-        passed_over: one line for each newer one that is damaged, and what else was not as it should be.
-        damaged: the directories of those.
-    """
-
-    directory: Path
-    manifest: Manifest
-    passed_over: tuple[str, ...] = ()
-    damaged: tuple[Path, ...] = ()
+NAME_OF_A_STEP = re.compile(r"step_\d{8,}")  # not a copy that somebody put beside it
+# What an interrupted save leaves: `.TAG.writing`, ranks' marks (`checkpoint.sharing`), and what 0.1 left.
+_LEFTOVER = re.compile(r"\.step_\d{8,}(\.\w+)*|latest\..+\.tmp|\.[0-9a-f-]{36}_rank_\d+|\..+\.writing")
 
 
 def has_run(directory: Path) -> bool:
@@ -71,81 +48,48 @@ def directories(run_dir: Path) -> list[Path]:
     return sorted(
         path
         for path in (inner if inner.is_dir() else run_dir).glob("step_*")
-        if path.is_dir() and _NAME.fullmatch(path.name)
+        if path.is_dir() and NAME_OF_A_STEP.fullmatch(path.name)
     )
+
+
+def tagged(directory: Path) -> list[Path]:
+    """Return all checkpoints beside each other, whatever their names, oldest first; intact or not.
+
+    One whose place another one was taking, when that was interrupted, is there under its `replaced_name`.
+    """
+    found = [path.parent for path in directory.glob(f"*/{manifest.NAME}")]
+    names = {path.name for path in found}
+    hidden = [path for path in found if path.name.startswith(".")]
+    interrupted = [path for path in hidden if path.name.endswith(".replaced") and path.name[1:-9] not in names]
+    return sorted([path for path in found if path not in hidden] + interrupted, key=_age)
+
+
+def _age(directory: Path) -> tuple[int, float]:
+    """Return what orders checkpoints by age: the steps, and when they were written."""
+    path = directory / manifest.NAME
+    try:
+        return manifest.read(directory).step, path.stat().st_mtime
+    except (ValueError, OSError):
+        return -1, 0.0
+
+
+def named_by(pointer: Path) -> Path | None:
+    """Return the directory that a file like `latest` names.
+
+    Returns:
+        None where the file is missing or damaged, or names anything but a directory beside it: a pointer that leads
+        elsewhere, also by a symbolic link, is not followed.
+    """
+    try:
+        path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+        return path if path.is_dir() and path.resolve().parent == pointer.parent.resolve() else None
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle
+        return None
 
 
 def may_resume(run_dir: Path, resume: str | bool) -> bool:
     """Whether there is something to go on from, as far as one look tells."""
     return bool(resume) and (resume != "auto" or bool(directories(run_dir)))
-
-
-def find(run_dir: Path, resume: str | bool) -> Found | None:
-    """The checkpoint to go on from; None to start from the beginning. Collective.
-
-    Args:
-        resume: False; "auto" for the newest intact checkpoint of the run, if there is one; the path of another run, for
-            its newest intact one; or that of a checkpoint.
-
-    Raises:
-        ResumeError: on every rank, where what was asked for is damaged or none; where every checkpoint is; where the
-            newest one that is not damaged cannot be read now; or where the ranks see different ones.
-    """
-    if not resume:
-        return None
-    candidates = directories(run_dir if resume == "auto" else Path(resume))[::-1]
-    if resume != "auto" and not candidates:
-        if not any(_of_all_ranks((Path(resume) / manifest.NAME).exists())):
-            raise ResumeError(
-                f"resume: {resume} is no checkpoint (it has no {manifest.NAME}) and no run that has one; "
-                "name RUN or RUN/checkpoints/step_…, or take resume=auto"
-            )
-        candidates = [Path(resume)]
-    seen = _of_all_ranks([path.name for path in candidates])
-    common = set.intersection(*map(set, seen))
-    if any(seen) and not common:
-        raise ResumeError(
-            f"resume: the ranks see different checkpoints: {seen}; the run directory should be on a file "
-            "system that all machines share, or at least hold the same checkpoints on each"
-        )
-    # On disks of their own, hosts may have been stopped before all of them had completed or deleted one.
-    passed_over = [f"{name} is not on every host" for name in sorted({*sum(seen, [])} - common, reverse=True)]
-    damaged: list[Path] = []
-    for directory in (path for path in candidates if path.name in common):
-        about, errors = _look(directory)
-        needed = [error for name, error in errors if is_needed(name)]
-        wrong = [error for error in needed if isinstance(error, DamagedError)]
-        if needed and not wrong:
-            raise ResumeError(
-                f"resume: {needed[0]}. Nothing was changed; start again when it can be read, or go on "
-                "from an older one with resume=RUN/checkpoints/step_…"
-            )
-        if not wrong:
-            minor = [f"{error}; a run can do without" for _, error in errors]
-            return Found(directory, about, (*minor, *_stray(directory.parent), *passed_over), tuple(damaged))
-        damaged.append(directory)
-        passed_over.append(f"{directory} is damaged: {wrong[0]}")
-    if passed_over:
-        raise ResumeError(
-            f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
-            "start again with overwrite=true"
-        )
-    return None
-
-
-def _look(directory: Path) -> tuple[Manifest | None, list[tuple[str, ValueError]]]:
-    """Read all of a checkpoint; returns its manifest and, for every file that is not intact, why. Collective."""
-    about, errors = None, []
-    try:
-        about = manifest.read(directory)
-    except (DamagedError, UnreadableError) as error:
-        errors = [(manifest.NAME, error)]
-    if errors := sum(_of_all_ranks(errors), []):
-        return None, errors
-    listed = _of_all_ranks(sorted(about.files))
-    if any(names != listed[0] for names in listed):
-        return None, [(manifest.NAME, DamagedError(f"{directory / manifest.NAME} lists other files on other hosts"))]
-    return about, sum(_of_all_ranks(_damage(directory, about)), [])
 
 
 def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -160,7 +104,7 @@ def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> 
     return [
         str(error)
         for name, file in about.files.items()
-        if only(name) and (error := _error(directory, name, file)) is not None
+        if only(name) and (error := error_in(directory, name, file)) is not None
     ]
 
 
@@ -206,9 +150,16 @@ def prune(
 
 
 def _holds_more(path: Path) -> bool:
-    """Whether a checkpoint's directory has anything that no run writes there; says so."""
+    """Return True, with a warning, for a checkpoint's directory with anything that is no part of one."""
+    if foreign := _foreign_in(path):
+        logger.warning("%s is not deleted: it holds %s, which no run writes; move that elsewhere", path, foreign)
+    return foreign is not None
+
+
+def _foreign_in(path: Path) -> str | None:
+    """Return the name of something in a checkpoint's directory that is no part of one."""
     if path.is_symlink():  # only the link would be deleted
-        return False
+        return None
     with os.scandir(path) as entries:
         foreign = sorted(
             entry.name
@@ -216,9 +167,7 @@ def _holds_more(path: Path) -> bool:
             if not entry.name.startswith(".nfs")
             and (entry.is_dir(follow_symlinks=False) or not IN_CHECKPOINT.fullmatch(entry.name))
         )
-    if foreign:
-        logger.warning("%s is not deleted: it holds %s, which no run writes; move that elsewhere", path, foreign[0])
-    return bool(foreign)
+    return next(iter(foreign), None)
 
 
 def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None:
@@ -245,6 +194,45 @@ def put_aside(path: Path) -> None:
     logger.warning(
         "%s was moved to %s, because the run goes on from before it; delete it when you need it no more", path, aside
     )
+
+
+@contextlib.contextmanager
+def make_way(target: Path, keep: bool) -> Iterator[None]:
+    """Free the place of a checkpoint for another one, which is put there inside of the `with`.
+
+    An interruption leaves the old one as `replaced_name(target)`, or the new one. keep: `put_aside` the old one.
+
+    Raises:
+        FileExistsError: the directory holds something else; nothing is changed.
+    """
+    old = target.with_name(replaced_name(target.name))
+    if target.exists() and keep:
+        put_aside(target)
+    elif target.exists():
+        if foreign := _foreign_in(target):
+            raise FileExistsError(f"{target} holds {foreign}, which is no part of a checkpoint; choose another tag")
+        delete(old)
+        os.replace(target, old)
+    try:
+        yield
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    delete(old)
+
+
+def replaced_name(name: str) -> str:
+    """Return what a checkpoint is called while another one takes its place."""
+    return f".{name}.replaced"
+
+
+def delete_leftovers(directory: Path) -> None:
+    """Delete what interrupted saves left in a directory of checkpoints."""
+    for path in list(directory.iterdir()):
+        is_ours = _LEFTOVER.fullmatch(path.name) and not (path.is_dir() and _foreign_in(path))
+        if is_ours:
+            delete(path)
 
 
 def _free(path: Path) -> Path:
@@ -280,8 +268,8 @@ def _glance(path: Path, is_here: Callable[[str], bool] | None) -> None:
         for name, file in manifest.read(path).files.items()
         if is_needed(name) and (is_here is None or is_here(name))
     }
-    errors = {name: error for name, file in listed.items() if (error := _error(path, name, file, contents=False))}
-    late = [name for name, error in errors.items() if _may_be_late(path, listed[name], error)]
+    errors = {name: error for name, file in listed.items() if (error := error_in(path, name, file, contents=False))}
+    late = [name for name, error in errors.items() if may_be_late(path, listed[name], error)]
     if late:
         raise UnreadableError(f"{errors[late[0]]}, or is not seen yet")
     # Without a shared disk, nothing of other hosts is here.
@@ -306,7 +294,7 @@ def _read_all(path: Path) -> None:
                 manifest.check(path, name, file)
 
 
-def _may_be_late(path: Path, file: File, error: ValueError) -> bool:
+def may_be_late(path: Path, file: File, error: ValueError) -> bool:
     """Return True for a file that another host has just written: network disks show it some seconds later."""
     young = abs(time.time() - path.stat().st_mtime) < LATE_S
     return isinstance(error, DamagedError) and file.host != socket.gethostname() and young
@@ -316,48 +304,10 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _error(directory: Path, name: str, file: File, contents: bool = True) -> ValueError | None:
+def error_in(directory: Path, name: str, file: File, contents: bool = True) -> ValueError | None:
     """Return what is wrong with one file of a checkpoint, or None."""
     try:
         manifest.check(directory, name, file, contents)
     except (DamagedError, UnreadableError) as error:
         return error
     return None
-
-
-def _damage(directory: Path, about: Manifest) -> list[tuple[str, ValueError]]:
-    """What is wrong with this rank's share of the files: each is read by one of the ranks that see it. Collective."""
-    names = sorted(about.files)
-    seen = _of_all_ranks([name for name in names if os.path.lexists(directory / name)])
-    found = []
-    for i, name in enumerate(names):
-        file = about.files[name]
-        seers = [rank for rank, visible in enumerate(seen) if name in visible] or range(dist.get_world_size())
-        if seers[i % len(seers)] != dist.get_rank():
-            continue
-        error = _error(directory, name, file)
-        while error is not None and _may_be_late(directory, file, error):
-            time.sleep(1)
-            error = _error(directory, name, file)
-        if error is not None:
-            found.append((name, error))
-    return found
-
-
-def _of_all_ranks(value: list) -> list[list]:
-    everybody: list[list] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everybody, value)
-    return everybody
-
-
-def _stray(directory: Path) -> list[str]:
-    latest = directory / LATEST
-    if not os.path.lexists(latest) or named_by(latest) is not None:
-        return []
-    try:
-        name = latest.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        return [f"{latest} cannot be read ({error})"]
-    if _NAME.fullmatch(name):
-        return [f"{latest} names {name!r}, which is not there"]
-    return [f"{latest} names no checkpoint beside it"]

@@ -2,14 +2,13 @@
 
     save      links what an earlier checkpoint has, copies what changes to the CPU (the stall that training sees) and
               hands it to a thread
-    thread    writes this rank's files, waits for the others' word, and a leader makes it a checkpoint, if all its files
-              are there: manifest, one rename of the directory, `latest`, and then deletes what is not kept
+    thread    writes this rank's files, waits until the others have theirs, and a leader makes it a checkpoint, if all
+              its files are there: manifest, one rename of the directory, `latest`; then it deletes what is not kept
 
 The threads of the ranks talk over a process group of their own. Whatever fails, on whatever rank, leaves the
 checkpoints before it as they are, and training goes on.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -22,11 +21,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 
 from relora_ds.checkpoint.contents import RANGES, Captured, Source
+from relora_ds.checkpoint.links import FrozenFiles, mark, remember
 from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifest, tag_of
 from relora_ds.checkpoint.sharing import Sharing, find_peers
-from relora_ds.checkpoint.store import LATE_S, delete, put_aside
+from relora_ds.checkpoint.store import LATE_S, delete, delete_leftovers, make_way
 from relora_ds.utils import files
 from relora_ds.utils.versions import installed_versions
 
@@ -40,7 +41,7 @@ class Written:
     Attributes:
         step: the training step that it captures.
         bytes: of all its files; new_bytes: without those that an earlier checkpoint has too.
-        stall_s, write_s: seconds that training waited, and that writing took in all.
+        stall_s, write_s: seconds that training waited, and that writing took in total.
         error: why there is none; None where there is.
     """
 
@@ -53,85 +54,104 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Frozen:
-    """The files of frozen weights that checkpoints of the same cycle share.
+class _Job:
+    """One checkpoint, from the copy of the state to the rename.
 
     Attributes:
-        restarts: of the engine, when they were written.
-        directory: the checkpoint that has them.
-        files: as in its manifest.
-        marks: of those that are on this leader's disk: what tells that a file is still the one that was verified.
+        target: its directory.
+        captured: what this rank writes; None where that failed, see `error`.
+        cycle: of the engine when it was captured.
+        started, stall_s: when `save` was called, and for how many seconds training waited.
     """
 
-    restarts: int
-    directory: Path
-    files: dict[str, File]
-    marks: dict[str, tuple[int, ...]]
+    target: Path
+    step: int
+    run: dict
+    is_latest: bool
+    captured: Captured | None
+    error: str | None
+    cycle: int
+    started: float
+    stall_s: float
+
+    @property
+    def temporary(self) -> Path:
+        """Where its files are written; no name that somebody else would give."""
+        return self.target.with_name(f".{self.target.name}.writing")
+
+    def done(self, size: int, new: int, error: str | None) -> Written:
+        return Written(self.step, size, new, self.stall_s, time.perf_counter() - self.started, error)
 
 
 class CheckpointWriter:
-    """The checkpoints of an engine in `directory`, one after the other. Collective: every rank has one.
+    """The checkpoints of an engine, one after the other. Collective: every rank has one.
 
     Args:
         source: the engine, as `zero.checkpoints.writer_of` gives it.
         group: of all ranks, for objects on the host; the writer's own.
         after: called by a leader when a checkpoint is complete, to delete what is not kept.
-        continues: a checkpoint with the frozen weights that the engine has now.
-        sharing: who sees `directory`, where that is known.
+        keeps_replaced: a checkpoint in whose place another one comes is moved to `replaced/`, not deleted.
     """
 
     def __init__(
         self,
         source: Source,
-        directory: Path,
         group: dist.ProcessGroup,
         after: Callable[[], None] = lambda: None,
-        continues: tuple[Path, Manifest] | None = None,
-        sharing: Sharing | None = None,
+        keeps_replaced: bool = False,
     ):
-        self._source, self._directory, self._group, self._after = source, directory, group, after
-        self._sharing = sharing or find_peers(directory)
-        self._frozen: _Frozen | None = None  # of the newest checkpoint
-        if continues is not None:
-            self._remember(continues[0], continues[1].files, source.cycle)
-        if self._sharing.leads:
-            for leftover in (
-                *directory.glob(".step_*"),
-                *directory.glob(f"{LATEST}.*.tmp"),
-                *directory.glob(".*_rank_*"),
-            ):
-                delete(leftover)  # marks may be those of this start, which their ranks delete as well
+        self._source, self._group, self._after, self._keeps_replaced = source, group, after, keeps_replaced
+        self._directory, self._sharing = Path(), Sharing(False, [], False)
+        self._frozen: FrozenFiles | None = None  # of the newest checkpoint
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
-        dist.barrier()
 
-    def save(self, step: int, run: dict) -> None:
+    def move_to(self, directory: Path, sharing: Sharing | None = None) -> None:
+        """Write the next checkpoints into `directory`. Collective. sharing: who sees it, where that is known."""
+        self.wait()
+        self._directory, self._sharing = directory, sharing or find_peers(directory)
+        if self._sharing.leads:
+            delete_leftovers(directory)
+        dist.barrier(group=self._group)
+
+    def share(self, continues: tuple[Path, Manifest] | None) -> None:
+        """Have the next checkpoint share the frozen files of one that has the weights which the engine has now."""
+        self.wait()
+        self._frozen = continues and remember(continues[0], continues[1].files, self._source.cycle, self._sharing.leads)
+
+    def save(
+        self, step: int, run: dict, tag: str | None = None, tensors: dict[str, Tensor] | None = None, is_latest=True
+    ) -> None:
         """Begin to write the checkpoint of the state as it is now.
 
         Args:
-            step: applied steps of the run; names the checkpoint.
+            step: applied steps of the run.
             run: JSON values for the manifest.
+            tag: names the checkpoint; default: the step does.
+            tensors: further ones that rank 0 writes, 1-D or more, on the CPU.
+            is_latest: whether `latest` is to name it.
         """
         started = time.perf_counter()
         self.wait()
-        restarts = self._source.cycle
-        temporary = self._directory / f".{tag_of(step)}"
-        is_linked = self._link(temporary, restarts)
-        captured = self._source.capture(self._sharing.peers, not is_linked)
-        stall = time.perf_counter() - started
-        self._thread = threading.Thread(
-            target=self._run, args=(step, run, captured, restarts, started, stall), name="checkpoint", daemon=True
-        )  # a rank that fails does not wait for it
+        cycle, target = self._source.cycle, self._directory / (tag or tag_of(step))
+        job = _Job(target, step, run, is_latest, None, None, cycle, started, 0.0)
+        is_linked = self._link(job.temporary, cycle)
+        captured, error = _attempt(lambda: self._source.capture(self._sharing.peers, not is_linked))
+        if captured is not None and tensors and dist.get_rank() == 0:
+            captured.trained.update(tensors)
+        job = _Job(target, step, run, is_latest, captured, error, cycle, started, time.perf_counter() - started)
+        # A daemon: a rank that fails does not wait for it.
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete, or has failed."""
+        """Wait until the checkpoint that is being written is complete, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def take_finished(self) -> list[Written]:
-        """What has ended since the last call; the same on every rank sooner or later."""
+        """Return what has ended since the last call; the same on every rank sooner or later."""
         done, self._done = self._done, []
         return done
 
@@ -142,39 +162,33 @@ class CheckpointWriter:
 
     # -- in the background ---------------------------------------------------------------------------------------
 
-    def _run(self, step: int, run: dict, captured: Captured, restarts: int, started: float, stall: float) -> None:
+    def _run(self, job: _Job) -> None:
         try:
-            self._write(step, run, captured, restarts, started, stall)
+            self._write(job)
         except Exception as error:  # a rank that is gone: the others find out in training
             self._frozen = None
-            self._done.append(Written(step, 0, 0, stall, time.perf_counter() - started, f"{error}"))
+            self._done.append(job.done(0, 0, f"{error}"))
 
-    def _write(self, step: int, run: dict, captured: Captured, restarts: int, started: float, stall: float) -> None:
-        target = self._directory / tag_of(step)
-        temporary = self._directory / f".{target.name}"
-        mine, failed = _attempt(lambda: self._write_files(temporary, captured))
-        words = self._words((mine, failed, captured.contents()))
-        failed = next((error for _, error, _ in words if error), None) or captured.gaps([what for *_, what in words])
+    def _write(self, job: _Job) -> None:
+        mine, failed = (None, job.error) if job.captured is None else _attempt(lambda: self._write_files(job))
+        words = self._words((mine, failed, job.captured and job.captured.contents()))
+        failed = next((error for _, error, _ in words if error), None)
+        failed = failed or job.captured.gaps([what for *_, what in words])
         listed = {name: file for own, *_ in words for name, file in (own or {}).items()}
         new = sum(file.size for file in listed.values())
-        if captured.frozen is None:
+        if job.captured is not None and job.captured.frozen is None:
             listed |= self._frozen.files
-        failed = failed or self._lacks(temporary, listed)
+        failed = failed or self._lacks(job.temporary, listed)
         if failed is None and self._sharing.leads:
-            about = Manifest(
-                step, run, captured.engine, captured.model | {"restarts": restarts}, listed, installed_versions()
-            )
-            _, failed = _attempt(lambda: self._complete(temporary, target, about))
+            _, failed = _attempt(lambda: self._complete(job, listed))
         failed = next(filter(None, self._words(failed)), None)
         if failed is None:
-            self._remember(target, listed, restarts)
+            self._frozen = remember(job.target, listed, job.cycle, self._sharing.leads)
         else:
             self._frozen = None  # write them again, whatever has become of the files
             if self._sharing.leads:
-                _attempt(lambda: delete(temporary))
-        self._done.append(
-            Written(step, sum(file.size for file in listed.values()), new, stall, time.perf_counter() - started, failed)
-        )
+                _attempt(lambda: delete(job.temporary))
+        self._done.append(job.done(sum(file.size for file in listed.values()), new, failed))
         if failed is None and self._sharing.leads and (error := _attempt(self._after)[1]):
             logger.warning("old checkpoints stay: %s", error)
 
@@ -184,18 +198,7 @@ class CheckpointWriter:
         dist.all_gather_object(words, mine, group=self._group)
         return words
 
-    def _remember(self, directory: Path, listed: dict[str, File], restarts: int) -> None:
-        """Have the next checkpoint share the frozen weights of this one."""
-        listed = {name: file for name, file in listed.items() if name.startswith(FROZEN)}
-        marks = {}
-        for name, file in listed.items() if self._sharing.leads else ():
-            with contextlib.suppress(OSError):  # it is on another host's disk, or gone: that is looked into later
-                mark = _mark(directory / name)
-                if mark[0] == file.size:
-                    marks[name] = mark
-        self._frozen = _Frozen(restarts, directory, listed, marks)
-
-    def _link(self, temporary: Path, restarts: int) -> bool:
+    def _link(self, temporary: Path, cycle: int) -> bool:
         """Link the files of frozen weights that an earlier checkpoint has, if they are all still there. Collective.
 
         What cannot be linked (its checkpoint was moved, deleted or changed, or is on another file system) is written
@@ -206,16 +209,9 @@ class CheckpointWriter:
             if not self._sharing.leads:
                 return []
             delete(temporary)
-            if not shares:
-                return []
-            temporary.mkdir()
-            for name, mark in self._frozen.marks.items():
-                os.link(self._frozen.directory / name, temporary / name)
-                if _mark(temporary / name) != mark:
-                    raise OSError(f"{self._frozen.directory / name} was changed")
-            return list(self._frozen.marks)
+            return self._frozen.link(temporary) if shares else []
 
-        shares = self._frozen is not None and self._frozen.restarts == restarts
+        shares = self._frozen is not None and self._frozen.cycle == cycle
         words = self._words(_attempt(link))
         there = {name for names, _ in words for name in names or ()}
         if shares and there == self._frozen.files.keys() and not any(error for _, error in words):
@@ -225,8 +221,9 @@ class CheckpointWriter:
         self._words(None)
         return False
 
-    def _write_files(self, directory: Path, captured: Captured) -> dict[str, File]:
-        """Write what this rank has; returns it with sizes and checksums."""
+    def _write_files(self, job: _Job) -> dict[str, File]:
+        """Write what this rank has; return it with sizes and checksums."""
+        directory, captured = job.temporary, job.captured
         # Not a shared run directory itself: where that was moved away, another run may begin.
         directory.parent.mkdir(parents=not self._sharing.is_shared, exist_ok=True)
         directory.mkdir(exist_ok=True)
@@ -252,7 +249,7 @@ class CheckpointWriter:
         return written
 
     def _lacks(self, directory: Path, listed: dict[str, File]) -> str | None:
-        """Which of the listed files no disk has, with its size; None where everything is there. Collective."""
+        """Return which of the listed files no disk has, with its size; None where all are there. Collective."""
 
         def look() -> list[str]:
             deadline = time.monotonic() + LATE_S
@@ -272,7 +269,7 @@ class CheckpointWriter:
         """Return True for a file that is there with its size; what another host has written may be seen late."""
         while True:
             try:
-                if _mark(path)[0] == file.size:
+                if mark(path)[0] == file.size:
                     return True
             except FileNotFoundError:
                 if not self._sharing.is_here(path.name):
@@ -281,26 +278,23 @@ class CheckpointWriter:
                 return False
             time.sleep(0.2)
 
-    def _complete(self, temporary: Path, target: Path, about: Manifest) -> None:
-        about.write(temporary)
-        files.sync(temporary)
-        if target.exists():  # of a run that went back and came here again, on a disk of this host's own
-            put_aside(target)
-        os.replace(temporary, target)
+    def _complete(self, job: _Job, listed: dict[str, File]) -> None:
+        """Make what is written a checkpoint."""
+        model = job.captured.model | {"restarts": job.cycle}
+        about = Manifest(job.step, job.run, job.captured.engine, model, listed, installed_versions())
+        about.write(job.temporary)
+        files.sync(job.temporary)
+        with make_way(job.target, keep=self._keeps_replaced):
+            os.replace(job.temporary, job.target)
         files.sync(self._directory)
-        if error := _attempt(lambda: files.write_text(self._directory / LATEST, target.name))[1]:
+        if not job.is_latest:
+            return
+        if error := _attempt(lambda: files.write_text(self._directory / LATEST, job.target.name))[1]:
             logger.warning("%s was not written, and nothing needs it: %s", LATEST, error)
 
 
-def _mark(path: Path) -> tuple[int, ...]:
-    """Size, time of change and inode of a file; it is opened, because a network disk may answer stat() from memory."""
-    with path.open("rb") as file:
-        about = os.fstat(file.fileno())
-    return about.st_size, about.st_mtime_ns, about.st_ino
-
-
 def _attempt(work: Callable) -> tuple[object, str | None]:
-    """(result, None) or (None, what went wrong): the other ranks wait for word, whatever it is."""
+    """Return (result, None) or (None, what went wrong): the other ranks wait for an answer, whatever it is."""
     try:
         return work(), None
     except Exception as error:

@@ -3,6 +3,10 @@
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from relora_ds.checkpoint.manifest import Manifest
 
 ACTIONS = {
     "list": "the checkpoints of a run, with what their manifests say",
@@ -22,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.checkpoint import manifest, store
+    from relora_ds.checkpoint.earlier import refusal
 
-    found = [arguments.run] if (arguments.run / manifest.NAME).is_file() else store.directories(arguments.run)
+    is_one = (arguments.run / manifest.NAME).is_file()
+    found = [arguments.run] if is_one else store.directories(arguments.run) or store.tagged(arguments.run)
+    if not found and (reason := refusal(arguments.run)):
+        raise ValueError(reason)
     if not found:
         raise ValueError(f"{arguments.run}: it has no checkpoint; name a run directory or a checkpoint")
     if arguments.action == "list":
@@ -51,19 +59,24 @@ def _list(found: list[Path]) -> int:
         except (manifest.DamagedError, manifest.UnreadableError) as error:
             damaged.append(f"{path.name}: {error}")
             continue
-        run = about.run
         table.add_row(
             path.name,
-            run["phase"],
-            str(run["account"]["restarts"]),
-            str(run["world_size"]),
-            f"{run['recipe']['deepspeed']} {run['recipe']['precision']}",
+            *_of_run(about),
             human_bytes(sum(file.size for file in about.files.values())),
             time.strftime("%Y-%m-%d %H:%M", time.localtime((path / manifest.NAME).stat().st_mtime)),
         )
     Console().print(table)
     print("\n".join(damaged), end="\n" if damaged else "")
     return 0
+
+
+def _of_run(about: "Manifest") -> tuple[str, str, str, str]:
+    """Return phase, restarts, ranks and engine; of a loop of its own, only the restarts are known."""
+    run = about.run
+    if not about.is_of_run:
+        return "", str(len(about.engine["scheduler"]["restarts"])), "", ""
+    engine = f"{run['recipe']['deepspeed']} {run['recipe']['precision']}"
+    return run["phase"], str(run["account"]["restarts"]), str(run["world_size"]), engine
 
 
 def _verify(found: list[Path]) -> int:

@@ -115,9 +115,9 @@ def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code
 
 def _about(tag: Path) -> dict:
     """What the run's own files say about a checkpoint; little where it was written outside of a run."""
-    if not (tag / manifest.NAME).is_file():
-        return {"model": "A model", "verdict": f"Exported from the checkpoint `{tag.name}`."}
     saved = manifest.read(tag)
+    if not saved.is_of_run:
+        return {"model": "A model", "step": saved.step, "verdict": f"Exported from the checkpoint `{tag.name}`."}
     state, step, total = saved.run, saved.step, saved.run["total_steps"]
     about = {
         "model": state["model"],

@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.latest import named_by
+from relora_ds.checkpoint.earlier import refusal
 from relora_ds.checkpoint.manifest import LATEST
 from relora_ds.checkpoint.model import CheckpointWeights, is_checkpoint
 from relora_ds.checkpoint.run_files import read_json
@@ -57,13 +56,13 @@ def find_checkpoint(source: Path, name: str | None = None, field: str = "--check
         return source
     is_run = store.has_run(source)
     directory = source / "checkpoints" if is_run else source
-    pointed = named_by(directory / LATEST)
+    pointed = store.named_by(directory / LATEST)
     if name is None and pointed is not None and is_checkpoint(pointed):
         return pointed
-    there = sorted(path.name for path in directory.glob("*") if is_checkpoint(path))
-    if name is None and there:
-        numbered = [path for path in store.directories(directory) if path.name in there]
-        return numbered[-1] if numbered else max((directory / other for other in there), key=os.path.getmtime)
+    oldest_first = store.tagged(directory)
+    if name is None and oldest_first:
+        return oldest_first[-1]
+    there = sorted(path.name for path in oldest_first)
     if name in there:
         return directory / name
     if name is not None:
@@ -73,6 +72,8 @@ def find_checkpoint(source: Path, name: str | None = None, field: str = "--check
             f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
             "resume=auto, and set checkpoint.every for earlier ones"
         )
+    if reason := refusal(source):
+        raise ValueError(reason)
     raise ValueError(
         f"{source}: neither a run of relora_ds nor a checkpoint; name a directory with recipe.yaml, or "
         "that of one step, such as RUN/checkpoints/step_00005000"
@@ -100,8 +101,10 @@ def locate(source: str, field: str = "source") -> tuple[str, str]:
         return "peft", str(path)
     if store.has_run(path) and is_finished(path):
         return "huggingface", str(path / "export")
-    if store.has_run(path) or is_checkpoint(path) or (path / "latest").is_file():
+    if store.has_run(path) or is_checkpoint(path) or (path / LATEST).is_file():
         return "checkpoint", str(find_checkpoint(path))
+    if reason := refusal(path):
+        raise ValueError(f"{field}: {reason}")
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{field}: {source} is neither a run, a checkpoint, a Hugging Face model nor a PEFT export of "
@@ -138,10 +141,7 @@ def weights_of(source: str, trust_remote_code: bool = False, field: str = "sourc
     """The fp32 weights of the plain model, updates merged, read one tensor at a time. Errors: see `config_of`."""
     kind, path = locate(source, field)
     if kind == "checkpoint":
-        weights = CheckpointWeights(Path(path))
-        if weights.owners is not None:
-            logger.info("%s: %s is in DeepSpeed's format, so rank 0 reads it whole", field, path)
-        return weights
+        return CheckpointWeights(Path(path))
     config = config_of(source, trust_remote_code, field)
     with _clear_errors(source, field):
         if kind == "peft":
@@ -187,15 +187,11 @@ def _saved_config(checkpoint: Path, trust_remote_code: bool) -> PretrainedConfig
 
 def _lists(checkpoint: Path, name: str) -> bool:
     """Return True if a checkpoint consists of a small file of this name, among others."""
-    if (checkpoint / manifest.NAME).is_file():
-        return name in manifest.read(checkpoint).files
-    return (checkpoint / name).is_file()
+    return name in manifest.read(checkpoint).files
 
 
 def _damage(checkpoint: Path, name: str) -> str | None:
-    """What is wrong with a small file of a run's checkpoint; of DeepSpeed's format that is not known."""
-    if not (checkpoint / manifest.NAME).is_file():
-        return None
+    """Return what is wrong with a small file of a checkpoint, or None."""
     return next(iter(store.verify(checkpoint, lambda listed: listed == name)), None)
 
 

@@ -4,8 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
+from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.manifest import Manifest
-from relora_ds.checkpoint.store import ResumeError
 from relora_ds.training.preflight import Plan
 from relora_ds.training.report import model_name
 
@@ -44,6 +44,11 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
     Raises:
         ResumeError: naming everything that differs.
     """
+    if not saved.is_of_run:
+        raise ResumeError(
+            "resume: the checkpoint is of a loop of its own (engine.save_checkpoint), not of a run; begin a run with "
+            "its weights: init_from=PATH"
+        )
     then, now = saved.run["recipe"], _flat(plan)
     found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in _FIXED if then.get(name) != now.get(name)]
     old, new = then["warm_start_steps"], now["warm_start_steps"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.checkpoint import store
+from relora_ds.checkpoint.find import Found, ResumeError, find
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.checkpoint.sharing import find_peers
@@ -95,7 +96,7 @@ class Trainer:
                 if part is not None:
                     part.close()
 
-    def _train_from(self, checkpoint: store.Found | None) -> dict:
+    def _train_from(self, checkpoint: Found | None) -> dict:
         phases = phases_of(self.recipe)
         now = phases[0].name if checkpoint is None else checkpoint.manifest.run["phase"]
         first = [phase.name for phase in phases].index(now)
@@ -139,7 +140,7 @@ class Trainer:
 
     # -- the run and its phases --------------------------------------------------------------------------------
 
-    def _find_checkpoint(self) -> store.Found | None:
+    def _find_checkpoint(self) -> Found | None:
         """Start the process group, lock the run directory, find the checkpoint to resume from. Nothing is written."""
         init_distributed()
         self.watchdog = Watchdog(
@@ -151,12 +152,12 @@ class Trainer:
         self.view = View(self.is_first, self.recipe.total_steps)
         require_same_tokens(self.plan.data.fingerprint)  # so every rank has looked at the directory and is here
         self._claim_run_dir()
-        checkpoint = store.find(self.run_dir, self.recipe.resume)
+        checkpoint = find(self.run_dir, self.recipe.resume)
         if checkpoint is not None:
             identity.require_same_run(checkpoint.manifest, self.plan)
         return checkpoint
 
-    def _open_run(self, checkpoint: store.Found | None) -> None:
+    def _open_run(self, checkpoint: Found | None) -> None:
         """Begin to write the run directory; when resuming, roll it back to the checkpoint."""
         saved = checkpoint and checkpoint.manifest
         if self.is_first:
@@ -216,13 +217,13 @@ class Trainer:
         dist.broadcast_object_list(problem)
         if problem[0]:
             self.is_open = False
-            raise store.ResumeError(problem[0])
+            raise ResumeError(problem[0])
 
     def _holds_run_dir(self) -> bool:
         """Whether rank 0 may write there now: what has its name may be another run's, if ours was moved."""
         return self._claim is None or self._claim.is_held()
 
-    def _build(self, phase: Phase, checkpoint: store.Found | None) -> None:
+    def _build(self, phase: Phase, checkpoint: Found | None) -> None:
         """Build the engine of a phase: from the engine before it, from a checkpoint, or from nothing."""
         self.watchdog.beat()
         self._close_writer()
@@ -231,13 +232,13 @@ class Trainer:
         self.watchdog.watch(self.engine.module)
         if checkpoint is not None:
             if found := problems(checkpoint.manifest, self.engine):
-                raise store.ResumeError(f"resume: {checkpoint.directory} is of another network: {'; '.join(found)}")
+                raise ResumeError(f"resume: {checkpoint.directory} is of another network: {'; '.join(found)}")
             try:
                 restore(self.engine, checkpoint.directory, checkpoint.manifest)
             except (DamagedError, UnreadableError) as error:
-                raise store.ResumeError(f"resume: {error}") from error
+                raise ResumeError(f"resume: {error}") from error
 
-    def _enter(self, phase: Phase, checkpoint: store.Found | None) -> None:
+    def _enter(self, phase: Phase, checkpoint: Found | None) -> None:
         """Begin to train and to measure with a new engine."""
         self.watchdog.beat()
         if self.sharing is None:  # once, while the disk has room
@@ -379,13 +380,13 @@ class Trainer:
         self._take_finished_checkpoints(wait=True)
         return self._last_saved == self.account.step
 
-    def _roll_back(self, spike: Spike) -> store.Found:
+    def _roll_back(self, spike: Spike) -> Found:
         """Leave this engine for the newest checkpoint. The data go on where they are, or the same spike would come."""
         self._close_writer()
         self.journal.close()
         release(self.engine)
         self.engine = None
-        checkpoint = store.find(self.run_dir, "auto") or store.find(self.run_dir, self.recipe.resume)
+        checkpoint = find(self.run_dir, "auto") or find(self.run_dir, self.recipe.resume)
         if checkpoint is None:
             raise GuardError("guard.on_spike: rollback, and no checkpoint could be written to go back to")
         step, run = checkpoint.manifest.step, checkpoint.manifest.run

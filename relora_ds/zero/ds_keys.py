@@ -117,6 +117,10 @@ REFUSED = {
     "autotuning.enabled": ((False,), "DeepSpeed's autotuning is not supported; remove it"),
     "compile.deepcompile": ((False,), "DeepCompile is not supported; remove it"),
     "weight_quantization": ((None, {}), "frozen_dtype says how frozen weights are stored; remove it"),
+    "checkpoint.load_universal": (
+        (False,),
+        "checkpoints are loaded at any stage and world size; remove it",
+    ),
     "datastates_ckpt": ((None, {}), "checkpoints are written in a format of their own; remove it"),
     "managed_gradient_accumulation": ((True,), "steps must be DeepSpeed's to count; remove it"),
     "gradient_allreduce_op": (("mean",), "the learning rate is set for mean gradients; remove it"),

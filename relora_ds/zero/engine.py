@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,19 +9,14 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
-from relora_ds.checkpoint.latest import newest_tag
 from relora_ds.lowrank.reinit import GradientSketch
-from relora_ds.lowrank.storage import Storage
 from relora_ds.lowrank.targets import summary
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.zero import checkpoint_files, checkpoint_model, universal
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
-from relora_ds.zero.frozen_master import is_partitioned
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
-from relora_ds.zero.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -173,105 +167,90 @@ class ReLoRAEngine(DeepSpeedEngine):
         if failure[0] is not None:
             raise OSError(failure[0])
 
-    def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, exclude_frozen_parameters=False):
-        """DeepSpeed's, plus in the same tag the fp32 masters of the frozen weights and a description of the model."""
-        if exclude_frozen_parameters and self.frozen.layers:
+    def save_checkpoint(
+        self,
+        save_dir,
+        tag=None,
+        client_state=None,
+        save_latest=True,
+        exclude_frozen_parameters=False,
+        *,
+        background=False,
+    ):
+        """Write `save_dir/tag`, as DeepSpeed's does, in the format of docs/concepts/checkpoints.md. Collective.
+
+        It is there whole or not at all, and any number of ranks at any ZeRO stage, in any precision and frozen format
+        can load it.
+
+        Args:
+            tag: default `global_step` with the number of steps. An earlier checkpoint of that name is replaced.
+            client_state: a dict of what the loop needs besides: JSON values, tuples and tensors. Rank 0's is saved.
+            save_latest: have the file `latest` name it.
+            background: return when the state is copied, and write while training goes on; call `wait_for_checkpoint()`
+                before the process ends.
+
+        Returns:
+            True, as DeepSpeed does.
+
+        Raises:
+            ValueError: an argument cannot be used; says what to do.
+            OSError: on every rank, where one of them could not write; what was there before stays. Of a checkpoint in
+                the background: at the next save, load or wait.
+        """
+        if exclude_frozen_parameters:
             raise ValueError(
                 "exclude_frozen_parameters: True would lose every merge: with ReLoRA the frozen weights "
                 "are training state; leave it False"
             )
-        tag = str(tag if tag is not None else f"global_step{self.global_steps}")
-        checkpoint_files.save_frozen(save_dir, tag, self.frozen)
-        together("save_checkpoint", lambda: checkpoint_model.save_description(save_dir, tag, self))
-        return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        self._checkpoints.save(save_dir, tag, client_state or {}, save_latest, background)
+        return True
 
-    def load_checkpoint(self, load_dir, tag=None, *args, **kwargs):
-        """DeepSpeed's, plus the fp32 masters of the frozen weights.
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that is written in the background is complete. Errors: see `save_checkpoint`."""
+        self._checkpoints.wait()
 
-        With `"checkpoint": {"load_universal": true}` in the engine's config: see `zero.universal`.
+    def load_checkpoint(
+        self,
+        load_dir,
+        tag=None,
+        load_module_strict=True,
+        load_optimizer_states=True,
+        load_lr_scheduler_states=True,
+        load_module_only=False,
+        custom_load_fn=None,
+    ):
+        """Resume from what `save_checkpoint`, or a run, has written: also on other ranks, at another stage. Collective.
+
+        Every file is compared with its sha256 before anything is overwritten.
+
+        Args:
+            tag: default: the checkpoint that `latest` names or, where that is damaged, the newest intact one.
+            load_module_strict: has no effect: the checkpoint must be of the same network.
+            load_optimizer_states: with Adam's moments.
+            load_lr_scheduler_states: with the number of steps and the restarts so far.
+            load_module_only: with neither.
+
+        Returns:
+            `(path, client_state)`; `(None, {})` where `load_dir` has no checkpoint.
 
         Raises:
-            ValueError: on every rank and before anything is overwritten: masters are missing, the checkpoint is of
-                another ZeRO stage, precision or rank than this engine, or it has no masters and stores the frozen
-                weights in another format.
+            ValueError: on every rank and before anything is overwritten: the checkpoint is damaged, of another network,
+                or of a format that is not read.
         """
-        latest = universal.LATEST if self.load_universal_checkpoint() else "latest"
-        tag = newest_tag(load_dir, latest, self._is_checkpoint) if tag is None else str(tag)
-        if tag is None:
-            logger.warning(
-                "load_checkpoint: no file `%s` in %s names a checkpoint; nothing is loaded", latest, load_dir
-            )
-            return None, {}
-        directory = Path(load_dir) / tag
-        if self.load_universal_checkpoint():
-            if args or kwargs:
-                raise ValueError(
-                    f"load_checkpoint: {[*args, *kwargs]} with a universal checkpoint, of which all is "
-                    "loaded; leave it out"
-                )
-            return str(directory), universal.load(self, directory)
-        about = checkpoint_model.agreed_description(directory)
-        if about is not None and (found := checkpoint_model.problems(about, self)):
-            raise ValueError(f"load_checkpoint: {directory} is of another engine: {'; '.join(found)}")
-        saved, stored = None if about is None else Storage(**about["frozen"]), None
-        masters = self._masters_in(directory, saved)
-        if masters is None and self.frozen.storage.replicated:  # DeepSpeed's files hold parameters only
-            stored = checkpoint_files.read_owned(directory, self.frozen, checkpoint_files.STORED)
-            checkpoint_files.require_all(stored, directory, self.frozen, self.device)
-        self._keeps_own_frozen = masters is not None
-        path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
-        if path is not None:
-            self.shards.drop_gathered_copies()
-            if masters is not None:
-                self.frozen.publish_masters(masters)
-            elif stored is not None:
-                self.frozen.publish_stored(stored)
-            for ledger in self.frozen.ledgers.values():
-                ledger.clear()
-            if saved is None or saved.rounds_like(self.frozen.storage):  # else what was lost then is not what is now
-                checkpoint_files.restore_ledgers(directory, self.frozen)
-            self.num_accumulated = 0
-            self._relink()
-        return path, client_state
+        if custom_load_fn is not None:
+            raise ValueError("custom_load_fn: is not supported; load the checkpoint, then change engine.module")
+        return self._checkpoints.load(
+            load_dir,
+            tag,
+            optimizer=load_optimizer_states and not load_module_only,
+            schedule=load_lr_scheduler_states and not load_module_only,
+        )
 
-    def _is_checkpoint(self, directory: Path) -> bool:
-        return (directory / checkpoint_model.DESCRIPTION).is_file() and universal.is_universal(
-            directory
-        ) == self.load_universal_checkpoint()
-
-    def _masters_in(self, directory: Path, saved: Storage | None) -> dict[str, Tensor] | None:
-        """The fp32 values of what this rank owns in a checkpoint; None where DeepSpeed's files have all there is."""
-        now = self.frozen.storage
-        if not self.frozen.layers or (
-            saved and not saved.with_masters and not now.with_masters and saved.same_bytes(now)
-        ):
-            return None
-        if saved and saved.exact:
-            return checkpoint_model.read_base_weights(directory, self.frozen.owned())
-        found = checkpoint_files.read_owned(directory, self.frozen)
-        checkpoint_files.require_all(found, directory, self.frozen, self.device)
-        return found
-
-    def load_module_state_dict(self, checkpoint, *args, **kwargs):
-        # The frozen weights come from their masters, after this: they may be stored otherwise in the checkpoint.
-        if self._keeps_own_frozen:
-            own = {f"{name}.weight": layer.weight for name, layer in self.frozen.layers.items()}
-            parameters = {} if self.frozen.storage.replicated else own
-            checkpoint["module"] = {name: value for name, value in checkpoint["module"].items() if name not in own} | {
-                name: parameter.detach() for name, parameter in parameters.items()
-            }
-            if checkpoint.get("frozen_param_fragments") is not None:
-                checkpoint["frozen_param_fragments"] |= {
-                    name: p.ds_tensor.detach() if is_partitioned(p) else p.detach() for name, p in parameters.items()
-                }
-        super().load_module_state_dict(checkpoint, *args, **kwargs)
-
-    def _relink(self) -> None:
-        # DeepSpeed never renews these links once an engine has stepped, and safe_get_full_* would go on
-        # reading the tensors from before the load.
-        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+    def destroy(self):
+        """Release what the engine holds, after the checkpoint that is being written."""
+        if "_checkpoints" in self.__dict__:
+            self._checkpoints.close()
+        super().destroy()
 
     def _take_model_step(self, lr_kwargs):
         # DeepSpeed skips a non-finite step on all ranks, except at stage 0 in fp32, where it applies the NaN.

@@ -18,14 +18,22 @@ def engine_state(engine) -> dict:
     }
 
 
-def restore_engine_state(engine, state: dict) -> None:
-    """Go on from what `engine_state` returned."""
-    engine.lr_scheduler.load_state_dict(state["scheduler"])
-    engine.shards.set_adam_steps(state["adam_steps"])
-    for name in _COUNTERS:
-        setattr(engine, name, state["counters"][name])
+def restore_engine_state(engine, state: dict, *, optimizer: bool = True, schedule: bool = True) -> None:
+    """Resume from what `engine_state` returned.
+
+    Args:
+        optimizer: with Adam's steps and the loss scale.
+        schedule: with the scheduler and the counters of steps.
+    """
+    if schedule:
+        engine.lr_scheduler.load_state_dict(state["scheduler"])
+        for name in _COUNTERS:
+            setattr(engine, name, state["counters"][name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.num_accumulated = 0
+    if not optimizer:
+        return
+    engine.shards.set_adam_steps(state["adam_steps"])
     if not engine.fp16_enabled():  # DeepSpeed's bf16 wrapper of stage 0 has a scale too, and would divide by it
         return
     scaler = _scaler(engine)

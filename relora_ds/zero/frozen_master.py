@@ -142,11 +142,6 @@ class FrozenWeights:
         else:
             weight.data.copy_(stored)
 
-    def publish_masters(self, values: dict[str, Tensor]) -> None:
-        """Make fp32 `values`, of what this rank owns, masters and stored copies. Collective."""
-        for name in self.layers:
-            self.take(name, values.get(name))
-
     def take(self, name: str, value: Tensor | None) -> None:
         """Make the owner's fp32 `value` (None elsewhere) the master and the stored copy. Collective."""
         stored = None
@@ -154,12 +149,6 @@ class FrozenWeights:
             self.keep(name, value)
             stored = self.quantize(value.to(self.device))
         self.publish(name, stored, self.device)
-
-    def publish_stored(self, stored: dict[str, Tensor]) -> None:
-        """Make what the owners hold the stored copies on every rank. Collective."""
-        for name in self.layers:
-            value = stored.get(name)
-            self.publish(name, None if value is None else value.to(self.device), self.device)
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

@@ -64,19 +64,15 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
             if mine and frozen.with_masters:  # they begin with all that is left
                 frozen.keep(name, frozen.dequantize(name, stored))
     for name, ledger in frozen.ledgers.items():
-        ledger.intended.copy_(read(INTENDED + name))
-        ledger.lost.copy_(read(LOST + name))
-    restore_others(engine, lambda name: read(OTHER + name))
-
-
-@torch.no_grad()
-def restore_others(engine, read: Read) -> None:
-    """Take over the frozen parameters that are no low-rank layer's weight; rank 0 reads them. Collective."""
-    for name, parameter in other_parameters(engine):
+        ledger.clear()
+        if saved.rounds_like(frozen.storage):  # else what was lost then is not what is lost now
+            ledger.intended.copy_(read(INTENDED + name))
+            ledger.lost.copy_(read(LOST + name))
+    for name, parameter in other_parameters(engine):  # rank 0 reads them
         shape = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
         value = torch.empty(shape, dtype=parameter.dtype, device=engine.device)
         if dist.get_rank() == 0:
-            value.copy_(read(name))
+            value.copy_(read(OTHER + name))
         dist.broadcast(value, 0)
         if is_partitioned(parameter):
             write_partition(parameter, value)

@@ -23,6 +23,7 @@ from relora_ds.lowrank.words import for_everyone
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
 from relora_ds.zero import accelerator, ds_config, ds_types
 from relora_ds.zero.allocate import allocate, nothing_broadcast
+from relora_ds.zero.checkpoints import EngineCheckpoints
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
 from relora_ds.zero.ds_resolve import resolve
 from relora_ds.zero.engine import ReLoRAEngine
@@ -169,7 +170,7 @@ def initialize(
     engine.drift_probe = None
     engine.last_restart = None
     engine.num_accumulated = 0
-    engine._keeps_own_frozen = False
+    engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, optimizer, loader, scheduler
 

@@ -46,8 +46,12 @@ def problems(manifest: Manifest, engine) -> list[str]:
 
 
 @torch.no_grad()
-def restore(engine, directory: Path, manifest: Manifest) -> None:
+def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = True, schedule: bool = True) -> None:
     """Put a checkpoint into an engine that `problems` finds nothing wrong with. Collective.
+
+    Args:
+        optimizer: with Adam's moments, its steps and the loss scale.
+        schedule: with the steps and the restarts so far.
 
     Raises:
         DamagedError: on every rank, where one of them does not see a file that it needs. Nothing has been changed then.
@@ -66,8 +70,9 @@ def restore(engine, directory: Path, manifest: Manifest) -> None:
         if engine.frozen.layers or any(not p.requires_grad for p in engine.module.parameters()):
             restore_frozen_state(engine, saved.read, storage)
         shards.drop_gathered_copies()
+        parts = PARTS if optimizer else PARTS[:1]
         for shard in shards:
-            for part in PARTS:
+            for part in parts:
                 getattr(shard, part).copy_(saved.read_range(part, shard.name, shard.start, shard.stop))
         for name, buffer in persistent_buffers(engine.module).items():
             value = saved.read(BUFFER + name).to(buffer.device) if dist.get_rank() == 0 else torch.empty_like(buffer)
@@ -75,7 +80,7 @@ def restore(engine, directory: Path, manifest: Manifest) -> None:
             buffer.copy_(value)
     for name in shards.names:  # what forward reads, from masters that are all in place now
         shards.write(name, shards.gather([name])[name])
-    restore_engine_state(engine, manifest.engine)
+    restore_engine_state(engine, manifest.engine, optimizer=optimizer, schedule=schedule)
 
 
 def _lack(saved: SavedTensors, engine) -> str | None:

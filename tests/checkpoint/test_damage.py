@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.find import ResumeError, find
 from relora_ds.checkpoint.writer import CheckpointWriter
 from tests.ranks import ranks
 from tests.training.runs import losses, run
@@ -26,7 +26,7 @@ def whole(tmp_path_factory):
 
 def found(run_dir) -> tuple[str, tuple[str, ...]] | str:
     try:
-        checkpoint = store.find(run_dir, "auto")
+        checkpoint = find(run_dir, "auto")
     except ResumeError as error:
         return str(error)
     return checkpoint.directory.name, checkpoint.passed_over

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.model import read_model
 from relora_ds.interop.sources import model_of
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from relora_ds.utils.files import sha256
+from tests.checkpoint.weights import weights_in
 from tests.ranks import ranks
 from tests.training.runs import run
 
@@ -84,7 +84,7 @@ def test_export_reads_what_the_manifest_says(whole, tmp_path):
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="frozen_00000.safetensors is not what was written"):
-        read_model(copy)
+        weights_in(copy)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])

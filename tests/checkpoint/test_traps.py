@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.contents import Captured
-from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.find import ResumeError, find
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
@@ -96,7 +96,7 @@ def train_and_lose(run_dir: str, checkpoint: str) -> None:
 
 def find_on_disks_of_their_own(directories: list[str]) -> tuple | str:
     try:
-        found = store.find(directories[dist.get_rank()], "auto")
+        found = find(directories[dist.get_rank()], "auto")
     except ResumeError as error:
         return str(error)
     return found.directory.name, found.passed_over

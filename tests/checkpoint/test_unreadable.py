@@ -9,8 +9,8 @@ import pytest
 
 from relora_ds.__main__ import main
 from relora_ds.checkpoint import manifest, store
+from relora_ds.checkpoint.find import ResumeError, find
 from relora_ds.checkpoint.manifest import File, Manifest
-from relora_ds.checkpoint.store import ResumeError
 from relora_ds.utils.files import sha256
 from tests.ranks import ranks
 
@@ -92,7 +92,7 @@ def contents(run_dir: Path) -> list[str]:
 
 def found(run_dir: Path, resume: str) -> str:
     try:
-        return store.find(run_dir, resume).directory.name
+        return find(run_dir, resume).directory.name
     except ResumeError as error:
         return str(error)
 
@@ -113,7 +113,7 @@ def test_proof_in_one_file_is_enough(three, tmp_path):
 
 
 def find_with_warnings(run_dir: Path) -> tuple:
-    checkpoint = store.find(run_dir, "auto")
+    checkpoint = find(run_dir, "auto")
     return checkpoint.directory.name, checkpoint.passed_over, checkpoint.damaged
 
 

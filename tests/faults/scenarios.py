@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from relora_ds.__main__ import main as command
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.find import ResumeError
 from relora_ds.config import RecipeError
 from relora_ds.training import lock
 from relora_ds.training.guard import GuardError

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.find import ResumeError
 from relora_ds.train import EXIT_GUARD, _stop
 from relora_ds.training.guard import GuardError
 from relora_ds.training.lock import NAME, lock

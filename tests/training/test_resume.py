@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from relora_ds.checkpoint.store import ResumeError, drop_after
+from relora_ds.checkpoint.find import ResumeError
+from relora_ds.checkpoint.store import drop_after
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks

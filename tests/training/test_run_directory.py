@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds.checkpoint import store
-from relora_ds.checkpoint.store import ResumeError
+from relora_ds.checkpoint.find import ResumeError
 from relora_ds.config import load_recipe
 from relora_ds.train import main
 from relora_ds.training import run_contents, run_directory

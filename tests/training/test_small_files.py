@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from relora_ds.checkpoint import store
+from relora_ds.checkpoint.find import _stray
 from relora_ds.checkpoint.run_files import read_json, read_metrics
 from relora_ds.interop.export import export
 from relora_ds.interop.sources import find_checkpoint, is_finished
@@ -232,7 +232,7 @@ def test_latest_never_matters(copy, damage):
     shutil.copytree(directory / "step_00000006", copy / "elsewhere")
     damage(directory, directory / "latest")
     assert find_checkpoint(copy) == directory / "step_00000014"
-    warnings = store._stray(directory)
+    warnings = _stray(directory)
     assert len(warnings) == 1 and "root:" not in str(warnings)
     with pytest.raises(ValueError, match="is not in"):
         find_checkpoint(copy, "../elsewhere")

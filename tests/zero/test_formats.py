@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.zero.checkpoint_model import read_model
+from tests.checkpoint.weights import weights_in
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero import test_checkpoint
@@ -102,7 +102,7 @@ def converted(stage: int, directory: str, before: dict, after: dict) -> dict:
     }
     cases.release(engine)
     dist.barrier()
-    for name, value in read_model(Path(directory, "t")).merged().items():
+    for name, value in weights_in(Path(directory, "t")).items():
         assert torch.equal(value, was["merged"][name]), name
 
     engine = test_checkpoint.build(stage, "fp32", frozen=after, model_seed=1, **BLOCKS)

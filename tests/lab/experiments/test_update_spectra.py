@@ -9,12 +9,13 @@ import torch
 from transformers import GPT2Config
 
 from relora_ds.__main__ import main
-from relora_ds.checkpoint.model import Contents, open_model, read_model
+from relora_ds.checkpoint.model import Contents, open_model
 from relora_ds.lab.experiments.update_spectra import OLDEST, WITH_INITIAL_VALUE, Window, linear_layers, measure
 from relora_ds.models.build import meta_model
+from tests.checkpoint.test_model import save
+from tests.checkpoint.weights import weights_in
 from tests.ranks import ranks
 from tests.training.runs import run
-from tests.zero.test_checkpoint_model import save
 
 R, WARM, LAST = 4, 10, 42  # the recipe tiny's r and warm start
 SETTINGS = (
@@ -90,7 +91,7 @@ def test_the_claim_of_the_paper(runs):
 def test_one_matrix_at_a_time_is_the_whole_model(runs):
     for name, step in (("relora", WARM), ("relora", 40), ("lora", LAST)):
         directory = checkpoint(runs / name, step)
-        merged = read_model(directory).merged()
+        merged = weights_in(directory)
         with open_model(directory) as model:
             for layer, shape in model.contents.matrices.items():
                 weight = model.merged(layer)
