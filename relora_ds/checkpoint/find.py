@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.manifest import LATEST, DamagedError, Manifest, UnreadableError, is_needed
+from relora_ds.checkpoint.removal import replaced_name
 from relora_ds.checkpoint.store import (
     NAME_OF_A_STEP,
     directories,
     error_in,
     may_be_late,
     named_by,
-    replaced_name,
     tagged,
 )
 
@@ -108,7 +108,7 @@ def find_tag(load_dir: Path, tag: str | None) -> Found | None:
     """
     names: list = [None]
     if dist.get_rank() == 0:
-        names = [[tag if (load_dir / tag).is_dir() else replaced_name(tag)] if tag else _by_age(load_dir)]
+        names = [[_present(load_dir, tag)] if tag else _by_age(load_dir)]
     dist.broadcast_object_list(names, 0)
     passed_over: list[str] = []
     for directory in (load_dir / name for name in names[0]):
@@ -121,6 +121,12 @@ def find_tag(load_dir: Path, tag: str | None) -> Found | None:
     if passed_over:
         raise DamagedError(f"{'; '.join(passed_over)}; no checkpoint in {load_dir} is intact")
     return None
+
+
+def _present(directory: Path, tag: str) -> str:
+    """Return what a checkpoint is called: an interrupted save under its name may have left it under another one."""
+    is_replaced = not (directory / tag).exists() and (directory / replaced_name(tag)).is_dir()
+    return replaced_name(tag) if is_replaced else tag
 
 
 def _by_age(directory: Path) -> list[str]:

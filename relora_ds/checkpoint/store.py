@@ -5,19 +5,16 @@ what counts is the directories themselves, each of which was put there by one re
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import re
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.manifest import (
-    IN_CHECKPOINT,
     LATEST,
     DamagedError,
     File,
@@ -26,15 +23,13 @@ from relora_ds.checkpoint.manifest import (
     is_needed,
     tag_of,
 )
+from relora_ds.checkpoint.removal import foreign_in, free, put_aside, remove
 from relora_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
 LATE_S = 60  # for so long network disks may show an old state of what another host has written
-REPLACED = "replaced"  # beside the checkpoints: those that a run went back behind
 NAME_OF_A_STEP = re.compile(r"step_\d{8,}")  # not a copy that somebody put beside it
-# What an interrupted save leaves: `.TAG.writing`, ranks' marks (`checkpoint.sharing`), and what 0.1 left.
-_LEFTOVER = re.compile(r"\.step_\d{8,}(\.\w+)*|latest\..+\.tmp|\.[0-9a-f-]{36}_rank_\d+|\..+\.writing")
 
 
 def has_run(directory: Path) -> bool:
@@ -151,23 +146,9 @@ def prune(
 
 def _holds_more(path: Path) -> bool:
     """Return True, with a warning, for a checkpoint's directory with anything that is no part of one."""
-    if foreign := _foreign_in(path):
+    if foreign := foreign_in(path):
         logger.warning("%s is not deleted: it holds %s, which no run writes; move that elsewhere", path, foreign)
     return foreign is not None
-
-
-def _foreign_in(path: Path) -> str | None:
-    """Return the name of something in a checkpoint's directory that is no part of one."""
-    if path.is_symlink():  # only the link would be deleted
-        return None
-    with os.scandir(path) as entries:
-        foreign = sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".nfs")
-            and (entry.is_dir(follow_symlinks=False) or not IN_CHECKPOINT.fullmatch(entry.name))
-        )
-    return next(iter(foreign), None)
 
 
 def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None:
@@ -178,83 +159,12 @@ def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None
     inner = run_dir / "checkpoints"
     for path in damaged:
         if path.parent == inner and path.is_dir():
-            os.replace(path, _free(path.with_name(f"{path.name}.damaged")))
+            os.replace(path, free(path.with_name(f"{path.name}.damaged")))
     if (inner / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
         write_text(inner / LATEST, tag_of(step))
     for path in directories(run_dir):
         if _step_of(path) > step:
             put_aside(path)
-
-
-def put_aside(path: Path) -> None:
-    """Move a checkpoint to the directory `replaced` beside it."""
-    (path.parent / REPLACED).mkdir(exist_ok=True)
-    aside = _free(path.parent / REPLACED / path.name)
-    os.replace(path, aside)
-    logger.warning(
-        "%s was moved to %s, because the run goes on from before it; delete it when you need it no more", path, aside
-    )
-
-
-@contextlib.contextmanager
-def make_way(target: Path, keep: bool) -> Iterator[None]:
-    """Free the place of a checkpoint for another one, which is put there inside of the `with`.
-
-    An interruption leaves the old one as `replaced_name(target)`, or the new one. keep: `put_aside` the old one.
-
-    Raises:
-        FileExistsError: the directory holds something else; nothing is changed.
-    """
-    old = target.with_name(replaced_name(target.name))
-    if target.exists() and keep:
-        put_aside(target)
-    elif target.exists():
-        if foreign := _foreign_in(target):
-            raise FileExistsError(f"{target} holds {foreign}, which is no part of a checkpoint; choose another tag")
-        delete(old)
-        os.replace(target, old)
-    try:
-        yield
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    delete(old)
-
-
-def replaced_name(name: str) -> str:
-    """Return what a checkpoint is called while another one takes its place."""
-    return f".{name}.replaced"
-
-
-def delete_leftovers(directory: Path) -> None:
-    """Delete what interrupted saves left in a directory of checkpoints."""
-    for path in list(directory.iterdir()):
-        is_ours = _LEFTOVER.fullmatch(path.name) and not (path.is_dir() and _foreign_in(path))
-        if is_ours:
-            delete(path)
-
-
-def _free(path: Path) -> Path:
-    """Return a path at which there is nothing: this one, or one with a number."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint. An interrupted deletion never leaves a valid checkpoint behind."""
-    hidden = path.with_name(f".{path.name}.old")
-    delete(hidden)
-    os.replace(path, hidden)
-    delete(hidden)
-
-
-def delete(path: Path) -> None:
-    """Delete a file, a directory or a symbolic link to one, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _glance(path: Path, is_here: Callable[[str], bool] | None) -> None:

@@ -9,78 +9,29 @@ The threads of the ranks talk over a process group of their own. Whatever fails,
 checkpoints before it as they are, and training goes on.
 """
 
-import json
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_ds.checkpoint.contents import RANGES, Captured, Source
+from relora_ds.checkpoint.contents import Source
+from relora_ds.checkpoint.job import Job, Written
 from relora_ds.checkpoint.links import FrozenFiles, mark, remember
-from relora_ds.checkpoint.manifest import FROZEN, LATEST, TRAINED, File, Manifest, tag_of
+from relora_ds.checkpoint.manifest import LATEST, File, Manifest, tag_of
+from relora_ds.checkpoint.rank_files import write_files
+from relora_ds.checkpoint.removal import delete, delete_leftovers, make_way
 from relora_ds.checkpoint.sharing import Sharing, find_peers
-from relora_ds.checkpoint.store import LATE_S, delete, delete_leftovers, make_way
+from relora_ds.checkpoint.store import LATE_S
 from relora_ds.utils import files
 from relora_ds.utils.versions import installed_versions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Written:
-    """How a checkpoint went.
-
-    Attributes:
-        step: the training step that it captures.
-        bytes: of all its files; new_bytes: without those that an earlier checkpoint has too.
-        stall_s, write_s: seconds that training waited, and that writing took in total.
-        error: why there is none; None where there is.
-    """
-
-    step: int
-    bytes: int
-    new_bytes: int
-    stall_s: float
-    write_s: float
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One checkpoint, from the copy of the state to the rename.
-
-    Attributes:
-        target: its directory.
-        captured: what this rank writes; None where that failed, see `error`.
-        cycle: of the engine when it was captured.
-        started, stall_s: when `save` was called, and for how many seconds training waited.
-    """
-
-    target: Path
-    step: int
-    run: dict
-    is_latest: bool
-    captured: Captured | None
-    error: str | None
-    cycle: int
-    started: float
-    stall_s: float
-
-    @property
-    def temporary(self) -> Path:
-        """Where its files are written; no name that somebody else would give."""
-        return self.target.with_name(f".{self.target.name}.writing")
-
-    def done(self, size: int, new: int, error: str | None) -> Written:
-        return Written(self.step, size, new, self.stall_s, time.perf_counter() - self.started, error)
 
 
 class CheckpointWriter:
@@ -134,12 +85,12 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         cycle, target = self._source.cycle, self._directory / (tag or tag_of(step))
-        job = _Job(target, step, run, is_latest, None, None, cycle, started, 0.0)
+        job = Job(target, step, run, is_latest, None, None, cycle, started, 0.0)
         is_linked = self._link(job.temporary, cycle)
         captured, error = _attempt(lambda: self._source.capture(self._sharing.peers, not is_linked))
         if captured is not None and tensors and dist.get_rank() == 0:
             captured.trained.update(tensors)
-        job = _Job(target, step, run, is_latest, captured, error, cycle, started, time.perf_counter() - started)
+        job = Job(target, step, run, is_latest, captured, error, cycle, started, time.perf_counter() - started)
         # A daemon: a rank that fails does not wait for it.
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -162,21 +113,23 @@ class CheckpointWriter:
 
     # -- in the background ---------------------------------------------------------------------------------------
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         try:
             self._write(job)
         except Exception as error:  # a rank that is gone: the others find out in training
             self._frozen = None
             self._done.append(job.done(0, 0, f"{error}"))
 
-    def _write(self, job: _Job) -> None:
-        mine, failed = (None, job.error) if job.captured is None else _attempt(lambda: self._write_files(job))
-        words = self._words((mine, failed, job.captured and job.captured.contents()))
+    def _write(self, job: Job) -> None:
+        captured, mine, failed = job.captured, None, job.error
+        if captured is not None:
+            mine, failed = _attempt(lambda: write_files(job.temporary, captured, self._source, self._sharing))
+        words = self._words((mine, failed, captured and captured.contents()))
         failed = next((error for _, error, _ in words if error), None)
-        failed = failed or job.captured.gaps([what for *_, what in words])
+        failed = failed or captured.gaps([what for *_, what in words])
         listed = {name: file for own, *_ in words for name, file in (own or {}).items()}
         new = sum(file.size for file in listed.values())
-        if job.captured is not None and job.captured.frozen is None:
+        if captured is not None and captured.frozen is None:
             listed |= self._frozen.files
         failed = failed or self._lacks(job.temporary, listed)
         if failed is None and self._sharing.leads:
@@ -221,33 +174,6 @@ class CheckpointWriter:
         self._words(None)
         return False
 
-    def _write_files(self, job: _Job) -> dict[str, File]:
-        """Write what this rank has; return it with sizes and checksums."""
-        directory, captured = job.temporary, job.captured
-        # Not a shared run directory itself: where that was moved away, another run may begin.
-        directory.parent.mkdir(parents=not self._sharing.is_shared, exist_ok=True)
-        directory.mkdir(exist_ok=True)
-        rank, written = dist.get_rank(), {}
-
-        def add(name: str) -> None:
-            path = directory / name
-            files.sync(path)
-            written[name] = File(path.stat().st_size, files.sha256(path), socket.gethostname())
-
-        def save(kind: str, tensors: dict, metadata: dict[str, str]) -> None:
-            if tensors:
-                name = f"{kind}_{rank:05d}.safetensors"
-                save_file(tensors, directory / name, metadata)
-                add(name)
-
-        save(TRAINED, captured.trained, {RANGES: json.dumps(captured.ranges)})
-        if captured.frozen is not None:
-            save(FROZEN, captured.frozen, {})
-        if self._sharing.leads:
-            for name in self._source.write_config(directory):
-                add(name)
-        return written
-
     def _lacks(self, directory: Path, listed: dict[str, File]) -> str | None:
         """Return which of the listed files no disk has, with its size; None where all are there. Collective."""
 
@@ -278,7 +204,7 @@ class CheckpointWriter:
                 return False
             time.sleep(0.2)
 
-    def _complete(self, job: _Job, listed: dict[str, File]) -> None:
+    def _complete(self, job: Job, listed: dict[str, File]) -> None:
         """Make what is written a checkpoint."""
         model = job.captured.model | {"restarts": job.cycle}
         about = Manifest(job.step, job.run, job.captured.engine, model, listed, installed_versions())

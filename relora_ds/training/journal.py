@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora_ds.checkpoint.job import Written
 from relora_ds.checkpoint.manifest import tag_of
-from relora_ds.checkpoint.writer import Written
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import report
 from relora_ds.training.accounting import Account, StepTraffic

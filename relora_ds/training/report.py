@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from relora_ds.checkpoint.writer import Written
+from relora_ds.checkpoint.job import Written
 from relora_ds.config import Recipe
 from relora_ds.lowrank.schedule import scheduled_restarts
 from relora_ds.lowrank.storage import has_masters

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from relora_ds.checkpoint import manifest, store
+from relora_ds.checkpoint.removal import remove
 from relora_ds.checkpoint.run_files import metrics_in
 
 # {pattern of a name: None for a file, else the same for what is in that directory}. All that a run writes.
@@ -139,7 +140,7 @@ def delete(run_dir: Path) -> None:
         _delete(checkpoints, {r"\.step_\d{8,}(\.\w+)*": _CHECKPOINT})  # where a rename would put the others
         for path in store.directories(checkpoints):
             if not path.is_symlink():
-                store.remove(path)
+                remove(path)
     _delete(run_dir, _RUN)
 
 

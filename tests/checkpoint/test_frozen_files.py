@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from relora_ds.checkpoint import manifest, sharing, store, writer
+from relora_ds.checkpoint import manifest, rank_files, sharing, store, writer
 from relora_ds.checkpoint.manifest import File
 from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.training.guard import GuardError
@@ -215,7 +215,7 @@ def test_a_run_whose_source_was_deleted_saves_itself_when_it_is_stopped(tmp_path
 
 def end_on_a_full_disk(run_dir: str, failures: int) -> str:
     """On a rank: train; the first attempts to write a checkpoint fail."""
-    real, calls = writer.save_file, []
+    real, calls = rank_files.save_file, []
 
     def full(*arguments):
         calls.append(1)
@@ -223,7 +223,7 @@ def end_on_a_full_disk(run_dir: str, failures: int) -> str:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*arguments)
 
-    with mock.patch.object(writer, "save_file", full):
+    with mock.patch.object(rank_files, "save_file", full):
         try:
             Trainer(
                 check("tiny", [f"run_dir={run_dir}", "eval.samples=0", "train.steps=14", "checkpoint.every=null"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from relora_ds.checkpoint import client_state, manifest, store, writer
+from relora_ds.checkpoint import client_state, manifest, rank_files, store, writer
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero.test_checkpoint import END, SAVED_AT, build, train
@@ -196,7 +196,7 @@ def save_in_the_background(directory: str) -> tuple[bool, bool, str]:
     engine.wait_for_checkpoint()
     said = ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "save_file", full)
+        patch.setattr(rank_files, "save_file", full)
         engine.save_checkpoint(directory, "bad", background=True)
         train(engine, 5, 6)
         try:

@@ -38,8 +38,8 @@ def save_where_one_rank_fails(directory: str, rank: int, name: str) -> str:
 @pytest.mark.parametrize(
     ("rank", "name"),
     [
-        (1, "relora_ds.checkpoint.writer.save_file"),
-        (0, "relora_ds.checkpoint.writer.save_file"),
+        (1, "relora_ds.checkpoint.rank_files.save_file"),
+        (0, "relora_ds.checkpoint.rank_files.save_file"),
         (1, "relora_ds.zero.capture.HostCopies.take"),
         (0, "relora_ds.zero.capture.engine_state"),
         (0, "relora_ds.checkpoint.manifest.Manifest.write"),

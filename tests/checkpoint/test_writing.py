@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from relora_ds.checkpoint import store, writer
+from relora_ds.checkpoint import rank_files, store
 from tests.ranks import ranks
 from tests.training.runs import lines, losses, run, train
 
@@ -15,7 +15,7 @@ SETTINGS = ("train.steps=24", "checkpoint.every=18", "checkpoint.keep_last=99", 
 
 def train_with_a_slow_disk(run_dir: Path, overrides: list[str]) -> None:
     """On a rank: train; no file of a checkpoint is written before there was a restart."""
-    real = writer.save_file
+    real = rank_files.save_file
 
     def slow(*args):
         for _ in range(600):
@@ -24,7 +24,7 @@ def train_with_a_slow_disk(run_dir: Path, overrides: list[str]) -> None:
             time.sleep(0.1)
         real(*args)
 
-    with mock.patch.object(writer, "save_file", slow):
+    with mock.patch.object(rank_files, "save_file", slow):
         train("tiny", [f"run_dir={run_dir}", *overrides])
 
 

@@ -44,8 +44,8 @@ SETTINGS = [
 # A call at whose beginning the process dies: (module, what it is called there).
 PLACES = {
     "a save: copying": ("relora_ds.zero.capture", "capture"),
-    "a save: before the first file": ("relora_ds.checkpoint.writer", "save_file"),
-    "a save: before a file is on the disk": ("relora_ds.checkpoint.files", "sync"),
+    "a save: before the first file": ("relora_ds.checkpoint.rank_files", "save_file"),
+    "a save: before a file is on the disk": ("relora_ds.utils.files", "sync"),
     "a save: before the manifest": ("relora_ds.checkpoint.manifest", "Manifest.write"),
     "a save: before the rename": ("relora_ds.checkpoint.writer", "os.replace"),
     "a save: before latest": ("relora_ds.checkpoint.writer", "files.write_text"),

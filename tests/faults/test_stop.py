@@ -74,7 +74,7 @@ def no_space(*_):
 
 
 def train_and_signal_on_a_full_disk(*arguments) -> tuple[str, str, int]:
-    with mock.patch("relora_ds.checkpoint.writer.save_file", no_space):
+    with mock.patch("relora_ds.checkpoint.rank_files.save_file", no_space):
         return train_and_signal(*arguments)
 
 
