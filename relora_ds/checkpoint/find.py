@@ -1,10 +1,12 @@
 """Find the checkpoint to resume from. All ranks look together, and share the reading and hashing of its files."""
 
+import dataclasses
 import logging
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -21,6 +23,9 @@ from relora_ds.checkpoint.store import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Reason = DamagedError | UnreadableError
 
 
 class ResumeError(RuntimeError):
@@ -56,14 +61,15 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
     """
     if not resume:
         return None
-    candidates = directories(run_dir if resume == "auto" else Path(resume))[::-1]
+    named = Path(str(resume))
+    candidates = directories(run_dir if resume == "auto" else named)[::-1]
     if resume != "auto" and not candidates:
-        if not any(_of_all_ranks((Path(resume) / manifest.NAME).exists())):
+        if not any(_of_all_ranks((named / manifest.NAME).exists())):
             raise ResumeError(
                 f"resume: {resume} is no checkpoint (it has no {manifest.NAME}) and no run that has one; "
                 "name RUN or RUN/checkpoints/step_…, or take resume=auto"
             )
-        candidates = [Path(resume)]
+        candidates = [named]
     seen = _of_all_ranks([path.name for path in candidates])
     common = set.intersection(*map(set, seen))
     if any(seen) and not common:
@@ -75,16 +81,19 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
     passed_over = [f"{name} is not on every host" for name in sorted({*sum(seen, [])} - common, reverse=True)]
     damaged: list[Path] = []
     for directory in (path for path in candidates if path.name in common):
-        about, minor, reason = _judge(directory)
-        if isinstance(reason, UnreadableError):
+        try:
+            found = _verified(directory)
+        except UnreadableError as error:
             raise ResumeError(
-                f"resume: {reason}. Nothing was changed; start again when it can be read, or go on "
+                f"resume: {error}. Nothing was changed; start again when it can be read, or go on "
                 "from an older one with resume=RUN/checkpoints/step_…"
-            )
-        if reason is None:
-            return Found(directory, about, (*minor, *_stray(directory.parent), *passed_over), tuple(damaged))
-        damaged.append(directory)
-        passed_over.append(f"{directory} is damaged: {reason}")
+            ) from error
+        except DamagedError as error:
+            damaged.append(directory)
+            passed_over.append(f"{directory} is damaged: {error}")
+        else:
+            lines = (*found.passed_over, *_stray(directory.parent), *passed_over)
+            return dataclasses.replace(found, passed_over=lines, damaged=tuple(damaged))
     if passed_over:
         raise ResumeError(
             f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
@@ -112,12 +121,14 @@ def find_tag(load_dir: Path, tag: str | None) -> Found | None:
     dist.broadcast_object_list(names, 0)
     passed_over: list[str] = []
     for directory in (load_dir / name for name in names[0]):
-        about, minor, reason = _judge(directory)
-        if reason is None:
-            return Found(directory, about, (*passed_over, *minor))
-        if tag or isinstance(reason, UnreadableError):
-            raise reason
-        passed_over.append(f"{directory} is damaged: {reason}")
+        try:
+            found = _verified(directory)
+        except DamagedError as error:
+            if tag:
+                raise
+            passed_over.append(f"{directory} is damaged: {error}")
+        else:
+            return dataclasses.replace(found, passed_over=(*passed_over, *found.passed_over))
     if passed_over:
         raise DamagedError(f"{'; '.join(passed_over)}; no checkpoint in {load_dir} is intact")
     return None
@@ -137,32 +148,39 @@ def _by_age(directory: Path) -> list[str]:
     return list(dict.fromkeys(path.name for path in (*([first] if first else []), *newest_first)))
 
 
-def _judge(directory: Path) -> tuple[Manifest | None, list[str], DamagedError | UnreadableError | None]:
-    """Read all of a checkpoint; return its manifest, what it can do without, and why it cannot be used. Collective."""
-    about, errors = _look(directory)
+def _verified(directory: Path) -> Found:
+    """Read all of a checkpoint; `passed_over` has what a run can do without. Collective.
+
+    Raises:
+        DamagedError, UnreadableError: on every rank, where one of them cannot use a file that is needed.
+    """
+    about = _same_manifest(directory)
+    errors = sum(_of_all_ranks(_errors(directory, about)), [])
     needed = [error for name, error in errors if is_needed(name)]
-    wrong = [error for error in needed if isinstance(error, DamagedError)]
-    minor = [f"{error}; a run can do without" for name, error in errors if not is_needed(name)]
-    return about, minor, next(iter(wrong or needed), None)
+    if wrong := [error for error in needed if isinstance(error, DamagedError)] or needed:
+        raise wrong[0]
+    return Found(directory, about, tuple(f"{error}; a run can do without" for _, error in errors))
 
 
-def _look(directory: Path) -> tuple[Manifest | None, list[tuple[str, ValueError]]]:
-    """Read all of a checkpoint; returns its manifest and, for every file that is not intact, why. Collective."""
-    about, errors = None, []
+def _same_manifest(directory: Path) -> Manifest:
+    """Read the manifest on every rank. Errors: see `_verified`."""
+    about, error = None, None
     try:
         about = manifest.read(directory)
-    except (DamagedError, UnreadableError) as error:
-        errors = [(manifest.NAME, error)]
-    if errors := sum(_of_all_ranks(errors), []):
-        return None, errors
+    except (DamagedError, UnreadableError) as reason:  # the other ranks wait for an answer
+        error = reason
+    errors = [reason for reason in _of_all_ranks(error) if reason is not None]
+    if wrong := [reason for reason in errors if isinstance(reason, DamagedError)] or errors:
+        raise wrong[0]
+    assert about is not None
     listed = _of_all_ranks(sorted(about.files))
     if any(names != listed[0] for names in listed):
-        return None, [(manifest.NAME, DamagedError(f"{directory / manifest.NAME} lists other files on other hosts"))]
-    return about, sum(_of_all_ranks(_damage(directory, about)), [])
+        raise DamagedError(f"{directory / manifest.NAME} lists other files on other hosts")
+    return about
 
 
-def _damage(directory: Path, about: Manifest) -> list[tuple[str, ValueError]]:
-    """What is wrong with this rank's share of the files: each is read by one of the ranks that see it. Collective."""
+def _errors(directory: Path, about: Manifest) -> list[tuple[str, Reason]]:
+    """Return what is wrong with this rank's share of the files: a file is read by one rank that sees it. Collective."""
     names = sorted(about.files)
     seen = _of_all_ranks([name for name in names if os.path.lexists(directory / name)])
     found = []
@@ -180,8 +198,8 @@ def _damage(directory: Path, about: Manifest) -> list[tuple[str, ValueError]]:
     return found
 
 
-def _of_all_ranks(value: list) -> list[list]:
-    everybody: list[list] = [[]] * dist.get_world_size()
+def _of_all_ranks(value: T) -> list[T]:
+    everybody: list = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, value)
     return everybody
 

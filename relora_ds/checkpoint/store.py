@@ -96,11 +96,8 @@ def verify(directory: Path, only: Callable[[str], bool] = lambda name: True) -> 
         about = manifest.read(directory)
     except (DamagedError, UnreadableError) as error:
         return [str(error)]
-    return [
-        str(error)
-        for name, file in about.files.items()
-        if only(name) and (error := error_in(directory, name, file)) is not None
-    ]
+    found = [error_in(directory, name, file) for name, file in about.files.items() if only(name)]
+    return [str(error) for error in found if error is not None]
 
 
 def prune(
@@ -123,7 +120,9 @@ def prune(
     Raises:
         ValueError: none is intact; nothing is deleted.
     """
-    found, whole, unclear = directories(run_dir), [], []
+    found = directories(run_dir)
+    whole: list[Path] = []
+    unclear: list[Path] = []
     for path in reversed(found):
         try:
             _glance(path, is_here)
@@ -214,7 +213,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def error_in(directory: Path, name: str, file: File, contents: bool = True) -> ValueError | None:
+def error_in(directory: Path, name: str, file: File, contents: bool = True) -> DamagedError | UnreadableError | None:
     """Return what is wrong with one file of a checkpoint, or None."""
     try:
         manifest.check(directory, name, file, contents)

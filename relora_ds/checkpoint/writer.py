@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +33,8 @@ from relora_ds.utils import files
 from relora_ds.utils.versions import installed_versions
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CheckpointWriter:
@@ -126,10 +129,11 @@ class CheckpointWriter:
             mine, failed = _attempt(lambda: write_files(job.temporary, captured, self._source, self._sharing))
         words = self._words((mine, failed, captured and captured.contents()))
         failed = next((error for _, error, _ in words if error), None)
-        failed = failed or captured.gaps([what for *_, what in words])
+        if failed is None and captured is not None:
+            failed = captured.gaps([what for *_, what in words])
         listed = {name: file for own, *_ in words for name, file in (own or {}).items()}
         new = sum(file.size for file in listed.values())
-        if captured is not None and captured.frozen is None:
+        if captured is not None and captured.frozen is None and self._frozen is not None:
             listed |= self._frozen.files
         failed = failed or self._lacks(job.temporary, listed)
         if failed is None and self._sharing.leads:
@@ -162,12 +166,12 @@ class CheckpointWriter:
             if not self._sharing.leads:
                 return []
             delete(temporary)
-            return self._frozen.link(temporary) if shares else []
+            return known.link(temporary) if known is not None else []
 
-        shares = self._frozen is not None and self._frozen.cycle == cycle
+        known = self._frozen if self._frozen is not None and self._frozen.cycle == cycle else None
         words = self._words(_attempt(link))
         there = {name for names, _ in words for name in names or ()}
-        if shares and there == self._frozen.files.keys() and not any(error for _, error in words):
+        if known is not None and there == known.files.keys() and not any(error for _, error in words):
             return True
         if self._sharing.leads:
             _attempt(lambda: delete(temporary))  # or the files would be written through the links
@@ -206,8 +210,10 @@ class CheckpointWriter:
 
     def _complete(self, job: Job, listed: dict[str, File]) -> None:
         """Make what is written a checkpoint."""
-        model = job.captured.model | {"restarts": job.cycle}
-        about = Manifest(job.step, job.run, job.captured.engine, model, listed, installed_versions())
+        captured = job.captured
+        assert captured is not None, "no rank has failed"
+        model = captured.model | {"restarts": job.cycle}
+        about = Manifest(job.step, job.run, captured.engine, model, listed, installed_versions())
         about.write(job.temporary)
         files.sync(job.temporary)
         with make_way(job.target, keep=self._keeps_replaced):
@@ -219,7 +225,7 @@ class CheckpointWriter:
             logger.warning("%s was not written, and nothing needs it: %s", LATEST, error)
 
 
-def _attempt(work: Callable) -> tuple[object, str | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
     """Return (result, None) or (None, what went wrong): the other ranks wait for an answer, whatever it is."""
     try:
         return work(), None

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from relora_ds.checkpoint.contents import BUFFER, PARTS, Captured
+from relora_ds.checkpoint.contents import BUFFER, PARTS, Captured, Ranges
 from relora_ds.lowrank.wrap import full_shape, lowrank_layers
 from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import assign_owners
@@ -62,7 +63,8 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
     owners = {}
     if not shards.partitioned:
         owners = assign_owners({shard.name: shard.numel for shard in shards}, len(peers))
-    trained, ranges = {}, {}
+    trained: dict[str, Tensor] = {}
+    ranges: Ranges = {}
     for shard in shards:
         if shard.start < shard.stop and peers[owners.get(shard.name, peers.index(rank))] == rank:
             ranges[shard.name] = (shard.start, shard.stop)
