@@ -1,6 +1,7 @@
-"""A process whose results are read while it runs, and which ends with them."""
+"""A process whose results are read while it runs, and which ends with them, or with us."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Process:
@@ -41,6 +44,7 @@ class Process:
     def _start(self, lines: Path, log: Path) -> subprocess.Popen:
         command = self._command if self._variable else [*self._command, str(lines)]
         more = {self._variable: str(lines)} if self._variable else {}
+        prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: None)  # of Linux
         with log.open("w") as printed:
             return subprocess.Popen(
                 command,
@@ -49,6 +53,8 @@ class Process:
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Where we are killed, nobody is left to end it. torchrun passes the signal on to its ranks.
+                preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
 
     def _read(self, process: subprocess.Popen, lines: Path, until: float) -> Iterator[dict]:

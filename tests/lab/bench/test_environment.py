@@ -9,7 +9,9 @@ from relora_ds.lab.bench import environment
 
 def test_conditions_name_what_a_figure_depends_on_and_no_day():
     found = environment.environment_info()
-    assert {"device", "cores", "threads", "python", "torch", "deepspeed", "transformers", "relora_ds"} <= set(found)
+    assert {"device", "cores", "threads", "python", "torch", "deepspeed", "transformers", "relora_ds", "commit"} <= set(
+        found
+    )
     assert json.loads(json.dumps(found)) == found == environment.environment_info()
 
 

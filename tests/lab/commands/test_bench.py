@@ -26,7 +26,7 @@ def test_it_prints_the_table_and_writes_the_result_with_its_conditions(counting,
     assert capsys.readouterr().out == "| 2 |\n"
     written = json.loads((tmp_path / "r.json").read_text())
     assert (written["bench"], written["result"]) == ("counting", {"numbers": [0, 1]})
-    assert written["conditions"]["torch"]
+    assert written["conditions"]["torch"] and written["conditions"]["commit"]
 
 
 def test_a_wrong_place_for_the_result_is_found_before_anything_is_measured(counting, tmp_path, capsys, monkeypatch):
