@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from relora_ds.data import tokenizer
 from relora_ds.data.pretokenized import checksum
@@ -115,8 +118,6 @@ def write_tokens(
     max_tokens: where to stop, exactly, or with `whole_documents` at the end of the document that gets there. No shard
     of the documents is opened that is not needed for them.
     """
-    from tqdm import tqdm
-
     path = directory / f"{split}.bin"
     state: SplitProgress = getattr(progress, split)
     digest = _hash(path, state.tokens * dtype.itemsize)
@@ -130,15 +131,9 @@ def write_tokens(
         setattr(progress, split, state)
     if state.is_done:
         return
-    bar = tqdm(
-        desc=f"tokenizing {split}",
-        unit=" tokens",
-        unit_scale=True,
-        total=max_tokens,
-        initial=state.tokens,
-        disable=not sys.stderr.isatty(),
-    )
+    bar = _progress_bar()
     with open(path, "ab") as file, bar, _all_cores():
+        task = bar.add_task(f"tokenizing {split}", total=max_tokens, completed=state.tokens)
         file.truncate(state.tokens * dtype.itemsize)
         num_ids = tokenizer.num_ids(given)
         uncommitted = 0  # characters
@@ -148,7 +143,7 @@ def write_tokens(
             tokens = np.asarray(ids, dtype=dtype).tobytes()
             file.write(tokens)
             digest.update(tokens)
-            bar.update(len(ids))
+            bar.advance(task, len(ids))
             if is_last:
                 break
             uncommitted += sum(len(text) for text, _ in batch)
@@ -159,6 +154,19 @@ def write_tokens(
         sync(file)
     state.is_done, state.sha256 = True, digest.hexdigest()
     progress.commit(directory)
+
+
+def _progress_bar() -> RichProgress:
+    """Return a bar of tokens on a terminal; elsewhere one that shows nothing."""
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
 
 
 def _encode(

@@ -13,7 +13,7 @@ _SAME_SEEDS_SINCE = (0, 2, 0)  # random weights are drawn otherwise since this v
 
 
 def environment_info() -> dict:
-    """Return device, threads, versions and commit: what a figure depends on, and nothing that changes from day to day."""
+    """Return device, threads, versions and commit: what a figure depends on, and no time or day."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
