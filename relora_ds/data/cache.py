@@ -8,7 +8,6 @@ name), so a lock that holds on one host only costs duplicated work and nothing e
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import lock_descriptor
 
 from relora_ds.utils.files import sync_below
 
@@ -55,7 +56,7 @@ def locked(path: Path) -> Iterator[None]:
         ) from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also when the process is killed
+            lock_descriptor(lock.fileno())  # released when the file closes, also when the process is killed
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
@@ -107,7 +108,7 @@ def _local_lock(path: Path) -> Iterator[None]:
     directory.mkdir(mode=0o700, exist_ok=True)
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     with open(directory / f"{name}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_descriptor(lock.fileno())
         yield
 
 

@@ -7,11 +7,12 @@ checkpoints into each other.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 from pathlib import Path
 from typing import IO
+
+from filelock import lock_descriptor
 
 NAME = "lock"
 
@@ -74,15 +75,15 @@ def lock(run_dir: Path) -> Lock:
     while True:
         file, made = _open(path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_free = lock_descriptor(file.fileno(), blocking=False)
+        except OSError:  # without locks
+            is_free = True
+        if not is_free:
             with file:
                 raise ValueError(
                     f"run_dir: {run_dir} is being written by {_read(file).strip() or 'another process'}; stop that "
                     "one, wait for its end, or choose another run_dir"
-                ) from None
-        except OSError:
-            pass
+                )
         if _is_at(path, os.fstat(file.fileno())):
             return Lock(path, file, made)
         file.close()  # another start made the file, locked it and removed it again

@@ -141,12 +141,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
     elsewhere.mkdir()
     monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(elsewhere))
 
-    def flock(file, operation):
-        if not str(file.name).startswith(str(elsewhere)):
+    def flock(descriptor, operation):
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(elsewhere)):
             raise OSError(code, os.strerror(code))
-        real(file, operation)
+        real(descriptor, operation)
 
-    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with cache.locked(tmp_path / "disk" / "entry"):
         (lock,) = elsewhere.glob("*/*.lock")
         with open(lock) as other, pytest.raises(BlockingIOError):

@@ -74,11 +74,11 @@ def test_a_lock_file_that_another_start_removes_is_not_locked(tmp_path, monkeypa
     """Between its opening and its locking: two would have a lock of the same name."""
     flock, opened = fcntl.flock, []
 
-    def removed_first(file, how):
-        opened.append(file)
+    def removed_first(descriptor, how):
+        opened.append(descriptor)
         if len(opened) == 1:
             (tmp_path / NAME).unlink()
-        flock(file, how)
+        flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
     with lock(tmp_path):
