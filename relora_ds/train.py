@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 
-from relora_ds.config import RecipeError, recipe_names
+from relora_ds.config import RecipeError, load_recipe, recipe_names
 from relora_ds.zero.launchers import set_rank
 
 EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME, EXIT_PREEMPTED = 0, 1, 2, 3, 4, 75
@@ -55,6 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         return _stop(None, os.environ.get("RANK", "0") == "0", str(error), EXIT_ERROR)
     # Once on every machine: what is wrong may be wrong on one of them only.
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    from relora_ds.training.requeue import remember_refusal
+
+    try:
+        load_recipe(arguments.config, arguments.overrides)  # a typing error is refused before torch is imported
+    except RecipeError as error:
+        remember_refusal()
+        return _stop(None, is_first, str(error), EXIT_RECIPE)
     from relora_ds.training.console import quieten_libraries
 
     quieten_libraries()
@@ -66,7 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     from relora_ds.training.guard import GuardError
     from relora_ds.training.preemption import Preempted
     from relora_ds.training.preflight import check
-    from relora_ds.training.requeue import remember_refusal
     from relora_ds.training.trainer import Trainer
     from relora_ds.zero.start import leave
 

@@ -74,9 +74,10 @@ def network(recipe: Recipe) -> PretrainedConfig:
 def figures(name: str) -> Figures:
     """The figures of the shipped recipe `name`."""
     recipe = load_recipe(name, check_files=False)
-    warm = recipe.full_rank_steps if recipe.low_rank_steps else 0
+    method = method_of(recipe)
+    warm = method.warm_start_steps
     restarts = (
-        [warm + t for t in scheduled_restarts(recipe.low_rank_steps, recipe.relora.restart_every)]
+        [warm + t for t in scheduled_restarts(method.low_rank_steps, recipe.relora.restart_every)]
         if recipe.method == "relora"
         else []
     )

@@ -15,6 +15,8 @@ from relora_ds.config import (
     TrainConfig,
     accumulation_steps,
     load_recipe,
+    method_of,
+    no_effect,
     preset_names,
     recipe_names,
     resolve_precision,
@@ -173,8 +175,8 @@ def test_all_errors_at_once():
         (["relora.frozen_dtype=nf8"], "relora.frozen_dtype: 'nf8' is unknown (did you mean nf4?); known: auto, fp32"),
         (["relora.frozen_master=gpu"], "relora.frozen_master: 'gpu' is unknown (did you mean cpu?)"),
         (["relora.frozen_placement=shared"], "relora.frozen_placement: 'shared' is unknown (did you mean sharded?)"),
-        (["relora.target_modules=(q_proj"], "'(q_proj' is neither all-linear, a list of module names or suffixes, nor"),
-        (["relora.exclude_modules=(lm"], "relora.exclude_modules: '(lm' is neither a list of module names nor a reg"),
+        (["relora.target_modules=(q_proj"], "'(q_proj' is neither a list of names nor a regular expression"),
+        (["relora.exclude_modules=(lm"], "relora.exclude_modules: '(lm' is neither a list of names nor a reg"),
         (["log.to=[wandb, tensorbord]"], "log.to: 'tensorbord' is unknown (did you mean tensorboard?); known: tensorb"),
         (["log.to=[wandb, wandb]"], "log.to: ['wandb', 'wandb'] names a logger twice"),
         (["model.preset=llama_60"], "model.preset: 'llama_60' is unknown (did you mean llama_60m?)"),
@@ -188,10 +190,15 @@ def test_all_errors_at_once():
         (["data.source=pretokenized"], "data.path: null, and data.source pretokenized reads it"),
         (["data.source=jsonl"], "JSON lines and parquet are read by data.source=text"),
         (["data.source=./gone"], "data.source: ./gone does not exist"),
-        (["init_from=gpt2"], "init_from: gpt2 together with warm_start_steps: 100 is not available in this version"),
+        (["init_from=gpt2"], "init_from: gpt2 together with warm_start_steps: 100 is not supported"),
         (["data.source=text"], "data.path: null, and data.source text reads it"),
         (["data.source=text", "data.path=no/such.txt"], "data.path: no/such.txt does not exist"),
-        (["data.validation=1.5"], "data.validation: 1.5 is not inside (0, 1)"),
+        (["data.validation=1.5"], "data.validation: 1.5 is outside (0, 1)"),
+        (["data.vocab_size=256"], "data.vocab_size: 256 is not above 260"),
+        (["data.max_tokens=10"], "data.max_tokens: 10 does not hold one sequence of data.seq_len 128"),
+        (["data.text_column=body"], "data.text_column: body has no effect with data.source wikitext2; remove it"),
+        (["data.path=x"], "data.path: x is not read with data.source wikitext2; use data.source=text"),
+        (["data.tokenizer=a/b/c"], "data.tokenizer: a/b/c does not exist"),
         (["resume=true"], "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"),
         (["resume=auto", "overwrite=true"], "overwrite: true would delete the run"),
         (
@@ -199,7 +206,7 @@ def test_all_errors_at_once():
             "lora.base: warm_start has nothing to start from",
         ),
         (["train.tokens=1.5", "train.steps=null"], "train.tokens: 1.5 is not an integer or null"),
-        (["relora.target_modules=[a"], "relora.target_modules: '[a' is neither all-linear, a list"),
+        (["relora.target_modules=[a"], "relora.target_modules: '[a' is neither a list of names"),
     ],
 )
 def test_one_mistake_gives_one_message(overrides, expected):
@@ -230,16 +237,26 @@ def test_a_run_is_readable_where_its_data_is_not():
     assert load_recipe("base.yaml", overrides, check_files=False).data.path == "/no/such/file"
 
 
-def test_relora_config_checks_what_python_users_pass():
+def test_relora_config_raises_at_construction_with_everything_that_is_wrong():
     assert ReLoRAConfig().problems() == []
-    found = ReLoRAConfig(r="8", reset_ratio=1.0, lora_alpha=None, restart_every=100, target_modules=[]).problems()
-    assert [message.split(":")[0] for message in found] == [
-        "relora.r",
-        "relora.lora_alpha",
-        "relora.reset_ratio",
-        "relora.restart_every",
-        "relora.target_modules",
+    with pytest.raises(ValueError) as caught:
+        ReLoRAConfig(r="8", reset_ratio=1.0, lora_alpha=None, restart_every=100, target_modules=[], use_rslora="no")
+    assert [message.split(":")[0] for message in str(caught.value).splitlines()] == [
+        "ReLoRAConfig.r",
+        "ReLoRAConfig.lora_alpha",
+        "ReLoRAConfig.use_rslora",
+        "ReLoRAConfig.reset_ratio",
+        "ReLoRAConfig.restart_every",
+        "ReLoRAConfig.target_modules",
     ]
+    with pytest.raises(ValueError, match=r"^ReLoRAConfig\.frozen_dtype: 'int9' is unknown \(did you mean int8\?\)"):
+        dataclasses.replace(ReLoRAConfig(), frozen_dtype="int9")
+
+
+def test_a_recipe_with_a_bad_section_is_read_to_its_end():
+    """Reading does not stop at what constructing a ReLoRAConfig would raise."""
+    found = problems_of("relora.r=0", "relora.reset_ratio=7", "method=lora", "optim.lr=-1")
+    assert [message.split(":")[0] for message in found] == ["relora.r", "relora.reset_ratio", "optim.lr"]
 
 
 def test_scaling_is_pefts():
@@ -266,16 +283,26 @@ def test_target_modules_may_be_a_regular_expression_and_empty_beside_parameters(
 def test_derived_values():
     recipe = load_recipe("base.yaml")
     assert (recipe.batch_sequences, recipe.tokens_per_step, recipe.total_steps) == (16, 2048, 600)
-    assert (recipe.full_rank_steps, recipe.low_rank_steps, recipe.num_restarts) == (100, 500, 3)
+    method = method_of(recipe)
+    assert (method.full_rank_steps, method.low_rank_steps, method.num_restarts) == (100, 500, 3)
     by_tokens = load_recipe(
         "base.yaml",
         ["train.steps=null", "train.tokens=1228801", "train.batch_sequences=null", "train.batch_tokens=2048"],
     )
     assert (by_tokens.batch_sequences, by_tokens.total_steps) == (16, 601)
-    assert load_recipe("base.yaml", ["method=full"]).low_rank_steps == 0
-    assert load_recipe("base.yaml", ["method=lora"]).low_rank_steps == 600
-    assert load_recipe("base.yaml", ["method=lora", "lora.base=warm_start"]).low_rank_steps == 500
+    assert method_of(load_recipe("base.yaml", ["method=full"])).low_rank_steps == 0
+    assert method_of(load_recipe("base.yaml", ["method=lora"])).low_rank_steps == 600
+    assert method_of(load_recipe("base.yaml", ["method=lora", "lora.base=warm_start"])).low_rank_steps == 500
     assert Recipe(train=TrainConfig(tokens=10_000, batch_sequences=4)).total_steps == 10
+
+
+def test_keys_of_earlier_versions_are_not_read(caplog):
+    """They stand in the recipes of runs, which are resumed."""
+    assert load_recipe("base.yaml", ["log.update_rank=false"]) == load_recipe("base.yaml") and not caplog.records
+    load_recipe("base.yaml", ["log.update_rank=true"])
+    assert [r.getMessage() for r in caplog.records] == [
+        "log.update_rank: true is a key of an earlier version and has no effect"
+    ]
 
 
 def test_accumulation_steps():
@@ -307,7 +334,7 @@ def test_precision():
         (["relora.optimizer_reset=magnitude"], "different masks"),
         (["relora.optimizer_reset=zero", "relora.reset_ratio=0.5"], "relora.reset_ratio: 0.5 has no effect"),
         (["optim.warm_start_warmup_steps=100"], "never reaches the peak"),
-        (["data.path=x"], "data.path: x has no effect with data.source wikitext2"),
+        (["data.split=x"], "data.split: x has no effect with data.source wikitext2"),
         (
             [
                 "method=lora",
@@ -321,7 +348,7 @@ def test_precision():
     ],
 )
 def test_warnings(overrides, expected):
-    found = load_recipe("base.yaml", overrides).warnings()
+    found = no_effect.warnings(load_recipe("base.yaml", overrides))
     assert len(found) == 1 and expected in found[0], found
 
 
@@ -346,7 +373,7 @@ def test_warnings(overrides, expected):
     ],
 )
 def test_warnings_about_frozen_weights(options, precision, stage, expected):
-    found = storage_warnings(ReLoRAConfig(**{"restart_every": 100, **options}), precision, stage)
+    found = storage_warnings(ReLoRAConfig(**{"restart_every": 200, **options}), precision, stage)
     assert len(found) == len(expected), found
     assert all(words in text and text.startswith("relora.") for words, text in zip(expected, found, strict=True))
 

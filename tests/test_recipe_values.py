@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from relora_ds.config import Recipe, load_recipe, read_recipe
-from relora_ds.config.merge import PATHS
+from relora_ds.config.fields import fields_of
+
+PATHS = [key for key, field in fields_of(Recipe).items() if field.is_path]
 
 # Plain words to which YAML gives another type, and characters that mean something to it.
 RETYPED = (
@@ -102,13 +104,15 @@ def write(tmp_path):
 @pytest.mark.parametrize("text", RETYPED + SPECIAL)
 def test_an_override_of_text_is_taken_as_it_is(text):
     keys = ("run_dir", "data.path", "data.config", "data.text_column", "data.tokenizer")
-    recipe = read(*(f"{key}={text}" for key in keys))
+    recipe = read("data.source=text", *(f"{key}={text}" for key in keys))
     assert [field(recipe, key) for key in keys] == [text] * len(keys)
 
 
 @pytest.mark.parametrize("text", RETYPED)
 def test_plain_words_in_a_file_stay_text(write, text):
-    recipe = read(recipe=write(f"run_dir: {text}\ndata: {{config: {text}, tokenizer: '{text}', path: \"{text}\"}}"))
+    recipe = read(
+        recipe=write(f"run_dir: {text}\ndata: {{source: text, config: {text}, tokenizer: '{text}', path: \"{text}\"}}")
+    )
     assert {recipe.run_dir, recipe.data.config, recipe.data.tokenizer, recipe.data.path} == {text}
 
 
@@ -134,7 +138,7 @@ def test_null_and_quotes():
     for null in ("null", "~", ""):
         recipe = read(f"data.tokenizer={null}", f"data.path={null}", f"run_dir={null}", f"eval.every={null}")
         assert recipe.data.tokenizer is recipe.data.path is recipe.eval.every is None and recipe.run_dir == "runs/tiny"
-    recipe = read("data.tokenizer='null'", 'data.path="a \\u00e9"', "data.config='it''s'")
+    recipe = read("data.source=text", "data.tokenizer='null'", 'data.path="a \\u00e9"', "data.config='it''s'")
     assert (recipe.data.tokenizer, recipe.data.path, recipe.data.config) == ("null", "a é", "it's")
     assert problems_of("data.split=null") == ["data.split: null is not text; the default is 'train'"]
 
@@ -252,7 +256,7 @@ def test_home_directories_are_expanded_once_for_all(tmp_path, monkeypatch, write
     monkeypatch.setenv("HOME", "/home/me")
     for key in PATHS:
         assert field(read_recipe("tiny", [f"{key}=~/x"], check_files=False)[0], key) == "/home/me/x"
-    recipe, _ = read_recipe(write("run_dir: ~/runs/x\ndata: {path: ~root/x}"), check_files=False)
+    recipe, _ = read_recipe(write("run_dir: ~/runs/x\ndata: {source: text, path: ~root/x}"), check_files=False)
     assert recipe.run_dir == "/home/me/runs/x" and not recipe.data.path.startswith("~")
     assert read("data.config=~/x").data.config == "~/x"
     monkeypatch.setenv("HOME", str(tmp_path))

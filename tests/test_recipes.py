@@ -12,6 +12,8 @@ from relora_ds.config import (
     ReLoRAConfig,
     accumulation_steps,
     load_recipe,
+    method_of,
+    no_effect,
     preset_names,
     recipe_files,
     recipe_names,
@@ -105,7 +107,7 @@ def test_what_counts_as_trainable(preset):
 def test_a_recipe_loads_and_its_header_states_its_figures(name):
     recipe = load_recipe(name)
     expected = ["has no restart"] if name == "llama_60m_relora" else []
-    warnings = recipe.warnings()
+    warnings = no_effect.warnings(recipe)
     assert len(warnings) == len(expected) and all(map(str.__contains__, warnings, expected)), warnings
     sentence = recipe_figures.figures(name).sentence()
     assert sentence in recipe_figures.header(name), f"say in the header (python -m tests.recipe_figures): {sentence}"
@@ -151,14 +153,14 @@ def test_the_papers_table(size):
         assert recipe.relora.r == 128
     assert [recipe.optim.lr for recipe in (full, control, lora)] == [lr] * 3
     assert (relora.optim.lr, relora.optim.warm_start_lr) == (2 * lr, lr)
-    assert (lora.lora.base, lora.full_rank_steps, lora.relora.lora_alpha) == ("none", 0, 32)
-    assert (relora.warm_start_steps, relora.num_restarts) == (5000, restarts)
+    assert (lora.lora.base, method_of(lora).full_rank_steps, lora.relora.lora_alpha) == ("none", 0, 32)
+    assert (relora.warm_start_steps, method_of(relora).num_restarts) == (5000, restarts)
     r = relora.relora
     assert (r.restart_every, r.restart_warmup_steps, r.reset_ratio, r.lora_alpha) == (5000, 100, 0.99, 32)
     assert r.optimizer_reset == "magnitude_joint"
 
     longer = load_recipe(f"llama_{size}_relora_20k")
-    assert (longer.total_steps, longer.train.tokens, longer.num_restarts) == (20_000, None, 2)
+    assert (longer.total_steps, longer.train.tokens, method_of(longer).num_restarts) == (20_000, None, 2)
     assert (longer.relora, longer.optim, longer.batch_sequences) == (r, relora.optim, sequences)
 
 
@@ -182,9 +184,9 @@ def test_the_billion_and_the_lineage_of_2026():
         recent.relora.restart_warmup_steps,
         recent.optim.max_grad_norm,
         recent.total_steps,
-        recent.num_restarts,
+        method_of(recent).num_restarts,
     ) == (256, 1e-3, 5000, "random", 0.99, 100, 1.0, 20_000, 3)
-    assert (recent.full_rank_steps, recent.optim.warm_start_lr) == (0, None)
+    assert (method_of(recent).full_rank_steps, recent.optim.warm_start_lr) == (0, None)
 
 
 def test_the_document_lists_every_recipe_with_its_figures():

@@ -144,15 +144,16 @@ def _calendar(recipe) -> list[str]:
 
 def _phases(resolved, config) -> list[str]:
     """T, memory and bytes: a column for each phase, and full rank beside them."""
-    from relora_ds.methods import Full
+    from relora_ds.methods import full_rank
     from relora_ds.planning.cost import activations_of, cost
     from relora_ds.planning.schedule_preview import restarts_of
     from relora_ds.training.phases import phases_of
 
     recipe, phases = resolved.recipe, phases_of(resolved.recipe)
     methods = {phase.name: phase.method for phase in phases}
-    if not any(isinstance(method, Full) for method in methods.values()):
-        methods["full rank"] = Full(recipe)
+    plain = full_rank(recipe)
+    if not any(method.name == plain.name for method in methods.values()):
+        methods["full rank"] = plain
     costs = {name: cost(resolved, method, config) for name, method in methods.items()}
     activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
     run = {phase.name: (phase.stop - phase.start, len(restarts_of(phase))) for phase in phases}

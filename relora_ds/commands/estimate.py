@@ -134,14 +134,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _methods(recipe) -> dict:
     """The recipe's method and, beside it, full rank."""
-    from relora_ds.methods import Full, method_of
+    from relora_ds.methods import full_rank, method_of
 
-    return {recipe.method: method_of(recipe), "full": Full(recipe)}
+    return {method.name: method for method in (method_of(recipe), full_rank(recipe))}
 
 
 def _by_format(resolved, method, config) -> dict[str, int]:
     """Bytes of the frozen weights, all of them whole, in every format that can store them; {} without any."""
-    from relora_ds.config.validate import FROZEN_DTYPES
+    from relora_ds.config.relora_config import FROZEN_DTYPES
     from relora_ds.lowrank.formats import DTYPES
     from relora_ds.planning.network import shapes_of
     from relora_ds.planning.planned_storage import format_here
@@ -158,7 +158,7 @@ def _by_format(resolved, method, config) -> dict[str, int]:
 
 def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, int | None]:
     """Bytes of the activations in every mode that the network supports. known: those of the recipe's own."""
-    from relora_ds.config.validate import ACTIVATION_CHECKPOINTING
+    from relora_ds.config.schema import ACTIVATION_CHECKPOINTING
     from relora_ds.models import recompute
     from relora_ds.models.build import meta_model
     from relora_ds.planning.cost import activations_of

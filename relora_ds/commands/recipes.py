@@ -2,7 +2,7 @@
 
 import argparse
 
-from relora_ds.config import recipe_names
+from relora_ds.config import load_recipe, recipe_names
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -17,14 +17,21 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """`(recipe, overrides)`. ValueError when there is no recipe, or more than one."""
+    """Return `(recipe, overrides)`, whose values are in order; torch is not imported for that.
+
+    Raises:
+        ValueError: there is no recipe, or more than one.
+        RecipeError: every value that is wrong.
+    """
     names = [word for word in arguments.words if "=" not in word] + ([arguments.config] if arguments.config else [])
     if len(names) != 1:
         raise ValueError(
             f"one recipe is wanted, and {', '.join(names) or 'none'} was given; e.g. quickstart, followed "
             "by overrides such as train.steps=1000"
         )
-    return names[0], [word for word in arguments.words if "=" in word]
+    overrides = [word for word in arguments.words if "=" in word]
+    load_recipe(names[0], overrides)
+    return names[0], overrides
 
 
 def require_ranks(*numbers: int | None, option: str = "--world-size") -> None:

@@ -14,7 +14,9 @@ The room imports neither torch nor deepspeed, so that tools can read a recipe in
 
 from relora_ds.config.errors import RecipeError
 from relora_ds.config.load import load_recipe, read_recipe, recipe_files
+from relora_ds.config.methods import METHODS, Method, full_rank, method_of
 from relora_ds.config.names import DS_CONFIG_DIR, PACKAGE_DIR, ds_config_names, preset_names, recipe_names
+from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.runtime import accumulation_steps, resolve_precision
 from relora_ds.config.schema import (
     CheckpointConfig,
@@ -26,12 +28,12 @@ from relora_ds.config.schema import (
     ModelConfig,
     OptimConfig,
     Recipe,
-    ReLoRAConfig,
     TrainConfig,
 )
 
 __all__ = [
     "DS_CONFIG_DIR",
+    "METHODS",
     "PACKAGE_DIR",
     "CheckpointConfig",
     "DataConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "GuardConfig",
     "LoRAConfig",
     "LogConfig",
+    "Method",
     "ModelConfig",
     "OptimConfig",
     "ReLoRAConfig",
@@ -47,7 +50,9 @@ __all__ = [
     "TrainConfig",
     "accumulation_steps",
     "ds_config_names",
+    "full_rank",
     "load_recipe",
+    "method_of",
     "preset_names",
     "read_recipe",
     "recipe_files",

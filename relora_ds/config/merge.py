@@ -2,11 +2,11 @@
 
 The sources are flattened to {dotted key: what is written there} and merged leaf by leaf: the recipe that a file
 `extends` lies under the file, and the overrides lie over it. Then the fields' types decide what the values are, see
-`spelling`. The recipe class comes in as an argument: nothing here knows a field by name, except those listed
-below.
+`spelling`. Nothing here knows a field by name; what is special about some is in `schema`.
 """
 
 import difflib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -15,47 +15,22 @@ from pathlib import Path
 import yaml
 
 from relora_ds.config import spelling
+from relora_ds.config.fields import fields_of
+from relora_ds.config.schema import ALIASES, OF_ONE_START, ONE_OF, REMOVED, Recipe
 from relora_ds.config.spelling import Raw, Written
 
-# Where the text "none" is a choice, YAML's null means the same.
-NONE_IS_A_CHOICE = ("activation_checkpointing", "relora.optimizer_reset", "relora.frozen_master", "lora.base")
-
-# A recipe sets one of each pair. A source that sets one of them replaces the other one of the sources below it:
-# `train.tokens=1e9` is all it takes to run a recipe of so many steps by tokens.
-ONE_OF = (
-    ("train.steps", "train.tokens"),
-    ("train.batch_sequences", "train.batch_tokens"),
-    ("model.preset", "model.name_or_path"),
-)
-
-# Other names of a key.
-ALIASES = {"relora.modules_to_save": "relora.trainable_modules"}
-
-# How one start treats the run directory. A recipe that is stored or extended must not repeat it: `overwrite` would
-# delete the very run that stored it.
-OF_ONE_START = ("resume", "overwrite")
+SCHEMA = fields_of(Recipe)
+SECTIONS = {field.name: fields(field.type)[0].name for field in fields(Recipe) if is_dataclass(field.type)}
 
 # The key that names the recipe below this one, and what is not taken over from it: a run directory is of one run.
 EXTENDS = "extends"
 NOT_INHERITED = ("run_dir", *OF_ONE_START)
 
-# Fields that hold a path, or may hold one: `~` is the home directory.
-PATHS = (
-    "run_dir",
-    "resume",
-    "deepspeed",
-    "init_from",
-    "model.name_or_path",
-    "data.source",
-    "data.path",
-    "data.validation",
-    "data.tokenizer",
-    "data.cache_dir",
-)
+logger = logging.getLogger(__name__)
 
 
 def read_values(
-    path: Path, recipe_class: type, find: Callable[[str, Path], tuple[Path | None, list[str]]], problems: list[str]
+    path: Path, find: Callable[[str, Path], tuple[Path | None, list[str]]], problems: list[str]
 ) -> tuple[dict[str, Raw], bool, list[Path]]:
     """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read, the
     files).
@@ -65,7 +40,7 @@ def read_values(
     """
     chain, layers, complete = [path], [], False
     while not complete:
-        values = _read_file(chain[-1], recipe_class, problems)
+        values = _read_file(chain[-1], problems)
         if values is None:
             break
         parent = values.pop(EXTENDS, None)
@@ -109,22 +84,22 @@ def lay_over(below: dict[str, Raw], above: dict[str, Raw]) -> dict[str, Raw]:
     return merged
 
 
-def _read_file(path: Path, recipe_class: type, problems: list[str]) -> dict[str, Raw] | None:
+def _read_file(path: Path, problems: list[str]) -> dict[str, Raw] | None:
     """{dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
     values = {}
     try:
         root = spelling.compose(path.read_bytes())
         if root is not None:
-            _flatten(root, "", recipe_class, values, problems)
+            _flatten(root, "", values, problems)
     except (ValueError, OSError) as error:
         problems.append(f"{path} is not a readable YAML recipe: {error}")
         return None
     return values
 
 
-def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[str]) -> dict[str, Raw]:
+def read_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Raw]:
     """{dotted key: value} of `section.key=value` overrides; later ones win. Malformed ones go to `problems`."""
-    values, schema, sections = {}, _schema(recipe_class), _sections(recipe_class)
+    values: dict[str, Raw] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = ALIASES.get(key.strip(), key.strip())
@@ -132,51 +107,52 @@ def read_overrides(overrides: Sequence[str], recipe_class: type, problems: list[
             problems.append(f"override {override!r} is not section.key=value; e.g. relora.r=64")
         elif key == EXTENDS:
             problems.append(f"{EXTENDS}: {text!r} is no override; write it into a recipe file")
-        elif key in sections:
-            _refuse_section(key, spelling.of_override(text, None), sections, problems)
+        elif key in SECTIONS:
+            _refuse_section(key, spelling.of_override(text, None), problems)
         else:
-            values[key] = spelling.of_override(text, schema.get(key))
+            values[key] = spelling.of_override(text, SCHEMA[key].kind if key in SCHEMA else None)
     return values
 
 
-def _flatten(
-    tree: yaml.MappingNode, prefix: str, recipe_class: type, values: dict[str, Raw], problems: list[str]
-) -> None:
+def _flatten(tree: yaml.MappingNode, prefix: str, values: dict[str, Raw], problems: list[str]) -> None:
     """Write the leaves of a nested mapping into `values` under their dotted keys. Lists are leaves.
 
     Raises:
         ValueError: a key is given twice, nested and dotted.
     """
-    sections = _sections(recipe_class)
     for key, node in tree.value:
         dotted = ALIASES.get(f"{prefix}{key.value}", f"{prefix}{key.value}")
-        if isinstance(node, yaml.MappingNode) and dotted not in _schema(recipe_class):
-            _flatten(node, f"{dotted}.", recipe_class, values, problems)
-        elif dotted in sections:
-            _refuse_section(dotted, spelling.of_node(node), sections, problems)
+        if isinstance(node, yaml.MappingNode) and dotted not in SCHEMA:
+            _flatten(node, f"{dotted}.", values, problems)
+        elif dotted in SECTIONS:
+            _refuse_section(dotted, spelling.of_node(node), problems)
         elif dotted in values:
             raise ValueError(f"line {key.start_mark.line + 1}: duplicate key {dotted}; remove one of the two")
         else:
             values[dotted] = spelling.of_node(node)
 
 
-def _refuse_section(key: str, raw: Raw, sections: dict[str, str], problems: list[str]) -> None:
+def _refuse_section(key: str, raw: Raw, problems: list[str]) -> None:
     if raw is not None:  # null: a section with every key commented out
         problems.append(
             f"{key}: {spelling.show(raw)} where a section of keys is expected; "
-            f"set its keys instead, e.g. {key}.{sections[key]}"
+            f"set its keys instead, e.g. {key}.{SECTIONS[key]}"
         )
 
 
-def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> tuple[object, set[str]]:
+def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[str]]:
     """(the recipe: its defaults with `values` over them, the keys whose value could not be used).
 
     Unknown keys and wrong types are appended to `problems`; those fields keep their default.
     """
-    schema, recipe, untrusted = _schema(recipe_class), recipe_class(), set()
+    recipe, untrusted = Recipe(), set()
     for key, raw in values.items():
-        if key not in schema:
-            guess = _nearest_key(key, schema)
+        if key in REMOVED:
+            if spelling.show(raw) != REMOVED[key]:
+                logger.warning("%s: %s is a key of an earlier version and has no effect", key, spelling.show(raw))
+            continue
+        if key not in SCHEMA:
+            guess = _nearest_key(key)
             problems.append(f"{key}: unknown key; " + (f"did you mean {guess}?" if guess else "remove it"))
             if guess not in values:
                 untrusted.add(guess or key)  # that the guessed key is not set is no second mistake
@@ -188,45 +164,29 @@ def fill_in(recipe_class: type, values: dict[str, Raw], problems: list[str]) -> 
                 f'the value itself, or let the shell insert it: {key}="$NAME" on the command line'
             )
             continue
-        if raw is None and key in NONE_IS_A_CHOICE:
+        if raw is None and "none" in SCHEMA[key].choices:  # null means the same
             raw = Written("none")
         section, _, leaf = key.rpartition(".")
         part = getattr(recipe, section) if section else recipe
         try:
-            value = spelling.convert(raw, schema[key])
+            value = spelling.convert(raw, SCHEMA[key].kind)
         except ValueError as error:
             untrusted.add(key)
             problems.append(f"{key}: {spelling.show(raw)} {error}; the default is {_show(getattr(part, leaf))}")
         else:
-            setattr(part, leaf, os.path.expanduser(value) if key in PATHS and isinstance(value, str) else value)
+            setattr(part, leaf, os.path.expanduser(value) if SCHEMA[key].is_path and isinstance(value, str) else value)
     return recipe, untrusted
 
 
-def _sections(recipe_class: type) -> dict[str, str]:
-    """{section: its first key}."""
-    return {f.name: fields(f.type)[0].name for f in fields(recipe_class) if is_dataclass(f.type)}
-
-
-def _schema(recipe_class: type) -> dict[str, object]:
-    """{dotted key: type} of all fields."""
-    schema = {}
-    for top in fields(recipe_class):
-        if is_dataclass(top.type):
-            schema |= {f"{top.name}.{f.name}": f.type for f in fields(top.type)}
-        else:
-            schema[top.name] = top.type
-    return schema
-
-
-def _nearest_key(key: str, schema: dict[str, object]) -> str | None:
+def _nearest_key(key: str) -> str | None:
     """The known dotted key that `key` most likely means: the right leaf in a wrong section, or a typing error."""
     leaf = key.rpartition(".")[2]
-    same_leaf = [known for known in schema if known.rpartition(".")[2] == leaf]
+    same_leaf = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1:
         return same_leaf[0]
-    found = difflib.get_close_matches(key, same_leaf or schema, n=1, cutoff=0.7)
+    found = difflib.get_close_matches(key, same_leaf or SCHEMA, n=1, cutoff=0.7)
     if not found:  # a typing error in the leaf, and the section forgotten
-        by_leaf = {known.rpartition(".")[2]: known for known in schema}
+        by_leaf = {known.rpartition(".")[2]: known for known in SCHEMA}
         found = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
     return found[0] if found else None
 

@@ -1,4 +1,4 @@
-"""Where the shipped recipes, presets and DeepSpeed configurations are, and what they are called."""
+"""Where the shipped recipes, presets, DeepSpeed configurations and methods are, and what they are called."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,14 @@ PACKAGE_DIR = Path(__file__).parent.parent
 # The one copy of the DeepSpeed configurations: inside an installed package, beside the package in a checkout.
 _INSTALLED = PACKAGE_DIR / "ds_configs"
 DS_CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else PACKAGE_DIR.parent / "ds_configs"
+
+# Training methods: a new one is a file in relora_ds/methods and a line here.
+METHODS = {
+    "full": "relora_ds.methods.full:Full",
+    "control": "relora_ds.methods.control:Control",
+    "lora": "relora_ds.methods.lora:LoRA",
+    "relora": "relora_ds.methods.relora:ReLoRA",
+}
 
 
 def recipe_names() -> list[str]:

@@ -1,30 +1,27 @@
 """Check the text and the paths of a recipe."""
 
-import dataclasses
 import glob
 import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from relora_ds.config.merge import PATHS
+from relora_ds.config import fields
+from relora_ds.config.names import ds_config_names
 from relora_ds.config.rules import nearest
-
-if TYPE_CHECKING:
-    from relora_ds.config.schema import Recipe
+from relora_ds.config.schema import DataConfig, Recipe
 
 MAX_NAME_BYTES = 255  # of one component of a path, on the usual file systems
 
 
-def text_problems(recipe: "Recipe") -> Iterator[str]:
+def text_problems(recipe: Recipe) -> Iterator[str]:
     """Yield a message for text that no field takes: empty, with control characters, or a path that cannot be one."""
-    for key, value in _texts(recipe):
+    for key, value, is_path in _texts(recipe):
         if not value.strip():
             yield f"{key}: {value!r} is empty; write a value, or null where there is to be none"
         elif any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
             yield f"{key}: {value!r} has a line break, a control character or broken UTF-8 in it; remove it"
-        elif key not in PATHS:
+        elif not is_path:
             continue
         elif value.startswith("~"):  # what has a home directory was replaced when the recipe was read
             yield (
@@ -35,43 +32,58 @@ def text_problems(recipe: "Recipe") -> Iterator[str]:
             yield f"{key}: a name in {value[:60]}… is longer than {MAX_NAME_BYTES} bytes; shorten it"
 
 
-def missing_files(recipe: "Recipe", ds_config_names: list[str]) -> Iterator[str]:
-    """Paths at which there is nothing."""
-    paths = {
-        "resume": recipe.resume if recipe.resume not in (True, False, "auto") else None,
-        "data.path": recipe.data.path if recipe.data.source in ("text", "c4", "pretokenized") else None,
-        "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
-    }
-    init_from = None if recipe.resume else recipe.init_from  # a run that resumes has its weights
-    for name, value in (
-        ("init_from", init_from),
-        ("model.name_or_path", recipe.model.name_or_path),
-        ("data.source", recipe.data.source),
-        ("data.tokenizer", recipe.data.tokenizer),
-    ):
-        if value and (value.startswith((".", "/", "~")) or value.endswith(".json")):  # else it may be a hub id
-            paths[name] = value
-    for name, path in paths.items():
-        expanded = os.path.expanduser(path or "")
-        if path and not os.path.exists(expanded) and not any(glob.iglob(expanded, recursive=True)):
-            yield f"{name}: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
-    if recipe.deepspeed not in ds_config_names and not os.path.isfile(os.path.expanduser(recipe.deepspeed)):
+def missing_files(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each path at which there is nothing."""
+    if isinstance(recipe.resume, str) and recipe.resume != "auto":
+        yield from _missing("resume", recipe.resume)
+    if not recipe.resume:  # a run that resumes has its weights
+        yield from _missing_or_hub("init_from", recipe.init_from)
+    yield from _missing_or_hub("model.name_or_path", recipe.model.name_or_path)
+    yield from missing_data(recipe.data)
+    shipped = ds_config_names()
+    if recipe.deepspeed not in shipped and not os.path.isfile(os.path.expanduser(recipe.deepspeed)):
         yield (
             f"deepspeed: {recipe.deepspeed} is neither a file nor a shipped configuration"
-            f"{nearest(Path(recipe.deepspeed).stem, ds_config_names)}; shipped: {', '.join(ds_config_names)}"
+            f"{nearest(Path(recipe.deepspeed).stem, shipped)}; shipped: {', '.join(shipped)}"
         )
 
 
-def _texts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
-    """(key, text) of all fields that hold text, lists of names included."""
-    for top in dataclasses.fields(recipe):
-        part = getattr(recipe, top.name)
-        values = (
-            {top.name: part}
-            if not dataclasses.is_dataclass(part)
-            else {f"{top.name}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(part)}
-        )
-        for key, value in values.items():
-            for text in value if isinstance(value, (list, tuple, set)) else [value]:
-                if isinstance(text, str):
-                    yield key, text
+def missing_data(data: DataConfig) -> Iterator[str]:
+    """Yield a message for each path of the `data.` section at which there is nothing."""
+    if data.path and data.source in ("text", "c4", "pretokenized"):
+        yield from _missing("data.path", data.path)
+    if isinstance(data.validation, str) and not _is_number(data.validation):
+        yield from _missing("data.validation", data.validation)
+    yield from _missing_or_hub("data.source", data.source)
+    if data.source != "pretokenized":
+        yield from _missing_or_hub("data.tokenizer", data.tokenizer)
+
+
+def _missing(key: str, path: str) -> Iterator[str]:
+    expanded = os.path.expanduser(path)
+    if not os.path.exists(expanded) and not any(glob.iglob(expanded, recursive=True)):
+        yield f"{key}: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
+
+
+def _missing_or_hub(key: str, value: str | None) -> Iterator[str]:
+    """Yield a message for a path at which there is nothing; the name of something on the hub is none."""
+    if value and (value.startswith((".", "/", "~")) or value.endswith((".json", "/")) or value.count("/") > 1):
+        yield from _missing(key, value)
+
+
+def _is_number(text: str) -> bool:
+    """Return True for a fraction, which command lines deliver as text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _texts(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
+    """Yield (key, text, whether it is a path) for all fields that hold text, lists of names included."""
+    for key, field in fields.fields_of(Recipe).items():
+        value = fields.value_of(recipe, key)
+        for text in value if isinstance(value, (list, tuple, set)) else [value]:
+            if isinstance(text, str):
+                yield key, text, field.is_path

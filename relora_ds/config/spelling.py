@@ -138,7 +138,7 @@ def of_override(text: str, kind: object) -> Raw:
     if text in _NULL:
         return None
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if is_quoted or (text.lstrip().startswith("[") and any(typing.get_origin(o) is list for o in _options(kind))):
+    if is_quoted or (text.lstrip().startswith("[") and any(typing.get_origin(o) is list for o in options(kind))):
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except (yaml.YAMLError, RecursionError):
@@ -151,17 +151,45 @@ def of_override(text: str, kind: object) -> Raw:
     return Written(text)
 
 
+def options(kind: object) -> tuple:
+    """Return the plain types of which a value may be: those of a union, `str` for a `Literal`, no rules."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        return options(typing.get_args(kind)[0])
+    if origin is typing.Literal:
+        return (str,)
+    if origin is list:
+        (item,) = typing.get_args(kind)
+        return (list[options(item)[0]],)  # type: ignore[misc]
+    if origin in (typing.Union, types.UnionType):
+        return tuple(dict.fromkeys(plain for one in typing.get_args(kind) for plain in options(one)))
+    return (kind,)
+
+
+def choices(kind: object) -> tuple[str, ...]:
+    """Return the texts that a type lists in a `Literal`, also as the items of a list; () without one."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    return tuple(text for one in typing.get_args(kind) for text in choices(one))
+
+
+def closed_choices(kind: object) -> tuple[str, ...]:
+    """Return `choices`, or () where the type takes other texts too."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return () if str in parts else choices(kind)
+
+
 def convert(raw: Raw, kind: object) -> object:
     """Return the value of type `kind`, such as `str | None`.
 
     Raises:
         ValueError: it is none; the message follows the value in a sentence.
     """
-    options = _options(kind)
-    if isinstance(raw, Written) and str in options and (raw.quoted or "_" in raw.text):
-        options = (str,)
+    wanted = options(kind)
+    if isinstance(raw, Written) and str in wanted and (raw.quoted or "_" in raw.text):
+        wanted = (str,)
     for option, reader in _READERS.items():  # text last: it takes whatever the others leave
-        if option in options:
+        if option in wanted:
             try:
                 return reader(raw)
             except (ValueError, OverflowError):
@@ -177,7 +205,7 @@ def has_variable(raw: Raw) -> bool:
 
 def describe(kind: object) -> str:
     """Return a field's type in words."""
-    return " or ".join(_WORDS[option] for option in _options(kind))
+    return " or ".join(_WORDS[option] for option in options(kind))
 
 
 def show(raw: Raw) -> str:
@@ -209,10 +237,6 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
-
-
-def _options(kind: object) -> tuple:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def _text_of(raw: Raw) -> str:

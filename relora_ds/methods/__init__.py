@@ -1,25 +1,13 @@
-"""Training methods. What distinguishes one from another is one file here, with three seams.
+"""Training methods: what is special to one is in its file here, see `config.methods.Method`.
 
-1. `prepare(model)`: surgery on the module tree, and what trains
-2. `param_groups(model)`: the optimizer groups it wants
-3. `after_step(engine)`: what happens after an applied optimizer step
+1. what the recipe means: `full_rank_steps`, `relora`, `recipe_problems`, `recipe_warnings`, `label`, `speed_key`
+2. surgery on the model, and what trains: `problems(model)`, `warnings(model)`, `prepare(model)`
+3. the optimizer's groups: `param_groups(model)`
+4. what happens after an applied step, such as a restart: `after_step(engine)`
 
-The trainer knows no method by name. A new one is a file, and a line in `METHODS`.
+A new method is a file here and a line in `config.names.METHODS`. Its file imports torch only inside functions.
 """
 
-from relora_ds.config import Recipe
-from relora_ds.methods.base import Method
-from relora_ds.methods.control import Control
-from relora_ds.methods.full import Full
-from relora_ds.methods.lora import LoRA
-from relora_ds.methods.relora import ReLoRA
+from relora_ds.config.methods import METHODS, Method, full_rank, method_of
 
-METHODS: dict[str, type[Method]] = {"full": Full, "control": Control, "lora": LoRA, "relora": ReLoRA}
-
-
-def method_of(recipe: Recipe) -> Method:
-    """The method that a recipe names."""
-    return METHODS[recipe.method](recipe)
-
-
-__all__ = ["METHODS", "Full", "Method", "method_of"]
+__all__ = ["METHODS", "Method", "full_rank", "method_of"]

@@ -4,30 +4,65 @@ The paper's baseline has no frozen weight at all, `y = s·B·A·x` (`lora.base: 
 PEFT's LoRA, on random weights or on those that a warm start leaves behind. It never restarts.
 """
 
-import dataclasses
+import copy
+from collections.abc import Iterator
 
-from torch import nn
+from relora_ds.config import Recipe
+from relora_ds.methods.lowrank import LowRank
 
-from relora_ds.lowrank.wrap import problems, warnings, wrap_quietly
-from relora_ds.methods.base import Method
+_OF_THE_BASE = ("frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement")
 
 
-class LoRA(Method):
+class LoRA(LowRank):
     """One low-rank pair per linear, from the first step to the last."""
 
-    def __init__(self, recipe):
+    name = "lora"
+    sections = ("lora",)
+
+    def __init__(self, recipe: Recipe):
         super().__init__(recipe)
-        self.relora = dataclasses.replace(recipe.relora, restart_every=None)
-
-    def problems(self, model: nn.Module) -> list[str]:
-        return problems(model, self.relora, base=self._has_base)
-
-    def warnings(self, model: nn.Module) -> list[str]:
-        return warnings(model, self.relora)
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return wrap_quietly(model, self.relora, seed=self.recipe.seed, base=self._has_base)
+        self.relora = copy.copy(recipe.relora)  # unchecked: the recipe's own checks name what is wrong
+        self.relora.restart_every = None
+        self.has_base = recipe.lora.base != "none"
 
     @property
-    def _has_base(self) -> bool:
-        return self.recipe.lora.base != "none"
+    def label(self) -> str:
+        """The base makes it another method."""
+        return f"lora ({self.recipe.lora.base} base)"
+
+    @property
+    def full_rank_steps(self) -> int:
+        """Without a base, or on a random one, a warm start would be lost."""
+        return self.recipe.warm_start_steps if self.recipe.lora.base == "warm_start" else 0
+
+    @property
+    def speed_key(self) -> list:
+        """Without a base there is less to compute."""
+        return [*super().speed_key, self.recipe.lora.base]
+
+    def recipe_problems(self) -> Iterator[str]:
+        """Yield what does not go with the base."""
+        recipe = self.recipe
+        if recipe.lora.base == "warm_start" and not (recipe.warm_start_steps or recipe.init_from):
+            yield "lora.base: warm_start has nothing to start from; set warm_start_steps or init_from"
+        if recipe.lora.base == "none" and (recipe.init_from or recipe.model.init == "pretrained"):
+            field = "init_from" if recipe.init_from else "model.init"
+            yield (
+                f"{field}: {recipe.init_from or 'pretrained'} does not fit lora.base none, which has no W and would "
+                "drop the weights of the wrapped layers; use lora.base=warm_start"
+            )
+
+    def recipe_warnings(self) -> Iterator[str]:
+        """Yield what has no effect on this base, or without restarts."""
+        recipe, relora = self.recipe, self.recipe.relora
+        if recipe.warm_start_steps and not self.full_rank_steps:
+            yield (
+                f"warm_start_steps: {recipe.warm_start_steps} has no effect with method lora on lora.base "
+                f"{recipe.lora.base}"
+            )
+        if not self.has_base:
+            for name in _OF_THE_BASE:
+                if (value := getattr(relora, name)) != getattr(type(relora), name):
+                    yield f"relora.{name}: {value} has no effect with lora.base none, which has no W"
+        if relora.restart_every is not None:
+            yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"

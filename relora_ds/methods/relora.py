@@ -1,26 +1,39 @@
 """ReLoRA (arXiv 2307.05695): low-rank updates, merged and restarted."""
 
-from torch import nn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from relora_ds.lowrank.wrap import problems, warnings, wrap_quietly
-from relora_ds.methods.base import Method
+from relora_ds.methods.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from relora_ds.zero.engine import ReLoRAEngine
 
 
-class ReLoRA(Method):
+class ReLoRA(LowRank):
     """`W + s·B·A` with W frozen; every `relora.restart_every` steps B·A is merged into W and starts anew."""
 
-    def __init__(self, recipe):
-        super().__init__(recipe)
-        self.relora = recipe.relora
+    name = "relora"
 
-    def problems(self, model: nn.Module) -> list[str]:
-        return problems(model, self.relora)
+    def recipe_warnings(self) -> Iterator[str]:
+        """Yield why a run is not what it looks like."""
+        relora = self.relora
+        if relora.restart_every is None:
+            yield "relora.restart_every: null means no restart: this run is LoRA on a frozen W, not ReLoRA"
+        elif not self.num_restarts:
+            yield (
+                f"relora.restart_every: {relora.restart_every} is not below the {self.low_rank_steps} low-rank steps: "
+                "the run has no restart"
+            )
+        if relora.optimizer_reset == "magnitude":
+            yield (
+                "relora.optimizer_reset: magnitude prunes the two moments by different masks, which can take steps of "
+                "exp_avg/eps after a restart; for reproduction only, use magnitude_joint"
+            )
+        if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora).reset_ratio:
+            yield (
+                f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
+            )
 
-    def warnings(self, model: nn.Module) -> list[str]:
-        return warnings(model, self.relora)
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return wrap_quietly(model, self.relora, seed=self.recipe.seed)
-
-    def after_step(self, engine) -> None:
+    def after_step(self, engine: "ReLoRAEngine") -> None:
+        """Restart when the schedule says so."""
         engine.restart_if_due()

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from relora_ds.config import Recipe, RecipeError
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.methods import Full, Method, method_of
+from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import recompute
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import from_config
@@ -97,7 +97,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
     for r in ranks_to_try(recipe.relora.r) if method.relora is not None else [None]:
         variant = recipe if r is None else dataclasses.replace(recipe, relora=dataclasses.replace(recipe.relora, r=r))
         own += candidates(variant, method_of(variant), r)
-    full = candidates(recipe, Full(recipe), None)
+    full = candidates(recipe, full_rank(recipe), None)
     return Advice(recommend(own, available), own, full, available, measured)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from relora_ds.config import RecipeError, accumulation_steps
-from relora_ds.methods import Full, Method
+from relora_ds.methods import Method
 from relora_ds.planning import device_memory, host
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
@@ -69,7 +69,7 @@ def cost(
         storage_of(shapes, method.relora, precision=precision, stage=stage),
         method.relora,
         world_size=world_size,
-        after_warm_start=0 < recipe.full_rank_steps < recipe.total_steps and not isinstance(method, Full),
+        after_warm_start=method.warm_start_steps > 0,
     )
     step = restart = None
     if accumulation is not None:

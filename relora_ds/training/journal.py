@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.checkpoint.job import Written
-from relora_ds.checkpoint.manifest import tag_of
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import report
 from relora_ds.training.accounting import Account, StepTraffic
@@ -26,7 +25,6 @@ from relora_ds.training.metrics import MetricsLog, read_metrics
 from relora_ds.training.phases import Phase
 from relora_ds.training.preflight import Plan
 from relora_ds.training.samples import Sample
-from relora_ds.training.update_rank import update_ranks
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.moments import max_update_over_lr
 
@@ -147,7 +145,6 @@ class Journal:
     def restart(self) -> None:
         """A restart has taken place."""
         done = self._engine.last_restart
-        ranks = self._update_ranks()
         self._write(
             "restart",
             **{
@@ -161,22 +158,9 @@ class Journal:
                 "relative_update_norms": done.relative_update_norms,
                 "restart_s": done.restart_s,
                 "checksum": done.checksum,
-                **({"update_ranks": ranks} if ranks else {}),
             },
         )
         self._view.line(report.restart_line(self._account.step, done))
-
-    def _update_ranks(self) -> dict[str, float] | None:
-        if not self._recipe.log.update_rank:
-            return None
-        start = Path(self._recipe.run_dir) / "checkpoints" / tag_of(self._phase.start)
-        ranks = update_ranks(self._engine, start)
-        if ranks is None:
-            self._view.warn(
-                f"log.update_rank: not every rank can read {start}, from where the update is measured; it "
-                "needs a run_dir that all hosts share"
-            )
-        return ranks
 
     def evaluation(self, result: Evaluation, samples: list[Sample]) -> None:
         """The network was evaluated."""

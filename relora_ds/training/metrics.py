@@ -50,7 +50,6 @@ TENSORBOARD_TAGS = {
         "restarts": None,
         "update_norms": "update_norm",
         "relative_update_norms": "update_norm_relative",
-        "update_ranks": "update_rank",
     },
     "phase": {"trainable_parameters": "parameters/trainable", "total_parameters": "parameters/total"},
 }

@@ -12,7 +12,7 @@ from torch import nn
 
 from relora_ds.config import Recipe
 from relora_ds.interop.sources import weights_of
-from relora_ds.methods import Full, Method, method_of
+from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import initial_weights, meta_model, model_without_values
 from relora_ds.training.preflight import Plan
@@ -61,14 +61,14 @@ class HandOver:
 def phases_of(recipe: Recipe) -> list[Phase]:
     """The phases of a recipe, in order."""
     optim, method = recipe.optim, method_of(recipe)
-    warm = recipe.full_rank_steps if recipe.full_rank_steps < recipe.total_steps else 0
+    warm = method.warm_start_steps
     phases = []
     if warm:
         ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
         lr = optim.lr if optim.warm_start_lr is None else optim.warm_start_lr
-        phases.append(Phase("warm_start", Full(recipe), 0, warm, lr, recipe.total_steps, ramp))
+        phases.append(Phase("warm_start", full_rank(recipe), 0, warm, lr, recipe.total_steps, ramp))
     phases.append(
-        Phase(recipe.method, method, warm, recipe.total_steps, optim.lr, recipe.total_steps - warm, optim.warmup_steps)
+        Phase(method.name, method, warm, recipe.total_steps, optim.lr, recipe.total_steps - warm, optim.warmup_steps)
     )
     return phases
 

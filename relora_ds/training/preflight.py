@@ -1,12 +1,13 @@
-"""Everything that can be known to be wrong before a process group, a model or a run directory exists.
+"""Check what needs a model, a corpus, DeepSpeed or this machine, before a process group or a run directory exists.
 
-A mistake found here costs seconds and is printed once; the same mistake found by eight ranks after the
-rendezvous costs minutes and is printed eight times.
+The values of the recipe are in order here: `config.validate` has looked at them, without torch. A mistake found here
+costs seconds and is printed once; the same mistake found by eight ranks after the rendezvous costs minutes and is
+printed eight times.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,8 @@ from relora_ds.config import (
     RecipeError,
     ReLoRAConfig,
     accumulation_steps,
-    read_recipe,
+    load_recipe,
+    no_effect,
     recipe_files,
     resolve_precision,
 )
@@ -65,14 +67,14 @@ class Resolved:
     @property
     def relora(self) -> ReLoRAConfig | None:
         """Of the low-rank layers over frozen weights; None where there are no such weights."""
-        recipe = self.recipe
-        return None if recipe.method == "lora" and recipe.lora.base == "none" else method_of(recipe).relora
+        method = method_of(self.recipe)
+        return method.relora if method.has_base else None
 
     def warnings(self) -> list[str]:
         """Options without effect, and runs that are not what they look like."""
         recipe, relora = self.recipe, self.relora
         found = [self.restarted] if self.restarted else []
-        found += recipe.warnings()
+        found += no_effect.warnings(recipe)
         if recipe.compile and self.stage == 3:
             found.append(
                 "compile: true has no effect at ZeRO stage 3, whose hooks stand between all layers; use a "
@@ -120,42 +122,26 @@ def resolve(
         cuda_bf16: whether the run's devices are CUDA devices that compute in bf16; None asks this machine.
 
     Raises:
-        RecipeError: every problem at once.
+        RecipeError: every wrong value of the recipe at once; where there is none, everything else at once.
     """
-    recipe, problems = read_recipe(name_or_path, overrides)
+    recipe = load_recipe(name_or_path, overrides)
     recipe, restarted = as_restarted(recipe) if to_run else (recipe, None)
-    if recipe.train.batch_sequences is recipe.train.batch_tokens is None and not any(
-        problem.startswith("train.") for problem in problems
-    ):
-        raise RecipeError(problems, name_or_path)  # it could not be read at all, and whatever follows means nothing
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     precision = resolve_precision(recipe.precision, accelerator.computes_bf16() if cuda_bf16 is None else cuda_bf16)
-    accumulation, settings = 0, {}
-    if to_run and not problems:
-        problems += early_problems(recipe, recipe_files(name_or_path))
-    for found in (
-        lambda: data.problems(recipe.data),
-        lambda: _model_problems(recipe),
-        lambda: _init_from_problems(recipe),
-        *([lambda: machine_problems(recipe)] if to_run else []),
-    ):
-        # A field that the recipe's own checks found fault with is not reported twice.
-        named = {p.partition(":")[0] for p in problems}
-        problems += [
-            p
-            for p in _errors_of(found)
-            if p.partition(":")[0] not in named and not (problems and p.startswith("model: "))
-        ]  # it may be built from what is wrong
-    if not any(p.startswith(("train.", "data.seq_len", "deepspeed")) for p in problems):
-        try:
-            accumulation = accumulation_steps(recipe, world_size)
-        except RecipeError as error:
-            problems += error.problems
-        settings, found = _deepspeed_of(recipe, precision, accumulation)
-        problems += found
-        if recipe.precision == "auto":
-            precision = ds_config.precision_of(settings) or precision
-    problems += _errors_of(lambda: storage_problems(recipe.relora, precision))
+    problems = early_problems(recipe, recipe_files(name_or_path)) if to_run else []
+    problems += data.problems(recipe.data) + _found(_init_from_problems, recipe)
+    found = _found(_model_problems, recipe)
+    problems += found or (_found(machine_problems, recipe) if to_run else [])
+    accumulation = 0
+    try:
+        accumulation = accumulation_steps(recipe, world_size)
+    except RecipeError as error:
+        problems += error.problems
+    settings, found = _deepspeed_of(recipe, precision, accumulation)
+    problems += found
+    if recipe.precision == "auto":
+        precision = ds_config.precision_of(settings) or precision
+    problems += storage_problems(recipe.relora, precision)
     problems += accelerator.precision_problems(precision) if to_run else []
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
@@ -261,7 +247,7 @@ def _proof(recipe: Recipe, precision: str) -> Proof:
     return prove(
         _guessed_config(recipe),
         method.relora,
-        base=recipe.method != "lora" or recipe.lora.base != "none",
+        base=method.has_base,
         precision=precision,
         attention=recipe.model.attn_implementation,
     )
@@ -325,13 +311,12 @@ def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
 
 
-def _errors_of(function) -> list[str]:
+def _found(check: Callable[[Recipe], list[str]], recipe: Recipe) -> list[str]:
+    """Return the problems that a check returns, or raises as a ValueError."""
     try:
-        return function()
+        return check(recipe)
     except ValueError as error:
         return str(error).splitlines()
-    except Exception:
-        return []  # the recipe's own problems, which are reported, made the question meaningless
 
 
 def _ds_config_path(name_or_path: str) -> str:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from relora_ds.checkpoint import store
 from relora_ds.config import Recipe
 
 _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
@@ -63,6 +62,8 @@ def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
     A restarted job resumes its own run: `resume=auto`. One that began from another run's checkpoint begins there again
     as long as it has saved none of its own.
     """
+    from relora_ds.checkpoint import store
+
     variable = restarted_by()
     if variable is None or recipe.resume == "auto":
         return recipe, None

@@ -1,10 +1,11 @@
 """The `data.` section as the tests need it: offline, small, everything inside the test's own directory."""
 
 from pathlib import Path
-from types import SimpleNamespace
+
+from relora_ds.config import DataConfig
 
 
-def settings(cache_dir: Path, **changes) -> SimpleNamespace:
+def settings(cache_dir: Path, **changes) -> DataConfig:
     fields = {
         "source": "pydocs",
         "path": None,
@@ -20,7 +21,7 @@ def settings(cache_dir: Path, **changes) -> SimpleNamespace:
         "cache_dir": str(cache_dir),
     }
     assert not changes.keys() - fields.keys(), changes
-    return SimpleNamespace(**{**fields, **changes})
+    return DataConfig(**{**fields, **changes})
 
 
 def write_text(path: Path, num_lines: int, word: str = "word") -> Path:

@@ -88,7 +88,7 @@ def test_c4_keeps_its_pieces_until_the_damaged_shard_is_replaced(tmp_path, c4, m
 
 def test_c4_errors_come_before_any_reading(tmp_path, c4):
     assert problems(c4_settings(tmp_path, c4)) == []
-    assert problems(c4_settings(tmp_path, c4, max_tokens=None))[0].startswith("data.max_tokens: missing; c4")
+    assert problems(c4_settings(tmp_path, c4, max_tokens=None))[0].startswith("data.max_tokens: null, and c4")
     assert "holds no shard c4-train.*.json.gz" in problems(c4_settings(tmp_path, tmp_path))[0]
     assert "holds no shard c4-other.*.json.gz" in problems(c4_settings(tmp_path, c4, split="other"))[0]
     assert problems(c4_settings(tmp_path, c4 / "en")) == []

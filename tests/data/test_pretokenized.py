@@ -69,9 +69,11 @@ def test_other_lengths_fewer_tokens_and_keys_of_the_recipe_it_came_from(carried)
 
 def test_what_is_no_such_directory_or_damaged(carried):
     _, _, directory = carried
-    for path in (directory.parent, directory / "tokenizer", directory.parent / "gone", directory / "train.bin"):
+    for path in (directory.parent, directory / "tokenizer", directory / "train.bin"):
         found = problems(settings(directory.parent / "cache", source="pretokenized", path=str(path)))
         assert len(found) == 1 and found[0].startswith(f"data.path: {str(path)!r} holds no tokens")
+    found = problems(settings(directory.parent / "cache", source="pretokenized", path="gone"))
+    assert len(found) == 1 and found[0].startswith("data.path: gone does not exist")
     content = (directory / "train.bin").read_bytes()
     (directory / "train.bin").write_bytes(content[:-2])
     assert f"train.bin' has {len(content) - 2} bytes of {len(content)}; copy" in problems(other_machine(directory))[0]

@@ -1,10 +1,13 @@
 """The public Python names in Markdown, from signatures and docstrings."""
 
+import dataclasses
 import inspect
 import re
 import textwrap
+import typing
 
 import relora_ds
+from tests.docs.keys import explanations
 
 
 def markdown() -> str:
@@ -14,6 +17,8 @@ def markdown() -> str:
 
 def _section(name: str, thing) -> str:
     parts = [f"## {name}", _block("python", _signature(name, thing)), _text(inspect.getdoc(thing) or "")]
+    if dataclasses.is_dataclass(thing):
+        parts.append("\n".join(f"- `{field}`: {' '.join(text.split())}" for field, text in explanations(thing).items()))
     if inspect.isclass(thing):
         for method, function in _own_methods(thing).items():
             parts += [
@@ -40,13 +45,20 @@ def _signature(name: str, thing) -> str:
     parameters = list(signature.parameters.values())
     if inspect.isclass(thing) and any(one.kind is one.VAR_POSITIONAL for one in parameters):
         return f"class {name}"  # made by others: the arguments are those of its base
-    shown = [str(one) for one in parameters]
+    shown = [str(one.replace(annotation=_plain(one.annotation))).replace("typing.", "") for one in parameters]
     if (first := next((i for i, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY), None)) is not None:
         shown.insert(first, "*")
     line = f"{name}({', '.join(shown)})"
     if len(line) > 100:
         line = f"{name}(\n" + textwrap.indent(",\n".join(shown), "    ") + ",\n)"
     return line
+
+
+def _plain(annotation: object) -> object:
+    """Return a type without the rules that a recipe's schema gives it."""
+    if isinstance(annotation, dataclasses.InitVar):
+        return annotation.type
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
 
 def _text(docstring: str) -> str:

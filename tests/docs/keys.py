@@ -1,9 +1,13 @@
-"""The keys of a recipe in Markdown, from its schema."""
+"""The keys of a recipe in Markdown, from its schema: types, choices, defaults, and the text under each field."""
 
+import ast
 import dataclasses
-import typing
+import inspect
+import re
+from functools import cache
 
-from relora_ds.config import Recipe
+from relora_ds.config import Recipe, rules, spelling
+from relora_ds.config.fields import Field, fields_of
 
 
 def markdown() -> str:
@@ -16,31 +20,50 @@ def markdown() -> str:
 
 def names() -> list[str]:
     """Return the dotted names of all keys."""
-    found = []
-    for field in dataclasses.fields(Recipe):
-        if dataclasses.is_dataclass(field.type):
-            found += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type)]
-        else:
-            found.append(field.name)
+    return list(fields_of(Recipe))
+
+
+@cache
+def explanations(kind: type) -> dict[str, str]:
+    """Return `{name: text under the field}` of a dataclass."""
+    (body,) = ast.parse(inspect.getsource(kind)).body
+    found = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and is_text:
+            found[field.target.id] = inspect.cleandoc(below.value.value)
     return found
 
 
 def _section(name: str, kind: type) -> str:
-    rows = ["| key | type | default |", "|---|---|---|"]
-    for field in dataclasses.fields(kind):
-        if not dataclasses.is_dataclass(field.type):
-            key = f"{name}.{field.name}" if name else field.name
-            rows.append(f"| `{key}` | {_type(field.type)} | `{_default(field)}` |")
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for field in fields_of(kind, f"{name}." if name else "").values():
+        leaf = field.key.removeprefix(f"{name}.")
+        if "." not in leaf:
+            meaning = " ".join(explanations(kind)[leaf].split()).replace("|", "\\|")
+            rows.append(f"| `{field.key}` | {_value(field)} | `{_default(field.default)}` | {meaning} |")
     title = f"## {name}" if name else "## Top level"
-    return f"{title}\n\n" + "\n".join(rows)
+    about = inspect.cleandoc(kind.__doc__).split("\n\nRaises:")[0]
+    return f"{title}\n\n{about}\n\n" + "\n".join(rows)
 
 
-def _type(kind) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
-    return f"{kind.__name__ if isinstance(kind, type) else kind}".replace("|", "or").replace("None", "null")
+def _value(field: Field) -> str:
+    """Return the type in words, with the choices or the condition."""
+    words = spelling.describe(field.kind)
+    if field.choices:
+        choices = ", ".join(f"`{choice}`" for choice in field.choices)
+        words = choices if words == "text" else f"{choices}; {words}"
+    for rule in field.rules:
+        if isinstance(rule, rules.Integer):
+            words = words.replace("an integer", f"an integer from {rule.least}")
+        elif isinstance(rule, rules.Number):
+            words = re.sub("a number", f"a number {rule.condition}", words)
+    return words
 
 
-def _default(field: dataclasses.Field) -> str:
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _default(value: object) -> str:
+    return (
+        spelling.to_yaml([value]).strip().removeprefix("- ")
+        if not isinstance(value, list)
+        else f"[{', '.join(map(str, value))}]"
+    )

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relora_ds.config import load_recipe
+from relora_ds.config import load_recipe, method_of
 from relora_ds.lab.figures.style import LIGHT, colour, rc
 from relora_ds.lowrank.schedule import lr_multiplier
 from tests.docs.pages import DOCS
@@ -55,13 +55,13 @@ def run_of(name: str) -> Run:
         optim.lr
         * lr_multiplier(
             k,
-            total_steps=recipe.low_rank_steps,
+            total_steps=method_of(recipe).low_rank_steps,
             warmup_steps=optim.warmup_steps,
             restart_every=recipe.relora.restart_every,
             restart_warmup_steps=recipe.relora.restart_warmup_steps,
             min_lr_ratio=optim.min_lr_ratio,
         )
-        for k in range(recipe.low_rank_steps)
+        for k in range(method_of(recipe).low_rank_steps)
     ]
     ranks = [recipe.relora.r * (k + 1) for k in range(len(low.restarts) + 1)]
     return Run(np.array(first + second), warm, low.restarts, (full.trainable / 1e6, low.trainable / 1e6), ranks)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relora_ds.config import load_recipe
+from relora_ds.config import load_recipe, method_of
 from relora_ds.planning.schedule_preview import curve, draw, events, learning_rate, marks, restarts_of
 from relora_ds.training.phases import phases_of
 from tests.training.runs import lines, run
@@ -88,7 +88,7 @@ def test_the_marks_stand_below_the_columns_of_their_steps(steps):
     columns, line = curve(recipe), marks(recipe)
     assert len(columns) == min(72, steps) and len(line) <= len(columns)
     troughs = [i for i, mark in enumerate(line) if mark == "^"]
-    assert len(troughs) == recipe.num_restarts and all(columns[i] == 0 for i in troughs)
+    assert len(troughs) == method_of(recipe).num_restarts and all(columns[i] == 0 for i in troughs)
 
 
 def test_the_drawing_is_as_high_as_its_values():
@@ -98,5 +98,5 @@ def test_the_drawing_is_as_high_as_its_values():
 
 def test_a_run_of_very_many_steps_and_restarts_is_drawn_at_once():
     recipe = load_recipe("tiny", ["train.steps=1e9", "relora.restart_every=1e4", "relora.restart_warmup_steps=10"])
-    assert recipe.num_restarts == 99_999
+    assert method_of(recipe).num_restarts == 99_999
     assert len(events(recipe)) > 99_999 and len(curve(recipe)) == 72

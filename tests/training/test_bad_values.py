@@ -1,6 +1,5 @@
 """Absurd values, unusable text and unreadable files are refused by name before anything exists, also by `check`."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,22 +8,13 @@ import torch.distributed as dist
 
 from relora_ds.__main__ import main
 from relora_ds.config import Recipe, read_recipe
-from relora_ds.config.merge import PATHS
+from relora_ds.config.fields import fields_of
 
-INTEGERS, NUMBERS, TEXTS = [], [], []
-for top in dataclasses.fields(Recipe):
-    for field in dataclasses.fields(top.type) if dataclasses.is_dataclass(top.type) else [top]:
-        key = field.name if field is top else f"{top.name}.{field.name}"
-        kind = str(field.type)
-        (
-            INTEGERS
-            if "int" in kind
-            else NUMBERS
-            if kind == "<class 'float'>" or kind == "float | None"
-            else TEXTS
-            if "str" in kind and "list" not in kind
-            else []
-        ).append(key)
+FIELDS = fields_of(Recipe)
+INTEGERS = [key for key, field in FIELDS.items() if int in field.options]
+NUMBERS = [key for key, field in FIELDS.items() if float in field.options and str not in field.options]
+TEXTS = [key for key, field in FIELDS.items() if str in field.options]
+PATHS = [key for key, field in FIELDS.items() if field.is_path]
 
 
 @pytest.fixture

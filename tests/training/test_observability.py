@@ -10,10 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds import data
-from relora_ds.checkpoint.manifest import tag_of
-from relora_ds.checkpoint.model import open_model
 from relora_ds.config import RecipeError, load_recipe
-from relora_ds.lowrank.spectrum import spectrum_of
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.training import report
 from relora_ds.training.metrics import MetricsLog, read_metrics
@@ -293,34 +290,3 @@ def test_json_says_null_where_a_number_is_not_finite(tmp_path):
 
 
 # -- rank of the update ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_the_rank_of_the_update_is_that_of_its_checkpoints(stage, tmp_path):
-    run(tmp_path, f"deepspeed=zero{stage}", "log.update_rank=true", "checkpoint.every=10", "checkpoint.keep_every=10")
-    restarts = lines(tmp_path, "restart")
-    assert [line["step"] for line in restarts] == [20, 30]
-    ranks_of = []
-    for line in restarts:
-        with (
-            open_model(tmp_path / "checkpoints" / tag_of(10)) as before,
-            open_model(tmp_path / "checkpoints" / tag_of(line["step"])) as after,
-        ):
-            expected = {
-                name: spectrum_of(after.merged(name) - before.merged(name)).effective_rank
-                for name in after.contents.layers
-            }
-        assert line["update_ranks"] == pytest.approx(expected, rel=1e-3)
-        ranks_of.append(sum(expected.values()) / len(expected))
-    assert 1 < ranks_of[0] <= 4 < ranks_of[1] <= 8  # r = 4: each restart adds as many directions
-
-
-def test_the_rank_of_the_update_needs_a_checkpoint_to_measure_from():
-    for overrides in (
-        [],
-        ["checkpoint.every=10"],
-        ["checkpoint.every=4", "checkpoint.keep_every=4"],
-        ["checkpoint.every=10", "checkpoint.keep_every=10", "warm_start_steps=0"],
-    ):
-        with pytest.raises(RecipeError, match=r"log.update_rank: true measures from the checkpoint"):
-            load_recipe("tiny", ["log.update_rank=true", *overrides])

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from relora_ds.config import Recipe
+from relora_ds.config import Recipe, method_of
 from relora_ds.lab.experiments.runs import Results, Run, Runner, reason
 from relora_ds.training.metrics import read_metrics
 from relora_ds.training.preemption import Preempted
@@ -76,7 +76,7 @@ def trial(runner: Runner) -> Callable[[Run], float]:
         text = directory.parent / "validation.jsonl"  # evaluating on the real one would take longer than the steps
         directory.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(json.dumps({"text": "A few words. " * 400}) + "\n", encoding="utf-8")
-        steps = 2 * TRIAL_STEPS if run.recipe.full_rank_steps not in (0, run.recipe.total_steps) else TRIAL_STEPS
+        steps = 2 * TRIAL_STEPS if method_of(run.recipe).warm_start_steps else TRIAL_STEPS
         code = runner.execute(
             run,
             directory,
@@ -110,21 +110,19 @@ def _mean_speed(recipe: Recipe, lines: list[dict]) -> float:
     for line in lines:
         speeds.setdefault(line["phase"], []).append(line["tokens_per_s"])
     of = {phase: statistics.median(found[WARM_STEPS:]) for phase, found in speeds.items()}
-    warm = recipe.full_rank_steps if "warm_start" in of else 0
+    warm = method_of(recipe).warm_start_steps if "warm_start" in of else 0
     return recipe.total_steps / (warm / of.get("warm_start", 1) + (recipe.total_steps - warm) / of[recipe.method])
 
 
 def _speed_class(recipe: Recipe) -> str:
     """Recipes with the same one are equally fast."""
-    relora = recipe.relora if recipe.method in ("lora", "relora", "control") else None
+    method = method_of(recipe)
     return json.dumps(
         [
-            recipe.method,
+            method.speed_key,
             vars(recipe.model),
-            recipe.lora.base if recipe.method == "lora" else None,
             recipe.precision,
-            relora and [relora.r, relora.target_modules, relora.trainable_modules, relora.frozen_dtype],
-            round(recipe.full_rank_steps / recipe.total_steps, 1),
+            round(method.full_rank_steps / recipe.total_steps, 1),
             recipe.batch_sequences,
             recipe.train.micro_batch_size,
             recipe.data.seq_len,

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from relora_ds.checkpoint.run_files import read_json
-from relora_ds.config import Recipe, load_recipe
+from relora_ds.config import Recipe, load_recipe, method_of
 from relora_ds.lab.bench.environment import environment_info
 from relora_ds.lab.experiments import update_spectra
 from relora_ds.lab.experiments.suites import Row
@@ -196,7 +196,8 @@ def result_of(run: Run, directory: Path) -> dict:
     evaluations = [line for line in lines if line["kind"] == "eval"]
     restarts = [line for line in lines if line["kind"] == "restart"]
     tokens_per_step = summary["tokens"] / summary["step"]
-    switch = run.recipe.full_rank_steps if run.recipe.low_rank_steps else None
+    method = method_of(run.recipe)
+    switch = method.warm_start_steps if method.low_rank_steps else None
     phases = {line["phase"] for line in train}
     speeds = {phase: sorted(line["tokens_per_s"] for line in train if line["phase"] == phase) for phase in phases}
     return {
@@ -224,7 +225,7 @@ def result_of(run: Run, directory: Path) -> dict:
                 "full_rank_bytes_wire",
             )
         },
-        "r": run.recipe.relora.r if run.recipe.method in ("lora", "relora") else None,
+        "r": None if method.relora is None else method.relora.r,
         "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
         "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == switch), None),
         # Of the whole validation split: a part of it has another loss (`eval.max_tokens`).

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from relora_ds.config import Recipe, load_recipe
-from relora_ds.config.validate import METHODS
+from relora_ds.config import METHODS, Recipe, load_recipe, recipe_names
 
 DIRECTORY = Path(__file__).parent / "suites"
 # scale -> how its recipes begin. 130M is the paper's smallest network that restarts often enough to see it.
@@ -74,7 +73,8 @@ def read_suite(name: str, scale: str) -> Suite:
     if scale not in SCALES:
         raise ValueError(f"--scale: {scale} is none; there are {', '.join(SCALES)}")
     declared = yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8"))
-    recipes = {method: load_recipe(f"{SCALES[scale]}_{method}") for method in METHODS}
+    shipped = {method: f"{SCALES[scale]}_{method}" for method in METHODS}
+    recipes = {method: load_recipe(name) for method, name in shipped.items() if name in recipe_names()}
     rows = [_row(row, about, scale, recipes) for row, about in declared.get("rows", {}).items()]
     for sweep in declared.get("sweeps", []):
         changes = sweep["set"] if isinstance(sweep["set"], list) else sweep["set"][scale]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from relora_ds.checkpoint import store
 from relora_ds.checkpoint.manifest import tag_of
 from relora_ds.checkpoint.model import Contents, OpenModel, contents_of, is_checkpoint, open_model
+from relora_ds.config import method_of
 from relora_ds.interop.sources import find_checkpoint
 from relora_ds.lab.figures.run_history import method_text, recipe_in, short_names
 from relora_ds.lowrank.spectrum import RANK_SHARE, SMALL, Spectrum, spectrum_of
@@ -143,7 +144,7 @@ def _named(before: str, after: Path) -> Path:
 def _end_of_warm_start(after: Path) -> int:
     """The step at which the low-rank phase took over; 0 where there was no warm start."""
     recipe = recipe_in(after.parent.parent)
-    return recipe.full_rank_steps if recipe is not None and recipe.low_rank_steps else 0
+    return method_of(recipe).warm_start_steps if recipe is not None else 0
 
 
 def _all_linears(window: Window, trust_remote_code: bool) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from relora_ds.config import Recipe, read_recipe
+from relora_ds.config import METHODS, Recipe, method_of, read_recipe
 from relora_ds.training.metrics import read_json, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def method_text(directory: Path) -> str:
     recipe = recipe_in(directory)
     if recipe is None:
         return "unknown"
-    return f"lora ({recipe.lora.base} base)" if recipe.method == "lora" else recipe.method
+    return method_of(recipe).label if recipe.method in METHODS else recipe.method
 
 
 def short_names(paths: list[Path]) -> list[str]:

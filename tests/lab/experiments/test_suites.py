@@ -2,7 +2,7 @@
 
 import pytest
 
-from relora_ds.config import load_recipe
+from relora_ds.config import load_recipe, method_of
 from relora_ds.lab.experiments.runs import Run
 from relora_ds.lab.experiments.suites import SCALES, read_suite, suite_names
 
@@ -34,8 +34,8 @@ def test_the_suites_that_the_paper_asks_for():
 def test_lora_on_the_same_warm_start_differs_from_relora_in_the_restarts_alone(scale):
     found = rows("main", scale)
     relora, lora = found["ReLoRA"], found["LoRA, warm start"]
-    assert relora.num_restarts >= 2 and lora.num_restarts == 0
-    assert lora.full_rank_steps == relora.full_rank_steps > 0
+    assert method_of(relora).num_restarts >= 2 and method_of(lora).num_restarts == 0
+    assert method_of(lora).full_rank_steps == method_of(relora).full_rank_steps > 0
     assert (lora.relora.r, lora.relora.lora_alpha, lora.optim) == (
         relora.relora.r,
         relora.relora.lora_alpha,
@@ -51,10 +51,10 @@ def test_the_ablation_switches_one_part_on_at_a_time():
     full, relora = load_recipe("tiny_full"), load_recipe("tiny_relora")
     parts = {
         name: (
-            recipe.num_restarts > 0,
+            method_of(recipe).num_restarts > 0,
             recipe.relora.optimizer_reset != "none",
             recipe.relora.restart_warmup_steps > 0,
-            recipe.full_rank_steps > 0,
+            method_of(recipe).full_rank_steps > 0,
             recipe.optim.lr > full.optim.lr,
         )
         for name, recipe in found.items()

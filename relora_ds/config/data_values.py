@@ -1,0 +1,83 @@
+"""What makes the values of the `data.` section wrong beside what each field takes, and which have no effect."""
+
+from collections.abc import Iterator
+
+from relora_ds.config import fields
+from relora_ds.config.rules import nearest
+from relora_ds.config.schema import DATA_SOURCES, DataConfig
+
+LEAST_VOCABULARY = 261  # 256 bytes, 4 special tokens, and a piece
+_READS_PATH = ("text", "c4", "pretokenized")
+_WITHOUT_FILES = ("wikitext2", "pydocs", "gutenberg")
+
+
+def problems(data: DataConfig) -> list[str]:
+    """Return what is wrong with the values of the section on its own."""
+    found = list(fields.problems(data, "data."))
+    return found + list(conflicts(data, {message.partition(":")[0] for message in found}))
+
+
+def conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
+    """Yield what is wrong with values that their own fields take. wrong: keys with which something is wrong already."""
+    if found := source_problem(data.source):
+        yield found
+    else:
+        yield from _source_conflicts(data)
+    trains_tokenizer = data.source != "pretokenized" and data.tokenizer is None
+    # Whether the corpus' characters fit too is known after reading it.
+    if trains_tokenizer and "data.vocab_size" not in wrong and data.vocab_size < LEAST_VOCABULARY:
+        yield (
+            f"data.vocab_size: {data.vocab_size} is not above {LEAST_VOCABULARY - 1} (256 bytes and 4 special "
+            "tokens); use e.g. 8192"
+        )
+    if wrong & {"data.seq_len", "data.max_tokens"}:
+        return
+    if data.seq_len == 1:
+        yield "data.seq_len: 1 leaves no next token to predict; use e.g. 256"
+    elif data.max_tokens is not None and data.max_tokens < data.seq_len:
+        yield (
+            f"data.max_tokens: {data.max_tokens} does not hold one sequence of data.seq_len {data.seq_len}; raise it, "
+            "or use null"
+        )
+
+
+def source_problem(source: str) -> str | None:
+    """Return what is wrong with a `data.source`, as far as its name tells."""
+    if source in DATA_SOURCES or "/" in str(source):
+        return None
+    files = "; JSON lines and parquet are read by data.source=text" if source in ("json", "jsonl", "parquet") else ""
+    return (
+        f"data.source: {source!r} is unknown{nearest(source, DATA_SOURCES)}; use one of {', '.join(DATA_SOURCES)}, "
+        f"or org/name of the Hugging Face hub{files}"
+    )
+
+
+def _source_conflicts(data: DataConfig) -> Iterator[str]:
+    """Yield what the source makes of path, text_column and max_tokens."""
+    if data.source in ("text", "pretokenized") and not data.path:
+        what = "a file, a directory or a glob" if data.source == "text" else "what python -m relora_ds prepare wrote"
+        yield f"data.path: null, and data.source {data.source} reads it; set it to {what}"
+    elif data.path and data.source not in _READS_PATH:
+        yield (
+            f"data.path: {data.path} is not read with data.source {data.source}; use data.source=text, or remove "
+            "data.path"
+        )
+    if data.source == "c4" and data.max_tokens is None:
+        yield (
+            "data.max_tokens: null, and c4 (hundreds of gigabytes) is streamed until so many tokens are there; set "
+            "it, e.g. data.max_tokens=1_000_000_000"
+        )
+    if data.source in _WITHOUT_FILES and data.text_column != "text":
+        yield f"data.text_column: {data.text_column} has no effect with data.source {data.source}; remove it"
+
+
+def warnings(data: DataConfig) -> Iterator[str]:
+    """Yield what is allowed but has no effect."""
+    ignored = []
+    if data.source != "c4" and "/" not in data.source:
+        ignored += ["config", "split"]
+    if data.source == "pretokenized":
+        ignored += ["text_column", "validation", "tokenizer"]
+    for name in ignored:
+        if (value := getattr(data, name)) != getattr(type(data), name):
+            yield f"data.{name}: {value} has no effect with data.source {data.source}"

@@ -1,0 +1,54 @@
+"""What a recipe may say but has no effect, or not the effect that one would expect."""
+
+from collections.abc import Iterator
+
+from relora_ds.config import data_values
+from relora_ds.config.methods import METHODS, Method, method_class, method_of
+from relora_ds.config.schema import Recipe
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Return options without effect, and runs that are not what they look like. Only for a recipe without problems."""
+    method = method_of(recipe)
+    return [
+        *_trust(recipe),
+        *_warm_start_warnings(recipe, method),
+        *_sections_of_other_methods(recipe, method),
+        *method.recipe_warnings(),
+        *data_values.warnings(recipe.data),
+    ]
+
+
+def _trust(recipe: Recipe) -> Iterator[str]:
+    if recipe.trust_remote_code:
+        yield (
+            "trust_remote_code: true: Python files that come with the model are run, with your rights; look at them "
+            "first"
+        )
+
+
+def _warm_start_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
+    warm, optim = method.warm_start_steps, recipe.optim
+    if recipe.warm_start_steps and method.relora is None:
+        yield (
+            f"warm_start_steps: {recipe.warm_start_steps} has no effect with method {method.name}: all of its steps "
+            "are full-rank"
+        )
+    if recipe.carry_moments and not warm:
+        yield "carry_moments: true has no effect without a warm start"
+    if optim.warm_start_lr is not None and not warm:
+        yield f"optim.warm_start_lr: {optim.warm_start_lr} has no effect without a warm start"
+    ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
+    if 0 < warm <= ramp:
+        yield (
+            f"optim.warm_start_warmup_steps: the warm start's {warm} steps end inside its warm-up of {ramp}; its "
+            "learning rate never reaches the peak"
+        )
+
+
+def _sections_of_other_methods(recipe: Recipe, method: Method) -> Iterator[str]:
+    for section in {section for name in METHODS for section in method_class(name).sections} - {*method.sections}:
+        given = getattr(recipe, section)
+        for name, value in vars(given).items():
+            if value != getattr(type(given)(), name):
+                yield f"{section}.{name}: {value} has no effect with method {method.name}"

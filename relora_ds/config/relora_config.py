@@ -1,0 +1,109 @@
+"""The low-rank phase: `ReLoRAConfig`, which is the `relora` section of a recipe and a public class of its own."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass
+from typing import Annotated, Literal, get_args
+
+from relora_ds.config import fields
+from relora_ds.config.rules import Integer, Names, Number, is_int, tenth
+
+OptimizerReset = Literal["magnitude_joint", "magnitude", "random", "zero", "none"]
+RestartInit = Literal["kaiming", "orthogonal", "gradient"]
+FrozenDtype = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8"]
+FROZEN_DTYPES: tuple[str, ...] = get_args(FrozenDtype)
+
+
+@dataclass(kw_only=True)
+class ReLoRAConfig:
+    """The low-rank phase: `W + s·B·A`, merged and restarted every `restart_every` steps (arXiv 2307.05695, sec. 3).
+
+    Raises:
+        ValueError: every value that is wrong, one line each.
+    """
+
+    r: Annotated[int, Integer(1)] = 128
+    """Rank of the low-rank updates, as in PEFT."""
+    lora_alpha: Annotated[float, Number("above 0")] = 32.0
+    """Numerator of the scaling `s = lora_alpha / r`, as in PEFT."""
+    lora_dropout: Annotated[float, Number("inside [0, 1)")] = 0.0
+    """Dropout on the input of A, as in PEFT."""
+    use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(r)` instead, as in PEFT."""
+    target_modules: Annotated[str | list[str], Names("all-linear or [q_proj, v_proj]", expression=True)] = "all-linear"
+    """Linear layers that become low-rank: `all-linear` (all but the output head), a list of module names or name
+    suffixes, or a regular expression that a whole module name matches. As in PEFT."""
+    exclude_modules: Annotated[str | list[str] | None, Names("[dt_proj, shared_expert_gate]", expression=True)] = None
+    """What to leave out of `target_modules`: a list of names or suffixes, or a regular expression. As in PEFT."""
+    target_parameters: Annotated[
+        list[str] | None, Names("[experts.gate_up_proj, experts.down_proj], or null for none")
+    ] = None
+    """Names or name suffixes of parameters that become low-rank without being a linear's weight, such as the 3-D
+    weights of a mixture of experts. As in PEFT."""
+    trainable_modules: Annotated[
+        list[str] | None, Names("[embed_tokens, lm_head, norm], or null for embeddings, head and norms")
+    ] = None
+    """What trains at full rank beside A and B; null = embeddings, output head and norms. PEFT's `modules_to_save` is
+    another name of it."""
+    restart_every: Annotated[int | None, Integer(1, example=5000)] = None
+    """Applied optimizer steps between restarts; null = never (LoRA on a frozen W)."""
+    restart_warmup_steps: Annotated[int, Integer(0)] = 100
+    """Steps of the linear warm-up of the learning rate after a restart."""
+    optimizer_reset: OptimizerReset = "magnitude_joint"
+    """What happens to Adam's moments of A and B at a restart. `magnitude_joint` keeps the largest `1 - reset_ratio` of
+    |exp_avg| and applies that one mask to both moments; `magnitude` prunes each by its own; `random` keeps a random
+    part; `zero` keeps nothing, `none` everything."""
+    reset_ratio: Annotated[float, Number("inside [0, 1)")] = 0.99
+    """Part of the moments that a restart sets to zero."""
+    restart_init: RestartInit = "kaiming"
+    """What A becomes at a restart: `kaiming` noise (the paper's), `orthogonal` to the A's that earlier cycles began
+    with, or `gradient`, the dominant row space of W's gradient in the step before."""
+    frozen_dtype: FrozenDtype = "auto"
+    """How W is stored; `auto` = the precision of the run."""
+    frozen_double_quant: bool = False
+    """Store the scales of nf4 in 8 bits too."""
+    frozen_master: Literal["cpu", "device", "none"] = "cpu"
+    """Where the fp32 masters of W live when W is stored below fp32, spread over the ranks; `none` = what a merge rounds
+    away is lost."""
+    frozen_placement: Literal["auto", "replicated", "sharded"] = "auto"
+    """Whether ZeRO-3 shards W; `auto` = replicated at stages 0 to 2, sharded at 3."""
+    modules_to_save: InitVar[list[str] | None] = None
+
+    def __post_init__(self, modules_to_save: list[str] | None) -> None:
+        if modules_to_save is not None:
+            if self.trainable_modules not in (None, modules_to_save):
+                raise ValueError(
+                    f"ReLoRAConfig.modules_to_save: {modules_to_save} and trainable_modules: {self.trainable_modules} "
+                    "are two names of one setting; give one of them"
+                )
+            self.trainable_modules = modules_to_save
+        if found := self.problems("ReLoRAConfig."):
+            raise ValueError("\n".join(found))
+
+    @property
+    def scaling(self) -> float:
+        """`s` of `W + s·B·A`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def problems(self, prefix: str = "relora.") -> list[str]:
+        """Return what is wrong with the values, one message each; [] when usable. prefix: of the names in messages."""
+        return [*fields.problems(self, prefix), *self.conflicts(prefix)]
+
+    def conflicts(self, prefix: str) -> Iterator[str]:
+        """Yield a message for values that do not go together."""
+        every, ramp = self.restart_every, self.restart_warmup_steps
+        if is_int(every) and is_int(ramp) and 1 <= every <= ramp:
+            yield (
+                f"{prefix}restart_every: {every} is not above {prefix}restart_warmup_steps {ramp}, so the learning "
+                f"rate would never recover; use e.g. {prefix}restart_warmup_steps={tenth(every)}"
+            )
+        if self.restart_init == "gradient" and self.lora_dropout:
+            yield (
+                f"{prefix}restart_init: gradient needs the layer's own input, and {prefix}lora_dropout "
+                f"{self.lora_dropout} hides it; use {prefix}lora_dropout=0"
+            )
+        if self.target_modules == [] and not self.target_parameters:
+            yield (
+                f"{prefix}target_modules: [] names nothing, and {prefix}target_parameters is not set; use e.g. "
+                "all-linear or [q_proj, v_proj]"
+            )
