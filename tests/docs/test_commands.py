@@ -135,7 +135,7 @@ def test_every_command_of_ours_is_understood(page, capsys):
 def test_every_command_runs(page, checkout, done):
     for command in commands(page):
         if "example.py" in command:
-            (checkout / "example.py").write_text(next(b for b in fenced(page, "python") if "Trainer(" in b))
+            (checkout / "example.py").write_text(next(b for b in fenced(page, "python") if "ReLoRATrainer(model" in b))
         if elsewhere(command) is None and command not in done:
             print(command)
             run(smaller(command), checkout)
@@ -177,3 +177,11 @@ def test_a_model_without_values_is_filled(checkout):
     block = next(b for b in fenced(DOCS / "guides/own_loop.md", "python") if "model_without_values" in b)
     (checkout / "filled.py").write_text(before + block + "print(engine.collect_merged().keys())\n")
     run("python filled.py", checkout)
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded(checkout):
+    """As docs/guides/export.md does; the README's quickstart has been run before."""
+    (block,) = fenced(DOCS / "guides/export.md", "python")
+    (checkout / "load.py").write_text(block)
+    assert float(run("python load.py", checkout)) > 0
