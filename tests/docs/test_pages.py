@@ -8,6 +8,7 @@ import torch
 from relora_ds.config import load_recipe, preset_names, recipe_names
 from relora_ds.lowrank.formats import DENSE
 from tests.docs.pages import DOCS, PAGES, ROOT, anchors, commands, fenced, name_of
+from tests.test_architecture import ALLOWED
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -37,6 +38,19 @@ def test_the_files_of_each_room_exist():
     for room, files in rows:
         folder = ROOT / "relora_ds" / room
         assert [name for name in re.findall(r"`(\w+\.py)`", files) if not (folder / name).is_file()] == [], room
+
+
+def test_the_diagram_of_rooms_is_in_the_order_of_imports():
+    """Each room imports only rooms above it; `lab` and its rooms are outside of the product."""
+    diagram = (DOCS / "concepts/architecture.md").read_text(encoding="utf-8").split("```")[1]
+    product, lab = diagram.split("\nlab ")
+    above = []
+    for room in re.findall(r"^ *(\w+) {2,}", product, re.MULTILINE):
+        assert ALLOWED[room] <= set(above), room
+        above.append(room)
+    rooms_of_lab = re.findall(r"^  (\w+) ", lab, re.MULTILINE)
+    known = {*above, "lab", *(f"lab.{room}" for room in rooms_of_lab), "__init__", "__main__", "lab.commands"}
+    assert set(ALLOWED) == known
 
 
 def test_the_recipe_in_the_document_is_one(tmp_path, monkeypatch):
