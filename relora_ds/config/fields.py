@@ -37,7 +37,7 @@ class Field:
     @property
     def is_path(self) -> bool:
         """Whether it holds a path, or may hold one."""
-        return any(isinstance(rule, rules.Path) for rule in self.rules)
+        return any(isinstance(rule, rules.FilePath) for rule in self.rules)
 
     def problem(self, value: object) -> str | None:
         """Return what is wrong with a value, or None."""
@@ -58,10 +58,10 @@ class Field:
 
 def fields_of(tree: type, prefix: str = "") -> dict[str, Field]:
     """Return `{dotted key: field}` of a dataclass and of the dataclasses in it."""
-    found = {}
+    found: dict[str, Field] = {}
     for field in fields(tree):
         key = prefix + field.name
-        if is_dataclass(field.type):
+        if isinstance(field.type, type) and is_dataclass(field.type):
             found |= fields_of(field.type, f"{key}.")
             continue
         is_annotated = typing.get_origin(field.type) is typing.Annotated

@@ -65,7 +65,7 @@ def read_values(
                 )
                 break
             chain.append(found)
-    merged = {}
+    merged: dict[str, Raw] = {}
     for values in reversed(layers):
         merged = lay_over({key: value for key, value in merged.items() if key not in NOT_INHERITED}, values)
     return merged, complete, chain
@@ -86,7 +86,7 @@ def lay_over(below: dict[str, Raw], above: dict[str, Raw]) -> dict[str, Raw]:
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Raw] | None:
     """{dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
-    values = {}
+    values: dict[str, Raw] = {}
     try:
         root = spelling.compose(path.read_bytes())
         if root is not None:

@@ -113,7 +113,7 @@ class OneOf:
         return choice(name, value, tuple(self.names()))
 
 
-class Path:
+class FilePath:
     """Mark a field that holds a path, or may hold one: `~` is the home directory."""
 
 

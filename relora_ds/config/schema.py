@@ -5,12 +5,13 @@ reference page of the recipe is made of these. Field names are a contract with u
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from relora_ds.config import spelling
 from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
-from relora_ds.config.rules import MAX_TOKENS, Integer, Number, OneOf, Path
+from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
 
 ActivationCheckpointing = Literal["none", "full", "selective", "cheap"]
 ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
@@ -45,7 +46,7 @@ class ModelConfig:
 
     preset: Annotated[str | None, OneOf(preset_names)] = None
     """A shipped LLaMA shape."""
-    name_or_path: Annotated[str | None, Path()] = None
+    name_or_path: Annotated[str | None, FilePath()] = None
     """A model of the Hugging Face hub, a directory, or the JSON file of a configuration."""
     init: Literal["random", "pretrained"] = "random"
     """What the weights begin as: random, or those of `name_or_path`."""
@@ -108,12 +109,12 @@ class OptimConfig:
 class DataConfig:
     """Corpus and tokenizer."""
 
-    source: Annotated[DataSource | str, Path()] = "wikitext2"
+    source: Annotated[DataSource | str, FilePath()] = "wikitext2"
     """`wikitext2`, `pydocs` and `gutenberg` need nothing else; `c4` is streamed until `max_tokens`, from the hub or
     from shards in the directory `path`; `text` reads `path`; `pretokenized` trains from the directory `path` that
     `python -m relora_ds prepare` wrote, with the tokenizer inside. Anything with a slash is what
     `datasets.load_dataset` takes: streamed with `max_tokens`, loaded without."""
-    path: Annotated[str | None, Path()] = None
+    path: Annotated[str | None, FilePath()] = None
     """For `text`: a file, directory or glob of text (one document per file), JSON lines or parquet (one per record).
     For `c4` and `pretokenized`: a directory."""
     config: str | None = None
@@ -122,12 +123,12 @@ class DataConfig:
     """Split of the dataset on the hub."""
     text_column: str = "text"
     """Column of JSON lines, parquet and datasets that holds the text."""
-    validation: Annotated[str | float | None, Number("inside (0, 1)", example=0.05), Path()] = None
+    validation: Annotated[str | float | None, Number("inside (0, 1)", example=0.05), FilePath()] = None
     """A path, or the fraction of the documents to hold out; null = the corpus' own validation split, else 0.05. Of a
     stream it is bounded too, by a twentieth of `max_tokens` and 10 M tokens."""
     max_tokens: Annotated[int | None, Integer(1, most=MAX_TOKENS, example=1_000_000)] = None
     """Training tokens to stop reading the corpus at; null = all of it."""
-    tokenizer: Annotated[str | None, Path()] = None
+    tokenizer: Annotated[str | None, FilePath()] = None
     """A tokenizer of the hub or a directory; null = train a sentencepiece BPE on the corpus."""
     vocab_size: Annotated[int, Integer(1, most=MAX_VOCABULARY)] = 8192
     """Pieces of the tokenizer that is trained on the corpus."""
@@ -135,7 +136,7 @@ class DataConfig:
     """Tokens of a training sequence."""
     packing: bool = True
     """false = one document per row, cut or padded to `seq_len`, instead of windows of the whole corpus."""
-    cache_dir: Annotated[str | None, Path()] = None
+    cache_dir: Annotated[str | None, FilePath()] = None
     """Where tokenized corpora are kept; null = the user's cache directory."""
 
 
@@ -200,15 +201,15 @@ class Recipe:
     """How the network is trained."""
     seed: Annotated[int, Integer(0, most=2**64 - 1)] = 0
     """Decides the initial weights, the order of the data and what A becomes at restarts."""
-    run_dir: Annotated[str | None, Path()] = None
+    run_dir: Annotated[str | None, FilePath()] = None
     """The run directory; null = `runs/<recipe name>`."""
-    resume: Annotated[str | bool, Path()] = False
+    resume: Annotated[str | bool, FilePath()] = False
     """`auto` = go on from the newest checkpoint in `run_dir`, if there is one; or the path of a checkpoint or a run."""
     overwrite: bool = False
     """Delete the run that is in `run_dir`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation; `auto` = bf16 on CUDA devices that have it, else fp32."""
-    deepspeed: Annotated[str, Path()] = "zero1"
+    deepspeed: Annotated[str, FilePath()] = "zero1"
     """A shipped DeepSpeed configuration's name, or the path of one."""
     compile: bool = False
     """Compile the layers with torch.compile, at ZeRO stages 0 to 2."""
@@ -219,7 +220,7 @@ class Recipe:
     """Full-rank steps before the low-rank phase."""
     carry_moments: bool = False
     """Take Adam's moments of what trains in both phases over from the warm start."""
-    init_from: Annotated[str | None, Path()] = None
+    init_from: Annotated[str | None, FilePath()] = None
     """Begin from the weights of a run, a checkpoint or a Hugging Face model."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model or a tokenizer."""
@@ -233,6 +234,12 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, of a recipe that was read."""
+        assert self.run_dir is not None, "reading a recipe fills it in"
+        return Path(self.run_dir)
 
     @property
     def batch_sequences(self) -> int:

@@ -11,6 +11,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from types import NoneType
@@ -143,7 +144,7 @@ def of_override(text: str, kind: object) -> Raw:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except (yaml.YAMLError, RecursionError):
             return Written(text)
-        whole = node.end_mark.index == len(text.rstrip())  # else a comment follows
+        whole = node is not None and node.end_mark.index == len(text.rstrip())  # else a comment follows
         if whole and isinstance(node, yaml.SequenceNode) and not _structural_problems(node):
             return of_node(node)
         if whole and isinstance(node, yaml.ScalarNode) and node.style in ("'", '"'):
@@ -281,7 +282,7 @@ def _float(raw: Raw) -> float:
     return float(text)
 
 
-def _list_of(reader) -> object:
+def _list_of(reader: Callable[[Raw], object]) -> Callable[[Raw], list]:
     def read(raw: Raw) -> list:
         if not isinstance(raw, list):
             raise ValueError("not a list")
@@ -290,7 +291,7 @@ def _list_of(reader) -> object:
     return read
 
 
-_READERS = {
+_READERS: dict[object, Callable[[Raw], object]] = {
     NoneType: _null,
     bool: _bool,
     int: _int,

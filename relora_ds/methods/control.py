@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from relora_ds.methods.base import TrainingMethod
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Control(TrainingMethod):
                 "network from scratch; use method=full, or remove it"
             )
 
-    def problems(self, model: "nn.Module") -> list[str]:
+    def problems(self, model: "PreTrainedModel") -> list[str]:
         """Return why ReLoRA cannot train `model`, or why no smaller network has as many parameters."""
         from relora_ds.lowrank.wrap import problems
 
@@ -46,7 +45,7 @@ class Control(TrainingMethod):
                 found.append(str(error))
         return found
 
-    def prepare(self, model: "nn.Module") -> "nn.Module":
+    def prepare(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Return the smaller network."""
         from relora_ds.lowrank.wrap import count_parameters
         from relora_ds.models.build import model_without_values
@@ -64,7 +63,7 @@ class Control(TrainingMethod):
         )
         return small
 
-    def _shape(self, model: "nn.Module") -> "tuple[PretrainedConfig, int]":
+    def _shape(self, model: "PreTrainedModel") -> "tuple[PretrainedConfig, int]":
         """Return (configuration, trainable parameters of the ReLoRA run)."""
         from relora_ds.lowrank.wrap import count_parameters, wrap_quietly
         from relora_ds.models.build import meta_model

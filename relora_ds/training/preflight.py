@@ -8,7 +8,6 @@ printed eight times.
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -216,7 +215,7 @@ def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[di
         accumulation=accumulation or None,
         max_grad_norm=recipe.optim.max_grad_norm,
         lr=recipe.optim.lr,
-        betas=tuple(recipe.optim.betas),
+        betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
         eps=recipe.optim.eps,
         weight_decay=recipe.optim.weight_decay,
         batch_size=recipe.batch_sequences,
@@ -271,7 +270,7 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
 
     ValueError where they cannot be found. A run that resumes needs them no more.
     """
-    if not recipe.init_from or store.may_resume(Path(recipe.run_dir), recipe.resume):
+    if not recipe.init_from or store.may_resume(recipe.directory, recipe.resume):
         return []
     if config is None:
         locate(recipe.init_from, "init_from")
@@ -295,15 +294,10 @@ def _open_first_weights(recipe: Recipe) -> None:
 
     ValueError where they do not. (A checkpoint is verified when it is read: that takes its time once.)
     """
-    source, field = (
-        (recipe.init_from, "init_from") if recipe.init_from else (recipe.model.name_or_path, "model.name_or_path")
-    )
-    begins_there = recipe.init_from or recipe.model.init == "pretrained"
-    if (
-        begins_there
-        and not store.may_resume(Path(recipe.run_dir), recipe.resume)
-        and locate(source, field)[0] == "huggingface"
-    ):
+    source, field = recipe.init_from, "init_from"
+    if not source and recipe.model.init == "pretrained":
+        source, field = recipe.model.name_or_path, "model.name_or_path"
+    if source and not store.may_resume(recipe.directory, recipe.resume) and locate(source, field)[0] == "huggingface":
         weights_of(source, recipe.trust_remote_code, field)
 
 
