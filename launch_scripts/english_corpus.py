@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def documents_of(tree: Path) -> Iterator[str]:
-    """The documents in an unpacked package."""
+    """Yield the documents in an unpacked package."""
     for index in sorted(tree.rglob("*.index")):
         text = gzip.decompress(index.with_suffix(".dict.dz").read_bytes())  # dictzip is gzip
         yield from pages(text, index.read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def pages(text: bytes, index: str) -> Iterator[str]:
 
 
 def without_repeats(documents: Iterable[str]) -> Iterator[str]:
-    """The documents without paragraphs that came before, whatever their line breaks; those that keep enough."""
+    """Yield the documents without paragraphs that came before, whatever their line breaks; those that keep enough."""
     seen: set[bytes] = set()
     for document in documents:
         kept = []

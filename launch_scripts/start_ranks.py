@@ -20,7 +20,7 @@ GRACE_S = 30  # as DeepSpeed's launcher and torchrun give
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Return the exit code."""
     arguments = parse_arguments()
     heard, parent = [], os.getppid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -52,7 +52,7 @@ def signal_all(ranks: list[subprocess.Popen], number: signal.Signals) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description="Start the ranks of this machine and wait for them.")
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="of this machine")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="the first one's number (default: 0)")
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def environment(arguments: argparse.Namespace, local_rank: int) -> dict[str, str]:
-    """The variables of one rank."""
+    """Return the variables of one rank."""
     return {
         **os.environ,
         "RANK": str(arguments.first + local_rank),
@@ -83,7 +83,7 @@ def environment(arguments: argparse.Namespace, local_rank: int) -> dict[str, str
 
 
 def first_failure(ranks: list[subprocess.Popen]) -> int:
-    """The exit code of a rank that failed, 0 where none has."""
+    """Return the exit code of a rank that failed, 0 where none has."""
     code = next((rank.returncode for rank in ranks if rank.returncode), 0)
     return 128 - code if code < 0 else code
 

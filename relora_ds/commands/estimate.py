@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _methods(recipe) -> dict:
-    """The recipe's method and, beside it, full rank."""
+    """Return the recipe's method and, beside it, full rank."""
     from relora_ds.methods import full_rank, method_of
 
     return {method.name: method for method in (method_of(recipe), full_rank(recipe))}

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     seq_len = seq_len if arguments.seq_len is None else arguments.seq_len
     model = model_of(arguments.model, arguments.trust_remote_code, "DIR_OR_ID")
     _check(model.config, seq_len, tokenizer.num_ids(given))
-    model.to(device_of_rank(), DTYPES[arguments.dtype])
+    model.to(device_of_rank(), DTYPES[arguments.dtype])  # type: ignore[arg-type]  # a decorator hides self
     result = evaluate(model, text, seq_len=seq_len, micro_batch_size=arguments.batch_size, device=model.device)
     if arguments.json:
         print(json.dumps({**result.figures(), "seq_len": seq_len, "dtype": arguments.dtype}))
@@ -71,12 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
-    """`(the text in the ids of a tokenizer, the sequence length that belongs to it)`."""
+    """Return `(the text in the ids of a tokenizer, the sequence length that belongs to it)`."""
     from relora_ds.config import load_recipe, recipe_names
     from relora_ds.config.schema import DATA_SOURCES
     from relora_ds.data.eval_corpus import files_in, validation_of
 
     path = Path(source).expanduser()
+    recipe: Path | str
     if (path / "recipe.yaml").is_file():
         recipe = path / "recipe.yaml"
     elif source in recipe_names() or path.suffix in (".yaml", ".yml"):

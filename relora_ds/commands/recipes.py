@@ -49,7 +49,7 @@ def planned_bf16() -> bool | None:
 
 
 def precision_as_text(resolved) -> str:
-    """The planned precision, and where it comes from if the recipe leaves it to the machine."""
+    """Return the planned precision, and where it comes from if the recipe leaves it to the machine."""
     if resolved.recipe.precision != "auto":
         return resolved.precision
     import torch

@@ -54,20 +54,20 @@ class Corpus:
 
 
 def documents(data: DataConfig, split: str) -> Iterator[str]:
-    """The documents of `split`, "train" or "validation". Errors: see `open_corpus`, and those of reading."""
+    """Return the documents of `split`, "train" or "validation". Errors: see `open_corpus`, and those of reading."""
     if split not in ("train", "validation"):
         raise ValueError(f"split: {split!r} is unknown; use 'train' or 'validation'")
     return iter(getattr(open_corpus(data).open(), split))
 
 
 def open_corpus(data: DataConfig) -> Corpus:
-    """The corpus that the `data.` section describes.
+    """Return the corpus that the `data.` section describes.
 
     Reads local text files once to hash them (see manifest.py), downloads nothing. Raises ValueError for settings that
     `problems` would report. `open` of it raises ValueError for what cannot be read or downloaded.
     """
     validation = validation_setting(data)
-    held_out_files = []
+    held_out_files: list[Path] = []
     if isinstance(validation, str):
         held_out_files = localfiles.find(validation, "data.validation")
         localfiles.check(held_out_files, data.text_column)
@@ -79,10 +79,13 @@ def open_corpus(data: DataConfig) -> Corpus:
         identity.append(["files", *held_out_contents])
     else:
         identity.append(["fraction", validation])
-        if is_streamed and validation is None:
-            limit = min(int(data.max_tokens * DEFAULT_VALIDATION_FRACTION), MAX_STREAMED_VALIDATION_TOKENS)
-        elif is_streamed:
-            limit = int(data.max_tokens * validation)
+        if is_streamed:
+            assert data.max_tokens is not None and not isinstance(validation, str)
+            limit = (
+                min(int(data.max_tokens * DEFAULT_VALIDATION_FRACTION), MAX_STREAMED_VALIDATION_TOKENS)
+                if validation is None
+                else int(data.max_tokens * validation)
+            )
 
     def open_splits() -> Splits:
         splits = open_source()
@@ -90,6 +93,7 @@ def open_corpus(data: DataConfig) -> Corpus:
             return splits._replace(validation=localfiles.documents_of(held_out_files, data.text_column))
         if validation is None and splits.validation is not None:
             return splits
+        assert not isinstance(validation, str)  # then there were files
         train, held_out = hold_out(splits.train, validation or DEFAULT_VALIDATION_FRACTION)
         return splits._replace(train=train, validation=held_out)
 
@@ -166,12 +170,12 @@ def _source(data: DataConfig, held_out: list[Path], held_out_contents: list) -> 
     if data.source == "c4":
         config = data.config or hub.C4_CONFIG
         shards = hub.c4_shards(data.path, config, data.split, held_out) if data.path else None
-        identity = [config, data.split, _stats([file for files in (shards or {}).values() for file in files])]
-        return identity, lambda: hub.open_splits(
+        decides = [config, data.split, _stats([file for files in (shards or {}).values() for file in files])]
+        return decides, lambda: hub.open_splits(
             hub.C4_NAME, config, data.split, data.text_column, streaming=True, files=shards
         )
     assert is_datasets_id(data.source), data.source
-    identity = [data.config, data.split, data.max_tokens is not None]
+    identity: list = [data.config, data.split, data.max_tokens is not None]
     if hub.is_local(data.source):
         root = Path(data.source).expanduser()
         identity.append(_stats(sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]))
@@ -197,7 +201,9 @@ def _without_copies(files: list[Path], contents: list, held_out_contents: list) 
     Where a fraction of the documents is held out, those are copies of other files: a document would be held out of one
     and trained on in the other. A run that validates on a copy of all that it trains on may do so.
     """
-    known, kept, copies = {sha256 for _, sha256 in held_out_contents}, [], []
+    known = {sha256 for _, sha256 in held_out_contents}
+    kept: list[tuple] = []
+    copies: list[tuple] = []
     for file, content in zip(files, contents, strict=True):
         (copies if content[1] in known else kept).append((file, content))
         if not held_out_contents:

@@ -66,7 +66,7 @@ class TextEncoder:
         found = self._ids(texts)
         for number, (text, ids) in enumerate(zip(texts, found, strict=True)):
             if self._names is not None and self._names.search(text) and not set(self._control).isdisjoint(ids):
-                found[number] = ids = self._in_parts(text)
+                found[number] = ids = self._in_parts(text, self._names)
             if not self._forbidden.isdisjoint(ids):
                 raise ValueError(self._problem(text, next(token for token in ids if token in self._forbidden)))
         return found
@@ -74,9 +74,9 @@ class TextEncoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return _ids(self._tokenizer, texts)
 
-    def _in_parts(self, text: str) -> list[int]:
+    def _in_parts(self, text: str, names: re.Pattern[str]) -> list[int]:
         """Return the token ids of a text, cut behind the first character of each name in it: no part holds a name."""
-        cuts = [0, *(match.start() + 1 for match in self._names.finditer(text)), len(text)]
+        cuts = [0, *(match.start() + 1 for match in names.finditer(text)), len(text)]
         parts = [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False) if start < stop]
         return [token for ids in self._ids(parts) for token in ids]
 

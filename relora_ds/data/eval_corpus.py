@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def validation_of(data: DataConfig, given: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> PreparedData:
-    """The validation split of a `data.` section, in the ids of `given`; the training split is empty.
+    """Return the validation split of a `data.` section, in the ids of `given`; the training split is empty.
 
     trust_remote_code: see `tokenizer.load`. Errors: see `preparation.prepare`; ValueError too for a pre-tokenized
     corpus in the ids of another tokenizer.
@@ -36,7 +36,9 @@ def validation_of(data: DataConfig, given: PreTrainedTokenizerBase, trust_remote
             )
         return prepared
     corpus = corpora.open_corpus(data)
-    return _tokenized(corpus.open().validation, given, corpus.max_validation_tokens, data.packing)
+    validation = corpus.open().validation
+    assert validation is not None  # it has been held out where the corpus has none
+    return _tokenized(validation, given, corpus.max_validation_tokens, data.packing)
 
 
 def files_in(path: str, text_column: str, given: PreTrainedTokenizerBase) -> PreparedData:

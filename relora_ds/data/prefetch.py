@@ -50,7 +50,9 @@ class _Making(threading.Thread):
 
     def __init__(self, make: Callable) -> None:
         super().__init__(name="next batch", daemon=True)
-        self._function, self._made, self._error = make, None, None
+        self._function = make
+        self._made = None
+        self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
@@ -60,7 +62,7 @@ class _Making(threading.Thread):
             self._error = error
 
     def result(self):
-        """What was made; raises what was raised."""
+        """Return what was made; raise what was raised."""
         self.join()
         if self._error is not None:
             raise self._error

@@ -47,8 +47,8 @@ class PreparedData:
     padding: how rows of single documents are padded (data.packing=false); None = rows are packed.
     """
 
-    train: np.memmap
-    validation: np.memmap
+    train: np.ndarray
+    validation: np.ndarray
     validation_words: int
     validation_bytes: int
     tokenizer_dir: Path | str
@@ -74,14 +74,17 @@ def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) ->
     del seed
     if found := checks.problems(data):
         raise ValueError("\n".join(found))
+    tokenizer_dir: Path | str
     if data.source == "pretokenized":
+        assert data.path is not None  # `problems` has said so
         directory = Path(data.path).expanduser()
         metadata = pretokenized.verified_metadata(data.path, cache_root(data))
         tokenizer_dir = directory / "tokenizer"
     else:
         directory, tokenizer_dir = _tokenized(data, trust_remote_code)
         metadata = pretokenized.read_metadata(directory)
-    train, fingerprint = _map(directory, "train", metadata), metadata["fingerprint"]
+    train: np.ndarray = _map(directory, "train", metadata)
+    fingerprint = metadata["fingerprint"]
     if data.source == "pretokenized" and data.max_tokens is not None and data.max_tokens < len(train):
         train = train[: data.max_tokens]
         fingerprint = _sha256([fingerprint, data.max_tokens])
@@ -134,7 +137,7 @@ def known_extent(data: DataConfig, trust_remote_code: bool = False) -> Extent | 
 
 
 def _tokenized(data: DataConfig, trust_remote_code: bool) -> tuple[Path, Path | str]:
-    """(the cache entry, built if need be; where its tokenizer is)."""
+    """Return (the cache entry, built if need be; where its tokenizer is)."""
     corpus = corpora.open_corpus(data)
     given = None if data.tokenizer is None else tokenizer.load(data.tokenizer, trust_remote_code)
     key = _key(data, corpus, given)
@@ -144,14 +147,14 @@ def _tokenized(data: DataConfig, trust_remote_code: bool) -> tuple[Path, Path | 
         lambda path: _build(path, data, corpus, given, key),
         tokenization.has_pieces,
     )
-    if given is None:
+    if data.tokenizer is None:
         return directory, directory / "tokenizer"
     place = Path(data.tokenizer).expanduser()
     return directory, place if place.is_dir() else data.tokenizer
 
 
 def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBase | None) -> dict:
-    """What the token ids depend on."""
+    """Return what the token ids depend on."""
     if given is None:
         tokenizer_key = {"vocab_size": data.vocab_size, "training": tokenizer.TRAINING, "config": tokenizer.CONFIG}
     else:
@@ -180,6 +183,7 @@ def _build(
     directory: Path, data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBase | None, key: dict
 ) -> None:
     splits = corpus.open()
+    assert splits.validation is not None  # it has been held out where the corpus has none
     progress = tokenization.progress_of(directory, splits.revision)
     if given is None:
         given = _trained_tokenizer(directory / "tokenizer", data, corpus, splits.train, progress)
@@ -230,6 +234,7 @@ def _trained_tokenizer(
     shutil.rmtree(directory, ignore_errors=True)
     texts = iter(documents)
     if corpus.is_streamed:
+        assert data.max_tokens is not None
         texts = _beginning(texts, data.max_tokens)  # no token is less than a byte, so all of that will be needed
     given = tokenizer.train(texts, data.vocab_size, directory)
     progress.tokenizer_sha256 = pretokenized.tokenizer_hashes(directory.parent)

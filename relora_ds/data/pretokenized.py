@@ -93,7 +93,7 @@ def is_intact(directory: Path, cache_root: Path) -> bool:
     except OSError as error:
         raise ValueError(_unreadable("data.cache_dir", directory / METADATA, error)) from None
     except ValueError:
-        problem = f"{str(directory / METADATA)!r} is damaged"
+        problem: str | None = f"{str(directory / METADATA)!r} is damaged"
     else:
         problem = _damage(directory, metadata, cache_root, "data.cache_dir")
     if problem:

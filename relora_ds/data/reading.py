@@ -16,11 +16,11 @@ class DataWarning(UserWarning):
 
 
 class Place(NamedTuple):
-    """Where a reading stands: so many whole shards, so many documents of the next one, so many documents in all."""
+    """Where a reading stands: so many whole shards, so many documents of the next one, so many documents in total."""
 
     shard: int = 0
     within: int = 0
-    index: int = 0
+    total: int = 0
 
 
 START = Place()
@@ -41,7 +41,7 @@ class Documents:
 
     def read(self, start: Place = START) -> Iterator[tuple[str | None, Place]]:
         """(document, the place after it) from `start` on; (None, …) where a shard has ended, before the next opens."""
-        index = start.index
+        index = start.total
         for number in range(start.shard, len(self.shards)):
             skip = start.within if number == start.shard else 0
             for within, text in enumerate(self.shards[number]()):

@@ -47,11 +47,11 @@ class PaddedRows:
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, padding: Padding) -> None:
-        ends = [
+        parts = [
             np.flatnonzero(tokens[start : start + TOKENS_AT_A_TIME] == padding.eos_id) + start + 1
             for start in range(0, len(tokens), TOKENS_AT_A_TIME)
         ]
-        ends = np.unique(np.concatenate([*ends, [len(tokens)]]))  # the last document may have been cut by max_tokens
+        ends = np.unique(np.concatenate([*parts, [len(tokens)]]))  # the last document may have been cut by max_tokens
         starts = np.concatenate([[0], ends[:-1]])
         used = ends - starts >= 2
         self._tokens, self._seq_len, self._pad_id = tokens, seq_len, padding.pad_id

@@ -86,13 +86,13 @@ def dtype_of(given: PreTrainedTokenizerBase) -> np.dtype:
 
 
 def progress_of(directory: Path, revision: str) -> Progress:
-    """What an earlier process committed in `directory`; a fresh start where that is nothing, or of other contents."""
+    """Return what was committed in `directory`; a fresh start where that is nothing, or of other contents."""
     try:
         saved = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
         if saved.pop("checksum") != checksum(saved):
             return Progress(revision)
-        splits = {split: SplitProgress(**saved.pop(split)) for split in ("train", "validation")}
-        found = Progress(**saved, **splits)
+        train, validation = (SplitProgress(**saved.pop(split)) for split in ("train", "validation"))
+        found = Progress(**saved, train=train, validation=validation)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Progress(revision)
     return found if found.revision == revision else Progress(revision)
@@ -176,9 +176,9 @@ def _encode(
     max_tokens: int | None,
     whole_documents: bool,
 ) -> tuple[list[int], bool]:
-    """(the ids of a batch as far as they are wanted, whether that is all that is wanted); counts them in `state`."""
+    """Return (the wanted ids of a batch, whether they are the last that are wanted) and count them in `state`."""
     ids: list[int] = []
-    room = float("inf") if max_tokens is None else max_tokens - state.tokens
+    room = sys.maxsize if max_tokens is None else max_tokens - state.tokens
     is_last = False
     for (text, place), part_ids in zip(batch, tokenizer.encode(given, [text for text, _ in batch]), strict=True):
         ids += part_ids
@@ -197,7 +197,7 @@ def _encode(
 
 
 def _batches(documents: Documents, start: Place) -> Iterator[list[tuple[str, Place | None]]]:
-    """Lists of (part of a document, the place after the document that it ends or None), tokenized in parallel.
+    """Yield lists of (part of a document, the place after the document that it ends or None), tokenized in parallel.
 
     About BATCH_CHARACTERS each, and never of two shards: what is in a batch may be all that is wanted.
     """
@@ -241,7 +241,7 @@ def _all_cores() -> Iterator[None]:
 
 
 def _hash(file: Path, num_bytes: int) -> hashlib._Hash:
-    """The sha256 of the first `num_bytes` of a file, or of as many as there are; more can be added to it."""
+    """Return the sha256 of the first `num_bytes` of a file, or of as many as there are; more can be added to it."""
     digest = hashlib.sha256()
     if num_bytes and file.is_file():
         with open(file, "rb") as stream:

@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
@@ -33,7 +33,7 @@ from relora_ds.data.reading import DataWarning
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     "split_digits": True,
@@ -111,7 +111,7 @@ def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> Pre
 
 
 def load(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that the files at `name_or_path` describe, see tokenizer_class.py, after checks.
+    """Return the tokenizer that the files at `name_or_path` describe, see tokenizer_class.py, after checks.
 
     trust_remote_code: whether code that comes with the tokenizer may run. It is never asked for on stdin.
 

@@ -50,7 +50,7 @@ def from_pretrained(name: str, samples: Sequence[str], **options) -> PreTrainedT
 def _by_its_files(
     name: str, found: PreTrainedTokenizerBase | None, samples: Sequence[str], options: dict
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer without config.json: as tokenizer.json has it, else a sentencepiece model in the declared class.
+    """Load a tokenizer without config.json: as tokenizer.json has it, else a sentencepiece model in its declared class.
 
     found: preferred where it gives the ids of tokenizer.json. None: there are no such files, or they cannot be read.
     """

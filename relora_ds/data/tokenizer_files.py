@@ -89,7 +89,7 @@ def _config(tokenizer: PreTrainedTokenizerBase, saved: dict, given: dict) -> dic
     config = {key: value for key, value in saved.items() if key not in _ADDED_BY_SAVING} | {
         key: value for key, value in given.items() if key not in _ADDED_BY_SAVING - {"add_prefix_space"}
     }
-    name = config.get("tokenizer_class")
+    name = config.get("tokenizer_class", "")
     config["tokenizer_class"] = _GENERIC_CLASS.get(name, name)
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dict under this name
         named = set(tokenizer.special_tokens_map.values())

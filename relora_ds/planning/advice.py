@@ -2,18 +2,19 @@
 
 import dataclasses
 import os
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.config import Recipe, RecipeError
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import recompute
-from relora_ds.models.build import meta_model
 from relora_ds.models.loading import from_config
+from relora_ds.planning.activations import prepared_config
 from relora_ds.planning.cost import activations_of, cost
 from relora_ds.planning.device_memory import HOST, KEPT, peak, total
 from relora_ds.planning.link import (
@@ -78,6 +79,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
                 held = peak(result.items, first + (size - 1) * (second - first))
                 if device.type == "cpu":
                     held += total(result.items, HOST, KEPT)
+                assert result.step is not None  # the recipe's batch was accepted
                 found.append(
                     predict(
                         stage=stage,
@@ -103,16 +105,18 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
 
 def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolved, device: torch.device) -> float:
     recipe = resolved.recipe
-    config = method.prepare(meta_model(config)).config  # the control's network is another one
+    config = prepared_config(method, config)
     format, dtype = format_here(method.relora, resolved.precision, resolved.stage), DTYPES[resolved.precision]
 
     def build(shallow: PretrainedConfig) -> torch.nn.Module:
         model = from_config(shallow, dtype=dtype, attn_implementation=recipe.model.attn_implementation)
-        model = (model if method.relora is None else method.prepare(model)).to(device)
-        for layer in lowrank_layers(model).values():
+        prepared = (model if method.relora is None else method.prepare(model)).to(device)
+        for layer in lowrank_layers(prepared).values():
             if layer.weight is not None:
-                layer.store_weight(format.quantize(layer.weight.detach().float(), dtype), format, as_buffer=False)
-        return recompute.apply(model, recipe.activation_checkpointing)
+                weight = layer.weight
+                assert isinstance(weight, torch.Tensor)
+                layer.store_weight(format.quantize(weight.detach().float(), dtype), format, as_buffer=False)
+        return recompute.apply(cast(PreTrainedModel, prepared), recipe.activation_checkpointing)
 
     return seconds_per_token(
         build,

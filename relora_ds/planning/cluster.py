@@ -118,6 +118,7 @@ def predict_step(
     resolved = dataclasses.replace(resolved, recipe=recipe)
     shapes = shapes or shapes_of(method, config)
     found = cost(resolved, method, config, stage=stage, world_size=cluster.world_size, shapes=shapes)
+    assert found.step is not None and found.accumulation is not None  # the batch is a multiple of the ranks
     zero = device_memory.zero_section(
         recipe,
         device_memory.at_stage(resolved.deepspeed, stage),
@@ -155,7 +156,7 @@ def passes_of(shapes: Shapes, zero: dict, accumulation: int) -> float:
 
 
 def with_batch_for(recipe: Recipe, world_size: int) -> Recipe:
-    """The recipe with the batch nearest to its own that so many ranks can split, into micro-batches of at most its."""
+    """Return the recipe with the nearest batch that so many ranks can split into micro-batches of at most its size."""
     rows = max(1, round(recipe.batch_sequences / world_size))  # of each rank
     micro = max(size for size in range(1, min(rows, recipe.train.micro_batch_size) + 1) if rows % size == 0)
     return dataclasses.replace(

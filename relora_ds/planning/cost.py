@@ -45,7 +45,7 @@ def cost(
     world_size: int | None = None,
     shapes: Shapes | None = None,
 ) -> Cost:
-    """The cost of training the network `config` by `method`. Default: the recipe's stage and world size.
+    """Return the cost of training the network `config` by `method`. Default: the recipe's stage and world size.
 
     shapes: those of `method` on `config`, if they are known already.
     """

@@ -56,7 +56,7 @@ def peak(items: list[Item], activations: int = 0) -> int:
 
 
 def at_stage(deepspeed: dict, stage: int) -> dict:
-    """The DeepSpeed configuration at another stage; offloading that does not exist there is left out."""
+    """Return the DeepSpeed configuration at another stage; offloading that does not exist there is left out."""
     zero = {**deepspeed.get("zero_optimization", {}), "stage": stage}
     if stage < 3:
         zero.pop("offload_param", None)
@@ -89,7 +89,7 @@ def zero_section(
 def state(
     shapes: Shapes, zero: dict, relora: ReLoRAConfig | None, *, precision: str, world_size: int, accumulation: int
 ) -> list[Item]:
-    """What the rank with the most of it holds, without activations.
+    """Return what the rank with the most of it holds, without activations.
 
     Args:
         zero: a resolved `zero_optimization` section.
@@ -103,7 +103,7 @@ def state(
         items = _stage_1_and_2(shapes, storage, zero, e, world_size, accumulation)
     else:
         items = _stage_3(shapes, storage, zero, e, world_size)
-    if storage.with_masters:
+    if storage.with_masters and relora is not None:
         items.append(
             Item(
                 "fp32 masters of the frozen weights",

@@ -19,7 +19,7 @@ HOST_MOMENTS = (BUILD, SWITCH, RESTART, CHECKPOINT)
 def moments(
     shapes: Shapes, storage: PlannedStorage, relora: ReLoRAConfig | None, *, world_size: int, after_warm_start: bool
 ) -> list[Item]:
-    """What the rank with the most of it holds on the host for a while."""
+    """Return what the rank with the most of it holds on the host for a while."""
     largest = max([*map(max, shapes.groups), *shapes.frozen, *(shape.numel() for shape in shapes.merged.values())])
     items = [
         Item("a whole tensor as it is read", MASTER * largest, HOST, BUILD),
@@ -35,7 +35,7 @@ def moments(
             Item("a whole tensor as it is read", MASTER * largest, HOST, SWITCH),
         ]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
-    if masters and relora.frozen_master == "cpu":
+    if masters and relora is not None and relora.frozen_master == "cpu":
         items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))
     elif shapes.merged:
         stored = most_owned(shapes, world_size, lambda name: storage.merged[name].num_bytes)

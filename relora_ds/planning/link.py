@@ -111,7 +111,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _slowest(value: float, device: torch.device) -> float:
-    """The largest over the ranks, so that all of them take the same decisions."""
+    """Return the largest over the ranks, so that all of them take the same decisions."""
     shared = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.item()
@@ -196,7 +196,7 @@ def predict(
     seconds_per_token: float,
     bandwidth: float,
 ) -> Candidate:
-    """A step's seconds, and tokens per second over all ranks."""
+    """Return a step's seconds, and tokens per second over all ranks."""
     compute = tokens_per_step / world_size * seconds_per_token
     communication = wire / bandwidth
     return Candidate(
@@ -205,7 +205,7 @@ def predict(
 
 
 def recommend(candidates: list[Candidate], available: float) -> Candidate | None:
-    """The one to take, of those whose memory fits into `available` bytes; None where none does.
+    """Return the one to take, of those whose memory fits into `available` bytes; None where none does.
 
     The largest r whose step spends no more time on the wire than on computing (a smaller r learns less from each
     restart), or the smallest r where none does; of those the fastest; and between equals (5 %) the lower stage, whose

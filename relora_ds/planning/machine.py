@@ -225,7 +225,7 @@ def _status(address: str) -> str:
 
 
 def _within(seconds: float, function: Callable[[], str]) -> str:
-    """The answer, or "no answer in … s": a name that cannot be resolved can block for much longer than a timeout."""
+    """Return the answer, or "no answer in … s": resolving a name can block for much longer than a timeout."""
     answers: list[str] = []
     thread = threading.Thread(target=lambda: answers.append(function()), daemon=True)
     thread.start()

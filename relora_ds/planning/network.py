@@ -2,9 +2,11 @@
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora_ds.config import Recipe
@@ -51,7 +53,7 @@ class Shapes:
 
 
 def network_of(recipe: Recipe) -> tuple[PretrainedConfig, str]:
-    """`(configuration of the full network, a line that says where its vocabulary comes from)`.
+    """Return `(configuration of the full network, a line that says where its vocabulary comes from)`.
 
     Nothing is downloaded but the configuration of a model that the recipe names on the hub. The tokenizer is read
     where it is a local directory. ValueError: see `build_config`.
@@ -65,6 +67,7 @@ def network_of(recipe: Recipe) -> tuple[PretrainedConfig, str]:
 def _vocabulary(recipe: Recipe) -> tuple[int, str]:
     name = recipe.data.tokenizer
     if recipe.model.init == "pretrained":
+        assert recipe.model.name_or_path is not None  # the recipe's checks have said so
         known = load_config(recipe.model.name_or_path, recipe.trust_remote_code)
         return known.vocab_size, f"that of the pretrained {recipe.model.name_or_path}"
     if recipe.data.source == "pretokenized":
@@ -79,13 +82,13 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
 
 
 def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
-    """The sizes of what `method` trains and freezes, counted on a network without storage."""
-    model = method.prepare(meta_model(config))
+    """Return the sizes of what `method` trains and freezes, counted on a network without storage."""
+    model = cast(PreTrainedModel, method.prepare(meta_model(config)))
     layers = {name: layer for name, layer in lowrank_layers(model).items() if layer.weight is not None}
     weights = {id(layer.weight) for layer in layers.values()}
-    repeated = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
-    repeated = tuple(repeated[:-1])
-    embedding = model.get_input_embeddings().weight
+    layered = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    repeated = tuple(layered[:-1])
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
     head = model.get_output_embeddings()
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
     return Shapes(

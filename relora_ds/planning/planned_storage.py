@@ -74,7 +74,7 @@ def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, s
 
 
 def format_here(relora: ReLoRAConfig | None, precision: str, stage: int) -> Format:
-    """The format of the frozen weights at a ZeRO stage, on devices such as this machine's."""
+    """Return the format of the frozen weights at a ZeRO stage, on devices such as this machine's."""
     if relora is None:
         return DENSE
     return format_at(relora, precision, stage, in_fp8=_this_machine_multiplies_fp8())

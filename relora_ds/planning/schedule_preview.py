@@ -24,14 +24,14 @@ class Event:
 
 
 def restarts_of(phase: Phase) -> list[int]:
-    """The scheduled restarts of a phase, in steps of the run."""
+    """Return the scheduled restarts of a phase, in steps of the run."""
     if phase.method.relora is None:
         return []
     return [phase.start + t for t in scheduled_restarts(phase.total_steps, phase.method.relora.restart_every)]
 
 
 def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
-    """The learning rate of the run's update number `step + 1`, for a step of `phase`."""
+    """Return the learning rate of the run's update number `step + 1`, for a step of `phase`."""
     relora = phase.method.relora
     return phase.lr * lr_multiplier(
         step - phase.start,
@@ -44,7 +44,7 @@ def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
 
 
 def events(recipe: Recipe) -> list[Event]:
-    """The steps at which something happens, ascending."""
+    """Return the steps at which something happens, ascending."""
     found = []
     for phase in phases_of(recipe):
         relora = phase.method.relora
@@ -53,7 +53,7 @@ def events(recipe: Recipe) -> list[Event]:
             moments.append((phase.start + phase.warmup_steps, "end of the warm-up"))
         for number, step in enumerate(restarts_of(phase), 1):
             moments.append((step, f"restart {number}"))
-            if relora.restart_warmup_steps:
+            if relora is not None and relora.restart_warmup_steps:
                 moments.append((step + relora.restart_warmup_steps, "end of the re-warm-up"))
         found += [
             Event(step, phase.name, what, learning_rate(recipe, phase, step))
@@ -66,7 +66,7 @@ def events(recipe: Recipe) -> list[Event]:
 
 
 def curve(recipe: Recipe, width: int = 72) -> list[float]:
-    """The learning rate in `width` columns of the run: the mean of a column's steps, or 0 where one holds a restart.
+    """Return the learning rate in `width` columns: the mean of a column's steps, or 0 where one holds a restart.
 
     A restart's trough is short and would not be seen in a mean.
     """
@@ -90,7 +90,7 @@ def draw(columns: list[float], height: int = 6) -> list[str]:
 
 
 def marks(recipe: Recipe, width: int = 72) -> str:
-    """The line below the curve: `|` where a phase begins, `^` where a restart is."""
+    """Return the line below the curve: `|` where a phase begins, `^` where a restart is."""
     total = recipe.total_steps
     width = min(width, total)
     line = [" "] * width
@@ -102,7 +102,7 @@ def marks(recipe: Recipe, width: int = 72) -> str:
 
 
 def _column(step: int, total: int, width: int) -> int:
-    """The column whose steps include `step`: the inverse of `i * total // width`."""
+    """Return the column whose steps include `step`: the inverse of `i * total // width`."""
     return ((step + 1) * width - 1) // total
 
 

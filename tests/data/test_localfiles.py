@@ -44,7 +44,7 @@ def test_the_groups_of_files_leave_no_trace(tmp_path, monkeypatch):
     assert together[-1][1].shard == 1 and 5 < apart[-1][1].shard < 30
     for text, place in apart:  # any place can be gone on from
         rest = [t for t, _ in localfiles.documents_of(files, "text").read(place) if t]
-        assert len(rest) == 30 - place.index, text
+        assert len(rest) == 30 - place.total, text
 
 
 @pytest.mark.parametrize(

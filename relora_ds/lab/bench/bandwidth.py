@@ -1,6 +1,6 @@
 """Bytes of an optimizer step on one rank: counted where they are sent, beside what the parameters' sizes explain.
 
-Every contender takes three steps on random tokens; the third is counted (at stage 3 the first ones record the order in
+Every variant takes three steps on random tokens; the third is counted (at stage 3 the first ones record the order in
 which parameters are used, and gather more). Messages under 1 KiB are flags, norms and losses: they are shown apart.
 """
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Count one contender after the other. ValueError: see `require`, or the ranks failed."""
+    """Count one variant after the other. ValueError: see `require`, or the ranks failed."""
     require(_specs(arguments))
     return launch_local("relora_ds.lab.bench.bandwidth", arguments, arguments.ranks)
 
@@ -86,7 +86,7 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank: all contenders."""
+    """On every rank: all variants."""
     rows = []
     for spec in _specs(arguments):
         rows.append(
@@ -116,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def count(spec: Spec) -> dict:
-    """Bytes of one contender's third step, by collective, and what explains them. Collective."""
+    """Bytes of one variant's third step, by collective, and what explains them. Collective."""
     from relora_ds.zero.teardown import release
     from relora_ds.zero.traffic import count_traffic, expected_collectives, wire_bytes
 
@@ -171,11 +171,11 @@ def _sizes(engine) -> _Sizes:
 
 
 def markdown(result: dict) -> str:
-    """The table; ratios are to full rank at the same stage and accumulation."""
+    """Return the table; ratios are to full rank at the same stage and accumulation."""
     full = {(row["stage"], row["accumulation"]): row["wire"] for row in result["rows"] if row["variant"] == FULL}
     rows = [
         [
-            "contender",
+            "variant",
             "stage",
             "micro-steps",
             "frozen weights",

@@ -1,5 +1,7 @@
 """What is compared: full rank, LoRA by PEFT on DeepSpeed, and ours, each as an engine that trains the same network."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import importlib.util
@@ -7,12 +9,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.config import RecipeError, preset_names
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from relora_ds.training.preflight import Plan, Resolved
 
 FULL = "full rank"
 # name -> overrides of the recipe; those of PEFT only choose its rank
@@ -41,7 +49,7 @@ WIDE = {"wide_2": 2, "wide_4": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One measurement: a contender, and the recipe that all of them share.
+    """One measurement: a variant, and the recipe that all of them share.
 
     Attributes:
         variant: one of VARIANTS.
@@ -96,7 +104,7 @@ class Spec:
 
 @functools.cache
 def _wide(layers: int, vocab_size: int) -> tempfile.TemporaryDirectory:
-    """A directory with the configuration, which lives as long as the process."""
+    """Return a directory with the configuration, which lives as long as the process."""
     from transformers import LlamaConfig
 
     directory = tempfile.TemporaryDirectory()
@@ -128,12 +136,12 @@ def require(specs: Iterable[Spec]) -> None:
 
 
 def build(spec: Spec):
-    """The engine that the trainer would build; for PEFT the same call with PEFT's model."""
+    """Return the engine that the trainer would build; for PEFT the same call with PEFT's model."""
     from relora_ds.models import recompute
     from relora_ds.models.build import build_model
     from relora_ds.planning.network import network_of
     from relora_ds.training.phases import build_engine, phases_of
-    from relora_ds.training.preflight import Plan, resolve
+    from relora_ds.training.preflight import resolve
     from relora_ds.zero.initialize import initialize
 
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -141,17 +149,17 @@ def build(spec: Spec):
     config, _ = network_of(resolved.recipe)
     (phase,) = phases_of(resolved.recipe)
     if not spec.is_peft:
-        plan = Plan(**vars(resolved), data=None, tokenizer=None, model_config=config)
+        plan = without_corpus(resolved, config)
         return build_engine(plan, phase)
     from peft import LoraConfig, get_peft_model
 
     model = recompute.apply(build_model(config, resolved.recipe.model, resolved.recipe.seed), spec.checkpointing)
     trained = MODULES_TO_SAVE if "same" in spec.variant else None
-    model = get_peft_model(
+    adapted = get_peft_model(
         model, LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules="all-linear", modules_to_save=trained)
     )
     return initialize(
-        model,
+        adapted,
         resolved.deepspeed,
         lr=1e-3,
         total_steps=phase.total_steps,
@@ -159,6 +167,13 @@ def build(spec: Spec):
         micro_batch_size=spec.micro_batch_size,
         gradient_accumulation_steps=spec.accumulation,
     )[0]
+
+
+def without_corpus(resolved: Resolved, config: PretrainedConfig) -> Plan:
+    """Return the plan of a recipe whose engine is fed with random tokens."""
+    from relora_ds.training.preflight import Plan
+
+    return Plan(**vars(resolved), data=None, tokenizer=None, model_config=config)  # type: ignore[arg-type]
 
 
 def flops_per_token(spec: Spec) -> float:
@@ -188,7 +203,7 @@ class Seconds:
 
 
 def synchronized() -> float:
-    """The time, when the device has done all that it was given."""
+    """Return the time, when the device has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -227,7 +242,7 @@ def seconds_of_steps(engine, spec: Spec, number: int, count: int) -> float:
 
 
 def _micro_batches(spec: Spec, number: int, device: torch.device) -> list[Tensor]:
-    """The tokens of this rank's step `number`, on the device."""
+    """Return the tokens of this rank's step `number`, on the device."""
     generator = torch.Generator().manual_seed(1_000_000 * dist.get_rank() + number)
     return [
         torch.randint(0, spec.vocab_size, (spec.micro_batch_size, spec.seq_len), generator=generator).to(device)

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table; ratios are to DeepSpeed's checkpoint of the same state."""
+    """Return the table; ratios are to DeepSpeed's checkpoint of the same state."""
     base = next(row["bytes"] for row in result["rows"] if row["variant"].endswith("same state"))
     rows = [["", "bytes written", "of DeepSpeed's", "training waits", "written after"]]
     rows += [
@@ -73,7 +73,7 @@ def markdown(result: dict) -> str:
 def _ours(engine, arguments: argparse.Namespace) -> list[dict]:
     from relora_ds.zero.checkpoints import writer_of
 
-    found = {"ours, the first of a cycle": [], "ours, between restarts": []}
+    found: dict[str, list[tuple]] = {"ours, the first of a cycle": [], "ours, between restarts": []}
     for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
             writer = writer_of(engine, Path(directory))

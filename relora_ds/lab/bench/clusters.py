@@ -97,7 +97,7 @@ def _of(preset: str, arguments: argparse.Namespace) -> list[dict]:
 
 
 class _Method:
-    """One contender on one network."""
+    """One variant on one network."""
 
     def __init__(self, name: str, preset: str, *overrides: str):
         from relora_ds.methods import method_of
@@ -114,7 +114,7 @@ class _Method:
         self._activations: dict[tuple, int] = {}  # it takes seconds to count them
 
     def fastest(self, cluster, device_flops: float, memory: float) -> dict:
-        """The step at the fastest stage whose state and activations fit into `memory` bytes, or why there is none."""
+        """Return the step at the fastest stage that fits into `memory` bytes with its activations, or why none does."""
         from relora_ds.planning.cluster import predict_step, with_batch_for
         from relora_ds.planning.cost import activations_of, cost
         from relora_ds.planning.device_memory import peak
@@ -127,7 +127,9 @@ class _Method:
             resolved = dataclasses.replace(self._resolved, recipe=recipe)
             known = recipe.train.micro_batch_size, checkpointing
             if known not in self._activations:
-                self._activations[known] = activations_of(resolved, self._method, self._config)
+                activations = activations_of(resolved, self._method, self._config)
+                assert activations is not None  # presets are networks that can be traced
+                self._activations[known] = activations
             for stage in range(4):
                 items = cost(
                     resolved,
@@ -155,7 +157,7 @@ class _Method:
 
 
 def markdown(result: dict) -> str:
-    """The table; speeds are over full rank on the same cluster."""
+    """Return the table; speeds are over full rank on the same cluster."""
     rows = [
         [
             "network",

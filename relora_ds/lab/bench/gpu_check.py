@@ -22,13 +22,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from relora_ds.lab.bench.baselines import FULL, Spec
 from relora_ds.lab.bench.gpu_report import label, markdown, suspicious  # noqa: F401 (markdown: of every benchmark)
 from relora_ds.lab.bench.peaks import peak_flops
-from relora_ds.lab.bench.throughput import CONTENDERS
+from relora_ds.lab.bench.throughput import COMPARED
 from relora_ds.lab.bench.watched import Process
 from relora_ds.lowrank.formats import format_named
 from relora_ds.models import compilation
@@ -129,7 +130,7 @@ class Check:
         self.scale, self.out = scale, out
         self._began, self._seconds = time.monotonic(), seconds
         self._until = seconds  # when the part that is being measured ends, counted from the beginning
-        self.result = {
+        self.result: dict[str, Any] = {
             "tiny": scale is TINY,
             "minutes": seconds / 60,
             "missing": _missing(),
@@ -193,9 +194,9 @@ class Check:
             yield {"name": "one layer", **found}
 
     def _speeds(
-        self, part: str, contenders: tuple[str, ...], world_size: int = 1, stages: tuple[int, ...] = (1,)
+        self, part: str, variants: tuple[str, ...], world_size: int = 1, stages: tuple[int, ...] = (1,)
     ) -> Iterator[dict]:
-        cases = [(name, self._spec(part, stage, **CONTENDERS[name])) for stage in stages for name in contenders]
+        cases = [(name, self._spec(part, stage, **COMPARED[name])) for stage in stages for name in variants]
         for name, spec, found in self._cases(cases, "speed", world_size, repeats=self.scale.repeats):
             if "tokens_per_s" in found:
                 found["mfu"] = self._mfu(found["flops_per_token"] * found["tokens_per_s"] / world_size)
@@ -217,7 +218,7 @@ class Check:
             else:
                 possible.append((name, spec))
         jobs = [
-            [job, {**arguments, "spec": vars(spec), **({"contender": name} if job == "speed" else {})}]
+            [job, {**arguments, "spec": vars(spec), **({"variant": name} if job == "speed" else {})}]
             for name, spec in possible
         ]
         for (name, spec), found in zip(possible, self._jobs(jobs, world_size, self._left()), strict=True):
@@ -228,7 +229,7 @@ class Check:
         return Spec(preset=preset, micro_batch_size=micro_batch_size, stage=stage, **self.scale.shape, **changes)
 
     def _mfu(self, flops: float) -> float | None:
-        """Model FLOPs utilization: those a second that this contender needs / the card's most, where that is known."""
+        """Model FLOPs utilization: those a second that this variant needs / the card's most, where that is known."""
         peak = peak_flops(self.result["machine"].get("conditions", {}).get("device", ""))
         return flops / peak if peak else None
 
@@ -238,7 +239,7 @@ class Check:
         return self._until - (time.monotonic() - self._began)
 
     def _jobs(self, jobs: list, world_size: int, seconds: float) -> Iterator[dict]:
-        """What each job finds, in order: `result`, `error` or `skipped`. After one that fails comes a new process."""
+        """Yield what each job finds, in order: `result`, `error` or `skipped`. A job that fails ends its process."""
         until, done = time.monotonic() + seconds, 0
         while done < len(jobs) and time.monotonic() < until:
             with tempfile.NamedTemporaryFile("w", suffix=".json") as listed:
@@ -301,7 +302,7 @@ def _on_ranks(world_size: int, module: str, *arguments: str) -> list[str]:
 
 
 def _missing() -> dict[str, str]:
-    """Optional libraries that are not there: name -> what is therefore not measured."""
+    """Return optional libraries that are not there: name -> what is therefore not measured."""
     unmeasured = {
         "bitsandbytes": "nf4",
         "peft": "PEFT's LoRA",

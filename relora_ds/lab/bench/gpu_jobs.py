@@ -10,6 +10,7 @@ and the jobs that are left are for another process. Running out of memory breaks
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,11 +40,11 @@ def machine() -> dict:
     return found
 
 
-def speed(spec: dict, contender: str, repeats: int) -> dict:
-    """A row of `bench throughput`."""
-    from relora_ds.lab.bench.throughput import Contender, time_in_turns
+def speed(spec: dict, variant: str, repeats: int) -> dict:
+    """Return a row of `bench throughput`."""
+    from relora_ds.lab.bench.throughput import TimedVariant, time_in_turns
 
-    (row,) = time_in_turns([Contender(contender, Spec(**spec))], repeats)
+    (row,) = time_in_turns([TimedVariant(variant, Spec(**spec))], repeats)
     return row
 
 
@@ -55,7 +56,7 @@ def restart(spec: dict, tokens_per_step: int, restarts: int) -> dict:
 
 
 def layer(arguments: list[str]) -> dict:
-    """What `bench layer` finds."""
+    """Return what `bench layer` finds."""
     import argparse
 
     from relora_ds.lab.bench import layer as bench
@@ -65,7 +66,7 @@ def layer(arguments: list[str]) -> dict:
     return bench.run(parser.parse_args(arguments))
 
 
-JOBS = {function.__name__: function for function in (machine, speed, restart, layer)}
+JOBS: dict[str, Callable[..., dict]] = {function.__name__: function for function in (machine, speed, restart, layer)}
 
 
 def main(jobs: list, lines: Path) -> None:
@@ -78,7 +79,7 @@ def main(jobs: list, lines: Path) -> None:
     for name, arguments in jobs:
         started = time.monotonic()
         try:
-            found = {"result": JOBS[name](**arguments)}
+            found: dict = {"result": JOBS[name](**arguments)}
         except Exception as error:  # whatever it is, it belongs into the record
             found = {"error": f"{type(error).__name__}: {error}"}
         if dist.get_rank() == 0 or "error" in found:

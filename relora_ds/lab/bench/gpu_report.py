@@ -28,7 +28,7 @@ def markdown(result: dict) -> str:
 
 
 def suspicious(result: dict) -> list[str]:
-    """What failed: tests, and what could not be measured though it should have been. Too little memory is a result."""
+    """Return the tests that failed and what could not be measured; running out of memory is a result."""
     failed = [
         f"{label(part, entry)}: {entry['error'].splitlines()[-1]}"
         for part in result["parts"]
@@ -41,7 +41,7 @@ def suspicious(result: dict) -> list[str]:
 
 
 def label(part: str, entry: dict) -> str:
-    """What was tried: the same contender stands in a part with several networks or ZeRO stages."""
+    """Return the label of an entry: a variant occurs in a part with several networks or ZeRO stages."""
     setting = f" ({entry['preset']}, ZeRO-{entry['stage']})" if "stage" in entry else ""
     return f"{part}: {entry['name'].removeprefix(f'{part}: ')}{setting}"
 
@@ -109,7 +109,7 @@ def _machine(result: dict) -> str:
 
 
 def _speed_rows(entries: list[tuple[str, dict]]) -> list[list[str]]:
-    rows = [["contender", "network", "ZeRO", "GPUs", "micro-batch", "tokens/s", "of full rank", "MFU", "peak memory"]]
+    rows = [["variant", "network", "ZeRO", "GPUs", "micro-batch", "tokens/s", "of full rank", "MFU", "peak memory"]]
     for _, entry in entries:
         base = next(
             (

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from relora_ds.lab.bench.baselines import without_corpus
 from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lab.bench.launch_local import launch_local
 from relora_ds.lab.bench.peak_memory import MALLOC, forget_peak, resident
@@ -133,11 +134,10 @@ def _planned(arguments: argparse.Namespace):
     """`(plan, phases)` of a warm start of one step and a low-rank phase."""
     from relora_ds.planning.network import network_of
     from relora_ds.training.phases import phases_of
-    from relora_ds.training.preflight import Plan
 
     resolved = _resolved(arguments, dist.get_world_size())
     config, _ = network_of(resolved.recipe)
-    return Plan(**vars(resolved), data=None, tokenizer=None, model_config=config), phases_of(resolved.recipe)
+    return without_corpus(resolved, config), phases_of(resolved.recipe)
 
 
 def _watched(work: Callable[[], None], base: int) -> dict:
@@ -157,13 +157,13 @@ def _watched(work: Callable[[], None], base: int) -> dict:
 
 
 def copies(row: dict, moment: str, weights: int) -> float:
-    """What a moment costs besides the state of engines, in fp32 copies of the network."""
+    """Return what a moment costs besides the state of engines, in fp32 copies of the network."""
     state = max(row["build"]["state_bytes"], row[moment]["state_bytes"])
     return (row[moment]["peak_bytes"] - state) / (FP32 * weights)
 
 
 def markdown(result: dict) -> str:
-    """The table."""
+    """Return the table."""
     weights = result["weights"]
     rows = [
         [

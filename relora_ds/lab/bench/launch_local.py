@@ -13,7 +13,7 @@ from pathlib import Path
 def launch_local(
     module: str, arguments: argparse.Namespace, num_ranks: int, environment: dict[str, str] | None = None
 ) -> dict:
-    """The result of `module.measure(arguments)`, which every rank calls.
+    """Return the result of `module.measure(arguments)`, which every rank calls.
 
     Where a launcher has started this process it is one of the ranks (torchrun, srun, mpirun, deepspeed --module); else
     torchrun starts `num_ranks` here, with the variables of `environment`.

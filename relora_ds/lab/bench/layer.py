@@ -20,6 +20,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Times, in milliseconds of one call, and speeds, as quotients of times.
+    """Return times, in milliseconds of one call, and speeds, as quotients of times.
 
     Raises:
         ValueError: PEFT or CUDA is missing, or a size has no place in every format.
@@ -155,6 +156,7 @@ class _Naive(nn.Module):
 
     def __init__(self, layer: ReLoRALinear):
         super().__init__()
+        assert isinstance(layer.weight, Tensor)
         self.weight, self.lora_A, self.lora_B, self.scaling = layer.weight, layer.lora_A, layer.lora_B, layer.scaling
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +178,9 @@ def _layers(hidden: int, r: int, precision: str, device: torch.device) -> dict[s
         return linear
 
     def lowrank(format: Format) -> ReLoRALinear:
-        layer = ReLoRALinear(hidden, hidden, full().weight, None, r=r, lora_alpha=r, dtype=dtype, device=device)
+        layer = ReLoRALinear(
+            hidden, hidden, nn.Parameter(full().weight), None, r=r, lora_alpha=r, dtype=dtype, device=device
+        )
         layer.load_state_dict(values)
         layer.store_weight(format.quantize(values["weight"].to(device), dtype), format, as_buffer=False)
         return layer
@@ -198,7 +202,8 @@ def _peft(linear: nn.Linear, r: int) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     model = nn.ModuleDict({"linear": linear})
-    return inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["linear"]), model)["linear"]
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["linear"]), model)
+    return model["linear"]
 
 
 def _times(
@@ -212,10 +217,14 @@ def _times(
     for repetition in range(1 + repetitions):  # the first warms up
         for name, layer in layers.items():
             leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-            elapsed = timed(lambda layer=layer, leaves=leaves: torch.autograd.grad(layer(x), leaves, upstream))
+            elapsed = timed(partial(_forward_and_backward, layer, x, leaves, upstream))
             if repetition:
                 times[name].append(elapsed)
     return times
+
+
+def _forward_and_backward(layer: nn.Module, x: Tensor, leaves: list[Tensor], upstream: Tensor) -> None:
+    torch.autograd.grad(layer(x), leaves, upstream)
 
 
 def _timed_on_cpu(call: Callable[[], object]) -> float:

@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table; ratios are to full rank with the same checkpointing."""
+    """Return the table; ratios are to full rank with the same checkpointing."""
     full = {row["checkpointing"]: row.get("peak_bytes") for row in result["rows"] if row["variant"] == FULL}
     on_gpu = result["device"] == "cuda"
     rows = [

@@ -150,7 +150,7 @@ class _Run:
         return None if code == 0 else f"{self.directory.name}: exit code {code}; see {log}"
 
     def read(self) -> dict:
-        """What the comparison needs of a finished run."""
+        """Return what the comparison needs of a finished run."""
         lines = read_metrics(self.directory)
         summary = json.loads((self.directory / "summary.json").read_text())
         tokens_per_step = summary["tokens"] / summary["step"]
@@ -170,7 +170,7 @@ class _Run:
 
 
 def compare(runs: dict[str, list[dict]]) -> dict:
-    """Validation losses beside those of the reference with the same seed.
+    """Return validation losses beside those of the reference with the same seed.
 
     Args:
         runs: what `_Run.read` returns, by variant; the same seeds in the same order.
@@ -209,7 +209,7 @@ def compare(runs: dict[str, list[dict]]) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table."""
+    """Return the table."""
     reference = result["reference"]
     rows = [
         [
@@ -241,7 +241,7 @@ def markdown(result: dict) -> str:
 
 
 def _validation_file(runs: Path, overrides: list[str]) -> Path:
-    """The first articles of the corpus' validation split, one a line; written if it is not there."""
+    """Return a file of the first articles of the corpus' validation split, one a line; write it if it is not there."""
     path = runs / "validation.jsonl"
     if not path.is_file():
         data = load_recipe(RECIPE, [*SETTINGS, *overrides]).data

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """The three figures of both ways after every restart, for every format and size; fractions, not per cent."""
+    """Return the three figures of both ways after every restart, for every format and size; fractions, not per cent."""
     formats = [format_named(name) for name in FORMATS]
     if reasons := [
         f"bench requantization: {format.name} {reason}" for format in formats if (reason := format.unavailable())
@@ -123,7 +123,7 @@ def _ours(format: Format, weight: Tensor, factors: list[tuple[Tensor, Tensor]]) 
 
 
 def _rounded(format: Format, value: Tensor) -> Tensor:
-    """What the stored copy of `value` stands for, fp32."""
+    """Return what the stored copy of `value` stands for, fp32."""
     return format.dequantize(format.quantize(value, torch.float32), value.shape, torch.float32)
 
 

@@ -177,7 +177,7 @@ def _slowest(seconds: float) -> float:
 
 
 def markdown(result: dict) -> str:
-    """The table; the share is of the training time between two restarts."""
+    """Return the table; the share is of the training time between two restarts."""
     rows = [
         [
             "network",

@@ -1,20 +1,20 @@
-"""Two hosts on one machine: network namespaces that share nothing but a cable, whose rate can be limited."""
+"""Two hosts on one machine: network namespaces that share nothing but a link, whose rate can be limited."""
 
 import os
 import shutil
 import subprocess
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-INTERFACE = "cable"  # what the end of the cable is called, on both hosts
+INTERFACE = "cable"  # what the end of the link is called, on both hosts
 _BURST_S = 0.001  # of the token bucket: what may pass at once, a thousandth of a second's bytes
 
 
-class CableError(ValueError):
-    """There is no cable; says what is missing."""
+class LinkError(ValueError):
+    """There is no link; says what is missing."""
 
 
-class Cable:
-    """`with Cable() as cable:` two namespaces joined by a veth pair. Needs root and iproute2.
+class SimulatedLink:
+    """`with SimulatedLink() as link:` two namespaces joined by a veth pair. Needs root and iproute2.
 
     Attributes:
         hosts: the namespaces' names; `ip netns exec NAME command` runs a command there.
@@ -23,12 +23,12 @@ class Cable:
     def __init__(self):
         self.hosts = [f"relora{os.getpid()}-{host}" for host in (0, 1)]
 
-    def __enter__(self) -> "Cable":
+    def __enter__(self) -> "SimulatedLink":
         if os.geteuid() != 0:
-            raise CableError("network namespaces need root; run this as root, or give --hostfile with two machines")
+            raise LinkError("network namespaces need root; run this as root, or give --hostfile with two machines")
         for program in ("ip", "tc"):
             if shutil.which(program) is None:
-                raise CableError(f"the program {program} is missing (Debian and Ubuntu: apt install iproute2)")
+                raise LinkError(f"the program {program} is missing (Debian and Ubuntu: apt install iproute2)")
         try:
             for name in self.hosts:
                 _call("ip", "netns", "add", name)
@@ -99,4 +99,4 @@ def _call(*command: str) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
-        raise CableError(f"two hosts cannot be made here: {' '.join(command)}: {error.stderr.strip()}") from error
+        raise LinkError(f"two hosts cannot be made here: {' '.join(command)}: {error.stderr.strip()}") from error

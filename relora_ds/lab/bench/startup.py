@@ -88,7 +88,7 @@ def _start(arguments: argparse.Namespace, scratch: Path) -> dict[str, float]:
 
 
 def markdown(result: dict) -> str:
-    """The table."""
+    """Return the table."""
     from relora_ds.lab.bench.environment import rows_as_markdown  # it imports torch, which is timed
 
     full = {stage: statistics.median(start[stage] for start in result["full_cache_s"]) for stage in STAGES}

@@ -1,6 +1,6 @@
 """Tokens per second of a training step, where its time goes, and how much of what the device can do that is.
 
-Every contender is timed at every micro-batch size. On a CPU, whose clock and neighbours change, all of them are in
+Every variant is timed at every micro-batch size. On a CPU, whose clock and neighbours change, all of them are in
 memory and take their steps in turns; on CUDA one after the other is measured, alone in memory, several steps at a time:
 the device is waited for at their end, as in training where a step is logged. Peak memory is that of these steps. At
 stage 3 gathers run beside compute: what is waited for them is a part of forward and backward.
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from relora_ds.lowrank.formats import DTYPES
 
 # name -> what of its Spec differs
 UNLIKE_FULL_RANK = ("compile", "checkpointing")  # a ceiling says nothing of those that also differ in these
-CONTENDERS = {
+COMPARED: dict[str, dict[str, Any]] = {
     **{name: {"variant": name} for name in VARIANTS},
     "full rank, compiled": {"variant": FULL, "compile": True},
     "ours, compiled": {"variant": "ours, dense", "compile": True},
@@ -70,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=CONTENDERS,
-        default=list(CONTENDERS),
+        choices=COMPARED,
+        default=list(COMPARED),
         metavar="NAME",
-        help=f"of {', '.join(map(repr, CONTENDERS))} (default: all); {FULL!r} is always among them",
+        help=f"of {', '.join(map(repr, COMPARED))} (default: all); {FULL!r} is always among them",
     )
     parser.add_argument(
         "--repeats", type=int, default=7, metavar="N", help="medians are of so many steps (default: %(default)s)"
@@ -88,20 +89,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Time one contender after the other. ValueError: see `require`, or the ranks failed."""
+    """Time one variant after the other. ValueError: see `require`, or the ranks failed."""
     arguments.variants = [FULL, *(name for name in arguments.variants if name != FULL)]
     require(_spec(name, arguments.micro_batch_size[0], arguments) for name in arguments.variants)
     return launch_local("relora_ds.lab.bench.throughput", arguments, arguments.ranks)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank: all contenders at all sizes."""
+    """On every rank: all variants at all sizes."""
     shared = {name: getattr(arguments, name) for name in SHARED}
     device = _device()
     rows = []
     for size in arguments.micro_batch_size:
-        contenders = [Contender(name, _spec(name, size, arguments)) for name in arguments.variants]
-        for group in [contenders] if device == "cpu" else [[one] for one in contenders]:
+        variants = [TimedVariant(name, _spec(name, size, arguments)) for name in arguments.variants]
+        for group in [variants] if device == "cpu" else [[one] for one in variants]:
             rows += time_in_turns(group, arguments.repeats)
     return {
         **shared,
@@ -116,10 +117,10 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def _spec(name: str, micro_batch_size: int, arguments: argparse.Namespace) -> Spec:
     shared = {key: getattr(arguments, key) for key in SHARED}
-    return Spec(micro_batch_size=micro_batch_size, **shared, **CONTENDERS[name])
+    return Spec(micro_batch_size=micro_batch_size, **shared, **COMPARED[name])
 
 
-class Contender:
+class TimedVariant:
     """An engine that takes steps. Built when it warms up."""
 
     def __init__(self, name: str, spec: Spec):
@@ -150,8 +151,8 @@ class Contender:
             self._engine = None
 
 
-def time_in_turns(group: list[Contender], repeats: int) -> list[dict]:
-    """The rows of contenders that take turns."""
+def time_in_turns(group: list[TimedVariant], repeats: int) -> list[dict]:
+    """Return the rows of variants that take turns."""
     try:
         for one in group:
             one.warm_up()
@@ -175,7 +176,7 @@ def time_in_turns(group: list[Contender], repeats: int) -> list[dict]:
             torch.cuda.empty_cache()
 
 
-def _row(one: Contender, steps: list[float], peak: int | None) -> dict:
+def _row(one: TimedVariant, steps: list[float], peak: int | None) -> dict:
     parts = [_parts(one) for _ in range(3)]
     seconds, spec = statistics.median(steps), one.spec
     tokens_per_s = spec.micro_batch_size * spec.seq_len * dist.get_world_size() / seconds
@@ -202,12 +203,12 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parts(contender: Contender) -> dict[str, float]:
+def _parts(variant: TimedVariant) -> dict[str, float]:
     """Of a step in which every part and every collective of DeepSpeed's is waited for."""
     from relora_ds.zero.traffic import time_collectives
 
     with time_collectives() as spent:  # with a clock that stands still in collectives
-        found = contender.step(lambda: synchronized() - sum(spent().values()))
+        found = variant.step(lambda: synchronized() - sum(spent().values()))
         reduce = sum(seconds for name, seconds in spent().items() if "reduce" in name)
         return {**vars(found), "reduce": reduce, "gather": sum(spent().values()) - reduce}
 
@@ -261,17 +262,19 @@ def speed_of(row: dict, rows: list[dict]) -> float | None:
         ),
         None,
     )
-    return base and statistics.median(full / this for full, this in zip(base["steps_s"], row["steps_s"], strict=True))
+    if base is None:
+        return None
+    return statistics.median(full / this for full, this in zip(base["steps_s"], row["steps_s"], strict=True))
 
 
 def markdown(result: dict) -> str:
-    """Two tables: every micro-batch, and each contender at its best."""
+    """Two tables: every micro-batch, and each variant at its best."""
     rows, peak = result["rows"], result["peak_flops"] * result["world_size"]
     sizes = list(dict.fromkeys(row["micro_batch_size"] for row in rows))
     on_gpu = result["device"] == "cuda"
     table = [
         [
-            "contender",
+            "variant",
             "micro-batch",
             "tokens/s",
             "speed",
@@ -294,7 +297,7 @@ def markdown(result: dict) -> str:
             table.append([row["variant"], str(row["micro_batch_size"]), row["error"], *[""] * (len(table[0]) - 3)])
             continue
         speed, flops = speed_of(row, rows), row["flops_per_token"]
-        alike = full and not any(key in CONTENDERS[row["variant"]] for key in UNLIKE_FULL_RANK)
+        alike = full and not any(key in COMPARED[row["variant"]] for key in UNLIKE_FULL_RANK)
         ceiling = full / flops if alike else None
         table.append(
             [
@@ -334,7 +337,7 @@ def _best(rows: list[dict]) -> list[list[str]]:
             best[row["variant"]] = row
     base = best[FULL]["tokens_per_s"] if FULL in best else None
     return [
-        ["contender", "micro-batch", "tokens/s", "of full rank's best"],
+        ["variant", "micro-batch", "tokens/s", "of full rank's best"],
         *(
             [
                 name,

@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table."""
+    """Return the table."""
     own, bare = (statistics.median(result[name]) / result["log_every"] for name in ("trainer_s", "bare_s"))
     pairs = [100 * (one / other - 1) for one, other in zip(result["trainer_s"], result["bare_s"], strict=True)]
     named = " ".join([result["config"], *result["overrides"]])

@@ -1,6 +1,6 @@
-"""Training across a real cable: step time, tokens per second and the bytes that the kernel sent, by contender and rate.
+"""Training across a real link: step time, tokens per second and the bytes that the kernel sent, by variant and rate.
 
-Without --hostfile two network namespaces of this machine are the hosts, joined by a cable whose rate `tc` limits, and a
+Without --hostfile two network namespaces of this machine are the hosts, joined by a link whose rate `tc` limits, and a
 genuine multi-node start runs across it: `deepspeed --hostfile ... --no_ssh`, a launcher in each. With --hostfile and
 --node_rank the same is measured between machines, at the rate that their network has; start it on each of them.
 
@@ -10,7 +10,7 @@ genuine multi-node start runs across it: `deepspeed --hostfile ... --no_ssh`, a 
     alone           compute and optimizer of a rank that talks to nobody, on both hosts at the same time (from stage 1
                     on half of that optimizer: of two ranks each steps a half)
     predicted       alone + what `planning.cluster` says of the collectives that were counted, at the bandwidth and
-                    latency that `planning.link` measured across this cable
+                    latency that `planning.link` measured across this link
     at full rate    alone + wire bytes / rate: nothing that sends so much is faster
 """
 
@@ -31,20 +31,20 @@ import torch.distributed as dist
 
 from relora_ds.lab.bench.baselines import FULL, TWINS, VARIANTS, Spec, build, require, step, synchronized
 from relora_ds.lab.bench.environment import rows_as_markdown
-from relora_ds.lab.bench.simulated_link import ADDRESSES, INTERFACE, Cable, parse_rate
+from relora_ds.lab.bench.simulated_link import ADDRESSES, INTERFACE, SimulatedLink, parse_rate
 from relora_ds.planning import link
 from relora_ds.planning.cluster import Cluster, Wire
 from relora_ds.zero.launchers import hosts_in
 
-CONTENDERS = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
+DEFAULT_VARIANTS = (FULL, "PEFT, its default", "PEFT, same modules train", "ours, LoRA alone", "ours, dense")
 SHAPES = ("llama_60m", "wide_4")
 PARTS = ("compute", "optimizer", "communication")  # of a step
 _PORT = 29_517
-_LINK_SECONDS = 10  # that are taken to measure the cable
+_LINK_SECONDS = 10  # that are taken to measure the link
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rate", default="10gbit,1gbit,100mbit", help="of the cable (default: %(default)s)")
+    parser.add_argument("--rate", default="10gbit,1gbit,100mbit", help="of the link (default: %(default)s)")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        default=list(CONTENDERS),
+        default=list(DEFAULT_VARIANTS),
         metavar="NAME",
         help=f"of {', '.join(map(repr, VARIANTS))} (default: those without a storage format)",
     )
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Measure every contender alone, then at every rate.
+    """Measure every variant alone, then at every rate.
 
     Raises:
         ValueError: no root or no iproute2, and no hostfile; or a rank failed.
@@ -100,15 +100,15 @@ def run(arguments: argparse.Namespace) -> dict:
         )
     }
     require(spec for shape in arguments.shapes for spec in _specs(shared, shape))
-    joined = Cable() if arguments.hostfile is None else nullcontext()
-    with joined as cable, tempfile.TemporaryDirectory() as scratch:
-        place = _Place(cable, arguments.hostfile, arguments.node_rank, Path(scratch))
+    joined = SimulatedLink() if arguments.hostfile is None else nullcontext()
+    with joined as link, tempfile.TemporaryDirectory() as scratch:
+        place = _Place(link, arguments.hostfile, arguments.node_rank, Path(scratch))
         print("alone", file=sys.stderr, flush=True)
         alone = place.run(shared, together=False)
         rows = []
         for rate in rates:
-            if cable is not None:
-                cable.limit(rate)
+            if link is not None and rate is not None:
+                link.limit(rate)
                 print(_rate(rate), file=sys.stderr, flush=True)
             for one, row in zip(alone, place.run(shared, together=True), strict=True):
                 rows.append(
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def with_predictions(result: dict) -> dict:
-    """The result with what is predicted of every row, and the least that its step can be where the rate is known."""
+    """Return the result with a prediction for every row, and the shortest step that a known rate allows."""
     return {**result, "rows": [{**row, **_predicted(row, result["stage"])} for row in result["rows"]]}
 
 
@@ -133,10 +133,10 @@ def _predicted(row: dict, stage: int) -> dict[str, float | None]:
 
 
 class _Place:
-    """Where the ranks are started: in the two namespaces of a cable, or on this host of a hostfile."""
+    """Where the ranks are started: in the two namespaces of a link, or on this host of a hostfile."""
 
-    def __init__(self, cable: Cable | None, hostfile: Path | None, node_rank: int, scratch: Path):
-        self._cable, self._node_rank, self._scratch = cable, node_rank, scratch
+    def __init__(self, link: SimulatedLink | None, hostfile: Path | None, node_rank: int, scratch: Path):
+        self._link, self._node_rank, self._scratch = link, node_rank, scratch
         self._hostfile = hostfile or scratch / "hostfile"
         if hostfile is None:
             self._hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
@@ -149,13 +149,13 @@ class _Place:
         self._master = hosts[0]
 
     def run(self, shared: dict, together: bool) -> list[dict]:
-        """The rows of the ranks: as two hosts that train together, or each by itself at the same time.
+        """Return the rows of the ranks: as two hosts that train together, or each by itself at the same time.
 
         Of a hostfile the first host has the rows; [] on the other one.
         """
         out = self._scratch / "rows.jsonl"
         out.unlink(missing_ok=True)
-        here = range(2) if self._cable is not None else [self._node_rank]
+        here = range(2) if self._link is not None else [self._node_rank]
         started = [self._start(node, shared, together, out) for node in here]
         try:
             shown = 0
@@ -183,7 +183,7 @@ class _Place:
         worker = [__name__, json.dumps(shared), str(out if node == 0 else os.devnull)]
         environment = (
             {"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": INTERFACE}
-            if self._cable
+            if self._link
             else {"OMP_NUM_THREADS": "1", **os.environ}
         )
         if together:
@@ -207,8 +207,8 @@ class _Place:
         else:
             command = [sys.executable, "-m", *worker]
             environment.pop("GLOO_SOCKET_IFNAME", None)
-        if self._cable is not None:
-            command = ["ip", "netns", "exec", self._cable.hosts[node], *command]
+        if self._link is not None:
+            command = ["ip", "netns", "exec", self._link.hosts[node], *command]
             environment["CUDA_VISIBLE_DEVICES"] = ""  # both hosts would have the same GPU
         with self._log(node).open("w") as log:
             return subprocess.Popen(
@@ -223,7 +223,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def measure(shared: dict) -> Iterator[dict]:
-    """On every rank: a row for every contender on every shape.
+    """On every rank: a row for every variant on every shape.
 
     PEFT and ours take their steps in turns where they train the same. Full rank stays alone: in one memory with it, the
     others' steps change by half from one to the next.
@@ -237,12 +237,12 @@ def measure(shared: dict) -> Iterator[dict]:
         for spec in _specs(shared, shape):
             groups.setdefault(TWINS.get(spec.variant, spec.variant), []).append(spec)
         for specs in groups.values():
-            contenders = [_Contender(spec) for spec in specs]
+            variants = [_TimedVariant(spec) for spec in specs]
             for number in range(2, 2 + shared["repeats"]):
-                for contender in contenders:
-                    contender.timed_step(number)
-            for contender in contenders:
-                yield {"shape": shape, "variant": contender.spec.variant, **contender.row(), **joined}
+                for variant in variants:
+                    variant.timed_step(number)
+            for variant in variants:
+                yield {"shape": shape, "variant": variant.spec.variant, **variant.row(), **joined}
 
 
 def _specs(shared: dict, shape: str) -> list[Spec]:
@@ -250,7 +250,7 @@ def _specs(shared: dict, shape: str) -> list[Spec]:
     return [Spec(variant, shape, **same) for variant in shared["variants"]]
 
 
-class _Contender:
+class _TimedVariant:
     """An engine whose steps are timed."""
 
     def __init__(self, spec: Spec):
@@ -297,7 +297,7 @@ class _Contender:
 
 
 def _sent_bytes() -> int:
-    """By this host over the cable, headers and acknowledgements included; 0 where there is none of that name."""
+    """By this host over the link, headers and acknowledgements included; 0 where there is none of that name."""
     path = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
     return int(path.read_text()) if path.is_file() else 0
 
@@ -316,7 +316,7 @@ def markdown(result: dict) -> str:
 
 def _seconds(shown: list[dict]) -> list[list[str]]:
     rows = [
-        ["shape", "cable", "contender", *PARTS, "step", "predicted", "at full rate", "tokens/s", "wire", "kernel sent"]
+        ["shape", "link", "variant", *PARTS, "step", "predicted", "at full rate", "tokens/s", "wire", "kernel sent"]
     ]
     for row in shown:
         rate, sent = row["rate"], row["kernel_tx_bytes"]
@@ -337,9 +337,7 @@ def _seconds(shown: list[dict]) -> list[list[str]]:
 
 def _gains(shown: list[dict], full: dict[tuple, dict]) -> list[list[str]]:
     """How often full rank's bytes, communication and step contain this one's; the last beside the best it can be."""
-    rows = [
-        ["shape", "cable", "contender", "bytes", "communication", "of bytes", "step", "step at full rate", "of that"]
-    ]
+    rows = [["shape", "link", "variant", "bytes", "communication", "of bytes", "step", "step at full rate", "of that"]]
     for row in shown:
         base = full.get((row["shape"], row["rate"]))
         if row["variant"] == FULL or base is None:

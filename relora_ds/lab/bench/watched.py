@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -27,7 +27,7 @@ class Process:
         self.code: int | None = None
         self.last_words = ""
 
-    def lines(self, seconds: float) -> Iterator[dict]:
+    def lines(self, seconds: float) -> Generator[dict, None, None]:
         """Run it, for at most `seconds`: each line when it is there. It is gone, with its children, when this ends."""
         with tempfile.TemporaryDirectory() as directory:
             lines, log = Path(directory, "lines"), Path(directory, "log")

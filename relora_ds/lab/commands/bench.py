@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="bench", required=True, metavar="name", parser_class=BenchmarkParser)
     for name, (_, what) in BENCHMARKS.items():
         subparsers.add_parser(name, help=what, description=what)
-    parser.parse_intermixed_args = parser.parse_args  # argparse cannot intermix where there are subcommands
+    # argparse cannot intermix where there are subcommands.
+    parser.parse_intermixed_args = parser.parse_args  # type: ignore[method-assign]
 
 
 class BenchmarkParser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ class BenchmarkParser(argparse.ArgumentParser):
         self.add_argument("--out", type=Path, metavar="FILE.json", help="write the result, with its conditions")
         self.set_defaults(module=module)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # argparse's has overloads
+    def parse_known_args(self, args=None, namespace=None):
         self.complete()
         return super().parse_known_args(args, namespace)
 

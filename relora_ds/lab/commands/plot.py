@@ -31,6 +31,6 @@ def needs_matplotlib(what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise ValueError(f"{what} draws with matplotlib, which is not installed: pip install '.[plot]'") from None

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _words(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The suites, each once, and the overrides. ValueError for a number that is none."""
+    """Return the suites, each once, and the overrides. ValueError for a number that is none."""
     for option in ("seeds", "jobs", "threads"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
@@ -112,7 +112,7 @@ def _chosen(suite, names: list[str] | None) -> list:
 
 
 def _costs(lines: list, jobs: int) -> list[str]:
-    """The budget as a table."""
+    """Return the budget as a table."""
     table = [["rows", "runs", "done", "tokens", "left", "tokens/s", "hours"]]
     for line in lines:
         rows = line.rows[0] if len(line.rows) == 1 else f"{line.rows[0]} and {len(line.rows) - 1} like it"

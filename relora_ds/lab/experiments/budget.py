@@ -40,7 +40,7 @@ class Line:
 
 
 def budget(runs: Sequence[Run], results: Results, measure: Callable[[Run], float] | None) -> list[Line]:
-    """What the runs cost.
+    """Return what the runs cost.
 
     Args:
         measure: tokens/s of a run like this one, asked once where no finished run tells; None leaves it open.
@@ -69,7 +69,7 @@ def budget(runs: Sequence[Run], results: Results, measure: Callable[[Run], float
 
 
 def trial(runner: Runner) -> Callable[[Run], float]:
-    """A `measure`: a few steps of a run, on its real data, in a directory of their own."""
+    """Return a `measure`: a few steps of a run, on its real data, in a directory of their own."""
 
     def measure(run: Run) -> float:
         directory = runner.runs / "trials" / run.name

@@ -64,7 +64,7 @@ class Run:
 
 
 def _settings(recipe: Recipe) -> dict:
-    """What it computes, as far as it is no default: a key that a later version adds leaves old results their names."""
+    """Return the keys that decide what is computed, without defaults: later versions' keys then change no old name."""
 
     def leaves(of: Recipe) -> dict:
         return {
@@ -190,7 +190,7 @@ def reason(directory: Path, code: int) -> str:
 
 
 def result_of(run: Run, directory: Path) -> dict:
-    """What is kept of a finished run; plain JSON."""
+    """Return what is kept of a finished run; plain JSON."""
     summary, lines = read_json(directory / "summary.json"), read_metrics(directory)
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]

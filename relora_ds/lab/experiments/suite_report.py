@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from relora_ds.checkpoint.store import directories
@@ -29,13 +30,13 @@ class Measured:
         return statistics.mean(self.losses)
 
     def differences(self, other: "Measured") -> list[float]:
-        """Validation loss less `other`'s, seed by seed, of the seeds that both have."""
+        """Return validation loss less `other`'s, seed by seed, of the seeds that both have."""
         theirs = {one["seed"]: one["val_loss"] for one in other.results}
         return [one["val_loss"] - theirs[one["seed"]] for one in self.results if one["seed"] in theirs]
 
 
 def measured(suite: Suite, runs: Sequence[Run], results: Results) -> list[Measured]:
-    """The suite's rows in order, as far as there are results."""
+    """Return the suite's rows in order, as far as there are results."""
     found = []
     for row in suite.rows:
         kept = [result for run in runs if run.row is row and (result := results.read(run))]
@@ -47,7 +48,7 @@ def measured(suite: Suite, runs: Sequence[Run], results: Results) -> list[Measur
 def write(
     suite: Suite, runs: Sequence[Run], results: Results, directory_of: Callable[[Run], Path], with_figures: bool
 ) -> list[Path]:
-    """The suite's table and figures, into the directory of the results; returns the files.
+    """Write the suite's table and figures into the directory of the results; return the files.
 
     Args:
         directory_of: where a run is, or was. Spectra are drawn of the first seed's runs that are still there.
@@ -88,7 +89,7 @@ def _spectra(there: dict[str, Path]) -> dict:
 
 
 def markdown(suite: Suite, told: list[str | list[list[str]]]) -> str:
-    """The suite's title and `blocks`."""
+    """Return the suite's title and `blocks`."""
     shown = (block if isinstance(block, str) else rows_as_markdown(block) for block in told)
     return "\n\n".join([f"### {suite.title}", *shown])
 
@@ -109,7 +110,7 @@ def blocks(suite: Suite, rows: list[Measured], num_runs: int) -> list[str | list
 
 def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
     papers = list(dict.fromkeys(size for row in rows for size in row.row.paper or {}))
-    columns = {
+    columns: dict[str, Callable[[Measured], str]] = {
         "row": lambda row: row.row.name,
         "seeds": lambda row: str(len(row.results)),
         "validation loss": lambda row: spread(row.losses),
@@ -124,7 +125,7 @@ def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
         "tokens": lambda row: human_count(row.results[0]["tokens"]),
         "sent by a rank": lambda row: human_bytes(row.results[0]["bytes_wire"]) if row.results[0]["bytes_wire"] else "",
         "hours": lambda row: f"{sum(one['seconds'] for one in row.results) / len(row.results) / 3600:.2f}",
-        **{f"paper, {size}": lambda row, size=size: _printed((row.row.paper or {}).get(size)) for size in papers},
+        **{f"paper, {size}": partial(_of_paper, size) for size in papers},
     }
     table = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
     shown = [i for i in range(len(columns)) if any(line[i] for line in table[1:])]
@@ -162,6 +163,10 @@ def _rank(row: Measured) -> str:
     return f"{statistics.median(found):g}" + (f" (r {r})" if r else "")
 
 
+def _of_paper(size: str, row: Measured) -> str:
+    return _printed((row.row.paper or {}).get(size))
+
+
 def _printed(value: float | str | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.2f}"
 
@@ -196,7 +201,7 @@ def _made(rows: list[Measured]) -> str:
 
 
 def remarks_on_seeds(rows: list[Measured]) -> list[str]:
-    """What is to be said of all results of `rows`, once."""
+    """Return what is to be said of all results of `rows`, once."""
     remarks = (remark_on_seeds(one["conditions"]) for row in rows for one in row.results)
     return list(dict.fromkeys(remark for remark in remarks if remark is not None))
 
@@ -214,6 +219,6 @@ def sweeps(rows: list[Measured]) -> dict[str, dict[str, list[tuple[float, list[f
     """For the figures of sweeps: `{axis: {group: [(value, losses by seed)]}}`."""
     found: dict[str, dict[str, list]] = {}
     for row in rows:
-        if row.row.axis:
+        if row.row.axis and row.row.group:
             found.setdefault(row.row.axis, {}).setdefault(row.row.group, []).append((row.row.value, row.losses))
     return found

@@ -67,7 +67,7 @@ def suite_names() -> list[str]:
 
 
 def read_suite(name: str, scale: str) -> Suite:
-    """A shipped suite. ValueError for an unknown name or scale."""
+    """Return a shipped suite. ValueError for an unknown name or scale."""
     if name not in suite_names():
         raise ValueError(f"SUITE: {name} is none; there are {', '.join(suite_names())}")
     if scale not in SCALES:

@@ -113,7 +113,7 @@ def window_of(source: Path, before: str | None = None) -> Window:
 
 
 def linear_layers(window: Window, wrapped: set[str], trust_remote_code: bool = False) -> list[str]:
-    """The layers whose updates are measured, in model order.
+    """Return the layers whose updates are measured, in model order.
 
     Args:
         wrapped: the low-rank layers of all runs that are compared. A full-rank run is measured at the same ones; where
@@ -125,7 +125,7 @@ def linear_layers(window: Window, wrapped: set[str], trust_remote_code: bool = F
 
 
 def _named(before: str, after: Path) -> Path:
-    """The checkpoint that `--before` means for the one at the end."""
+    """Return the checkpoint that `--before` means for the one at the end."""
     if before.isdecimal():
         found = after.with_name(tag_of(int(before)))
         if not is_checkpoint(found):
@@ -142,7 +142,7 @@ def _named(before: str, after: Path) -> Path:
 
 
 def _end_of_warm_start(after: Path) -> int:
-    """The step at which the low-rank phase took over; 0 where there was no warm start."""
+    """Return the step at which the low-rank phase took over; 0 where there was no warm start."""
     recipe = recipe_in(after.parent.parent)
     return method_of(recipe).warm_start_steps if recipe is not None else 0
 
@@ -173,7 +173,8 @@ def _require_same_shapes(window: Window, layers: list[str]) -> None:
 
 
 def _measured(window: Window, layers: list[str]) -> dict:
-    contents, spectra = window.contents, {}
+    contents = window.contents
+    spectra: dict[str, list[Spectrum]] = {}
     with open_model(window.after) as after, open_model(window.before) if window.before else nullcontext() as before:
         for layer in layers:
             try:
@@ -202,16 +203,17 @@ def _update(before: OpenModel | None, after: OpenModel, layer: str) -> Tensor:
 
 def _summary(spectra: list[Spectrum]) -> dict:
     """Of the matrices of one kind."""
-    effective, below = [one.effective_rank for one in spectra], [one.count_below() for one in spectra]
+    effective = [one.effective_rank for one in spectra if one.effective_rank is not None]
+    below = [one.count_below() for one in spectra]
     return {
         "num_matrices": len(spectra),
         "max_rank": max(one.num_all for one in spectra),
         "is_exact": all(one.is_exact for one in spectra),
         "numerical_rank": median(one.numerical_rank() for one in spectra),
         "stable_rank": _rounded(median(one.stable_rank for one in spectra)),
-        "effective_rank": None if None in effective else _rounded(median(effective)),
+        "effective_rank": _rounded(median(effective)) if len(effective) == len(spectra) else None,
         "num_values": sum(one.num_all for one in spectra),
-        "num_below": None if None in below else sum(below),
+        "num_below": None if None in below else sum(filter(None, below)),
         "singular_values": [[_rounded(value) for value in one.singular_values.tolist()] for one in spectra],
     }
 

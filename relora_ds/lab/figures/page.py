@@ -39,7 +39,7 @@ blockquote span { color: var(--soft) }
 
 
 def html_page(runs: list[RunRecord], light: dict[str, bytes], dark: dict[str, bytes]) -> str:
-    """The page. `light` and `dark`: PNG files by figure name, one of each for either colour scheme."""
+    """Return the page. `light` and `dark`: PNG files by figure name, one of each for either colour scheme."""
     title = escape(", ".join(run.name for run in runs))
     columns = [
         "run",
@@ -79,7 +79,7 @@ def html_page(runs: list[RunRecord], light: dict[str, bytes], dark: dict[str, by
 
 
 def suite_page(title: str, blocks: list[str | list[list[str]]], figures: list[tuple[str, bytes, bytes]]) -> str:
-    """The page of a suite: paragraphs and tables (a list of rows, the first its head) in order, then the figures.
+    """Return a suite's page: paragraphs and tables (a list of rows, the first its head) in order, then the figures.
 
     Args:
         figures: caption, and the PNG file for the light and for the dark colour scheme.
@@ -126,7 +126,7 @@ def _row(run: RunRecord) -> list[str]:
 
 
 def _sentence(run: RunRecord) -> str:
-    """What the run says of itself: its verdict, or why it ended without one."""
+    """Return what the run says of itself: its verdict, or why it ended without one."""
     if run.state in ("done", "unknown"):
         return run.verdict
     return f"{run.state}: {run.reason}" if run.reason else ""

@@ -1,6 +1,7 @@
 """The figures themselves. Each function draws one, for one run or for several, and returns it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -121,7 +122,7 @@ def _comparison(runs: list[RunRecord], theme: Theme) -> Figure:
     return figure
 
 
-def _draw_loss(axes: Axes, runs: list[RunRecord | None], theme: Theme, scale: str) -> None:
+def _draw_loss(axes: Axes, runs: Sequence[RunRecord | None], theme: Theme, scale: str) -> None:
     """Train and validation losses over one of AXES, with every restart marked; a run that is None is left out."""
     curves = []
     present = [run for run in runs if run is not None]
@@ -175,14 +176,14 @@ def _mark(axes: Axes, runs: list[RunRecord], theme: Theme) -> None:
 
 
 def _legend(
-    axes: Axes, runs: list[RunRecord], theme: Theme, others: list[tuple[str, dict]] = (), marks: bool = True
+    axes: Axes, runs: list[RunRecord], theme: Theme, others: Sequence[tuple[str, dict]] = (), marks: bool = True
 ) -> None:
     """Below the axes: colours name the runs (a single one is named in the title), signs say what is drawn.
 
     Args:
         marks: whether `_mark` has drawn restarts and switches here.
     """
-    entries = [
+    entries: list[tuple[str, dict[str, Any]]] = [
         (run.name, {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
         for i, run in enumerate(runs)
         if len(runs) > 1

@@ -27,7 +27,7 @@ def _save(draw, result: dict, path: Path) -> None:
 
 
 def draw_two_hosts(result: dict, theme: Theme) -> Figure:
-    """A panel for each shape and cable, a bar for each contender, by parts of its step; marks are what is predicted."""
+    """Draw a panel for each shape and link, a bar for each variant by parts of its step; marks are predictions."""
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
     rates = list(dict.fromkeys(row["rate"] for row in result["rows"]))
     names = list(dict.fromkeys(row["variant"] for row in result["rows"]))
@@ -54,7 +54,7 @@ def draw_two_hosts(result: dict, theme: Theme) -> Figure:
             axes.set_title(f"{shape}, {rate / 1e6:,.0f} Mbit/s" if rate else shape)
             axes.grid(False, axis="y")
             axes.set_xlim(left=0)
-    panels[0][0].set_ylim(len(names) - 0.5, -0.5)  # shared: the first contender on top
+    panels[0][0].set_ylim(len(names) - 0.5, -0.5)  # shared: the first variant on top
     for axes in panels[-1]:
         axes.set_xlabel("seconds of a step")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=4 if len(rates) > 1 else 2)

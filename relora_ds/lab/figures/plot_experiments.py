@@ -58,7 +58,7 @@ def _draw(curves: dict, reference: str | None, sweeps: dict, spectra: dict | Non
     figures = {axis.replace(" ", "_"): draw_sweep(axis, groups, theme) for axis, groups in sweeps.items()}
     if curves:
         figures["loss"] = draw_curves(curves, theme)
-    if reference in curves and len(curves) > 1:
+    if reference is not None and reference in curves and len(curves) > 1:
         figures["differences"] = draw_differences(curves, reference, theme)
     return {**figures, **(draw_spectra(spectra, theme) if spectra else {})}
 
@@ -136,7 +136,7 @@ def draw_differences(curves: dict[str, list[dict]], reference: str, theme: Theme
 
 
 def draw_sweep(axis: str, groups: dict[str, list[tuple[float, list[float]]]], theme: Theme) -> Figure:
-    """Final validation loss over one quantity: a line through the means, points for the seeds."""
+    """Draw the final validation loss over one quantity: a line through the means, points for the seeds."""
     with rc_context(rc(theme)):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()

@@ -1,5 +1,6 @@
 """Draw the results of `experiments.update_spectra`: the rank of runs' updates (arXiv 2307.05695, Figures 3 and 4)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def _draw_sorted(axes: Axes, run: dict, kind: str, i: int, theme: Theme) -> None
 
 
 def _panels(runs: list[dict], title: str) -> tuple[Figure, dict[str, Axes]]:
-    """A panel for each kind of layer that one of the runs has."""
+    """Draw a panel for each kind of layer that one of the runs has."""
     kinds = list(dict.fromkeys(kind for run in runs for kind in run["kinds"]))
     columns = min(COLUMNS, len(kinds))
     rows = -(-len(kinds) // columns)
@@ -125,7 +126,7 @@ def _label(panels: dict[str, Axes], x: str, y: str) -> None:
             axes.set_ylabel(y, fontsize=9)
 
 
-def _legend(figure: Figure, runs: list[dict], theme: Theme, others: list[tuple[str, dict]] = ()) -> None:
+def _legend(figure: Figure, runs: list[dict], theme: Theme, others: Sequence[tuple[str, dict]] = ()) -> None:
     entries = [
         (_label_of(run), {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
         for i, run in enumerate(runs)

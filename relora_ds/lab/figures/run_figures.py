@@ -30,7 +30,7 @@ def plot_runs(directories: Sequence[Path], out: Path) -> list[Path]:
 
 
 def png(figure: Figure) -> bytes:
-    """The file."""
+    """Return the file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -51,7 +51,7 @@ class RunRecord:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
-    """The runs in these directories, each once.
+    """Return the runs in these directories, each once.
 
     Raises:
         ValueError: for a directory that is no run, or whose run has not logged a training step.
@@ -119,7 +119,7 @@ def method_text(directory: Path) -> str:
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """The last component of each path, or as many of the last ones as it takes to tell them apart."""
+    """Return the last component of each path, or as many of the last ones as it takes to tell them apart."""
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1

@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "results"
 README = DOCS.parents[1] / "README.md"
 PAGES = ("quantization", "benchmarks")
 OF_LOSSES = ("quality",)  # benchmarks that quote losses of runs from random weights
-COSTS = {  # the rows of the README's table: contender -> its name there
+COSTS = {  # the rows of the README's table: variant -> its name there
     "full rank": "full rank",
     "PEFT, same modules train": "LoRA by PEFT, the same modules train",
     "ours, dense": "ReLoRA",

@@ -1,4 +1,4 @@
-"""Every byte of a step is explained by the sizes of the parameters, for every contender."""
+"""Every byte of a step is explained by the sizes of the parameters, for every variant."""
 
 import argparse
 

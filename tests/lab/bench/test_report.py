@@ -159,7 +159,7 @@ def test_no_cable_is_too_fast_for_low_rank():
     assert best["tokens_per_s"] >= 4 * base["tokens_per_s"]
 
 
-def test_the_figures_show_every_contender_and_preset():
+def test_the_figures_show_every_variant_and_preset():
     hosts = draw_two_hosts(with_predictions(MEASURED["two_hosts_1gbit"]), LIGHT)
     names = {row["variant"] for row in MEASURED["two_hosts_1gbit"]["rows"]}
     assert {label.get_text() for label in hosts.axes[0].get_yticklabels()} == names

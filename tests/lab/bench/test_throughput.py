@@ -21,7 +21,7 @@ def measured() -> dict:
     )
 
 
-def test_every_contender_at_every_size():
+def test_every_variant_at_every_size():
     (result,) = ranks(1).run(measured)
     assert len(result["rows"]) == 6
     for row in result["rows"]:

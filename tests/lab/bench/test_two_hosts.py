@@ -1,4 +1,4 @@
-"""Two hosts and a cable between them: what the kernel sent is what was counted, and a slow cable slows a step."""
+"""Two hosts and a link between them: what the kernel sent is what was counted, and a slow link slows a step."""
 
 import argparse
 import os
@@ -28,12 +28,12 @@ def test_what_is_no_rate(text):
 
 def test_without_root_it_says_so(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(ValueError, match="network namespaces need root"), simulated_link.Cable():
+    with pytest.raises(ValueError, match="network namespaces need root"), simulated_link.SimulatedLink():
         pass
 
 
 @needs_root
-def test_a_step_across_the_cable():
+def test_a_step_across_the_link():
     parser = argparse.ArgumentParser()
     two_hosts.add_arguments(parser)
     try:
@@ -60,19 +60,19 @@ def test_a_step_across_the_cable():
                 ]
             )
         )
-    except simulated_link.CableError as error:
+    except simulated_link.LinkError as error:
         pytest.skip(str(error))
     full, ours = result["rows"]
     for row in (full, ours):
         # TCP's headers and acknowledgements come on top: 1.5 to 4 % with this MTU.
         assert row["wire"] <= row["kernel_tx_bytes"] < 1.10 * row["wire"] + 50_000
-    assert full["step_s"] > 0.8 * 8 * full["wire"] / 200e6  # no step is faster than its cable
+    assert full["step_s"] > 0.8 * 8 * full["wire"] / 200e6  # no step is faster than its link
     assert ours["wire"] < full["wire"] / 2
     # Parts are timed apart from the whole, and medians of their own; the slower rank's of each.
     parts = [full[f"{part}_s"] for part in two_hosts.PARTS]
     assert 0.8 * full["step_s"] < sum(parts) < 1.5 * full["step_s"]
     assert full["communication_s"] > 0.8 * 8 * full["wire"] / 200e6
-    # The cable does not carry more than its rate, nor so little that the measurement went past it.
+    # The link does not carry more than its rate, nor so little that the measurement went past it.
     assert 0.2 * 200e6 < 8 * full["bandwidth"] < 1.1 * 200e6 and 0 < full["latency_s"] < 0.1
     predicted = two_hosts.with_predictions(result)["rows"][0]
     at_rate = full["alone_compute_s"] + full["alone_optimizer_s"] / 2 + 8 * full["wire"] / 200e6
