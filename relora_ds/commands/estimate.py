@@ -252,7 +252,7 @@ def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, ent
 
 
 def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[str]:
-    """What all ranks of a host hold in its memory, by moment."""
+    """Return what all ranks of a host hold in its memory, by moment."""
     own = [entry for entry in entries if entry["method"] == name]
     rows = [["stage", "ranks", *own[0]["host_bytes"]]]
     rows += [
@@ -270,7 +270,7 @@ def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[s
 
 
 def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | None]) -> list[str]:
-    """What the recipe chose and what else it could have."""
+    """Return what the recipe chose and what else it could have."""
     relora = resolved.recipe.relora
     stored = resolved.precision if relora.frozen_dtype == "auto" else relora.frozen_dtype
     chosen = DOUBLE if stored == "nf4" and relora.frozen_double_quant else stored
@@ -295,7 +295,7 @@ def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | Non
 
 
 def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config) -> list[dict]:
-    """A step of every method at every stage, on every cluster and network."""
+    """Return a step of every method at every stage, on every cluster and network."""
     from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, predict_step
     from relora_ds.planning.network import shapes_of
 

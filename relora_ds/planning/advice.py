@@ -110,7 +110,8 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
 
     def build(shallow: PretrainedConfig) -> torch.nn.Module:
         model = from_config(shallow, dtype=dtype, attn_implementation=recipe.model.attn_implementation)
-        prepared = (model if method.relora is None else method.prepare(model)).to(device)
+        prepared: torch.nn.Module = model if method.relora is None else method.prepare(model)
+        prepared.to(device)
         for layer in lowrank_layers(prepared).values():
             if layer.weight is not None:
                 weight = layer.weight

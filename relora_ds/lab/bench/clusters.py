@@ -9,10 +9,12 @@ import argparse
 import dataclasses
 import itertools
 import sys
+from typing import Literal
 
 from relora_ds.lab.bench.environment import rows_as_markdown
 
 PER_HOST = 8
+CHECKPOINTING: tuple[Literal["none", "full"], ...] = ("none", "full")
 MICRO_BATCHES = (1, 2, 4)
 INTERNET = (0.05, 50_000)  # Gbit/s, microseconds
 INTERNET_WORKERS = (2, 8, 64)
@@ -120,7 +122,7 @@ class _Method:
         from relora_ds.planning.device_memory import peak
 
         found = []
-        for checkpointing, micro_batch_size in itertools.product(("none", "full"), MICRO_BATCHES):
+        for checkpointing, micro_batch_size in itertools.product(CHECKPOINTING, MICRO_BATCHES):
             train = dataclasses.replace(self._resolved.recipe.train, micro_batch_size=micro_batch_size)
             recipe = dataclasses.replace(self._resolved.recipe, train=train, activation_checkpointing=checkpointing)
             recipe = with_batch_for(recipe, cluster.world_size)
