@@ -1,16 +1,23 @@
 """`train.py`, also as `python -m relora_ds train` and `deepspeed --module relora_ds.train`."""
 
+from __future__ import annotations
+
 import argparse
-import contextlib
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from relora_ds.config import RecipeError, load_recipe, recipe_names
+from relora_ds.training import exit_codes
+from relora_ds.training.exit_codes import GuardError, Preempted
 from relora_ds.zero.launchers import set_rank
 
-EXIT_DONE, EXIT_ERROR, EXIT_RECIPE, EXIT_GUARD, EXIT_RESUME, EXIT_PREEMPTED = 0, 1, 2, 3, 4, 75
+if TYPE_CHECKING:
+    from relora_ds.training.hooks import Hook
+    from relora_ds.training.trainer import Trainer
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,58 +50,69 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a recipe on this rank.
-
-    Exit codes: 0 done, 2 bad recipe, 3 guard or watchdog, 4 resume or run directory refused, 75 preempted, 1 anything
-    else.
-    """
+    """Run the recipe of a command line on this rank; returns the exit code."""
     arguments = parse_arguments(argv)
+    return run(arguments.config, arguments.overrides)
+
+
+def run(config: str, overrides: Sequence[str] = (), hooks: Iterable[Hook] = ()) -> int:
+    """Train a recipe on this rank, as the command line does.
+
+    A script that calls it is started by the same launchers as train.py. (`Trainer(plan, hooks).fit()` raises instead,
+    and returns the summary.)
+
+    Args:
+        config: a YAML file, or the name of a shipped recipe.
+        overrides: `section.key=value`.
+        hooks: called beside the trainer's own, see `training.hooks.hook.Hook`.
+
+    Returns:
+        The exit code, see `training.exit_codes`; what went wrong is printed and stands in status.json.
+    """
     try:
         set_rank()  # before anything reads RANK or WORLD_SIZE
     except ValueError as error:
-        return _stop(None, os.environ.get("RANK", "0") == "0", str(error), EXIT_ERROR)
+        return _stop(None, os.environ.get("RANK", "0") == "0", str(error), exit_codes.ERROR)
     # Once on every machine: what is wrong may be wrong on one of them only.
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     from relora_ds.training.requeue import remember_refusal
 
     try:
-        load_recipe(arguments.config, arguments.overrides)  # a typing error is refused before torch is imported
+        load_recipe(config, overrides)  # a typing error is refused before torch is imported
     except RecipeError as error:
         remember_refusal()
-        return _stop(None, is_first, str(error), EXIT_RECIPE)
-    from relora_ds.training.console import quieten_libraries
+        return _stop(None, is_first, str(error), exit_codes.RECIPE)
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     from relora_ds.zero import accelerator
 
     if found := accelerator.problems():  # before DeepSpeed is imported for a device that it has no packages for
-        return _stop(None, is_first, "; ".join(found), EXIT_ERROR)
+        return _stop(None, is_first, "; ".join(found), exit_codes.ERROR)
     from relora_ds.checkpoint.find import ResumeError
-    from relora_ds.training.guard import GuardError
-    from relora_ds.training.preemption import Preempted
     from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
     from relora_ds.zero.start import leave
 
     trainer = None
     try:
-        trainer = Trainer(check(arguments.config, arguments.overrides))
+        trainer = Trainer(check(config, overrides), hooks)
         trainer.fit()
         leave()
-        return EXIT_DONE
+        return exit_codes.DONE
     except Preempted as error:
-        code = _stop(trainer, is_first, str(error), EXIT_PREEMPTED, "preempted")
+        code = _stop(trainer, is_first, str(error), exit_codes.PREEMPTED, "preempted")
         leave()
         return code
     except RecipeError as error:
         remember_refusal()
-        return _stop(trainer, is_first, str(error), EXIT_RECIPE)
+        return _stop(trainer, is_first, str(error), exit_codes.RECIPE)
     except GuardError as error:
-        return _stop(trainer, is_first, str(error), EXIT_GUARD)
+        return _stop(trainer, is_first, str(error), exit_codes.GUARD)
     except ResumeError as error:
-        if trainer.journal is None:  # else it had begun
+        if trainer is not None and not trainer.has_begun:
             remember_refusal()
-        code = _stop(trainer, is_first, str(error), EXIT_RESUME)
+        code = _stop(trainer, is_first, str(error), exit_codes.RESUME)
         leave()  # every rank does
         return code
     except KeyboardInterrupt:
@@ -103,18 +121,15 @@ def main(argv: list[str] | None = None) -> int:
             is_first,
             "interrupted, and nothing saved for it; resume=auto goes on from the newest "
             "checkpoint (SIGTERM would have saved first)",
-            EXIT_ERROR,
+            exit_codes.ERROR,
         )
     except Exception as error:
         traceback.print_exc()
-        return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", EXIT_ERROR)
+        return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", exit_codes.ERROR)
 
 
-def _stop(trainer, say: bool, reason: str, exit_code: int, state: str = "failed") -> int:
-    for part in ("view", "journal"):  # the bar would swallow the message, and the last events be lost
-        if getattr(trainer, part, None) is not None:
-            with contextlib.suppress(OSError):  # a full disk may be what it is about
-                getattr(trainer, part).close()
+def _stop(trainer: Trainer | None, say: bool, reason: str, exit_code: int, state: str = "failed") -> int:
+    """Say why the run ends, and write it into status.json; returns the exit code."""
     if say:
         host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
         print(f"{host}{'error' if state == 'failed' else state}: {reason}", file=sys.stderr, flush=True)

@@ -49,7 +49,7 @@ FORBIDDEN = {
 
 # Module names that occur twice. `__init__` and the commands aside, which are named after what they run, a name finds
 # one file.
-PENDING = {"control.py", "ties.py", "trainer.py"}
+PENDING = {"control.py", "ties.py"}
 
 
 def shared_names(root: Path) -> set[str]:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     recipe_name, overrides = recipe_of(arguments)
     require_ranks(arguments.world_size)
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     import os
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _head(resolved, vocabulary: str) -> list[str]:
+    from relora_ds.training.compatibility import model_name
     from relora_ds.training.preflight import machine_problems
-    from relora_ds.training.report import model_name
     from relora_ds.training.run_directory import early_problems
     from relora_ds.utils.text import human_count
 

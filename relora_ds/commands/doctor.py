@@ -64,7 +64,7 @@ def _machine_as_text(found) -> list[str]:
 
 def _link(arguments: argparse.Namespace) -> tuple[dict, list[str]]:
     """Measure, and recommend. Collective."""
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     import dataclasses

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe_name, overrides = recipe_of(arguments)
     require_ranks(*arguments.world_size)
     require_ranks(arguments.ranks_per_host, option="--ranks-per-host")
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     from relora_ds.planning.cost import activations_of
@@ -206,7 +206,7 @@ def _entry(
 
 
 def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, entries: list[dict]) -> list[str]:
-    from relora_ds.training.report import model_name
+    from relora_ds.training.compatibility import model_name
     from relora_ds.utils.text import human_bytes, human_count
 
     recipe = resolved.recipe

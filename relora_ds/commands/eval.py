@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     from relora_ds.data import tokenizer
     from relora_ds.interop.sources import model_of, tokenizer_of
     from relora_ds.lowrank.formats import DTYPES
-    from relora_ds.training.evaluation import evaluate
+    from relora_ds.training.validation import evaluate
     from relora_ds.zero.accelerator import device_of_rank
 
     if arguments.batch_size < 1:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "the copy"
             ]
         )
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     from relora_ds.data import prepare

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
+from relora_ds.models import flops
 from relora_ds.planning.network import Shapes
 
 SMALLEST, LARGEST, GROWTH = 4 * 1024, 256 * 2**20, 8
@@ -151,13 +152,9 @@ def _seconds_of_layers(build, config, device, layers: int, micro_batch_size: int
 
 
 def flops_per_token(shapes: Shapes, config: PretrainedConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward: 6 for each element that trains, 4 for a frozen one, and causal attention.
-
-    A frozen weight needs no weight gradient: 2 of 6 are saved. The input embedding is looked up and not multiplied.
-    """
-    attention = 6 * config.num_hidden_layers * config.hidden_size * seq_len
-    looked_up_trainable, looked_up_frozen = shapes.looked_up
-    return 6 * (shapes.num_trainable - looked_up_trainable) + 4 * (shapes.num_frozen - looked_up_frozen) + attention
+    """FLOPs of forward and backward; the input embedding is looked up and not multiplied."""
+    trainable, frozen = shapes.looked_up
+    return flops.flops_per_token(shapes.num_trainable - trainable, shapes.num_frozen - frozen, config, seq_len)
 
 
 def forward_flops_per_token(shapes: Shapes, config: PretrainedConfig, seq_len: int) -> float:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from relora_ds.training.accounting import Account
+from relora_ds.training.totals import RunTotals
 
 
 class StepClock:
@@ -19,9 +19,9 @@ class StepClock:
         newest: seconds of the newest step; what `drain` waited for is its own.
     """
 
-    def __init__(self, device: torch.device, account: Account):
-        self._device, self._account = device, account
-        self._seconds = self._steps = 0  # of the steps whose mean has not been asked for
+    def __init__(self, device: torch.device, totals: RunTotals):
+        self._device, self._totals = device, totals
+        self._seconds, self._steps = 0.0, 0  # of the steps whose mean has not been asked for
         self._mean: float | None = None
         self._is_counting = False
         self.newest = 0.0
@@ -53,12 +53,12 @@ class StepClock:
         """A step's, over the steps since the last call; the former mean where all of them were sampled."""
         self.drain()
         if self._steps:
-            self._mean, self._seconds, self._steps = self._seconds / self._steps, 0, 0
+            self._mean, self._seconds, self._steps = self._seconds / self._steps, 0.0, 0
         return self.newest if self._mean is None else self._mean
 
     def _add(self, started: float) -> None:
         seconds = time.perf_counter() - started
         self.newest += seconds
-        self._account.seconds += seconds
+        self._totals.seconds += seconds
         if self._is_counting:
             self._seconds += seconds

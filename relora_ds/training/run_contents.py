@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.removal import remove
 from relora_ds.checkpoint.run_files import metrics_in
 
-# {pattern of a name: None for a file, else the same for what is in that directory}. All that a run writes.
+# {pattern of a name: None for a file, _WHOLE for a directory with another program's files, else the same for what is in
+# that directory}. All that a run writes.
+_WHOLE: dict = {}
 _TOKENIZER = {
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|processor_config|tekken)\.json": None,
     r"\.tokenizer_config\.json\..+": None,  # being written
@@ -30,6 +33,9 @@ _CHECKPOINT = {r"manifest\.json(\..+\.tmp)?": None, r"(trained|frozen)_\d{5}\.sa
 _RUN = {
     r"(recipe\.yaml|status\.json|summary\.json|metrics\.jsonl)(\..+\.tmp)?|metrics\.tmp|lock": None,
     r"tensorboard": {r"events\.out\.tfevents\..+": None},
+    r"wandb": {r"(offline-)?run-\d{8}_\d{6}-\w+": _WHOLE, r"(settings|debug.*\.log|wandb-resume\.json)": None},
+    r"mlflow": {r"mlflow\.db(-\w+)?": None, r"artifacts": _WHOLE},
+    r"trackio": {r"relora_ds\.(db(-\w+)?|lock)": None, r"media": _WHOLE},
     r"checkpoints": {
         r"latest(\..+\.tmp)?|\.[0-9a-f-]{36}_rank_\d+": None,
         r"tokenizer": _TOKENIZER,
@@ -133,7 +139,7 @@ def delete(run_dir: Path) -> None:
 
     Checkpoints go last, each by one rename: an interrupted deletion leaves no half of one.
     """
-    for name in ("summary.json", "metrics.jsonl", "export", "tensorboard"):
+    for name in ("summary.json", "metrics.jsonl", "export", "tensorboard", "wandb", "mlflow", "trackio"):
         _delete(run_dir, {re.escape(name): _kind_of(name, _RUN)})
     checkpoints = run_dir / "checkpoints"
     if checkpoints.is_dir() and not checkpoints.is_symlink():
@@ -152,6 +158,9 @@ def _delete(directory: Path, ours: dict) -> None:
         if inner is None:
             os.unlink(entry.path)
             continue
+        if inner is _WHOLE:
+            shutil.rmtree(entry.path)
+            continue
         _delete(Path(entry.path), inner)
         with contextlib.suppress(OSError):  # something was put there in the meantime, or it is a mount point
             os.rmdir(entry.path)
@@ -164,7 +173,7 @@ def _foreign(directory: Path, ours: dict, prefix: str = "") -> list[str]:
         is_directory = entry.is_dir(follow_symlinks=False)
         if inner is _UNKNOWN or entry.is_symlink() or is_directory != (inner is not None):
             found.append(f"{prefix}{entry.name}" + (" (a symbolic link)" if entry.is_symlink() else ""))
-        elif is_directory:
+        elif is_directory and inner is not _WHOLE:
             found += _foreign(Path(entry.path), inner, f"{prefix}{entry.name}/")
     return found
 

@@ -12,7 +12,7 @@ from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.find import ResumeError, find
 from relora_ds.checkpoint.writer import CheckpointWriter
 from tests.ranks import ranks
-from tests.training.runs import losses, run
+from tests.training.runs import AfterStep, losses, run
 
 SETTINGS = ("train.steps=24", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0", "precision=bf16")
 
@@ -112,23 +112,21 @@ def failing_save(run_dir, size: int) -> list:
     from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
 
-    trainer = Trainer(check("tiny", [f"run_dir={run_dir}", *SETTINGS]))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    said, step = [], trainer._train_step
+    limits, said = resource.getrlimit(resource.RLIMIT_FSIZE), []
 
-    def watched():
-        step()
-        if trainer.account.step == 8 and dist.get_rank() == 1:
+    def watched(state):
+        if state.step == 8 and dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        if trainer.account.step == 14:
-            trainer.writer.wait()
+        if state.step == 14:
+            trainer.checkpoints.writer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def take_finished(writer):
         said.extend(writer._done)
         return take(writer)
 
-    trainer._train_step, take = watched, CheckpointWriter.take_finished
+    trainer = Trainer(check("tiny", [f"run_dir={run_dir}", *SETTINGS]), [AfterStep(watched)])
+    take = CheckpointWriter.take_finished
     with mock.patch.object(CheckpointWriter, "take_finished", take_finished):
         trainer.fit()
     return [(done.step, done.error) for done in said]

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from relora_ds.checkpoint import manifest, rank_files, sharing, store, writer
 from relora_ds.checkpoint.manifest import File
 from relora_ds.checkpoint.writer import CheckpointWriter
-from relora_ds.training.guard import GuardError
+from relora_ds.training.exit_codes import GuardError
+from relora_ds.training.hooks.saving import Checkpoints
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from relora_ds.zero.checkpoints import writer_of
@@ -188,16 +189,16 @@ SETTINGS = ["eval.samples=0", "precision=bf16", "train.steps=36"]
 
 def stop_without_the_source(overrides: list[str], source: str) -> tuple:
     """On a rank: go on from another run, which is deleted; then SIGTERM."""
-    enter = Trainer._enter
+    enter = Checkpoints.on_phase
 
-    def losing(self, *arguments):
-        enter(self, *arguments)
+    def losing(self, state):
+        enter(self, state)
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(source, ignore_errors=True)
         dist.barrier()
 
-    with mock.patch.object(Trainer, "_enter", losing):
+    with mock.patch.object(Checkpoints, "on_phase", losing):
         return train_and_signal([*overrides, f"resume={source}"], signal.SIGTERM, 1, 16)
 
 

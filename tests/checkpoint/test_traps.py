@@ -13,7 +13,7 @@ from relora_ds.checkpoint.find import ResumeError, find
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
-from tests.training.runs import lines, losses, run
+from tests.training.runs import AfterStep, lines, losses, run
 
 SETTINGS = ("train.steps=36", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0")
 
@@ -77,21 +77,15 @@ def test_a_cycle_whose_files_vanished_is_written_again(whole, tmp_path):
 
 
 def train_and_lose(run_dir: str, checkpoint: str) -> None:
-    trainer = Trainer(
-        check(
-            "tiny",
-            [f"run_dir={run_dir}", f"resume={checkpoint}", *SETTINGS, "precision=bf16", "relora.frozen_master=none"],
-        )
-    )
-    step = trainer._train_step
-
-    def losing():
-        step()
-        if trainer.account.step == 16 and dist.get_rank() == 0:
+    def losing(state):
+        if state.step == 16 and dist.get_rank() == 0:
             shutil.rmtree(checkpoint)
 
-    trainer._train_step = losing
-    trainer.fit()
+    plan = check(
+        "tiny",
+        [f"run_dir={run_dir}", f"resume={checkpoint}", *SETTINGS, "precision=bf16", "relora.frozen_master=none"],
+    )
+    Trainer(plan, [AfterStep(losing)]).fit()
 
 
 def find_on_disks_of_their_own(directories: list[str]) -> tuple | str:

@@ -8,7 +8,7 @@ import torch
 
 from relora_ds.data import TrainLoader, evaluation_batches, rows
 from relora_ds.data.rows import PaddedRows, Padding
-from relora_ds.training.evaluation import evaluate
+from relora_ds.training.validation import evaluate
 from tests.ranks import ranks
 from tests.small_models import llama
 

@@ -1,9 +1,11 @@
 """What runs on the emulated ranks: the trainer, watched step by step."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from relora_ds.training.hooks import Hook
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.emulated_cuda.engines import live_bytes
@@ -23,18 +25,18 @@ class Step:
     peak: int
 
 
-class WatchedTrainer(Trainer):
-    """A trainer that keeps what its steps did."""
+class Watch(Hook):
+    """Keeps what the steps did."""
 
-    def __init__(self, plan):
-        super().__init__(plan)
+    def __init__(self):
         self.steps: list[Step] = []
 
-    def _train_step(self) -> None:
+    @contextmanager
+    def around_step(self, run):
         emulation, before = gpu(), torch.cuda.memory_allocated()
         emulation.syncs.clear()
         emulation.memory.reset_peak(emulation.current)
-        super()._train_step()
+        yield
         self.steps.append(Step(emulation.syncs.places(), torch.cuda.max_memory_allocated() - before))
 
 
@@ -46,8 +48,6 @@ def train(overrides: list[str], vocabulary: int | None = None) -> tuple[list[Ste
     before = live_bytes()
     plan = check("tiny", overrides)
     plan.model_config.vocab_size = vocabulary or plan.model_config.vocab_size
-    trainer = WatchedTrainer(plan)
-    trainer.fit()
-    steps = trainer.steps
-    del trainer
-    return steps, live_bytes() - before
+    watch = Watch()
+    Trainer(plan, [watch]).fit()
+    return watch.steps, live_bytes() - before

@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 
 from relora_ds.checkpoint.store import directories
 from relora_ds.lab.bench.environment import environment_info
-from relora_ds.training.metrics import read_metrics
+from relora_ds.training.hooks import Hook
+from relora_ds.training.metrics_log import read_metrics
 from tests.ranks import Ranks
-from tests.training.runs import losses, train
+from tests.training.runs import losses
 
 STEPS, KILLS_OF_A_RUN = 40, 3
 SETTINGS = [
@@ -55,9 +56,9 @@ PLACES = {
     "a restart: before A and B are new": ("relora_ds.zero.restart", "_reinitialise"),
     "a restart: before the moments are pruned": ("relora_ds.zero.restart", "prune_moments"),
     "a restart: before the ranks agree": ("relora_ds.zero.restart", "verify"),
-    "the switch: collecting": ("relora_ds.training.phases", "hand_over"),
+    "the switch: collecting": ("relora_ds.training.trainer", "hand_over"),
     "the switch: building": ("relora_ds.zero.weights", "OwnedWeights.read"),
-    "the switch: before the first step": ("relora_ds.training.trainer", "writer_of"),
+    "the switch: before the first step": ("relora_ds.training.hooks.saving", "writer_of"),
 }
 
 
@@ -88,6 +89,17 @@ class Mortal(Ranks):
         super()._fail(message)
 
 
+class KillAfter(Hook):
+    """Kills its process some seconds after the first phase began."""
+
+    def __init__(self, seconds: float):
+        self._timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+
+    def on_phase(self, run):
+        if not self._timer.is_alive() and not self._timer.finished.is_set():
+            self._timer.start()
+
+
 def train_and_die(overrides: list[str], rank: int | None, place: str | None, after: float) -> None:
     """On a rank: train, and be killed.
 
@@ -95,21 +107,16 @@ def train_and_die(overrides: list[str], rank: int | None, place: str | None, aft
         rank: the one that dies; None for all of them.
         place: one of PLACES, at its call number `after`; None for an instant, `after` seconds from the first step.
     """
+    from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
 
+    hooks = []
     if rank is None or rank == dist.get_rank():
         if place is not None:
             _die_in(*PLACES[place], int(after))
         else:
-            enter = Trainer._enter
-
-            def watched(self, *args):
-                Trainer._enter = enter
-                threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                return enter(self, *args)
-
-            Trainer._enter = watched
-    train("tiny", overrides)
+            hooks.append(KillAfter(after))
+    Trainer(check("tiny", overrides), hooks).fit()
 
 
 def _die_in(module: str, name: str, call: int) -> None:

@@ -1,4 +1,4 @@
-"""What can happen to a run directory while a run trains. Called on every rank before each step."""
+"""What can happen to a run directory while a run trains. Called on every rank after each step."""
 
 import resource
 import shutil
@@ -21,8 +21,8 @@ def once(cause: Callable[[Path], object]) -> Callable[[Trainer, Path, ExitStack]
     """Rank 0 does it, when nothing is being written."""
 
     def mishap(trainer: Trainer, run: Path, stack: ExitStack) -> None:
-        if trainer.account.step == AT:
-            trainer.writer.wait()
+        if trainer.run.step == AT:
+            trainer.checkpoints.writer.wait()
             dist.barrier()
             if dist.get_rank() == 0:
                 cause(run)
@@ -60,19 +60,19 @@ def truncate_frozen(run: Path) -> None:
 
 
 def rename_host(trainer: Trainer, run: Path, stack: ExitStack) -> None:
-    if trainer.account.step == AT:
+    if trainer.run.step == AT:
         stack.enter_context(mock.patch.object(socket, "gethostname", lambda: "another-pod"))
 
 
 def fill_disk(trainer: Trainer, run: Path, stack: ExitStack) -> None:
     """No file can grow past 4 KiB for some steps."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if trainer.account.step == AT:
-        trainer.writer.wait()
+    if trainer.run.step == AT:
+        trainer.checkpoints.writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
-    if trainer.account.step == HEALED:
-        trainer.writer.wait()
+    if trainer.run.step == HEALED:
+        trainer.checkpoints.writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
 
 

@@ -26,15 +26,14 @@ from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.config import RecipeError
 from relora_ds.training import lock
-from relora_ds.training.guard import GuardError
-from relora_ds.training.preemption import Preempted
+from relora_ds.training.exit_codes import GuardError, Preempted
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.faults.accidents import ACCIDENTS, Accident
 from tests.faults.kills import Mortal, train_and_die
 from tests.faults.mishaps import FOREIGN_SOURCE, MISHAPS
 from tests.ranks import ranks
-from tests.training.runs import losses, status
+from tests.training.runs import AfterStep, losses, status
 
 STEPS, STOP = 24, 13
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every=6", "checkpoint.keep_last=99", "eval.samples=0", "precision=bf16"]
@@ -107,17 +106,14 @@ def attempt(
             mock.patch.dict(os.environ, environment or {}),
             ACCIDENTS[accident].disk(run),
         ):
-            trainer = Trainer(check("tiny", [*SETTINGS, *overrides]))
-            step = trainer._train_step
 
-            def watched():
+            def watched(state):
                 if mishap is not None:
                     MISHAPS[mishap](trainer, run, stack)
-                if trainer.account.step == stop:
+                if state.step == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
-                step()
 
-            trainer._train_step = watched
+            trainer = Trainer(check("tiny", [*SETTINGS, *overrides]), [AfterStep(watched)])
             trainer.fit()
     except tuple(CODES) as error:
         return next(code for kind, code in CODES.items() if isinstance(error, kind)), str(error)

@@ -11,16 +11,15 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from relora_ds import train
 from relora_ds.checkpoint import store
-from relora_ds.train import main
-from relora_ds.training import watchdog
-from relora_ds.training.guard import GuardError
-from relora_ds.training.preemption import Preempted
+from relora_ds.training.exit_codes import GuardError, Preempted
+from relora_ds.training.hooks import watchdog
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.faults.kills import Mortal, require_equal
 from tests.ranks import ranks
-from tests.training.runs import lines, losses, run, status
+from tests.training.runs import AfterStep, lines, losses, run, status
 
 SETTINGS = ["eval.samples=0", "checkpoint.every=null", "precision=bf16"]
 
@@ -28,24 +27,21 @@ SETTINGS = ["eval.samples=0", "checkpoint.every=null", "precision=bf16"]
 def train_and_signal(overrides: list[str], number: int, rank: int, step: int) -> tuple[str, str, int]:
     """On a rank: train; `rank` gets a signal during `step`. Returns what ended it, what is said, and the last step."""
     before = signal.SIG_DFL
-    trainer = Trainer(check("tiny", overrides))
-    forward = trainer._train_step
 
-    def signalled():
-        if trainer.account.step == step - 1 and dist.get_rank() == rank:
+    def signalled(state):
+        if state.step == step - 1 and dist.get_rank() == rank:
             os.kill(os.getpid(), number)
-        forward()
 
-    trainer._train_step = signalled
+    trainer = Trainer(check("tiny", overrides), [AfterStep(signalled)])
     try:
         trainer.fit()
     except (Preempted, GuardError) as error:
-        return type(error).__name__, str(error), trainer.account.step
+        return type(error).__name__, str(error), trainer.run.step
     finally:
         assert signal.getsignal(number) == signal.SIG_IGN  # a second one would hide the first one's outcome
         for each in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(each, before)
-    return "it came to its end", "", trainer.account.step
+    return "it came to its end", "", trainer.run.step
 
 
 @pytest.mark.parametrize(
@@ -87,19 +83,16 @@ def test_what_could_not_be_saved_is_not_called_saved(tmp_path):
 
 def train_and_die(overrides: list[str], rank: int) -> None:
     """On a rank: train; `rank` dies in step 14. The other one writes down what it says."""
-    trainer = Trainer(check("tiny", overrides))
-    forward = trainer._train_step
 
-    def dying():
-        if trainer.account.step == 13 and dist.get_rank() == rank:
+    def dying(state):
+        if state.step == 13 and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        forward()
 
-    trainer._train_step = dying
+    trainer = Trainer(check("tiny", overrides), [AfterStep(dying)])
     try:
         trainer.fit()
     except RuntimeError as error:
-        (Path(trainer.run_dir) / "said").write_text(str(error))
+        (trainer.run.run_dir / "said").write_text(str(error))
 
 
 @pytest.mark.parametrize(
@@ -138,15 +131,12 @@ def test_where_rank_0_has_died_nothing_can_hang(tmp_path):
 
 def train_and_freeze(overrides: list[str], rank: int) -> None:
     """On a rank: train; `rank` is stopped in its tracks during step 14."""
-    trainer = Trainer(check("tiny", overrides))
-    forward = trainer._train_step
 
-    def frozen():
-        if trainer.account.step == 13 and dist.get_rank() == rank:
+    def frozen(state):
+        if state.step == 13 and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGSTOP)
-        forward()
 
-    trainer._train_step = frozen
+    trainer = Trainer(check("tiny", overrides), [AfterStep(frozen)])
     trainer.fit()
 
 
@@ -167,15 +157,12 @@ def test_a_rank_that_stands_still_is_named_and_the_others_end(tmp_path, rank):
 
 def linger(overrides: list[str], rank: int) -> None:
     """On a rank: train; `rank` does not come to step 14, but lives."""
-    trainer = Trainer(check("tiny", overrides))
-    forward = trainer._train_step
 
-    def lingering():
-        if trainer.account.step == 13 and dist.get_rank() == rank:
+    def lingering(state):
+        if state.step == 13 and dist.get_rank() == rank:
             time.sleep(60)
-        forward()
 
-    trainer._train_step = lingering
+    trainer = Trainer(check("tiny", overrides), [AfterStep(lingering)])
     trainer.fit()
 
 
@@ -195,20 +182,15 @@ def test_a_slow_step_is_no_standstill(tmp_path):
 
 
 def dawdle(overrides: list[str]) -> None:
-    trainer = Trainer(check("tiny", overrides))
-    forward = trainer._train_step
-
-    def slow():
-        time.sleep(7 if trainer.account.step in (3, 11) else 0)
-        forward()
-
-    trainer._train_step = slow
-    trainer.fit()
+    slow = AfterStep(lambda state: time.sleep(7 if state.step in (3, 11) else 0))
+    Trainer(check("tiny", overrides), [slow]).fit()
 
 
 def interrupt(overrides: list[str]) -> int:
-    with mock.patch.object(Trainer, "_train_step", side_effect=KeyboardInterrupt):
-        return main(["--config", "tiny", *overrides])
+    def press(state):
+        raise KeyboardInterrupt
+
+    return train.run("tiny", overrides, [AfterStep(press)])
 
 
 def test_ctrl_c_is_said_in_one_line(tmp_path):

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from relora_ds.data import prepare
-from relora_ds.training.evaluation import evaluate
 from relora_ds.training.preflight import resolve
+from relora_ds.training.validation import evaluate
 
 REPOSITORY = Path(__file__).parents[2]
 VOCAB = 512

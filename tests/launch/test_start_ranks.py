@@ -120,7 +120,7 @@ def test_the_ranks_notice_that_it_was_killed(tmp_path):
     looks = script(
         tmp_path,
         """
-from relora_ds.training.preemption import _launcher
+from relora_ds.training.hooks.preemption import _launcher
 parent = os.getppid()
 print(_launcher() == parent)
 while os.getppid() == parent: time.sleep(0.1)

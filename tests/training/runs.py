@@ -2,12 +2,26 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from relora_ds.training.metrics import read_metrics
+from relora_ds.training.hooks import Hook
+from relora_ds.training.metrics_log import read_metrics
 from relora_ds.training.preflight import check
+from relora_ds.training.state import RunState
+from relora_ds.training.step import Step
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
+
+
+class AfterStep(Hook):
+    """Calls a function after every step."""
+
+    def __init__(self, call: Callable[[RunState], object]):
+        self._call = call
+
+    def on_step(self, run: RunState, step: Step) -> None:
+        self._call(run)
 
 
 def train(recipe: str, overrides: list[str]) -> dict:

@@ -4,7 +4,8 @@ import pytest
 
 from relora_ds.__main__ import main
 from relora_ds.data import file_hashes
-from relora_ds.training import preflight, report
+from relora_ds.training import preflight
+from relora_ds.training.hooks.console import opening
 from relora_ds.training.phases import phases_of
 from tests.data.settings import write_text
 
@@ -40,7 +41,7 @@ def test_a_run_and_check_say_the_epochs(overrides, capsys, packing):
     plan = preflight.check("tiny", overrides)
     rows = len(plan.data.train) // 32 if packing == "true" else 29
     line = f"epochs: {1600 / rows:.2f} (1,600 sequences of a corpus of {rows:,})"
-    assert line in report.opening(plan, phases_of(plan.recipe), None)
+    assert line in opening(plan, phases_of(plan.recipe), None)
     assert not any("max_tokens" in warning for warning in plan.warnings())
     assert line in checked(capsys, overrides)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relora_ds.training import evaluation
+from relora_ds.training import validation
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from relora_ds.zero.teardown import release
@@ -26,21 +26,21 @@ def data(batches: int):
 
 
 def evaluate(model, batches: int = 1):
-    return evaluation.evaluate(model, data(batches), seq_len=LENGTH, micro_batch_size=ROWS, device=CPU)
+    return validation.evaluate(model, data(batches), seq_len=LENGTH, micro_batch_size=ROWS, device=CPU)
 
 
 @pytest.mark.parametrize("at_once", [1, 5 * VOCAB, 1 << 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_in_parts_have_the_bits_of_all_at_once(dtype, at_once, monkeypatch):
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(validation, "LOGITS_AT_ONCE", at_once)
     logits, labels = 3 * torch.randn(3, 7, VOCAB, generator=torch.Generator().manual_seed(0)), batch(0, 3, VOCAB, 7)
     logits, labels[1, 4:] = logits.to(dtype), -100
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
-    assert torch.equal(evaluation._losses(logits, labels), expected)
+    assert torch.equal(validation._losses(logits, labels), expected)
 
 
 def test_an_evaluation_takes_less_memory_than_a_training_step_however_many_batches_it_has(monkeypatch):
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", VOCAB)
+    monkeypatch.setattr(validation, "LOGITS_AT_ONCE", VOCAB)
     model = llama(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1).bfloat16()
     logits = 2 * ROWS * LENGTH * VOCAB
     with PeakBytes() as one:
@@ -85,26 +85,26 @@ def test_a_rehearsal_that_does_not_fit_names_the_field_and_leaves_the_mode():
         match=r"train.micro_batch_size: 4 sequences of 32 tokens .*; lower it \("
         r"Tried to allocate 2.00 GiB\)",
     ):
-        evaluation.rehearse(model, data(1), seq_len=LENGTH, micro_batch_size=ROWS, device=CPU)
+        validation.rehearse(model, data(1), seq_len=LENGTH, micro_batch_size=ROWS, device=CPU)
     assert model.training
 
 
 def without_room(overrides: list[str]) -> str:
     """On a rank: train where no evaluation fits."""
-    real = evaluation._losses
+    real = validation._losses
 
     def fail(*_):
         raise torch.OutOfMemoryError("no room")
 
-    trainer, evaluation._losses = Trainer(check("tiny", overrides)), fail
+    trainer, validation._losses = Trainer(check("tiny", overrides)), fail
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:
-        trainer.writer.close()
-        release(trainer.engine)
+        trainer.checkpoints.writer.close()
+        release(trainer.run.engine)
         return str(error)
     finally:
-        evaluation._losses = real
+        validation._losses = real
     return "it trained"
 
 

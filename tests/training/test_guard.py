@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ import torch.distributed as dist
 from relora_ds.checkpoint import store
 from relora_ds.config import GuardConfig
 from relora_ds.data import TrainLoader
-from relora_ds.training.guard import WINDOW, BadSteps, GuardError, LossSpikes
+from relora_ds.training.batches import train_batches
+from relora_ds.training.exit_codes import GuardError
+from relora_ds.training.hooks import Hook
+from relora_ds.training.hooks.guard import BadSteps
 from relora_ds.training.preflight import check
+from relora_ds.training.spikes import WINDOW, LossSpikes
 from relora_ds.training.trainer import Trainer
 from relora_ds.zero.restart import NonFiniteMergeError
 from tests.parity import cases
@@ -83,6 +88,16 @@ def test_bad_steps_in_a_row_end_the_run():
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
+class Elsewhere(Hook):
+    """Has the data go on from a place of its own."""
+
+    def __init__(self, loader: dict):
+        self._loader = loader
+
+    def on_begin(self, run):
+        run.loader = train_batches(run.plan, self._loader)
+
+
 def train_with_bad_data(overrides: list[str], bad_steps=BAD_STEPS, loader: dict | None = None) -> dict:
     """On a rank: train where the last rank's data of some places are one token over and over.
 
@@ -95,19 +110,10 @@ def train_with_bad_data(overrides: list[str], bad_steps=BAD_STEPS, loader: dict 
         for batch in real(self):
             yield {name: torch.full_like(value, 511) for name, value in batch.items()} if bad else batch
 
-    trainer = Trainer(check("tiny", overrides))
-    if loader is not None:
-        find = trainer._find_checkpoint
-
-        def elsewhere():
-            found = find()
-            found.manifest.run["loader"] = loader
-            return found
-
-        trainer._find_checkpoint = elsewhere
+    trainer = Trainer(check("tiny", overrides), [] if loader is None else [Elsewhere(loader)])
     TrainLoader.next_step = spoiled
     try:
-        return trainer.fit() | {"loader": trainer.loader.state_dict()}
+        return trainer.fit() | {"loader": trainer.run.loader.state_dict()}
     finally:
         TrainLoader.next_step = real
 
@@ -248,21 +254,23 @@ def test_a_stored_copy_that_would_not_be_finite_is_refused():
         assert changed == []
 
 
-def train_to_a_bad_merge(overrides: list[str]) -> str:
-    trainer = Trainer(check("tiny", overrides))
-    step = trainer._train_step
+class Poison(Hook):
+    """Spoils the factors before the second restart."""
 
-    def poisoned():
-        restart = trainer.engine.restart_if_due
-        trainer.engine.restart_if_due = lambda: (poison(trainer.engine) if trainer.engine.t == 20 else None, restart())
+    @contextmanager
+    def around_step(self, run):
+        engine = run.engine
+        restart = engine.restart_if_due
+        engine.restart_if_due = lambda: (poison(engine) if engine.t == 20 else None, restart())
         try:
-            step()
+            yield
         finally:
-            del trainer.engine.restart_if_due
+            del engine.restart_if_due
 
-    trainer._train_step = poisoned
+
+def train_to_a_bad_merge(overrides: list[str]) -> str:
     try:
-        trainer.fit()
+        Trainer(check("tiny", overrides), [Poison()]).fit()
     except GuardError as error:
         return str(error)
     return "it did not"

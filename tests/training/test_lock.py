@@ -6,13 +6,14 @@ import os
 import pytest
 
 from relora_ds.checkpoint.find import ResumeError
-from relora_ds.train import EXIT_GUARD, _stop
-from relora_ds.training.guard import GuardError
+from relora_ds.train import _stop
+from relora_ds.training import exit_codes
+from relora_ds.training.exit_codes import GuardError
 from relora_ds.training.lock import NAME, lock
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
-from tests.training.runs import run, status, train
+from tests.training.runs import AfterStep, run, status, train
 
 
 def refused(overrides: list[str]) -> str:
@@ -43,15 +44,14 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path, how):
 
 def fail(overrides: list[str]) -> None:
     """On a rank: what train.py does with a run that a guard ends."""
-    trainer = Trainer(check("tiny", overrides))
 
-    def bad_step():
+    def bad_step(run):
         raise GuardError("a step went wrong")
 
-    trainer._train_step = bad_step
+    trainer = Trainer(check("tiny", overrides), [AfterStep(bad_step)])
     with pytest.raises(GuardError) as caught:
         trainer.fit()
-    _stop(trainer, False, str(caught.value), EXIT_GUARD)
+    _stop(trainer, False, str(caught.value), exit_codes.GUARD)
 
 
 def test_the_last_status_is_written_after_the_directory_is_free(tmp_path):

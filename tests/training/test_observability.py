@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from relora_ds import data
 from relora_ds.config import RecipeError, load_recipe
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.training import report
-from relora_ds.training.metrics import MetricsLog, read_metrics
+from relora_ds.training.hooks.console import sample_line
+from relora_ds.training.metrics_log import MetricsLog, read_metrics
 from relora_ds.training.samples import Sample, continuations, draw_samples, first_documents
 from tests.parity import cases
 from tests.ranks import ranks
@@ -150,10 +150,10 @@ def test_a_text_ends_where_the_document_does(observed):
 
 
 def test_a_sample_is_one_line_for_a_person():
-    line = report.sample_line(Sample("a\nlong prompt " * 20, "\n\nfirst\tline\nsecond " * 20), 80)
+    line = sample_line(Sample("a\nlong prompt " * 20, "\n\nfirst\tline\nsecond " * 20), 80)
     assert "\n" not in line and "\t" not in line and len(line) == 80
     assert line.startswith("  sample: …") and " >> first line second" in line and line.endswith("…")
-    assert report.sample_line(Sample("It", " is."), 80) == "  sample: It >> is."
+    assert sample_line(Sample("It", " is."), 80) == "  sample: It >> is."
 
 
 def test_a_negative_number_of_samples_is_refused():
@@ -280,13 +280,10 @@ def test_tensorboard_shows_the_recipe_and_the_samples(board, observed):
 
 
 def test_json_says_null_where_a_number_is_not_finite(tmp_path):
-    log = MetricsLog(tmp_path, enabled=True)
+    log = MetricsLog(tmp_path)
     log.write(
         "restart", step=1, t=1, phase="relora", merge_loss=float("nan"), update_norms={"a": float("inf"), "b": 1.0}
     )
     log.close()
     (line,) = read_metrics(tmp_path)
     assert line["update_norms"] == {"a": None, "b": 1.0} and line["merge_loss"] is None
-
-
-# -- rank of the update ----------------------------------------------------------------------------------------------

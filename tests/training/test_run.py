@@ -14,7 +14,7 @@ from relora_ds import data
 from relora_ds.config import load_recipe
 from relora_ds.interop.export import export
 from relora_ds.lowrank.schedule import lr_multiplier
-from relora_ds.training.evaluation import evaluate
+from relora_ds.training.validation import evaluate
 from tests.ranks import ranks
 from tests.training.runs import lines, losses, run, status, train
 
@@ -25,6 +25,7 @@ TRAIN_KEYS = {
     "tokens",
     "tokens_per_s",
     "step_s",
+    "mfu",
     "bytes_payload",
     "bytes_wire",
     "peak_memory_bytes",

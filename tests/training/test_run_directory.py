@@ -20,7 +20,7 @@ from relora_ds.training.requeue import FIRST_START
 from relora_ds.training.run_directory import Claim, early_problems, problems
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
-from tests.training.runs import died_before_its_first_checkpoint, lines, run, status
+from tests.training.runs import AfterStep, died_before_its_first_checkpoint, lines, run, status
 
 SETTINGS = (
     "train.steps=6",
@@ -425,20 +425,17 @@ def test_the_checkpoint_is_found_under_the_lock(a_run, tmp_path):
 
 def moved_away(overrides: list[str], run_dir: str, arrives: str) -> str:
     """Train; after 5 steps the run is moved away, and another one is where it was."""
-    trainer = Trainer(check("tiny", overrides))
-    step = trainer._train_step
 
-    def watched():
-        if trainer.account.step == 5:
-            trainer.writer.wait()
+    def watched(state):
+        if state.step == 5:
+            trainer.checkpoints.writer.wait()
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.move(run_dir, f"{run_dir}_moved")
                 shutil.copytree(arrives, run_dir)
             dist.barrier()
-        step()
 
-    trainer._train_step = watched
+    trainer = Trainer(check("tiny", overrides), [AfterStep(watched)])
     try:
         trainer.fit()
     except ResumeError as error:

@@ -13,12 +13,15 @@ from rich.console import Console
 
 from relora_ds.checkpoint.find import _stray
 from relora_ds.checkpoint.run_files import read_json, read_metrics
+from relora_ds.config import Recipe
 from relora_ds.interop.export import export
 from relora_ds.interop.sources import find_checkpoint, is_finished
 from relora_ds.lab.figures.run_history import method_text, read_runs
-from relora_ds.training import metrics
-from relora_ds.training.console import View
-from relora_ds.training.metrics import MetricsLog
+from relora_ds.training import metrics_log
+from relora_ds.training.hooks.loggers import logger
+from relora_ds.training.hooks.loggers.tensorboard import TensorBoard
+from relora_ds.training.metrics_log import MetricsLog
+from relora_ds.training.terminal import Terminal
 from tests.training.runs import lines, losses, run, status
 
 SETTINGS = ("train.steps=14", "checkpoint.every=6", "checkpoint.keep_last=99")
@@ -37,6 +40,10 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "r")
 
 
+def log_in(directory: Path) -> MetricsLog:
+    return MetricsLog(directory, loggers=[TensorBoard(Recipe(), directory, None)])
+
+
 def write(log: MetricsLog, step: int) -> None:
     log.write("train", step=step, t=step, phase="relora", loss=1.0)
 
@@ -52,7 +59,7 @@ def wait_for(is_so) -> None:
 
 
 def test_lines_that_found_no_space_are_written_later(tmp_path, caplog):
-    log, path = MetricsLog(tmp_path, enabled=True), tmp_path / "metrics.jsonl"
+    log, path = log_in(tmp_path), tmp_path / "metrics.jsonl"
     write(log, 1)
     path.rename(tmp_path / "away")
     path.symlink_to("/dev/full")
@@ -68,11 +75,11 @@ def test_lines_that_found_no_space_are_written_later(tmp_path, caplog):
 
 def test_of_a_line_that_fits_in_part_nothing_stays(tmp_path):
     path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    metrics._append(path, b"first\n")
+    metrics_log._append(path, b"first\n")
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
     try:
         with pytest.raises(OSError, match="No space left"):
-            metrics._append(path, b"second\n")
+            metrics_log._append(path, b"second\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"first\n"
@@ -81,13 +88,13 @@ def test_of_a_line_that_fits_in_part_nothing_stays(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its thread says what it raises
 def test_tensorboards_writer_that_failed_is_replaced(tmp_path, caplog, monkeypatch):
     """Its thread fails, and every later call would raise."""
-    monkeypatch.setattr(metrics, "_BOARD_RETRY_S", 0)
-    log = MetricsLog(tmp_path, enabled=True)
+    monkeypatch.setattr(logger, "RETRY_S", 0)
+    log = log_in(tmp_path)
     log.text("recipe", "text", 0)
-    log._board._writer.flush()
+    log._loggers[0]._target.flush()
     shutil.move(tmp_path / "tensorboard", tmp_path / "moved")
     (tmp_path / "tensorboard").write_text("in its way")
-    thread = log._board._writer.file_writer.event_writer._async_writer._worker
+    thread = log._loggers[0]._target.file_writer.event_writer._async_writer._worker
     thread._next_flush_time = 0  # it writes at once, not in two minutes
     write(log, 1)
     wait_for(lambda: not thread.is_alive())
@@ -103,15 +110,15 @@ def test_tensorboards_writer_that_failed_is_replaced(tmp_path, caplog, monkeypat
 
 
 def test_tensorboards_writer_that_cannot_close_does_not_matter(tmp_path, caplog):
-    log = MetricsLog(tmp_path, enabled=True)
+    log = log_in(tmp_path)
     write(log, 1)
-    log._board._writer.close = lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    log._loggers[0]._target.close = lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
     log.close()
     assert "TensorBoard lacks events (metrics.jsonl has the numbers): No space left on device" in caplog.text
 
 
 def test_a_console_on_a_full_disk_is_silent():
-    view = View.__new__(View)  # its own beginning sets up the logging of the whole process
+    view = Terminal.__new__(Terminal)  # its own beginning sets up the logging of the whole process
     view._warned, view._bar = set(), None
     with open("/dev/full", "wb", buffering=0) as full:
         view.console = Console(file=io.TextIOWrapper(full, write_through=True))

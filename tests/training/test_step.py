@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from relora_ds.training import batches, probe, report
-from relora_ds.training.accounting import Account
-from relora_ds.training.clock import StepClock
+from relora_ds.training import batches, figures, probe, trainer
+from relora_ds.training.hooks import Hook
 from relora_ds.training.preflight import check
+from relora_ds.training.step import take_step
 from relora_ds.training.trainer import Trainer
 from relora_ds.zero.initialize import initialize
 from relora_ds.zero.teardown import release
@@ -21,23 +21,25 @@ from tests.training.runs import losses, train
 SETTINGS = ["train.steps=24", "eval.samples=1", "train.batch_sequences=8", "train.micro_batch_size=2"]
 
 
+class LogitsAlive(Hook):
+    """Attributes: alive: at the beginning of each forward, how many logits of those before it are still there."""
+
+    def __init__(self):
+        self.made, self.alive = [], []
+
+    def on_phase(self, run):
+        run.engine.module.register_forward_pre_hook(
+            lambda *_: self.alive.append(sum(storage() is not None for storage in self.made))
+        )
+        run.engine.module.register_forward_hook(
+            lambda _module, _inputs, output: self.made.append(weakref.ref(output.logits.untyped_storage()))
+        )
+
+
 def logits_alive(overrides: list[str]) -> list[int]:
-    """On a rank: train; at the beginning of each forward, how many logits of those before it are still there."""
-    trainer = Trainer(check("tiny", overrides))
-    enter, made, alive = trainer._enter, [], []
-
-    def watched(*args):
-        enter(*args)
-        trainer.engine.module.register_forward_pre_hook(
-            lambda *_: alive.append(sum(storage() is not None for storage in made))
-        )
-        trainer.engine.module.register_forward_hook(
-            lambda _module, _inputs, output: made.append(weakref.ref(output.logits.untyped_storage()))
-        )
-
-    trainer._enter = watched
-    trainer.fit()
-    return alive
+    hook = LogitsAlive()
+    Trainer(check("tiny", overrides), [hook]).fit()
+    return hook.alive
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
@@ -51,25 +53,18 @@ def bytes_a_logit(rows=4, length=32, vocab_size=8192) -> float:
     """On a rank: the most bytes of the trainer's steps, per logit, of a bf16 model that is little else than logits."""
     model = llama(vocab_size=vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
     engine, *_ = initialize(model, "zero1", lr=1e-3, total_steps=9, precision="bf16", micro_batch_size=rows)
-    ids, account, nothing = batch(0, rows, vocab_size, length), Account(), lambda *_, **__: None
-    traffic = SimpleNamespace(wants_sample=lambda: False, record=nothing, payload=0, wire=0, full_rank=(0, 0))
-    trainer = SimpleNamespace(
+    ids = batch(0, rows, vocab_size, length)
+    run = SimpleNamespace(
         engine=engine,
-        account=account,
-        traffic=traffic,
-        clock=StepClock(engine.device, account),
+        totals=SimpleNamespace(step=0),
         loader=SimpleNamespace(next_step=lambda is_last: [{"input_ids": ids, "labels": ids}]),
-        plan=SimpleNamespace(accumulation=1),
-        spikes=SimpleNamespace(screens=False),
-        phase=SimpleNamespace(start=0),
-        bad_steps=SimpleNamespace(record=nothing),
-        journal=SimpleNamespace(step=nothing),
-        recipe=SimpleNamespace(total_steps=9, tokens_per_step=1),
+        losses=SimpleNamespace(spikes=SimpleNamespace(screens=False)),
+        plan=SimpleNamespace(accumulation=1, recipe=SimpleNamespace(total_steps=9)),
     )
-    Trainer._train_step(trainer)
+    take_step(run)
     with PeakBytes() as memory:
         for _ in range(3):
-            Trainer._train_step(trainer)
+            take_step(run)
     release(engine)
     return memory.peak / (rows * length * vocab_size)
 
@@ -105,12 +100,13 @@ def test_batches_made_ahead_change_no_loss_and_no_resume(tmp_path):
 
 def phases_with_a_peak_of_their_own(overrides: list[str]) -> list[str]:
     """On a rank: train; the phases that began to measure their memory, at the first step of each."""
-    trainer, begun = Trainer(check("tiny", overrides)), []
-    real, report.begin_peak_memory = report.begin_peak_memory, lambda device: begun.append(trainer.phase.name)
+    plan, begun = check("tiny", overrides), []
+    run = Trainer(plan)
+    real, trainer.begin_peak_memory = trainer.begin_peak_memory, lambda device: begun.append(run.run.phase.name)
     try:
-        trainer.fit()
+        run.fit()
     finally:
-        report.begin_peak_memory = real
+        trainer.begin_peak_memory = real
     return begun
 
 
@@ -119,8 +115,8 @@ def test_each_phase_has_a_peak_of_memory_of_its_own(tmp_path, monkeypatch):
     assert ranks(1).run(phases_with_a_peak_of_their_own, settings) == [["warm_start", "relora"]]
     forgotten = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
-    report.begin_peak_memory(torch.device("cuda", 1))
-    report.begin_peak_memory(torch.device("cpu"))
+    figures.begin_peak_memory(torch.device("cuda", 1))
+    figures.begin_peak_memory(torch.device("cpu"))
     assert forgotten == [torch.device("cuda", 1)]
 
 

@@ -26,7 +26,7 @@ BENCHMARKS = {
         "the pause of a restart, by network, ZeRO stage, storage format and place of the masters",
     ),
     "startup": ("startup", "seconds from the command to the first step, and where they go"),
-    "trainer": ("trainer", "what metrics, guard and progress cost of a step, measured by leaving them out"),
+    "trainer": ("trainer_overhead", "what metrics, guard and progress cost of a step, measured by leaving them out"),
     "clusters": ("clusters", "PREDICTED step time of full rank and ReLoRA on 8 to 4,096 GPUs, and across the internet"),
     "gpu-check": ("gpu_check", "correctness, speed, memory and restarts on this machine's GPU, within minutes"),
 }

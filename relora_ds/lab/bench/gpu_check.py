@@ -28,11 +28,11 @@ import torch
 
 from relora_ds.lab.bench.baselines import FULL, Spec
 from relora_ds.lab.bench.gpu_report import label, markdown, suspicious  # noqa: F401 (markdown: of every benchmark)
-from relora_ds.lab.bench.peaks import peak_flops
 from relora_ds.lab.bench.throughput import COMPARED
 from relora_ds.lab.bench.watched import Process
 from relora_ds.lowrank.formats import format_named
 from relora_ds.models import compilation
+from relora_ds.models.flops import peak_flops
 from relora_ds.utils.versions import version_of
 
 TESTS = Path(__file__).parents[3] / "tests" / "cuda"

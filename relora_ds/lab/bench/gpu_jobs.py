@@ -71,7 +71,7 @@ JOBS: dict[str, Callable[..., dict]] = {function.__name__: function for function
 
 def main(jobs: list, lines: Path) -> None:
     """Do the jobs in order; on every rank."""
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
     from relora_ds.zero.start import init_distributed, leave
 
     quieten_libraries()

@@ -71,7 +71,7 @@ def launch_local(
 def _measure(module: str, arguments: argparse.Namespace) -> dict:
     from importlib import import_module
 
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
     from relora_ds.zero.start import init_distributed
 
     quieten_libraries()

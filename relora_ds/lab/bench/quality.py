@@ -22,7 +22,7 @@ from pathlib import Path
 from relora_ds.config import Recipe, load_recipe
 from relora_ds.data.corpora import documents
 from relora_ds.lab.bench.environment import rows_as_markdown
-from relora_ds.training.metrics import read_metrics
+from relora_ds.training.metrics_log import read_metrics
 
 RECIPE = "quickstart"
 SETTINGS = (

@@ -24,7 +24,6 @@ STAGES = (
     "process group",
     "run directory",
     "engine",
-    "loader, TensorBoard",
     "first step",
 )
 
@@ -91,9 +90,10 @@ def markdown(result: dict) -> str:
     """Return the table."""
     from relora_ds.lab.bench.environment import rows_as_markdown  # it imports torch, which is timed
 
-    full = {stage: statistics.median(start[stage] for start in result["full_cache_s"]) for stage in STAGES}
+    stages = list(result["empty_cache_s"])
+    full = {stage: statistics.median(start[stage] for start in result["full_cache_s"]) for stage in stages}
     rows = [["", "data cache full", "empty"]]
-    rows += [[stage, f"{full[stage]:.2f} s", f"{result['empty_cache_s'][stage]:.2f} s"] for stage in STAGES]
+    rows += [[stage, f"{full[stage]:.2f} s", f"{result['empty_cache_s'][stage]:.2f} s"] for stage in stages]
     totals = [sum(start.values()) for start in result["full_cache_s"]]
     rows.append(["in all", f"{statistics.median(totals):.2f} s", f"{sum(result['empty_cache_s'].values()):.2f} s"])
     named = " ".join([result["config"], *result["overrides"]])
@@ -123,36 +123,30 @@ def _rank(launched: float, out: Path, config: str, overrides: list[str]) -> None
     import relora_ds.zero.start  # noqa: F401 (it imports DeepSpeed)
 
     mark()
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
+    from relora_ds.training.hooks import Hook
     from relora_ds.training.preflight import check
+    from relora_ds.training.state import RunState
+    from relora_ds.training.step import Step
     from relora_ds.training.trainer import Trainer
     from relora_ds.zero.launchers import set_rank
     from relora_ds.zero.start import leave
 
     mark()
 
-    class Timed(Trainer):
-        def _find_checkpoint(self):
-            found = super()._find_checkpoint()
-            mark()
-            return found
-
-        def _open_run(self, checkpoint):
-            super()._open_run(checkpoint)
+    class Marks(Hook):
+        def on_start(self, run: RunState) -> None:
             mark()
 
-        def _build(self, phase, checkpoint):
-            super()._build(phase, checkpoint)
+        def on_begin(self, run: RunState) -> None:
             mark()
 
-        def _enter(self, phase, checkpoint):
-            super()._enter(phase, checkpoint)
+        def on_phase(self, run: RunState) -> None:
             mark()
 
-        def _train_step(self):
-            super()._train_step()
+        def on_step(self, run: RunState, step: Step) -> None:
             mark()
             raise _FirstStepTaken
 
@@ -160,7 +154,7 @@ def _rank(launched: float, out: Path, config: str, overrides: list[str]) -> None
     plan = check(config, overrides)
     mark()
     try:
-        Timed(plan).fit()
+        Trainer(plan, [Marks()]).fit()
     except _FirstStepTaken:
         if os.environ["RANK"] == "0":
             spans = dict(

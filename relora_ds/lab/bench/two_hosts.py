@@ -364,7 +364,7 @@ def _rate(rate: float | None) -> str:
 
 
 def _worker(argv: list[str]) -> None:
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
     from relora_ds.zero.start import init_distributed
 
     shared, out = [argument for argument in argv if not argument.startswith("--local_rank")]

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out and not arguments.out.parent.is_dir():  # known before hours of measuring
         raise ValueError(f"--out: there is no directory {arguments.out.parent}; make it first")
     _require_counts(arguments)
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and what was made removed

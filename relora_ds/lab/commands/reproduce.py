@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.lab.experiments.runs import Results, Run, Runner
     from relora_ds.lab.experiments.suites import read_suite
     from relora_ds.train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED
-    from relora_ds.training.preemption import Preempted
+    from relora_ds.training.exit_codes import Preempted
 
     names, overrides = _words(arguments)
     suites = [read_suite(name, arguments.scale) for name in names]

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         with needs_matplotlib("--out"):
             from relora_ds.lab.figures.plot_spectra import save_spectra
-    from relora_ds.training.console import quieten_libraries
+    from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
     from relora_ds.lab.experiments.update_spectra import measure

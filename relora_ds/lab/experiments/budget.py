@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from relora_ds.config import Recipe, method_of
 from relora_ds.lab.experiments.runs import Results, Run, Runner, reason
-from relora_ds.training.metrics import read_metrics
-from relora_ds.training.preemption import Preempted
+from relora_ds.training.exit_codes import Preempted
+from relora_ds.training.metrics_log import read_metrics
 
 TRIAL_STEPS = 8  # of which the first ones, that allocate, do not count
 WARM_STEPS = 2

@@ -25,8 +25,8 @@ from relora_ds.lab.bench.environment import environment_info
 from relora_ds.lab.experiments import update_spectra
 from relora_ds.lab.experiments.suites import Row
 from relora_ds.train import EXIT_PREEMPTED
-from relora_ds.training.metrics import read_metrics
-from relora_ds.training.preemption import Preempted
+from relora_ds.training.exit_codes import Preempted
+from relora_ds.training.metrics_log import read_metrics
 from relora_ds.utils.files import write_text
 
 # Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from relora_ds.config import METHODS, Recipe, method_of, read_recipe
-from relora_ds.training.metrics import read_json, read_metrics
+from relora_ds.training.metrics_log import read_json, read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from relora_ds.lab.bench import gpu_check, gpu_report
-from relora_ds.lab.bench.peaks import PEAK_FLOPS, peak_flops
 from relora_ds.lab.bench.watched import Process
+from relora_ds.models.flops import PEAK_FLOPS, peak_flops
 
 ROOT = Path(__file__).parents[3]
 # In the place of relora_ds.lab.bench.gpu_jobs: a job's name is what it does.

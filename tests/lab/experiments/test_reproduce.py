@@ -14,8 +14,8 @@ from relora_ds.config import load_recipe
 from relora_ds.lab.experiments import budget, suite_report
 from relora_ds.lab.experiments.runs import Results, Run, Runner, _spectrum, result_of
 from relora_ds.lab.experiments.suites import read_suite
-from relora_ds.training.metrics import read_metrics
-from relora_ds.training.preemption import Preempted
+from relora_ds.training.exit_codes import Preempted
+from relora_ds.training.metrics_log import read_metrics
 
 SMALL = (
     "model.preset=tiny",

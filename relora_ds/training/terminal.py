@@ -43,8 +43,8 @@ def quieten_libraries() -> None:
     )
 
 
-class View:
-    """Rank 0 talks; on the other ranks every call does nothing.
+class Terminal:
+    """Prints rank 0's lines; on the other ranks every call does nothing.
 
     On a terminal there is a progress bar at the bottom; elsewhere (a log file) a plain line per logged step.
     """
@@ -52,7 +52,7 @@ class View:
     def __init__(self, enabled: bool, total_steps: int):
         self.enabled = enabled
         self.console = Console(highlight=False, soft_wrap=True, quiet=not enabled)
-        self._bar = None
+        self._bar: Progress | None = None
         self._warned: set[str] = set()
         if enabled:
             logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True, handlers=[_LogLines(self)])
@@ -74,32 +74,32 @@ class View:
 
     @property
     def width(self) -> int:
-        """Characters that a line should not exceed where it can be cut: the terminal's, 120 in a log file."""
+        """Return the longest line that is not cut, in characters: the terminal's, 120 in a log file."""
         return self.console.width if self.console.is_terminal else 120
 
     def line(self, text: str) -> None:
         """Print one line above the bar."""
         self._show(text, markup=False)
 
-    def _show(self, what, **how) -> None:
+    def _show(self, what: object, **how: bool) -> None:
         with contextlib.suppress(OSError):  # the output goes to a file, and the disk is full
             self.console.print(what, **how)
 
     def warn(self, text: str) -> None:
-        """A line that says that it is a warning. Said once: the libraries' loggers come here too."""
+        """Print a warning, once: the libraries' loggers come here too."""
         if text not in self._warned:
             self._warned.add(text)
             self.line(f"warning: {text}")
 
     def step(self, step: int, total: int, phase: str, figures: str, logged: bool) -> None:
-        """A step is done; `figures` is shown where it was logged."""
+        """Show that a step is done; `figures` where it was logged."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=phase, **({"figures": figures} if logged else {}))
         elif logged:
             self.line(f"step {step:>6}/{total}  {phase:<10}  {figures}")
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table; the first column left, the others right."""
+        """Print a table; the first column left, the others right."""
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
@@ -108,21 +108,22 @@ class View:
         self._show(table)
 
     def close(self) -> None:
+        """Take the bar away: it would swallow what is printed next."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 class _LogLines(logging.Handler):
-    """Log records as lines of the view; what is more than information says so."""
+    """Log records as lines of the terminal; what is more than information says so."""
 
-    def __init__(self, view: View):
+    def __init__(self, terminal: Terminal):
         super().__init__()
-        self._view = view
+        self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.levelno == logging.WARNING:
-            self._view.warn(text)
+            self._terminal.warn(text)
         else:
-            self._view.line(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}")
+            self._terminal.line(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}")

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from relora_ds.training.exit_codes import GuardError, Preempted
+from relora_ds.training.hooks.hook import Hook
+from relora_ds.training.hooks.saving import Checkpoints
+from relora_ds.training.state import RunState
+from relora_ds.training.step import Step
 from relora_ds.zero.start import host_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class Preempted(RuntimeError):
-    """The run stops because it was asked to (exit code 75), with its state saved."""
 
 
 class StopRequest:
@@ -31,7 +32,7 @@ class StopRequest:
         self.heard: str | None = None
         self._launcher = _launcher()
         self._group = host_group()  # no device waits for it
-        self._asked = self._work = None
+        self._asked, self._work = torch.zeros(1), None
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def _hear(self, number: int, _frame) -> None:
@@ -60,6 +61,32 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if self.heard else handler or signal.SIG_DFL)
         self._work = None
         dist.destroy_process_group(self._group)
+
+
+class Preemption(Hook):
+    """Saves and ends the run where it was asked to stop."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.request: StopRequest | None = None
+        self._checkpoints = checkpoints
+
+    def on_begin(self, run: RunState) -> None:
+        if self.request is None:
+            self.request = StopRequest()
+
+    def on_step(self, run: RunState, step: Step) -> None:
+        assert self.request is not None, "the run has begun"
+        if not self.request.agreed():
+            return
+        asked = f"asked to stop ({self.request.heard})"
+        if not self._checkpoints.secure(run):
+            raise GuardError(f"{asked}, but the state after step {run.step} could not be saved")
+        self._checkpoints.on_phase_end(run)
+        raise Preempted(f"{asked}; saved after step {run.step}, go on with resume=auto")
+
+    def close(self, run: RunState) -> None:
+        if self.request is not None:
+            self.request.close()
 
 
 def _launcher() -> int | None:

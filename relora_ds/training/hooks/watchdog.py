@@ -21,9 +21,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
+from relora_ds.training import exit_codes
+from relora_ds.training.hooks.hook import Hook
+from relora_ds.training.owned_directory import OwnedDirectory
+from relora_ds.training.state import RunState
 from relora_ds.zero.start import set_timeouts
 
-EXIT_ERROR, EXIT_GUARD = 1, 3
 _LAST_WORDS_S = 10  # for what is said at the end: the disk or the terminal may be what stands still
 _GRACE_S = 30  # from the death of the store to the end: collectives that fail on their own say more
 
@@ -113,7 +116,7 @@ class Watchdog:
                     return
         except RuntimeError:
             if self._is_gone() and not self._closed.wait(_GRACE_S):
-                self._end(f"{self._keeper()} has died, at {self._where()}", EXIT_ERROR)
+                self._end(f"{self._keeper()} has died, at {self._where()}", exit_codes.ERROR)
 
     def _is_gone(self) -> bool:
         """Return True if the store's process has died. A lost connection alone is no reason to end a run."""
@@ -141,7 +144,7 @@ class Watchdog:
                 if self._progress == seen:
                     self._end(
                         f"guard.watchdog_seconds: no progress for {self._seconds:g} s at {self._where()}; {blame}",
-                        EXIT_GUARD,
+                        exit_codes.GUARD,
                     )
 
     def _end(self, message: str, code: int) -> None:
@@ -153,6 +156,50 @@ class Watchdog:
         last_words.start()
         last_words.join(_LAST_WORDS_S)
         os._exit(code)
+
+
+class Watching(Hook):
+    """Has a watchdog while the run lasts."""
+
+    def __init__(self, directory: OwnedDirectory):
+        self._directory = directory
+        self._watchdog: Watchdog | None = None
+
+    def on_start(self, run: RunState) -> None:
+        self._watchdog = Watchdog(
+            run.recipe.guard.watchdog_seconds,
+            lambda: f"step {run.step}",
+            lambda message, code: self._directory.set_status(run.step, "failed", message, code),
+        )
+
+    def on_phase(self, run: RunState) -> None:
+        self.beat()
+
+    def on_phase_end(self, run: RunState) -> None:
+        self.beat()
+
+    def beat(self) -> None:
+        """Tell that the rank has come further."""
+        if self._watchdog is not None:
+            self._watchdog.beat()
+
+    def watch(self, module: nn.Module) -> None:
+        """Watch a new engine's forwards, and set the timeouts of its process groups."""
+        if self._watchdog is not None:
+            self._watchdog.watch(module)
+
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        """Return the error, or one that adds whom the ranks wait for: a rank that died says nothing itself.
+
+        (NCCL's own thread ends the process, and nothing is raised.)
+        """
+        if self._watchdog is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return RuntimeError(f"{error}; {self._watchdog.blame()}")
+        return error
+
+    def close(self, run: RunState) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
 
 
 def _names(ranks: list[int], said: dict[int, dict]) -> str:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, written by rank 0."""
+"""metrics.jsonl, written by rank 0, and what its numbers are called in charts."""
 
 import errno
 import json
@@ -7,22 +7,23 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from relora_ds.checkpoint.run_files import METRICS, metrics_in
 from relora_ds.checkpoint.run_files import read_json as read_json  # figures read a run through this room
 from relora_ds.checkpoint.run_files import read_metrics as read_metrics
+from relora_ds.training.hooks.loggers.logger import Logger
 from relora_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
 _MOST_UNWRITTEN = 10_000  # lines kept in memory while the disk is full; the oldest are lost first
-_BOARD_RETRY_S = 60  # before TensorBoard's writer is started again after an error
 
 # What a number of metrics.jsonl is called in TensorBoard, whose charts are grouped by what stands before the "/".
 # A mapping (`update_norms`) becomes one chart per entry; None: it never changes and needs no chart.
-TENSORBOARD_TAGS = {
+TENSORBOARD_TAGS: dict[str, dict[str, str | None]] = {
     "train": {
         "loss": "loss/train",
         "lr": "optim/lr",
@@ -31,6 +32,7 @@ TENSORBOARD_TAGS = {
         "restarts": "progress/restarts",
         "tokens_per_s": "speed/tokens_per_s",
         "step_s": "speed/step_s",
+        "mfu": "speed/mfu",
         "bytes_payload": "traffic/step_bytes_payload",
         "bytes_wire": "traffic/step_bytes_wire",
         "total_bytes_wire": "traffic/total_bytes_wire",
@@ -56,41 +58,51 @@ TENSORBOARD_TAGS = {
 
 
 class MetricsLog:
-    """One JSON object a line in RUN/metrics.jsonl, and the same numbers in RUN/tensorboard/ (its x axis: `step`).
+    """One JSON object a line in RUN/metrics.jsonl, and the same numbers to loggers.
 
     A disk that is full or gone costs warnings: lines are kept and written as soon as it is possible again.
 
     Args:
-        enabled: False on every rank but 0: all calls do nothing.
-        resume_step: what an interrupted run wrote past this step is dropped, so that steps stay unique.
+        resume_step: what an interrupted run wrote past this step is dropped, so that steps stay unique; None: nothing.
         may_write: whether the directory is this run's now.
+        loggers: see `hooks.loggers`; they are this log's to close.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
-        enabled: bool,
         resume_step: int | None = None,
         may_write: Callable[[], bool] = lambda: True,
+        loggers: Sequence[Logger] = (),
     ):
-        self.enabled, self._may_write = enabled, may_write
-        if not enabled:
-            return
-        self._path = run_dir / METRICS
+        self._path, self._may_write, self._loggers = run_dir / METRICS, may_write, loggers
         self._unwritten: deque[str] = deque(maxlen=_MOST_UNWRITTEN)
         if resume_step is not None:
             _drop_after(self._path, resume_step)
-        self._board = _Board(run_dir / "tensorboard", None if resume_step is None else resume_step + 1)
 
-    def write(self, kind: str, *, step: int, t: int, phase: str, **values) -> None:
+    def write(self, kind: str, *, step: int, t: int, phase: str, **values: Any) -> None:
         """Append a line: `kind` is train, eval, restart, phase, checkpoint or spike. Non-finite numbers become null."""
-        if not self.enabled:
-            return
         line = {"kind": kind, "step": step, "t": t, "phase": phase, "time": time.time(), **values}
         self._unwritten.append(json.dumps(_json_value(line)) + "\n")
         self._write_out()
-        self._chart(kind, step, values)
+        if self._may_write():
+            scalars = scalars_of(kind, values)
+            for each in self._loggers:
+                each.scalars(scalars, step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Give a text to the loggers."""
+        if self._may_write():
+            for each in self._loggers:
+                each.text(tag, markdown, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._write_out()
+        if self._may_write():
+            for each in self._loggers:
+                each.close()
 
     def _write_out(self) -> None:
         if not (self._unwritten and self._may_write()):
@@ -106,67 +118,16 @@ class MetricsLog:
         else:
             self._unwritten.clear()
 
-    def _chart(self, kind: str, step: int, values: dict) -> None:
-        tags = TENSORBOARD_TAGS.get(kind, {})
-        if not self._may_write():
-            return
-        for name, value in values.items():
-            tag = tags.get(name, f"{kind}/{name}")
-            for key, number in (value if isinstance(value, dict) else {"": value}).items():
-                if tag and isinstance(number, (int, float)) and not isinstance(number, bool):
-                    self._board.add("add_scalar", f"{tag}/{key}".rstrip("/"), number, step)
 
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """Add a text to TensorBoard only."""
-        if self.enabled and self._may_write():
-            self._board.add("add_text", tag, markdown, step)
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        if self.enabled:
-            self._write_out()
-            if self._may_write():
-                self._board.close()
-
-
-class _Board:
-    """TensorBoard's writer. An error of its own costs a warning and the events that were pending."""
-
-    def __init__(self, directory: Path, purge_step: int | None):
-        self._directory, self._purge_step = directory, purge_step
-        self._writer, self._retry_at = None, -math.inf
-
-    def add(self, method: str, *arguments) -> None:
-        """Call a method of the `SummaryWriter`."""
-        try:
-            if self._writer is None:
-                if time.monotonic() < self._retry_at:
-                    return
-                self._open()
-            getattr(self._writer, method)(*arguments)
-        except Exception as error:  # of its writing thread, of several kinds
-            self._fail(error)
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except Exception as error:
-                self._fail(error)
-        self._writer, self._retry_at = None, math.inf
-
-    def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here, because reading metrics needs no torch
-
-        self._writer = SummaryWriter(self._directory, purge_step=self._purge_step)
-        self._purge_step = None  # a writer that replaces this one hides nothing
-
-    def _fail(self, error: Exception) -> None:
-        self._writer, self._retry_at = None, time.monotonic() + _BOARD_RETRY_S
-        logger.warning(
-            "TensorBoard lacks events (metrics.jsonl has the numbers): %s", getattr(error, "strerror", None) or error
-        )
+def scalars_of(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line by their tag in TensorBoard, which the other loggers use too."""
+    tags, found = TENSORBOARD_TAGS.get(kind, {}), {}
+    for name, value in values.items():
+        tag = tags.get(name, f"{kind}/{name}")
+        for key, number in (value if isinstance(value, dict) else {"": value}).items():
+            if tag and isinstance(number, (int, float)) and not isinstance(number, bool):
+                found[f"{tag}/{key}".rstrip("/")] = number
+    return found
 
 
 def _append(path: Path, data: bytes) -> None:
@@ -189,7 +150,7 @@ def _drop_after(path: Path, step: int) -> None:
         logger.warning("%s still has its lines past step %d: %s", path, step, error.strerror or error)
 
 
-def _json_value(value):
+def _json_value(value: Any) -> Any:
     """`value` with every non-finite number in it replaced by None, which JSON can say."""
     if isinstance(value, dict):
         return {key: _json_value(entry) for key, entry in value.items()}

@@ -5,16 +5,57 @@ same engine with the same loader's batches, and nothing else. A block is `log.ev
 trainer's holds one logged step.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import tempfile
+from typing import TYPE_CHECKING
 
 from relora_ds.lab.bench.baselines import synchronized
 from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lab.bench.launch_local import launch_local
+from relora_ds.training.hooks import Hook
+
+if TYPE_CHECKING:
+    from relora_ds.training.state import RunState
+    from relora_ds.training.step import Step
 
 WARM_BLOCKS = 1
 _QUIET = ("warm_start_steps=0", "eval.every=1000000", "eval.samples=0", "checkpoint.every=1000000", "overwrite=true")
+
+
+class TakingTurns(Hook):
+    """Takes a block of bare steps after every block of the trainer's own.
+
+    All of the loop around a step is the trainer's; a block of bare steps is a part of one step for it.
+
+    Attributes:
+        seconds: of every block, (the trainer's, bare).
+    """
+
+    def __init__(self) -> None:
+        self.seconds: tuple[list[float], list[float]] = ([], [])
+        self._began = 0.0
+
+    def on_phase(self, run: RunState) -> None:
+        self._began = synchronized()
+
+    def on_step(self, run: RunState, step: Step) -> None:
+        length = run.recipe.log.every
+        if run.step % (2 * length) != length:
+            return
+        self.seconds[0].append(synchronized() - self._began)
+        began, before = synchronized(), run.engine.t
+        for _ in range(length):
+            for micro_batch in run.loader.next_step():
+                loss = run.engine(**micro_batch).loss
+                run.engine.backward(loss)
+                run.engine.step()
+        self.seconds[1].append(synchronized() - began)
+        assert run.engine.t == before + length, "the bare steps were not all taken"
+        run.totals.step = run.phase.start + run.engine.t
+        self._began = synchronized()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """Train, and compare the blocks. ValueError: the ranks failed."""
-    return launch_local("relora_ds.lab.bench.trainer", arguments, arguments.ranks)
+    return launch_local("relora_ds.lab.bench.trainer_overhead", arguments, arguments.ranks)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -43,31 +84,6 @@ def measure(arguments: argparse.Namespace) -> dict:
     from relora_ds.config import load_recipe
     from relora_ds.training.preflight import check
     from relora_ds.training.trainer import Trainer
-
-    class TakingTurns(Trainer):
-        """Attributes: seconds: of every block, [the trainer's, bare]."""
-
-        seconds: tuple[list[float], list[float]] = ([], [])
-        _began = 0.0
-
-        def _train_step(self):
-            # All of the loop around a step is the trainer's; a block of bare steps is a single one for it.
-            length = self.recipe.log.every
-            if self.account.step % (2 * length) == 0:
-                self._began = synchronized()
-            super()._train_step()
-            if self.account.step % (2 * length) != length:
-                return
-            self.seconds[0].append(synchronized() - self._began)
-            began, before = synchronized(), self.engine.t
-            for _ in range(length):
-                for micro_batch in self.loader.next_step():
-                    loss = self.engine(**micro_batch).loss
-                    self.engine.backward(loss)
-                    self.engine.step()
-            self.seconds[1].append(synchronized() - began)
-            assert self.engine.t == before + length, "the bare steps were not all taken"
-            self.account.step = self.phase.start + self.engine.t
 
     with tempfile.TemporaryDirectory() as directory:
         every = load_recipe(arguments.config, arguments.overrides).log.every
@@ -82,9 +98,9 @@ def measure(arguments: argparse.Namespace) -> dict:
                 f"run_dir={directory}",
             ],
         )
-        trainer = TakingTurns(plan)
-        trainer.fit()
-    own, bare = (blocks[WARM_BLOCKS:] for blocks in trainer.seconds)
+        turns = TakingTurns()
+        Trainer(plan, [turns]).fit()
+    own, bare = (blocks[WARM_BLOCKS:] for blocks in turns.seconds)
     return {
         "config": arguments.config,
         "overrides": arguments.overrides,

@@ -4,19 +4,19 @@ import argparse
 
 import pytest
 
-from relora_ds.lab.bench import startup, trainer
+from relora_ds.lab.bench import startup, trainer_overhead
 from tests.ranks import ranks
 
 
 def measured() -> dict:
-    return trainer.measure(argparse.Namespace(config="tiny", overrides=["log.every=3"], blocks=2))
+    return trainer_overhead.measure(argparse.Namespace(config="tiny", overrides=["log.every=3"], blocks=2))
 
 
 def test_blocks_take_turns():
     (result,) = ranks(1).run(measured)
     assert len(result["trainer_s"]) == len(result["bare_s"]) == 2 and result["log_every"] == 3
     assert all(seconds > 0 for seconds in result["trainer_s"] + result["bare_s"])
-    assert "| tiny log.every=3 | 1 |" in trainer.markdown(result)
+    assert "| tiny log.every=3 | 1 |" in trainer_overhead.markdown(result)
 
 
 @pytest.mark.slow

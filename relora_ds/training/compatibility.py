@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run, and which of it must be the same for a run that goes on from it."""
+"""What a checkpoint records about its run, and what of it must not change at a resume."""
 
 import dataclasses
 import json
@@ -6,16 +6,21 @@ from typing import Any
 
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.manifest import Manifest
+from relora_ds.config import Recipe
 from relora_ds.training.preflight import Plan
-from relora_ds.training.report import model_name
 
 # Another seed or corpus would repeat some sequences and leave others out; another method has other weights.
 _FIXED = ("method", "seed", "data.seq_len", "data.packing", "lora.base")
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "init_from")  # of the process, not of the run
 
 
+def model_name(recipe: Recipe) -> str:
+    """Return the name of the model: its preset, or where it comes from."""
+    return recipe.model.preset or str(recipe.model.name_or_path)
+
+
 def of(plan: Plan) -> dict:
-    """JSON values for a manifest."""
+    """Return what a manifest says about the run, as JSON values."""
     return {
         "model": model_name(plan.recipe),
         "data": plan.data.fingerprint,
@@ -26,7 +31,7 @@ def of(plan: Plan) -> dict:
 
 
 def changes(saved: Manifest, plan: Plan) -> list[str]:
-    """What is otherwise in the recipe now, key by key; none of it hinders the run."""
+    """Return what differs from the checkpoint's recipe, one line a key; none of it prevents the resume."""
     then, now = saved.run["recipe"], _flat(plan)
     found = [
         f"resume: {name} was {then.get(name)}, is {now.get(name)}"
@@ -39,7 +44,7 @@ def changes(saved: Manifest, plan: Plan) -> list[str]:
 
 
 def require_same_run(saved: Manifest, plan: Plan) -> None:
-    """Refuse to go on where that would make another run of it.
+    """Refuse to resume where that would make another run of it.
 
     Raises:
         ResumeError: naming everything that differs.
@@ -66,7 +71,7 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
 
 
 def _flat(plan: Plan) -> dict[str, Any]:
-    """The recipe by dotted keys."""
+    """Return the recipe by dotted keys."""
     flat = {}
     for name, value in dataclasses.asdict(plan.recipe).items():
         if isinstance(value, dict):

@@ -1,9 +1,4 @@
-"""Which steps are not to be trusted, and when to give up.
-
-non-finite    DeepSpeed and the engine find it: no rank applies the step
-loss spike    found here, in a loss far above those before it; `guard.on_spike` says what follows
-too many      steps in a row that were not applied end the run
-"""
+"""Loss spikes: losses far above those of the steps before."""
 
 import math
 from collections import deque
@@ -20,10 +15,6 @@ _LEAST_DEVIATION = 0.01
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
-class GuardError(RuntimeError):
-    """The run stops itself (exit code 3)."""
-
-
 @dataclass(frozen=True)
 class Spike:
     """A loss, nats per token, that is `zscore` robust standard deviations above the `median` of those before it."""
@@ -34,31 +25,6 @@ class Spike:
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4f} is {self.zscore:.1f} robust deviations above the median {self.median:.4f}"
-
-
-class RollBack(Exception):
-    """A spike was found, and the run is to go back to its newest checkpoint."""
-
-    def __init__(self, spike: Spike):
-        super().__init__(str(spike))
-        self.spike = spike
-
-
-class BadSteps:
-    """Counts steps in a row that no rank applied; at `guard.max_bad_steps` the run stops."""
-
-    def __init__(self, settings: GuardConfig):
-        self._most = settings.max_bad_steps
-        self._in_a_row = 0
-
-    def record(self, applied: bool) -> None:
-        """Report a step. Raises GuardError after `max_bad_steps` bad ones in a row."""
-        self._in_a_row = 0 if applied else self._in_a_row + 1
-        if self._in_a_row >= self._most:
-            raise GuardError(
-                f"guard.max_bad_steps: {self._in_a_row} steps in a row had a non-finite loss or gradient, "
-                "or a loss spike; none was applied. Lower optim.lr, or look at the data of these steps"
-            )
 
 
 class LossSpikes:

@@ -1,0 +1,192 @@
+"""What a run says while it trains: events as sentences, on rank 0."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from relora_ds.checkpoint.job import Written
+from relora_ds.lowrank.schedule import scheduled_restarts
+from relora_ds.lowrank.storage import has_masters
+from relora_ds.lowrank.wrap import count_parameters
+from relora_ds.training import compatibility
+from relora_ds.training.epochs import epochs_line
+from relora_ds.training.figures import is_shown
+from relora_ds.training.hooks.hook import Hook
+from relora_ds.training.phases import Phase, phases_of
+from relora_ds.training.preflight import Plan
+from relora_ds.training.samples import Sample
+from relora_ds.training.spikes import Spike
+from relora_ds.training.state import RunState
+from relora_ds.training.step import Step
+from relora_ds.training.terminal import Terminal
+from relora_ds.training.validation import Evaluation
+from relora_ds.utils.text import human_bytes, human_count
+from relora_ds.zero.accelerator import is_cuda
+from relora_ds.zero.restart import RestartReport
+
+
+class Console(Hook):
+    """Prints what happens, and has a progress bar on a terminal."""
+
+    _terminal: Terminal
+    _last_spike = -1  # the step of the newest one
+
+    def on_start(self, run: RunState) -> None:
+        self._terminal = Terminal(dist.get_rank() == 0, run.recipe.total_steps)
+
+    def on_begin(self, run: RunState) -> None:
+        plan, resumed = run.plan, run.resumed
+        for line in opening(plan, phases_of(run.recipe), None if resumed is None else run.step):
+            self._terminal.line(line)
+        found = () if resumed is None else (*resumed.passed_over, *compatibility.changes(resumed.manifest, plan))
+        for warning in (*plan.warnings(), *found):
+            self._terminal.warn(warning)
+
+    def on_phase(self, run: RunState) -> None:
+        trainable, total = count_parameters(run.engine.module)
+        self._terminal.line(
+            f"step {run.step}  {run.phase.name}: {human_count(trainable)} of {human_count(total)} parameters train "
+            f"({100 * trainable / total:.1f} %)"
+        )
+
+    def on_step(self, run: RunState, step: Step) -> None:
+        if not step.applied:
+            why = step.spike or "a non-finite loss or gradient"
+            self._terminal.line(f"after step {run.step}: {why}; no rank applied the step")
+            return
+        figures = "" if step.figures is None else figures_text(step.figures, on_gpu=run.engine.device.type == "cuda")
+        self._terminal.step(run.step, run.recipe.total_steps, run.phase.name, figures, is_shown(run))
+
+    def on_spike(self, run: RunState, step: int, spike: Spike, rolled_back_from: int | None = None) -> None:
+        if rolled_back_from is not None:
+            self._terminal.line(
+                f"after step {rolled_back_from}: went back to step {step}, with the data that come next"
+            )
+        elif not run.losses.spikes.screens:  # else `on_step` says so
+            if step != self._last_spike + 1:  # once for steps in a row
+                self._terminal.warn(f"after step {step}: {spike}")
+            self._last_spike = step
+
+    def on_restart(self, run: RunState, report: RestartReport) -> None:
+        drift = "" if report.merge_drift is None else f", drift of the function {report.merge_drift:.1e}"
+        self._terminal.line(
+            f"step {run.step}  restart {report.restarts}: merged, {100 * report.prune_fraction_m:.2f} % of the moments "
+            f"pruned{drift}, {report.restart_s:.2f} s, verified on all ranks"
+        )
+
+    def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
+        self._terminal.line(evaluation_line(run, evaluation))
+        for sample in samples:
+            self._terminal.line(sample_line(sample, self._terminal.width))
+
+    def on_checkpoint(self, run: RunState, written: Written) -> None:
+        if written.error is not None:
+            self._terminal.warn(
+                f"the checkpoint after step {written.step} failed: {written.error}; training goes on, and the "
+                "checkpoints before it stay"
+            )
+        else:
+            self._terminal.line(checkpoint_line(written))
+
+    def on_end(self, run: RunState, summary: dict[str, Any]) -> None:
+        terminal = self._terminal
+        terminal.close()
+        rows = [
+            [f"{step} ({phase})", f"{e.val_loss:.4f}", f"{e.ppl:.2f}", f"{e.word_ppl:.1f}", f"{e.bits_per_byte:.4f}"]
+            for step, phase, e in run.history
+        ]
+        terminal.table("Validation", ["after step", "loss", "perplexity", "per word", "bits per byte"], rows)
+        terminal.line(summary["verdict"])
+        terminal.line(
+            f"{human_count(summary['trainable_parameters'])} of {human_count(summary['total_parameters'])} "
+            f"parameters trained; {summary['seconds']:.0f} s of training"
+        )
+        logs = run.run_dir / "tensorboard"
+        curves = f"   curves: tensorboard --logdir {logs}" if "tensorboard" in run.recipe.log.to else ""
+        terminal.line(f"model: {run.run_dir / 'export'} (AutoModelForCausalLM.from_pretrained){curves}")
+
+    def close(self, run: RunState) -> None:
+        if hasattr(self, "_terminal"):
+            self._terminal.close()
+
+
+def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str]:
+    """Return what is going to happen, line by line."""
+    recipe = plan.recipe
+    device = torch.cuda.get_device_name() if is_cuda() else "CPU"
+    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    lines = [
+        f"relora_ds: {compatibility.model_name(recipe)} on {recipe.data.source}, method {recipe.method}; "
+        f"{ranks} ({device}), {plan.precision}, ZeRO stage {plan.stage}",
+        f"data: {len(plan.data.train):,} training and {len(plan.data.validation):,} validation tokens, "
+        f"vocabulary {plan.data.vocab_size:,}; {recipe.batch_sequences} x {recipe.data.seq_len} tokens a step",
+        *([] if plan.num_sequences is None else [epochs_line(recipe, plan.num_sequences)]),
+        *_frozen_weights(plan),
+    ]
+    for phase in phases:
+        steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
+        if phase.method.relora is not None:
+            every = phase.method.relora.restart_every
+            restarts = [phase.start + t for t in scheduled_restarts(phase.total_steps, every)]
+            steps += f", restarts after {_some(restarts)}" if restarts else ", no restart"
+        lines.append(steps)
+    if resumed_at is not None:
+        lines.append(f"resuming after step {resumed_at}")
+    return lines
+
+
+def figures_text(figures: dict[str, Any], on_gpu: bool) -> str:
+    """Return a step's figures for a person: MFU where it is known, and the peak of memory on a GPU."""
+    loss = math.nan if figures["loss"] is None else figures["loss"]
+    text = f"loss {loss:.4f}  lr {figures['lr']:.1e}  {figures['tokens_per_s']:,.0f} tok/s"
+    if figures["mfu"] is not None:
+        text += f"  MFU {100 * figures['mfu']:.1f} %"
+    return text + (f"  peak {human_bytes(figures['peak_memory_bytes'])}" if on_gpu else "")
+
+
+def evaluation_line(run: RunState, result: Evaluation) -> str:
+    """Return an evaluation, and what was sent to get here."""
+    totals = run.totals
+    sent = ""
+    if totals.bytes_wire:
+        ours, full_rank = human_bytes(totals.bytes_wire), human_bytes(totals.full_rank_wire)
+        sent = f"; sent per rank so far {ours}, full rank {full_rank}"
+    galore = "" if result.galore_loss is None else f" (as GaLore's code counts: {result.galore_loss:.4f})"
+    return f"step {run.step}  validation: loss {result.val_loss:.4f}{galore}, perplexity {result.ppl:.2f}{sent}"
+
+
+def sample_line(sample: Sample, width: int) -> str:
+    """Return the end of the prompt and what the network wrote, in one line of `width` characters."""
+    prompt, text = (" ".join(part.split()) for part in (sample.prompt, sample.text))
+    room = width // 3
+    prompt = prompt if len(prompt) <= room else f"…{prompt[1 - room :]}"
+    line = f"  sample: {prompt} >> {text}"
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+def checkpoint_line(done: Written) -> str:
+    """Return what a complete checkpoint took."""
+    size = human_bytes(done.bytes)
+    if done.new_bytes < done.bytes:
+        size += f", {human_bytes(done.new_bytes)} of them new"
+    return (
+        f"step {done.step}  checkpoint: {size}; training waited {done.stall_s:.2f} s, written in {done.write_s:.2f} s"
+    )
+
+
+def _frozen_weights(plan: Plan) -> list[str]:
+    relora = plan.relora
+    if relora is None:
+        return []
+    stored = plan.precision if relora.frozen_dtype == "auto" else relora.frozen_dtype
+    masters = "" if stored == "fp32" else ", no masters"
+    if has_masters(relora, plan.precision):
+        masters = f", fp32 masters on the {'host' if relora.frozen_master == 'cpu' else 'device'}"
+    return [f"frozen weights: {stored}{masters}"]
+
+
+def _some(steps: list[int]) -> str:
+    shown = ", ".join(str(s) for s in steps[:8])
+    return shown if len(steps) <= 8 else f"{shown}, … ({len(steps)} in total)"

@@ -1,0 +1,49 @@
+"""One optimizer step: forward, backward, reduce, Adam and, if it is due, a restart."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora_ds.training.spikes import Spike
+from relora_ds.training.state import RunState
+
+
+@dataclass
+class Step:
+    """A step that was taken.
+
+    Attributes:
+        loss: of this rank, nats per token, `[]` fp64 on the device; to read it is to wait for the device.
+        lr: learning rate that it was taken with.
+        applied: False where no rank applied it: a loss or gradient was not finite, or a spike was refused.
+        spike: for which it was refused.
+        restarted: whether a restart followed it.
+        figures: what metrics.jsonl has of it; None for a step that is not logged.
+    """
+
+    loss: Tensor
+    lr: float
+    applied: bool
+    spike: Spike | None
+    restarted: bool
+    figures: dict[str, Any] | None = None
+
+
+def take_step(run: RunState) -> Step:
+    """Take one optimizer step on the next batch. Collective."""
+    engine, plan, losses = run.engine, run.plan, run.losses
+    lr, restarts_before = engine.get_lr()[0], len(engine.restarts)
+    loss, spike = torch.zeros((), dtype=torch.float64, device=engine.device), None
+    for micro_batch in run.loader.next_step(is_last=run.totals.step + 1 >= plan.recipe.total_steps):
+        batch = {name: value.to(engine.device, non_blocking=True) for name, value in micro_batch.items()}
+        micro_loss = engine(**batch).loss  # and nothing else of the output: its logits are large
+        loss += micro_loss.detach().double() / plan.accumulation
+        if losses.spikes.screens and engine.is_gradient_accumulation_boundary():
+            spike = losses.screen(loss)
+        # A step with a spike goes the way of one that is not finite: no rank applies it, at any stage.
+        engine.backward(micro_loss if spike is None else micro_loss * math.nan)
+        engine.step()
+    return Step(loss, lr, engine.was_step_applied(), spike, len(engine.restarts) > restarts_before)
