@@ -144,7 +144,9 @@ def of_override(text: str, kind: object) -> Raw:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except (yaml.YAMLError, RecursionError):
             return Written(text)
-        whole = node is not None and node.end_mark.index == len(text.rstrip())  # else a comment follows
+        whole = (
+            node is not None and node.end_mark is not None and node.end_mark.index == len(text.rstrip())
+        )  # else a comment follows
         if whole and isinstance(node, yaml.SequenceNode) and not _structural_problems(node):
             return of_node(node)
         if whole and isinstance(node, yaml.ScalarNode) and node.style in ("'", '"'):

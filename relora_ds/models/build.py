@@ -8,6 +8,7 @@ Three sources: a preset (LLaMA shapes of the ReLoRA and GaLore papers, `presets.
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -76,6 +77,7 @@ def build_config(
         )
     if model.init == "pretrained":
         _check_vocabulary(model, text, vocab_size)
+        assert model.name_or_path is not None  # the recipe's checks have said so
         tied_as_stored(config, meta_model(config), model.name_or_path)
     else:
         for part in (config, text):
@@ -98,7 +100,8 @@ def _preset_config(name: str, seq_len: int) -> PretrainedConfig:
     if name not in presets:
         raise ValueError(f"model.preset: {name!r} is unknown{nearest(name, presets)}; known: {', '.join(presets)}")
     positions = max(seq_len, _PRESET_MIN_POSITIONS)
-    return LlamaConfig(**_PRESET_DEFAULTS, **presets[name], max_position_embeddings=positions)
+    values: dict[str, Any] = {**_PRESET_DEFAULTS, **presets[name]}
+    return LlamaConfig(**values, max_position_embeddings=positions)
 
 
 def _named_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -150,7 +153,7 @@ def model_without_values(config: PretrainedConfig, model: ModelConfig | None = N
     if model is None:
         return build_without_values(config, dtype=torch.float32)
     network = build_without_values(config, dtype=torch.float32, attn_implementation=model.attn_implementation)
-    if model.init == "pretrained" and network.can_generate():
+    if model.init == "pretrained" and model.name_or_path is not None and network.can_generate():
         with suppress(OSError):  # it has none of its own
             network.generation_config = GenerationConfig.from_pretrained(model.name_or_path)
     return network
@@ -161,6 +164,7 @@ def initial_weights(
 ) -> RandomWeights | StoredWeights | WholeWeights:
     """What `build_model` fills the network with, one tensor at a time: a source of weights as an engine takes it."""
     if model.init == "pretrained":
+        assert model.name_or_path is not None  # the recipe's checks have said so
         return pretrained_weights(model.name_or_path, config, trust_remote_code)
     return RandomWeights(config, seed)
 

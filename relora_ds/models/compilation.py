@@ -47,7 +47,7 @@ def apply(model: nn.Module) -> nn.Module:
     Parameters' names, the class and hooks stay as they are. Weights that change in place, as at a restart, do not
     compile it again; other shapes of the batch do.
     """
-    plain = model.forward.__func__  # not the class's: liger-kernel gives a model its own
+    plain = model.forward.__func__  # type: ignore[attr-defined]  # not the class's: liger-kernel gives a model its own
     compiled = torch.compile(plain)
 
     @functools.wraps(plain)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -50,7 +51,8 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype, trust_remote_code: 
 
 def load_weights(name_or_path: str | Path, **options) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, which would give weights that are not there random values."""
-    model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+    model, report = loaded
     refuse_missing(name_or_path, report["missing_keys"])
     return model
 

@@ -121,7 +121,7 @@ def _rename(model: PreTrainedModel, stored: list[Stored], places: dict[str, Stor
     """Fill `places` with what is stored by the model's names; why that cannot be done, or None."""
     conversions, state = get_model_conversion_mapping(model), model.state_dict()
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
+    renamings: list = [each for each in conversions if not isinstance(each, WeightConverter)]
     for one in stored:
         name, converter = rename_source_key(one.name, renamings, converters, model.base_model_prefix, state)
         if converter is not None:

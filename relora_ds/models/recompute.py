@@ -11,6 +11,7 @@ layer is two operators (`lowrank.kernels`): the small product x Aᵀ, and the la
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
         return model
     if found := problems(model, mode):
         raise ValueError("\n".join(found))
-    options = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False}
     if mode != "full":
         options["context_fn"] = functools.partial(_contexts, mode)
     # The newer name of transformers 5, the older one warns where both are there.
@@ -106,7 +107,7 @@ class _LargeOperators(TorchDispatchMode):
 
     def __init__(self, mode: TorchDispatchMode):
         super().__init__()
-        self.mode = mode
+        self.mode: Any = mode  # its `storage` is of a class that torch does not export
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _is_large(func, args):

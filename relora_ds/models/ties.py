@@ -21,8 +21,8 @@ def tied_as_stored(config: PretrainedConfig, model: PreTrainedModel, name_or_pat
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or embeddings is None or head.weight is not embeddings.weight:
         return config
-    stored = [_find(_directory(name_or_path), f"{names[id(part)]}.weight") for part in (embeddings, head)]
-    if None not in stored and not torch.equal(*stored):
+    first, second = (_find(_directory(name_or_path), f"{names[id(part)]}.weight") for part in (embeddings, head))
+    if first is not None and second is not None and not torch.equal(first, second):
         for part in (config, config.get_text_config(decoder=True)):
             part.tie_word_embeddings = False
     return config

@@ -194,7 +194,9 @@ def _without_numbers(name: str) -> str:
 
 def _kinds_in_lists(config: dict[str, Any]) -> set[str]:
     """Return the rows of the lists that have an entry for every layer, or name some layers; sub-configurations too."""
-    depth, kinds, columns = _depth(config), set(), {}
+    depth = _depth(config)
+    kinds: set[str] = set()
+    columns: dict[str, list] = {}
     for name, value in config.items():
         if name == "per_layer_config" and value:
             overrides = {int(index): layer for index, layer in value.items()}
@@ -204,7 +206,7 @@ def _kinds_in_lists(config: dict[str, Any]) -> set[str]:
         elif _are_indices(name, value):
             columns[name] = [i in value for i in range(depth)]
         elif isinstance(value, (list, tuple)) and len(value) == depth:
-            columns[name] = value
+            columns[name] = list(value)
     return kinds | {str(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)}
 
 

@@ -8,6 +8,7 @@ leaves a list of the calls that give it its value. Repeated on a single real par
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,7 @@ class Trace(TorchDispatchMode):
 
     def _record(self, name: str, read: list[Tensor], written: list[Tensor], result) -> None:
         makes_new = name.startswith("new_") or name.endswith("_like")  # takes the shape and nothing else
+        assert self._call is not None  # nothing is traced outside a call
         inputs = frozenset().union(*(self._origin(tensor) for tensor in ([] if makes_new else read)))
         for tensor in written:
             whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
@@ -135,22 +137,23 @@ def _is_meta(value) -> bool:
 @contextmanager
 def traced_init() -> Iterator[Trace]:
     """Trace the initialisation of all models of transformers' own that are built meanwhile."""
-    trace, initialize, functions = Trace(), PreTrainedModel._initialize_weights, dict(TORCH_INIT_FUNCTIONS)
+    trace, initialize = Trace(), PreTrainedModel._initialize_weights
+    functions: dict[str, Any] = dict(TORCH_INIT_FUNCTIONS)
 
     def traced(model: PreTrainedModel, module: nn.Module, *args) -> None:
         with trace.of(Call(model, module)):
             initialize(model, module, *args)
 
-    PreTrainedModel._initialize_weights = traced
+    PreTrainedModel._initialize_weights = traced  # type: ignore
     TORCH_INIT_FUNCTIONS.update({name: _filling(function) for name, function in functions.items()})
     try:
         yield trace
     finally:
-        PreTrainedModel._initialize_weights = initialize
+        PreTrainedModel._initialize_weights = initialize  # type: ignore[method-assign]
         TORCH_INIT_FUNCTIONS.update(functions)
 
 
-def _filling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _filling(function: Callable) -> Callable[..., Tensor]:
     """A function of `torch.nn.init`, each of which fills a tensor; some do nothing on the meta device."""
 
     def fill(tensor: Tensor, *args, **kwargs) -> Tensor:

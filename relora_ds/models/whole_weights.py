@@ -21,7 +21,8 @@ class WholeWeights:
         """model: of the shapes that are expected, with or without values."""
         self.shapes: Mapping[str, torch.Size] = {name: tensor.shape for name, tensor in named_tensors(model).items()}
         self.owners: Mapping[str, int] | None = dict.fromkeys(self.shapes, 0)
-        self._load, self._loaded = load, {}
+        self._load = load
+        self._loaded: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
         """A tensor in fp32. Each can be read once."""

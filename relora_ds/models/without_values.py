@@ -38,11 +38,11 @@ def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]
         seen.add(id(parameter))
         registered.append(parameter)
 
-    nn.Module.register_parameter = register
+    nn.Module.register_parameter = register  # type: ignore
     try:
         yield registered
     finally:
-        nn.Module.register_parameter = register_as_before
+        nn.Module.register_parameter = register_as_before  # type: ignore[method-assign]
 
 
 def set_value(parameter: nn.Parameter, value: Tensor) -> None:

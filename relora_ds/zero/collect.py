@@ -87,7 +87,7 @@ def _merged_tensors(
     for name, layer in layers.items():
         if _is_in(key := f"{name}.weight", wanted):
             merged = _merged(name, layer, shards, frozen, device, dst_of(key))
-            yield key, merged.cpu() if _gets(dst_of(key)) else None
+            yield key, merged.cpu() if merged is not None and _gets(dst_of(key)) else None
 
 
 def _is_in(name: str, wanted: Container[str] | None) -> bool:

@@ -105,7 +105,7 @@ _GONE = "DeepSpeed 0.19 has removed it; remove it"
 _ZEROPP = "ZeRO++ is not supported; remove it"
 
 # {dotted key: (values that are harmless, why not and what instead)}
-REFUSED = {
+REFUSED: dict[str, tuple[tuple, str]] = {
     "scheduler": ((None,), "the learning rate must follow the restarts; remove it"),
     "torch_autocast.enabled": ((False,), "it hides the precision of what is merged; remove it and set precision"),
     "pipeline": ((None, {}), "pipeline parallelism is not supported; remove it"),

@@ -157,7 +157,8 @@ class ReLoRAEngine(DeepSpeedEngine):
                 f"save_merged: {type(self.module).__name__} is no transformers model (no save_pretrained)"
                 "; use collect_merged() and save the tensors yourself"
             )
-        state, failure = self.collect_merged(dst=0), [None]
+        state = self.collect_merged(dst=0)
+        failure: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 save_plain(self.module, state, directory, dtype)

@@ -27,7 +27,7 @@ from relora_ds.zero.weights import (
     readers_of,
 )
 
-Place = Callable[[Tensor, int], None]  # takes a piece, and the element of the flattened tensor at which it begins
+Place = Callable[[Tensor, int], object]  # takes a piece, and the element of the flattened tensor at which it begins
 
 
 @torch.no_grad()
@@ -135,14 +135,16 @@ class _Unfilled:
 
     def _dtype(self, tensor: PlainTensor) -> torch.dtype:
         """In which a tensor is sent."""
-        like = self._buffers.get(tensor.name, self._parameters.get(tensor.name))
-        return torch.float32 if tensor.name in self._layers or like.is_floating_point() else like.dtype
+        if tensor.name in self._layers:
+            return torch.float32
+        like = self._buffers[tensor.name] if tensor.name in self._buffers else self._parameters[tensor.name]
+        return torch.float32 if like.is_floating_point() else like.dtype
 
 
 class _Assembled:
     """Puts the pieces of a tensor together, and hands it on when it is whole."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, done: Callable[[Tensor], None]):
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, done: Callable[[Tensor], object]):
         self._whole, self._done = torch.empty(shape, dtype=dtype, device=device), done
 
     def __call__(self, piece: Tensor, start: int) -> None:
@@ -225,6 +227,7 @@ def _ranges(shape: torch.Size) -> Iterator[tuple[int, int]]:
 def _sent(value: Tensor | None, sender: int, into: Tensor) -> Tensor:
     """Fill `into`, which is contiguous, with rank `sender`'s value. Collective."""
     if dist.get_rank() == sender:
+        assert value is not None
         into.copy_(value)
     dist.broadcast(into.view(-1).view(torch.uint8), sender)  # bytes: not every backend knows every dtype
     return into

@@ -105,13 +105,13 @@ def _stretches(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, list[str]]]:
     address = stop = -1
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
         assert tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.is_contiguous()
-        storage, start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        storage, start = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
         if storage == address and start - stop <= _PADDING:
             first, names = found.pop()
-            start, names = first.storage_offset(), [*names, name]
+            start, names = int(first.storage_offset()), [*names, name]
         else:
             names = [name]
-        address, stop = storage, tensor.storage_offset() + tensor.numel()
+        address, stop = storage, int(tensor.storage_offset()) + tensor.numel()
         found.append((tensor.as_strided((stop - start,), (1,), start), names))
     return found
 

@@ -1,6 +1,7 @@
 """A plain transformers model from collected weights."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def save_plain(module: nn.Module, state: dict[str, Tensor], directory: str, dtyp
     save_model(plain_like(module, state).to(dtype), directory)
 
 
-def plain_like(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def plain_like(module: nn.Module, state: dict[str, Tensor]) -> Any:
     """An unwrapped model of the class and config of `module` that consists of the tensors `state`.
 
     It is there to be saved: its non-persistent buffers may have no values.

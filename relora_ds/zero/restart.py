@@ -110,7 +110,7 @@ def restart(
     )
     common = verify(shards, frozen, sent, device=device)
     seconds = _now(device) - started
-    drift = _relative_change(before, probe(), device) if probe else None
+    drift = _relative_change(before, probe(), device) if probe and before is not None else None
     updates = {name: math.sqrt(update) for name, (_, update, *_) in squares.items()}
     relative = {name: _ratio(update, weight) for name, (_, update, weight, *_) in squares.items()}
     lost, intended, _, lost_so_far, intended_so_far = (sum(column) for column in zip(*squares.values(), strict=True))

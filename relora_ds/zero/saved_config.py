@@ -41,7 +41,9 @@ def with_old_names(config: dict) -> dict:
     }
     old = _rotary(config.get("rope_parameters") or {})
     known = {**config, **old}
-    old |= {name: known[new] for new, name in _OTHER_NAMES.get(config.get("model_type"), {}).items() if new in known}
+    old |= {
+        name: known[new] for new, name in _OTHER_NAMES.get(config.get("model_type", ""), {}).items() if new in known
+    }
     old.pop("local_theta", None)
     return {**old, **config}
 

@@ -56,7 +56,7 @@ class ReLoRAScheduler:
     def is_scheduled(self, t: int) -> bool:
         """Whether the calendar has a restart directly after step `t`."""
         every = self.config.restart_every
-        return bool(every) and 0 < t < self.config.total_steps and t % every == 0
+        return 0 < t < self.config.total_steps and t % every == 0 if every else False
 
     @property
     def restart_due(self) -> bool:

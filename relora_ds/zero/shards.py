@@ -18,6 +18,7 @@ is cached: DeepSpeed replaces its tensors when it loads a checkpoint.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -206,16 +207,18 @@ _ADAPTERS = {
 
 def partition_range(parameter: nn.Parameter) -> tuple[int, int]:
     """The half-open range of the flattened parameter in this rank's ZeRO-3 partition; the rest of it is padding."""
-    length = parameter.ds_tensor.ds_numel
-    start = min(parameter.ds_numel, length * parameter.ds_zero_partition_rank)
-    return start, min(parameter.ds_numel, start + length)
+    partitioned: Any = parameter  # with DeepSpeed's attributes
+    length = partitioned.ds_tensor.ds_numel
+    start = min(partitioned.ds_numel, length * partitioned.ds_zero_partition_rank)
+    return start, min(partitioned.ds_numel, start + length)
 
 
 def write_partition(parameter: nn.Parameter, value: Tensor, start: int = 0) -> None:
     """Store this rank's part of `value`, which begins at element `start`, in a ZeRO-3 parameter, not gathered."""
-    assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, "gathered: the edit would go unseen"
+    partitioned: Any = parameter  # with DeepSpeed's attributes
+    assert partitioned.ds_status == ZeroParamStatus.NOT_AVAILABLE, "gathered: the edit would go unseen"
     first, stop = partition_range(parameter)
-    copy_common(parameter.ds_tensor.data[: stop - first], first, value.reshape(-1), start)
+    copy_common(partitioned.ds_tensor.data[: stop - first], first, value.reshape(-1), start)
 
 
 def copy_common(into: Tensor, into_start: int, piece: Tensor, start: int) -> None:
@@ -323,16 +326,16 @@ class ShardView:
 
         It is sent in pieces, so that no other rank ever holds it whole. what: as in `gather`.
         """
-        shard, here = self[name], dist.get_rank() == dst
-        whole = torch.empty(shard.numel) if here else None
+        shard = self[name]
+        whole = torch.empty(shard.numel) if dist.get_rank() == dst else None
         for start in range(0, shard.numel, PIECE):
             piece = torch.zeros(min(PIECE, shard.numel - start), device=self._device)
             copy_common(piece, start, getattr(shard, what), shard.start)
             if self.partitioned:
                 dist.reduce(piece, dst)
-            if here:
+            if whole is not None:
                 whole[start : start + piece.numel()].copy_(piece)
-        return whole.view(shard.shape) if here else None
+        return None if whole is None else whole.view(shard.shape)
 
     def create_adam_state(self) -> None:
         """Give the inner Adam zero moments and step 0 before its first step, so that the view is whole at once.

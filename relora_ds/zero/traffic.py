@@ -11,7 +11,7 @@ Counting intercepts every operator and costs time: switch it on for sampled step
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -146,7 +146,7 @@ def expected_step(
 def expected_collectives(
     stage: int,
     groups: list[list[int]],
-    frozen: list[tuple[int, int]] = (),
+    frozen: Sequence[tuple[int, int]] = (),
     *,
     element_size: int,
     accumulation: int,

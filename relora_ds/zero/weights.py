@@ -6,7 +6,7 @@ at ZeRO-3 none holds it whole.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,11 @@ class WeightSource(Protocol):
         owners: the one rank that can read a tensor, by name; every rank can read those that are not in it. None: all.
     """
 
-    shapes: Mapping[str, torch.Size]
-    owners: Mapping[str, int] | None
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]: ...
+
+    @property
+    def owners(self) -> Mapping[str, int] | None: ...
 
     def read(self, name: str) -> Tensor:
         """A whole tensor on the CPU, fp32 where it is floating point. Called on one rank, once for each name.
@@ -58,7 +61,7 @@ class PartitionedWeights:
         parameters: they may be given other storage; it is their partitions that are kept here, until they are read.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+    def __init__(self, parameters: Mapping[str, Any]):
         self.shapes = {name: parameter.ds_shape for name, parameter in parameters.items()}
         self._partitions = {name: (partition_range(p), p.ds_tensor) for name, p in parameters.items()}
 
@@ -177,7 +180,7 @@ def sources_of(model: nn.Module, weights: WeightSource | Nothing | None) -> list
         ", which no source of weights has; leave only "
         "parameters there, as accelerate.init_empty_weights(include_buffers=False) does",
     )
-    if weights is NOTHING:
+    if isinstance(weights, Nothing):
         return []
     unset = {
         f"{name}.{factor}"
