@@ -22,6 +22,7 @@ PURPOSES = {
     "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
     "peft": "baselines of `relora bench`, loading of PEFT exports",
     "quantization": "`relora.frozen_dtype=nf4`",
+    "loggers": "`log.to`",
     "liger": "`model.use_liger_kernel=true`",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
 }
