@@ -1,7 +1,7 @@
 """Small models and batches that several tests share."""
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
 # Odd sizes and three layers: flat partitions need padding, and tensors straddle ranks.
 VOCAB, LENGTH = 67, 12
@@ -50,7 +50,41 @@ def qwen2(seed: int = 0, **changes):
     return _build(Qwen2Config(**{**sizes, **changes}), seed)
 
 
-FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "qwen2": qwen2}
+def gpt2(seed: int = 0, **changes):
+    """Conv1D, whose weight is `[in, out]`; embeddings tied to the head; no dropout."""
+    sizes = dict(
+        vocab_size=VOCAB,
+        n_embd=20,
+        n_inner=35,
+        n_layer=3,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    return _build(GPT2Config(**{**sizes, **changes}), seed)
+
+
+def mixtral(seed: int = 0, **changes):
+    """Experts in one parameter `[experts, out, in]` for each of two projections; sizes that grouped products take."""
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    return _build(MixtralConfig(**{**sizes, **changes}), seed)
+
+
+FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "qwen2": qwen2, "gpt2": gpt2, "mixtral": mixtral}
 
 
 def _build(config, seed: int):

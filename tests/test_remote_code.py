@@ -14,7 +14,7 @@ from relora_ds.config import RecipeError
 from relora_ds.config.remote_code import UntrustedCode
 from relora_ds.data import tokenizer
 from relora_ds.interop import peft, sources
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import load_config
 from relora_ds.training.preflight import check, resolve

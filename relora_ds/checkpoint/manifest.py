@@ -62,7 +62,7 @@ class Manifest:
         run: what was saved beside the engine: the trainer's own state, or `client_state`, see
             `checkpoint.client_state`.
         engine: see `zero.engine_state`.
-        model: `{"parameters": {name: {"shape", "trains"}}, "layers": {name: {"scaling", "base", "shape"}}, "frozen":
+        model: `{"parameters": {name: {"shape", "trains"}}, "layers": {name: `LowRankLayer.about()`}, "frozen":
             the fields of `lowrank.storage.Storage`, "relora": the fields of the `ReLoRAConfig`, or None}`.
         restarts: how many there were when the frozen weights were written.
         files: by name.

@@ -12,7 +12,7 @@ from relora_ds.checkpoint import manifest, store
 from relora_ds.checkpoint.contents import BUFFER, OTHER, STORED
 from relora_ds.checkpoint.manifest import Manifest, is_needed
 from relora_ds.checkpoint.tensors import SavedTensors
-from relora_ds.lowrank.frozen import add_update_
+from relora_ds.lowrank.frozen import merge_, plain_name
 from relora_ds.lowrank.storage import Storage
 from relora_ds.lowrank.wrap import is_lora_parameter
 
@@ -25,10 +25,9 @@ class Contents:
         step: applied steps of the run, or of the loop that saved it.
         t, restarts: applied steps of the engine, and the steps after which it restarted.
         relora: the fields of its `ReLoRAConfig`, or None for a plain model.
-        layers: `{module name: {"scaling": s, "base": whether it has a frozen weight, "shape": [out, in]}}` of the
-            low-rank layers.
+        layers: `{name: LowRankLayer.about()}` of the low-rank layers.
         matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a low-rank
-            layer `[out, in]`, however it is stored and whether it has a base or not.
+            layer that of the plain weight, however it is stored and whether it has a base or not.
     """
 
     step: int
@@ -67,7 +66,7 @@ class OpenModel:
         return merged_weight(layer, self.read(f"{name}.weight") if layer["base"] else None, *self.factors(name))
 
     def update(self, name: str) -> Tensor:
-        """`s·B·A [out, in]` of a low-rank layer: what the current cycle adds to its `W`."""
+        """`s·B·A` of a low-rank layer, in the shape of its weight: what the current cycle adds to its `W`."""
         return merged_weight(self.contents.layers[name], None, *self.factors(name))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -89,14 +88,15 @@ class CheckpointWeights:
         self._files, self._updates = ExitStack(), updates
         model = self._files.enter_context(open_model(directory))
         self._model, self.contents, self.owners = model, model.contents, None
+        self._layers = {plain_name(name, layer): name for name, layer in model.contents.layers.items()}
         described = manifest.read(directory).model
         buffers = [name for name in model.frozen if name not in described["parameters"]]
         self.shapes = plain_shapes(described, {name: model.read(name).shape for name in buffers})
 
     def read(self, name: str) -> Tensor:
         """A new tensor, fp32 where it is floating point."""
-        model, layer = self._model, name.removesuffix(".weight")
-        if f"{layer}.weight" != name or layer not in self.contents.layers:
+        model, layer = self._model, self._layers.get(name)
+        if layer is None:
             return model.read(name).clone()
         return model.merged(layer) if self._updates else model.base(layer).clone()
 
@@ -136,17 +136,21 @@ def open_model(directory: Path) -> Iterator[OpenModel]:
 
 
 def merged_weight(layer: dict, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Return `W + s·B·A`, fp32 `[out, in]`, a new tensor; of a `weight` None, `s·B·A`. layer: of `Contents.layers`."""
+    """Return `W + s·B·A`, fp32, a new tensor; of a `weight` None, `s·B·A`. layer: of `Contents.layers`."""
     start = torch.zeros(layer["shape"]) if weight is None else weight.clone()
-    return add_update_(start, lora_A, lora_B, layer["scaling"])
+    return merge_(layer, start, lora_A, lora_B)
 
 
 def plain_shapes(about: dict, buffers: dict[str, torch.Size]) -> dict[str, torch.Size]:
     """Return the shapes of a plain model's parameters and buffers, from what a manifest says about the trained one."""
-    shapes = {name: torch.Size(p["shape"]) for name, p in about["parameters"].items() if not is_lora_parameter(name)}
+    weights = {f"{name}.weight" for name in about["layers"]}
     return {
-        **shapes,
-        **{f"{name}.weight": torch.Size(layer["shape"]) for name, layer in about["layers"].items()},
+        **{
+            name: torch.Size(p["shape"])
+            for name, p in about["parameters"].items()
+            if not is_lora_parameter(name) and name not in weights
+        },
+        **{plain_name(name, layer): torch.Size(layer["shape"]) for name, layer in about["layers"].items()},
         **buffers,
     }
 
@@ -159,7 +163,7 @@ def _contents(about: Manifest) -> Contents:
         for name, p in model["parameters"].items()
         if name.endswith(ending) and len(p["shape"]) == 2
     }
-    matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items()}
+    matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items() if len(layer["shape"]) == 2}
     return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices)
 
 

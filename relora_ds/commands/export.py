@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
-    from relora_ds.interop.export import export
+    from relora_ds.interop.hf_export import export
 
     source = export(
         arguments.source,

@@ -22,7 +22,7 @@ from relora_ds.interop import peft
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import load_config, load_model
 from relora_ds.models.pretrained_weights import pretrained_weights
-from relora_ds.models.ties import tied_as_stored
+from relora_ds.models.stored_head import tied_as_stored
 from relora_ds.models.without_values import build_without_values, fill
 from relora_ds.zero.plain_model import export_config
 from relora_ds.zero.weights import WeightSource, problems
@@ -176,7 +176,7 @@ def _saved_config(checkpoint: Path, trust_remote_code: bool) -> PretrainedConfig
     if not _lists(checkpoint, "config.json"):
         raise ValueError(
             f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "
-            "relora_ds.interop.export.merged_state and save the tensors yourself"
+            "relora_ds.interop.hf_export.merged_state and save the tensors yourself"
         )
     if (damage := _damage(checkpoint, "config.json")) is not None:
         logger.warning("%s; the configuration in %s serves", damage, manifest.NAME)

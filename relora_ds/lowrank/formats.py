@@ -1,12 +1,13 @@
 """How a frozen weight is stored, and how it multiplies.
 
-A format turns an fp32 weight `[out, in]` into one stored tensor, and the stored tensor into products:
+A format turns an fp32 weight `[..., out, in]` into one stored tensor, and that of a matrix `[out, in]` into products:
 
     dense                        the weight itself, in the precision that computes
     fp32, bf16, fp16             the same, in another precision than the one that computes
     int8                         8-bit integers, one scale for each row (output feature)
     fp8                          e4m3, one scale for each row
     nf4                          the 4-bit codes of QLoRA (arXiv 2305.14314), one scale for 64 weights; by bitsandbytes
+    transposed_F                 any of them as F stores Wᵀ: what products with a weight kept as `[in, out]` ask for
 
 All but `dense` are *packed*: codes and scales follow each other in one flat tensor of bytes. So a weight stays
 one tensor whatever its format: ZeRO partitions it, owners broadcast it and checksums cover it as they do a dense one,
@@ -51,11 +52,11 @@ class Format:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def quantize(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """The stored tensor of an fp32 weight `[out, in]`, rounded to nearest; a new one. dtype: as above."""
+        """The stored tensor of an fp32 weight `[..., out, in]`, rounded to nearest; a new one. dtype: as above."""
         return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def dequantize(self, stored: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]` in `dtype`; may share the storage of `stored`."""
+        """The weight `[..., out, in]` in `dtype`; may share the storage of `stored`."""
         return stored.view(shape).to(dtype)
 
     def multiply(self, rows: Tensor, stored: Tensor, shape: torch.Size) -> Tensor:
@@ -126,7 +127,7 @@ class Int8(Packed):
     name = "int8"
 
     def parts(self, shape):
-        return [(torch.int8, shape), (torch.float32, torch.Size([shape[0], 1]))]
+        return [(torch.int8, shape), (torch.float32, torch.Size([*shape[:-1], 1]))]
 
     def quantize(self, value, dtype):
         scale = _row_scale(value, 127)
@@ -142,8 +143,8 @@ class FP8(Packed):
     Args:
         both_layouts: keep the codes of Wᵀ beside those of W, and multiply in fp8 (`torch._scaled_mm` wants its second
             operand by columns: W for the output, Wᵀ for the input's gradient). Twice the bytes. The rows of
-            activations and gradients are scaled as they come. Weights whose sides are no multiples of 16 are stored
-            and multiplied as without it.
+            activations and gradients are scaled as they come. Weights whose sides are no multiples of 16, and those
+            that are no matrices, are stored and multiplied as without it.
     """
 
     LARGEST = 448.0
@@ -153,13 +154,13 @@ class FP8(Packed):
         self.name = "fp8_both_layouts" if both_layouts else "fp8"
 
     def parts(self, shape):
-        found = [(torch.float8_e4m3fn, shape), (torch.float32, torch.Size([shape[0], 1]))]
+        found = [(torch.float8_e4m3fn, shape), (torch.float32, torch.Size([*shape[:-1], 1]))]
         return found + [(torch.float8_e4m3fn, shape[::-1])] * self._keeps_both(shape)
 
     def quantize(self, value, dtype):
         scale = _row_scale(value, self.LARGEST)
         codes = (value / scale).to(torch.float8_e4m3fn)
-        return self.pack([codes, scale, codes.t()][: 2 + self._keeps_both(value.shape)], value.shape)
+        return self.pack([codes, scale, codes.mT][: 2 + self._keeps_both(value.shape)], value.shape)
 
     def dequantize(self, stored, shape, dtype):
         codes, scale = self.unpack(stored, shape)[:2]
@@ -182,7 +183,7 @@ class FP8(Packed):
         return _scaled_product(*_quantized_rows(grad, scale.t()), transposed.t(), ones, grad.dtype, fast=False)
 
     def _keeps_both(self, shape: torch.Size) -> bool:
-        return self.both_layouts and all(size % ALIGNMENT == 0 for size in shape)
+        return self.both_layouts and len(shape) == 2 and all(size % ALIGNMENT == 0 for size in shape)
 
     def _in_fp8(self, rows: Tensor, shape: torch.Size) -> bool:
         return rows.dtype == torch.bfloat16 and len(rows) > 0 and self._keeps_both(shape)
@@ -213,7 +214,7 @@ class NF4(Packed):
     def problem(self, shape):
         if shape.numel() % BLOCK:
             return (
-                f"nf4 stores blocks of {BLOCK} weights, which do not divide its {shape[0]}x{shape[1]}; leave it "
+                f"nf4 stores blocks of {BLOCK} weights, which do not divide its {'x'.join(map(str, shape))}; leave it "
                 "out of relora.target_modules, or use frozen_dtype=int8"
             )
         return None
@@ -255,12 +256,40 @@ class NF4(Packed):
         return _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", blocks, dtype).view(shape)
 
 
+class Transposed(Format):
+    """Products with a weight `[out, in]` whose transpose, `[in, out]`, is stored in another format."""
+
+    def __init__(self, inner: Format):
+        self.inner, self.name = inner, f"{_TRANSPOSED}{inner.name}"
+
+    def floating_dtype(self, dtype):
+        return self.inner.floating_dtype(dtype)
+
+    def stored_like(self, shape, dtype, device):
+        return self.inner.stored_like(_flipped(shape), dtype, device)
+
+    def quantize(self, value, dtype):
+        return self.inner.quantize(value.mT, dtype)
+
+    def dequantize(self, stored, shape, dtype):
+        return self.inner.dequantize(stored, _flipped(shape), dtype).mT
+
+    def multiply(self, rows, stored, shape):
+        return self.inner.multiply_transposed(rows, stored, _flipped(shape))
+
+    def multiply_transposed(self, grad, stored, shape):
+        return self.inner.multiply(grad, stored, _flipped(shape))
+
+
 DENSE = Format()
+_TRANSPOSED = "transposed_"
 
 
 @functools.cache
 def format_named(name: str) -> Format:
     """The format of this name; `Format.name` of any of them."""
+    if name.startswith(_TRANSPOSED):
+        return Transposed(format_named(name.removeprefix(_TRANSPOSED)))
     known = (DENSE, *map(Cast, DTYPES), Int8(), FP8(), FP8(both_layouts=True), NF4(), NF4(double=True))
     return {format.name: format for format in known}[name]
 
@@ -288,18 +317,27 @@ def multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def transposed(format: Format) -> Format:
+    """Return the format of products with a weight that `format` stores as `[in, out]`."""
+    return format_named(f"{_TRANSPOSED}{format.name}")
+
+
+def _flipped(shape: torch.Size) -> torch.Size:
+    return torch.Size([*shape[:-2], shape[-1], shape[-2]])
+
+
 def _aligned(length: int) -> int:
     return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 def _row_scale(value: Tensor, largest: float) -> Tensor:
-    """fp32 `[rows, 1]`; a row of zeros has a scale too, that nothing is divided by zero."""
+    """fp32 `[..., rows, 1]`; a row of zeros has a scale too, that nothing is divided by zero."""
     return (_largest(value) / largest).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row, fp32 `[rows, 1]`; in one pass, where `abs()` would write a copy first."""
-    return torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).float()
+    """The largest magnitude of each row, fp32 `[..., 1]`; in one pass, where `abs()` would write a copy first."""
+    return torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
 
 
 def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

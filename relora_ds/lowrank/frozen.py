@@ -13,11 +13,26 @@ from relora_ds.lowrank.precision import exact_products
 _LEDGER_SAMPLE = 1 << 12  # weights of a layer
 
 
-def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """`base += scaling · lora_B · lora_A`, in place. All fp32: `[out, in]`, `[r, in]`, `[out, r]`."""
+def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
+    """Add `scaling · lora_B · lora_A` to `base`, in place, and return it.
+
+    All fp32, of two or three dimensions: `[..., out, in]` (transposed: `[..., in, out]`), `[..., r, in]` and
+    `[..., out, r]`.
+    """
     assert base.dtype == lora_A.dtype == lora_B.dtype == torch.float32
+    first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
     with exact_products():
-        return base.addmm_(lora_B, lora_A, alpha=scaling)
+        return (base.addmm_ if base.ndim == 2 else base.baddbmm_)(first, second, alpha=scaling)
+
+
+def merge_(about: dict, base: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Add a low-rank layer's update to its weight, in place. about: `LowRankLayer.about()`. fp32."""
+    return add_update_(base, lora_A, lora_B, about["scaling"], transposed=about.get("transposed", False))
+
+
+def plain_name(name: str, about: dict) -> str:
+    """Return the name, in the plain model, of the weight of the low-rank layer `name`. about: as for `merge_`."""
+    return name if about.get("is_parameter", False) else f"{name}.weight"
 
 
 def round_unbiased(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,65 +1,122 @@
-"""Choose the linears that get a low-rank update.
+"""Choose the linears and parameters that get a low-rank update.
 
-A target must be a plain linear map that is called: the layer that takes its place knows `x Wᵀ + b` and nothing else,
-and what reads `.weight` instead of calling the module would never see the update. This is decided here from the modules
-and their source code alone; `methods.proof` runs a small copy of the model as well.
+A linear is an `nn.Linear` or transformers' Conv1D (GPT-2's), which keeps its weight as `[in, out]`. A target must be a
+plain linear map that is called (`lowrank.peculiarities`); `methods.proof` runs a small copy of the model as well. A
+parameter is what a module's own code multiplies with, such as the experts of a mixture.
 """
 
-import ast
-import functools
-import inspect
 import re
-import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.linear import ReLoRALinear
+from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.peculiarities import is_linear, peculiarity, read_directly
 
 ALL_LINEAR = "all-linear"
-_DESCRIPTIVE = {"dtype", "device", "shape", "size", "is_meta", "ndim", "requires_grad"}
-_SETUP = re.compile("init|reset_parameters")  # methods that do not run in forward
+DEFAULT_TRAINABLE_MODULES = ("embeddings", "head", "norms")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The linears of a model and what becomes of them.
+    """The linears and parameters of a model and what becomes of them.
 
     Attributes:
         linears: the targets by their first name, in the model's order.
+        parameters: those of `target_parameters`, likewise.
         unfit: `{name: reason}` of linears that `target_modules` asks for and that cannot be wrapped.
+        unfit_parameters: the same of parameters, each reason with its remedy.
         excluded: names of linears that only `exclude_modules` keeps from being targets.
     """
 
-    linears: dict[str, nn.Linear]
-    unfit: dict[str, str]
-    excluded: list[str]
+    linears: dict[str, nn.Module] = field(default_factory=dict)
+    parameters: dict[str, "ParameterPlace"] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
+    unfit_parameters: dict[str, str] = field(default_factory=dict)
+    excluded: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights of all targets, by the targets' names."""
+        return {
+            **{name: linear.get_parameter("weight") for name, linear in self.linears.items()},
+            **{name: place.parameter for name, place in self.parameters.items()},
+        }
+
+
+@dataclass(frozen=True)
+class ParameterPlace:
+    """A parameter `leaf` of `module`."""
+
+    module: nn.Module
+    leaf: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter(self.leaf)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is `[..., in, out]`; the modules of transformers' experts say so (PEFT asks the same)."""
+        return self.parameter.ndim == 3 and bool(getattr(self.module, "is_transposed", False))
 
 
 def find_targets(model: nn.Module, config: ReLoRAConfig) -> Targets:
-    """Find the linears that `target_modules` names and `exclude_modules` does not.
+    """Find the linears that `target_modules` names and `exclude_modules` does not, and what `target_parameters` names.
 
-    "all-linear" is every `nn.Linear` but the output head (PEFT's rule). A module with several names is one target, and
+    "all-linear" is every linear but the output head (PEFT's rule). A module with several names is one target, and
     is named by any of them.
     """
-    head, wanted, unwanted = output_head(model), as_list(config.target_modules), as_list(config.exclude_modules)
-    is_all = config.target_modules == ALL_LINEAR
-    read_directly = {id(part): reason for part, reason in _read_directly(model)}
-    found = Targets({}, {}, [])
+    head, is_all, found = output_head(model), config.target_modules == ALL_LINEAR, Targets()
+    directly_read = {id(part): reason for part, reason in read_directly(model)}
     for names, module in named_places(model):
-        if not isinstance(module, nn.Linear) or not (module is not head if is_all else matches(names, wanted)):
+        for leaf in _named_leaves(names, module, config.target_parameters):
+            place = ParameterPlace(module, leaf)
+            if reason := _parameter_problem(place):
+                found.unfit_parameters[_joined(names[0], leaf)] = reason
+            else:
+                found.parameters[_joined(names[0], leaf)] = place
+        if not is_linear(module) or not (module is not head if is_all else matches(names, config.target_modules)):
             continue
-        if matches(names, unwanted):
+        if matches(names, config.exclude_modules):
             found.excluded.append(names[0])
-        elif reason := _peculiarity(module) or read_directly.get(id(module)):
+        elif reason := peculiarity(module) or directly_read.get(id(module)):
             found.unfit[names[0]] = reason
         else:
             found.linears[names[0]] = module
     return found
+
+
+def target_linears(model: nn.Module, config: ReLoRAConfig) -> dict[str, nn.Module]:
+    """Return the linears that get a low-rank update, by their first name."""
+    return find_targets(model, config).linears
+
+
+def _named_leaves(names: list[str], module: nn.Module, patterns: list[str] | None) -> list[str]:
+    """Return a module's own parameters that patterns name."""
+    return [leaf for leaf in module._parameters if matches([_joined(name, leaf) for name in names], patterns)]
+
+
+def _joined(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if name else leaf
+
+
+def _parameter_problem(place: ParameterPlace) -> str | None:
+    """Return why a parameter cannot get a low-rank update, and what to do."""
+    if is_linear(place.module):
+        return f"is the {place.leaf} of a linear; name the module in relora.target_modules"
+    if isinstance(place.module, nn.Embedding):
+        return "is an embedding; train it whole, with relora.trainable_modules"
+    parameter = place.parameter
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if len(shape) not in (2, 3):
+        return (
+            f"has the shape {tuple(shape)}: it is no matrix, nor one for each of several experts; leave it out of "
+            "relora.target_parameters"
+        )
+    return None
 
 
 def named_places(model: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
@@ -92,9 +149,17 @@ def as_list(names: str | list[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def matches(names: str | list[str], patterns: list[str]) -> bool:
-    """Return True if a pattern is one of the whole module names, or the last components of one (PEFT's rule)."""
-    return any(name == pattern or name.endswith("." + pattern) for name in as_list(names) for pattern in patterns)
+def matches(names: str | list[str], patterns: str | list[str] | None) -> bool:
+    """Return True if patterns name a module, by PEFT's rule.
+
+    Args:
+        names: of the module.
+        patterns: a regular expression that is to match one of the whole names; or a list, of which one entry is to be a
+            whole name or the last components of one.
+    """
+    if isinstance(patterns, str):
+        return any(re.fullmatch(patterns, name) for name in as_list(names))
+    return any(name == pattern or name.endswith("." + pattern) for name in as_list(names) for pattern in patterns or ())
 
 
 def generic(name: str) -> str:
@@ -110,119 +175,19 @@ def summary(names: list[str]) -> str:
     return ", ".join(first + (f" (and {len(others)} like it)" if others else "") for first, *others in groups.values())
 
 
-def _peculiarity(linear: nn.Linear) -> str | None:
-    """Return why a linear's function is not `x Wᵀ + b`, or cannot be kept."""
-    if nn.parameter.is_lazy(linear.weight):
-        return "has no shape yet (a lazy module); run the model once first"
-    if "forward" in vars(linear):
-        return "has a forward function put into this one module"
-    if any(
-        getattr(linear, hooks)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    ):
-        return "has hooks, which wrapping would drop; remove them, or register them on the wrapped model"
-    if set(linear._parameters) != {"weight", "bias"} or not isinstance(linear.weight, nn.Parameter):
-        return "computes its weight from other tensors (weight norm, pruning or a parametrization)"
-    if linear._buffers or linear._modules or (type(linear) is not nn.Linear and not _is_plain(linear)):
-        return f"is a {type(linear).__name__}, which computes something else than nn.Linear"
-    return None
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    """Return True if a subclass of nn.Linear computes what nn.Linear does, found with a small weight in its place."""
-    if type(linear).forward is nn.Linear.forward:
-        return True
-    training, x_grads, results = linear.training, [], []
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        weight, x = torch.randn(3, 5), torch.randn(2, 4, 5)
-        tensors = {"weight": weight} | ({} if linear.bias is None else {"bias": torch.randn(3)})
-        try:
-            for mode in (None, True, False):
-                point = x.clone().requires_grad_()
-                linear.training = mode is True
-                y = (
-                    F.linear(point, **tensors)
-                    if mode is None
-                    else torch.func.functional_call(linear, tensors, (point,))
-                )
-                y.square().sum().backward()
-                results.append(y.detach())
-                x_grads.append(point.grad)
-        except Exception:  # code that expects other shapes
-            return False
-        finally:
-            linear.training = training
-    return all(isinstance(y, Tensor) and torch.allclose(y, results[0], rtol=1e-5, atol=1e-6) for y in results) and all(
-        torch.allclose(grad, x_grads[0], rtol=1e-5, atol=1e-6) for grad in x_grads
-    )
-
-
-def _read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The linears whose weight is read by the code of the module that holds them, and why that matters."""
-    for module in model.modules():
-        if isinstance(module, (ReLoRALinear, nn.TransformerEncoderLayer)):  # wrapping switches the latter's reads off
+def trained_whole(model: nn.Module, config: ReLoRAConfig) -> set[int]:
+    """Return the ids of the parameters that `trainable_modules` names; a target's own weight may be among them."""
+    patterns = config.trainable_modules
+    patterns = list(DEFAULT_TRAINABLE_MODULES) if patterns is None else as_list(patterns)
+    head, chosen = output_head(model), set()
+    for names, module in named_places(model):
+        if isinstance(module, LowRankLayer):
             continue
-        for name, flags in _weights_read_by(type(module)):
-            part = module._modules.get(name)
-            if isinstance(part, nn.Linear) and not any(getattr(module, flag, None) is False for flag in flags):
-                yield (
-                    part,
-                    (
-                        f"is not always called: {type(module).__name__} reads its weight directly, where the "
-                        "low-rank update would be missing"
-                    ),
-                )
-
-
-@functools.cache
-def _weights_read_by(kind: type) -> frozenset[tuple[str, tuple[str, ...]]]:
-    """`(NAME, flags)` of each `self.NAME.weight` whose value a class uses; flags: see `_weights_read_in`."""
-    found = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # compiled, or written at a prompt
-            continue
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and not _SETUP.search(method.name):
-                found |= set(_weights_read_in(method))
-    return frozenset(found)
-
-
-def _weights_read_in(node: ast.AST, flags: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Reads of `self.NAME.weight` below a node. flags: attributes of self that are true where the code runs.
-
-    `training` is none of them: a model may be wrapped in evaluation mode and train later.
-    """
-    if isinstance(node, ast.Attribute) and node.attr in _DESCRIPTIVE:
-        return
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "hasattr"):
-        return
-    if (
-        isinstance(node, ast.Attribute)
-        and node.attr == "weight"
-        and isinstance(node.ctx, ast.Load)
-        and (name := _own_attribute(node.value))
-    ):
-        yield name, flags
-    for field, value in ast.iter_fields(node):
-        inner = flags
-        if isinstance(node, ast.If) and field == "body":
-            tests = (
-                node.test.values
-                if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
-                else [node.test]
-            )
-            inner += tuple(flag for test in tests if (flag := _own_attribute(test)) not in (None, "training"))
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST):
-                yield from _weights_read_in(child, inner)
-
-
-def _own_attribute(node: ast.AST) -> str | None:
-    """Return NAME of the expression `self.NAME`."""
-    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if is_own else None
+        kinds = {
+            "embeddings": isinstance(module, nn.Embedding),
+            "head": module is head,
+            "norms": "norm" in type(module).__name__.lower(),
+        }
+        if matches(names, patterns) or any(kinds.get(pattern, False) for pattern in patterns):
+            chosen |= {id(parameter) for parameter in module.parameters()}
+    return chosen

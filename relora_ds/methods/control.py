@@ -67,7 +67,7 @@ class Control(TrainingMethod):
         """Return (configuration, trainable parameters of the ReLoRA run)."""
         from relora_ds.lowrank.wrap import count_parameters, wrap_quietly
         from relora_ds.models.build import meta_model
-        from relora_ds.models.control import control_config
+        from relora_ds.models.control_shape import control_config
 
         num_trainable, _ = count_parameters(wrap_quietly(meta_model(model.config), self.recipe.relora))
         return control_config(model.config, num_trainable), num_trainable

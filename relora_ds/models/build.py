@@ -26,7 +26,7 @@ from relora_ds.config.rules import nearest
 from relora_ds.models.loading import from_config, load_config
 from relora_ds.models.pretrained_weights import StoredWeights, pretrained_weights
 from relora_ds.models.random_weights import RandomWeights
-from relora_ds.models.ties import tied_as_stored
+from relora_ds.models.stored_head import tied_as_stored
 from relora_ds.models.whole_weights import WholeWeights
 from relora_ds.models.without_values import build_without_values, fill
 

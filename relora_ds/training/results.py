@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from relora_ds.data import tokenizer_files
 from relora_ds.data.tokenizer import SAMPLES
-from relora_ds.interop.export import model_card
+from relora_ds.interop.hf_export import model_card
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training.compatibility import model_name
 from relora_ds.training.state import RunState

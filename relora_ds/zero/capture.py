@@ -87,10 +87,7 @@ def description(engine) -> dict:
             name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
             for name, p in engine.module.named_parameters()
         },
-        "layers": {
-            name: {"scaling": layer.scaling, "base": layer.weight is not None, "shape": list(layer.weight_shape)}
-            for name, layer in layers.items()
-        },
+        "layers": {name: layer.about() for name, layer in layers.items()},
         "frozen": dataclasses.asdict(engine.frozen.storage),
         "config": _configuration(engine.module),
         "relora": None if engine.relora is None else dataclasses.asdict(engine.relora),

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from relora_ds.lowrank.frozen import add_update_
 from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import persistent_buffers
@@ -47,7 +46,9 @@ def collect_owned(
         if tensor.name in owners and not is_lora_parameter(tensor.name)
     }
     shapes |= {
-        key: layer.weight_shape for name, layer in lowrank_layers(module).items() if (key := f"{name}.weight") in owners
+        key: layer.weight_shape
+        for name, layer in lowrank_layers(module).items()
+        if (key := layer.plain_name(name)) in owners
     }
     found = {
         name: value
@@ -85,7 +86,7 @@ def _merged_tensors(
             dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
             yield name, buffer.to("cpu", dtype, copy=True) if _gets(dst_of(name)) else None
     for name, layer in layers.items():
-        if _is_in(key := f"{name}.weight", wanted):
+        if _is_in(key := layer.plain_name(name), wanted):
             merged = _merged(name, layer, shards, frozen, device, dst_of(key))
             yield key, merged.cpu() if merged is not None and _gets(dst_of(key)) else None
 
@@ -115,15 +116,15 @@ def _merged(
     if name in frozen.layers:
         base = frozen.read(name, device)
     else:  # no base: y = s·B·A·x
-        base = torch.zeros(layer.out_features, layer.in_features, device=device) if pair else None
+        base = torch.zeros(layer.weight_shape, device=device) if pair else None
     if base is not None:
-        add_update_(base, pair[f"{name}.lora_A"], pair[f"{name}.lora_B"], layer.scaling)
+        layer.add_update_(base, pair[f"{name}.lora_A"], pair[f"{name}.lora_B"])
     if name not in frozen.layers:
         return base
     if dst is None or owner != dst:
         # dst=None: everybody needs it. Otherwise one rank does, and a broadcast is still the one way that
         # every backend knows; this runs at the end of a run, not in the loop.
         if base is None:
-            base = torch.empty(layer.out_features, layer.in_features, device=device)
+            base = torch.empty(layer.weight_shape, device=device)
         dist.broadcast(base, owner)
     return base

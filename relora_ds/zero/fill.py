@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_ds.lowrank.linear import initial_A, initial_B
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import persistent_buffers
@@ -63,7 +62,7 @@ class _Unfilled:
         self.module, self.shards, self.frozen, self.device = module, shards, frozen, device
         self.tensors = plain_tensors(module)
         self._parameters, self._buffers = dict(module.named_parameters()), persistent_buffers(module)
-        self._layers = {f"{name}.weight": name for name in frozen.layers}
+        self._layers = {layer.plain_name(name): name for name, layer in frozen.layers.items()}
 
     def read(self, source: WeightSource, tensors: list[PlainTensor]) -> None:
         """Take `tensors` from a source of whole tensors."""
@@ -88,13 +87,8 @@ class _Unfilled:
         for name, layer in lowrank_layers(self.module).items():
             if (seed := layer.initial_seed) is None:
                 continue
-            first_B = (
-                torch.zeros(layer.out_features, layer.r)
-                if layer.weight is not None
-                else initial_B(layer.out_features, layer.r, seed=seed, name=name)
-            )
-            self.shards.write(f"{name}.lora_A", initial_A(layer.r, layer.in_features, seed=seed, restart=0, name=name))
-            self.shards.write(f"{name}.lora_B", first_B)
+            self.shards.write(f"{name}.lora_A", layer.initial_A(name, seed=seed, restart=0))
+            self.shards.write(f"{name}.lora_B", layer.initial_B(name, seed=seed))
             layer.initial_seed = None
 
     def align_buffers(self, filled: set[str]) -> None:

@@ -12,9 +12,9 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.formats import DTYPES, multiplies_fp8
 from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
-from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.storage import Storage, format_at, has_masters, is_sharded, shape_problems
 from relora_ds.zero.pinned import MasterStore
 from relora_ds.zero.shards import write_partition
@@ -30,7 +30,7 @@ def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
     return {name: owners[name] for name in sizes}
 
 
-def frozen_owners(layers: dict[str, ReLoRALinear]) -> dict[str, int]:
+def frozen_owners(layers: dict[str, LowRankLayer]) -> dict[str, int]:
     """The rank that owns the weight of each layer, by name; layers without a base weight are left out."""
     sizes = {name: layer.weight_shape.numel() for name, layer in layers.items() if layer.weight is not None}
     return assign_owners(sizes, dist.get_world_size())
@@ -64,7 +64,7 @@ class FrozenWeights:
 
     def __init__(
         self,
-        layers: dict[str, ReLoRALinear],
+        layers: dict[str, LowRankLayer],
         relora: ReLoRAConfig | None,
         *,
         precision: str,
@@ -117,7 +117,7 @@ class FrozenWeights:
             self.masters.put(name, value)
 
     def quantize(self, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The stored copy of an fp32 weight `[out, in]`. generator: round without bias where the format can (bf16)."""
+        """The stored copy of an fp32 weight. generator: round without bias where the format can (bf16)."""
         if generator is not None and self.format.floating_dtype(self.dtype) == torch.bfloat16:
             value = round_unbiased(value, generator)
         return self.format.quantize(value, self.dtype)
@@ -127,7 +127,7 @@ class FrozenWeights:
         return torch.isfinite(value.to(self.format.floating_dtype(self.dtype) or value.dtype)).all()
 
     def dequantize(self, name: str, stored: Tensor) -> Tensor:
-        """The fp32 weight `[out, in]` that a stored copy stands for."""
+        """The fp32 weight `[..., out, in]` that a stored copy stands for."""
         return self.format.dequantize(stored, self.layers[name].weight_shape, torch.float32)
 
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:

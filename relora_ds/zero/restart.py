@@ -21,8 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.frozen import add_update_
-from relora_ds.lowrank.linear import initial_A
 from relora_ds.lowrank.reinit import dominant_rows, orthogonal_A
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
@@ -141,7 +139,7 @@ def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size:
     factors = [0] * world_size  # between the look at a merge and the merge, in fp32
     if stage > 0 and world_size > 1:
         for name, owner in assign_owners({name: shape.numel() for name, shape in shapes.items()}, world_size).items():
-            factors[owner] += 4 * r * sum(shapes[name])
+            factors[owner] += 4 * r * sum(shapes[name].numel() // side for side in shapes[name][-2:])
     return _COPIES * 4 * max(shape.numel() for shape in shapes.values()) + max(factors)
 
 
@@ -195,11 +193,11 @@ def _merged(
     """Merge one layer on its owner, changing nothing but `base`, which is used up. key: of the rounding at random.
 
     Returns the merged weight, its stored copy, `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]`, and the ledger's samples of
-    s·B·A and of what of it was lost, `[2, n]`. `peak_bytes` counts the fp32 tensors `[out, in]` that are alive at once.
+    s·B·A and of what of it was lost, `[2, n]`. `peak_bytes` counts the fp32 tensors of its size that are alive at once.
     """
     weight = _square(base)
     before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
-    intended = add_update_(torch.zeros_like(base), lora_A, lora_B, frozen.layers[name].scaling)
+    intended = frozen.layers[name].add_update_(torch.zeros_like(base), lora_A, lora_B)
     update = _square(intended)
     merged = base.add_(intended) if frozen.with_masters else base + intended
     stored = frozen.quantize(merged, None if frozen.with_masters else keyed_generator(key, base.device))
@@ -279,18 +277,18 @@ def _can_merge(
     """Whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
     if with_all:
         return frozen.can_store(_merged(frozen, name, base, lora_A, lora_B, "")[0])
-    return frozen.can_store(add_update_(base, lora_A, lora_B, frozen.layers[name].scaling))
+    return frozen.can_store(frozen.layers[name].add_update_(base, lora_A, lora_B))
 
 
 def _reinitialise(
     shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int, device: torch.device
 ) -> None:
     for name, layer in frozen.layers.items():
-        new_A = initial_A(layer.r, layer.in_features, seed=seed, restart=number, name=name)
+        new_A = layer.initial_A(name, seed=seed, restart=number)
         if config.restart_init != "kaiming":
             new_A = _chosen_A(new_A, name, frozen, config.restart_init, seed=seed, number=number, device=device)
         shards.write(f"{name}.lora_A", new_A)
-        shards.write(f"{name}.lora_B", torch.zeros(layer.out_features, layer.r, device=device))
+        shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape, device=device))
 
 
 def _chosen_A(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_ds.lowrank.wrap import full_shape, is_lora_parameter, lowrank_layers
+from relora_ds.lowrank.inventory import full_shape, is_lora_parameter, lowrank_layers, plain_parameters
 from relora_ds.zero.frozen_master import assign_owners, frozen_owners
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import copy_common, partition_range
@@ -87,7 +87,8 @@ NOTHING = Nothing()
 
 def readers_of(model: nn.Module) -> dict[str, int]:
     """The rank that reads each tensor where every rank can: a frozen weight's owner, and the others in equal parts."""
-    owners = {f"{name}.weight": owner for name, owner in frozen_owners(lowrank_layers(model)).items()}
+    layers = lowrank_layers(model)
+    owners = {layers[name].plain_name(name): owner for name, owner in frozen_owners(layers).items()}
     others = {tensor.name: tensor.shape.numel() for tensor in plain_tensors(model) if tensor.name not in owners}
     return owners | assign_owners(others, dist.get_world_size())
 
@@ -107,14 +108,12 @@ class PlainTensor:
 
 def plain_tensors(model: nn.Module) -> list[PlainTensor]:
     """What a model consists of, wrapped or not, with or without values, and however its weights are stored."""
-    names: dict[int, list[str]] = {}
-    shapes: dict[int, torch.Size] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        shapes[id(parameter)] = full_shape(parameter)
+    found = plain_parameters(model)
+    names = {id(parameter): names for names, parameter in found}
+    shapes = {id(parameter): full_shape(parameter) for _, parameter in found}
     for name, layer in lowrank_layers(model).items():
         if layer.weight is not None:  # it may be packed, or a buffer
-            names.setdefault(id(layer.weight), [f"{name}.weight"])
+            names.setdefault(id(layer.weight), [layer.plain_name(name)])
             shapes[id(layer.weight)] = layer.weight_shape
     buffers = [PlainTensor([name], buffer.shape) for name, buffer in persistent_buffers(model).items()]
     return [PlainTensor(names[key], shapes[key]) for key in names] + buffers
@@ -128,7 +127,7 @@ def problems(source: WeightSource, model: nn.Module) -> list[str]:
     """
     wanted = plain_tensors(model)
     replaced = [
-        PlainTensor([f"{name}.weight"], layer.weight_shape)
+        PlainTensor([layer.plain_name(name)], layer.weight_shape)
         for name, layer in lowrank_layers(model).items()
         if layer.weight is None
     ]
@@ -190,7 +189,7 @@ def sources_of(model: nn.Module, weights: WeightSource | Nothing | None) -> list
     }
     own = {
         name: p
-        for name, p in model.named_parameters()
+        for (name, *_), p in plain_parameters(model)
         if name not in unset and (weights is None or is_lora_parameter(name))
     }
     if weights is None:

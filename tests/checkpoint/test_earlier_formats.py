@@ -8,7 +8,7 @@ import pytest
 
 from relora_ds.checkpoint.earlier import refusal
 from relora_ds.commands import checkpoint
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.interop.sources import locate
 from tests.parity import cases
 from tests.ranks import ranks

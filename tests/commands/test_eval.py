@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds.__main__ import main
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from tests.training.runs import lines, run
 
 

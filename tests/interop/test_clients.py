@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from relora_ds import data
 from relora_ds.config import load_recipe
 from relora_ds.data.loader import evaluation_batches
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.zero.saved_config import save_model
 from tests.data.test_tokenizer_files import LLAMA, sentencepiece_directory
 from tests.interop.clients import Client

@@ -12,7 +12,7 @@ import relora_ds
 from relora_ds import data
 from relora_ds.config import load_recipe
 from relora_ds.interop import peft
-from relora_ds.interop.export import export, merged_state
+from relora_ds.interop.hf_export import export, merged_state
 from relora_ds.training.validation import evaluate
 from tests.parity import cases
 from tests.ranks import ranks

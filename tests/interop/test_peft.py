@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import relora_ds
 from relora_ds import ReLoRAConfig
 from relora_ds.interop import peft
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.interop.sources import weights_of
 from relora_ds.models.whole_weights import WholeWeights
 from tests.checkpoint.weights import weights_in

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.interop.sources import weights_of
 from relora_ds.train import main
 from tests.training.runs import lines, losses, run

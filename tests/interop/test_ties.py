@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import relora_ds
 from relora_ds.config import ModelConfig, ReLoRAConfig
 from relora_ds.interop import peft
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.interop.sources import config_of, weights_of
 from relora_ds.lowrank.wrap import merge_and_unwrap, wrap
 from relora_ds.models.build import build_config, build_model, meta_model, model_without_values

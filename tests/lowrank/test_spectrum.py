@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from relora_ds.lowrank.spectrum import Spectrum, spectrum_of
+from relora_ds.lowrank.singular_values import Spectrum, spectrum_of
 
 
 def matrix(singular_values: list[float], rows: int = 60, columns: int = 90, dtype=torch.float64) -> torch.Tensor:

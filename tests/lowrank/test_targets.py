@@ -154,13 +154,50 @@ def test_excluded_names_agree_with_peft():
     "names, message",
     [
         (["dwon_proj"], "ReLoRAConfig.exclude_modules: 'dwon_proj' matches no module"),
-        ("down_proj", "ReLoRAConfig.exclude_modules: 'down_proj' is not a list"),
+        ("down_proj", "ReLoRAConfig.exclude_modules: the regular expression 'down_proj' matches no module; .* whole"),
         (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "leaves nothing"),
     ],
 )
 def test_wrong_exclusions_are_named(names, message):
     with pytest.raises(ValueError, match=message):
         wrap(llama(), ReLoRAConfig(r=4, exclude_modules=names))
+
+
+@pytest.mark.parametrize(
+    "pattern, unwanted",
+    [
+        (r".*\.(q|v)_proj", None),
+        (r"model\.layers\.[01]\..*proj", r".*\.1\.mlp\..*"),
+        (r".*down_proj|.*layers\.2.*gate_proj", ["layers.0.mlp.down_proj"]),
+    ],
+)
+def test_a_regular_expression_means_what_it_means_to_peft(pattern, unwanted):
+    peft = pytest.importorskip("peft")
+    chosen = dict(r=2, target_modules=pattern, exclude_modules=unwanted)
+    plain = peft.get_peft_model(llama(), peft.LoraConfig(**chosen))
+    theirs = {
+        name.removeprefix("base_model.model.") for name, module in plain.named_modules() if hasattr(module, "lora_A")
+    }
+    assert theirs == set(lowrank_layers(wrap(llama(), ReLoRAConfig(**chosen)))) != set()
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("q_proj", "the regular expression 'q_proj' matches no module; it is matched against whole names, such as "
+         "model.layers.0.self_attn.q_proj, lm_head"),
+        (r".*\.mlp", r"matches no linear; it is matched against whole names"),
+    ],
+)  # fmt: skip
+def test_a_regular_expression_that_matches_nothing_is_refused_with_names(pattern, message):
+    with pytest.raises(ValueError, match=f"ReLoRAConfig.target_modules: .*{message}"):
+        wrap(llama(), ReLoRAConfig(r=2, target_modules=pattern))
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    config = ReLoRAConfig(r=4, lora_alpha=8, use_rslora=True)
+    layers = lowrank_layers(wrap(llama(), config))
+    assert {layer.scaling for layer in layers.values()} == {config.scaling} == {8 / 4**0.5}
 
 
 def test_an_exclusion_without_effect_is_warned_of():

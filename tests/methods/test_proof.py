@@ -14,6 +14,8 @@ from transformers import (
     BloomConfig,
     DeepseekV32Config,
     FalconConfig,
+    GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -24,9 +26,10 @@ from transformers import (
     T5Config,
     TrOCRConfig,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from relora_ds.config import RecipeError, ReLoRAConfig
-from relora_ds.methods import proof
+from relora_ds.methods import proof, small_copy
 from relora_ds.methods.proof import prove
 from relora_ds.training.preflight import resolve
 
@@ -41,6 +44,7 @@ CONFIG = ReLoRAConfig(r=4, lora_alpha=8, restart_every=10, restart_warmup_steps=
         (FalconConfig(), "sdpa"),
         (MambaConfig(), "eager"),
         (MixtralConfig(), "sdpa"),
+        (GPT2Config(), "sdpa"),
         (OPTConfig(layerdrop=0.2), "sdpa"),
         (BertConfig(is_decoder=True), "sdpa"),
         (BloomConfig(), "eager"),
@@ -52,6 +56,39 @@ def test_what_trains_is_not_refused(config, attention):
     assert prove(config, CONFIG, attention=attention) == proof.Proof()
     assert prove(config, None, attention=attention) == proof.Proof()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+EXPERTS = dataclasses.replace(CONFIG, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+
+
+@pytest.mark.parametrize("frozen", ["auto", "int8", "nf4", "fp8"])
+@pytest.mark.parametrize(
+    "config, relora",
+    [
+        (GPT2Config(), CONFIG),
+        (MixtralConfig(), EXPERTS),
+        (GptOssConfig(), dataclasses.replace(EXPERTS, target_modules=[])),
+    ],
+    ids=["Conv1D", "experts", "transposed experts"],
+)
+def test_other_layouts_are_tried(config, relora, frozen):
+    relora, attention = dataclasses.replace(relora, frozen_dtype=frozen), "eager"
+    assert prove(config, relora, attention=attention) == proof.Proof()
+
+
+def test_experts_whose_update_is_lost_are_named(monkeypatch):
+    """Code that reads the frozen weight past the attribute."""
+    forward = MixtralExperts.forward
+
+    def patched(self, *inputs):
+        if made := self.__dict__.get("_updated_parameters"):
+            self.__dict__["_updated_parameters"] = {name: value.detach() for name, value in made.items()}
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(MixtralExperts, "forward", patched)
+    (problem,) = prove(MixtralConfig(), dataclasses.replace(EXPERTS, target_modules=[])).problems
+    assert problem.startswith("relora.target_parameters: model.layers.0.mlp.experts.gate_up_proj (and ")
+    assert "no gradient reaches" in problem and problem.endswith("leave it out of relora.target_parameters")
 
 
 @pytest.mark.parametrize("frozen", ["int8", "nf4", "fp8"])
@@ -149,7 +186,9 @@ def test_what_cannot_be_tried_is_refused_or_said(monkeypatch):
     class OwnConfig(LlamaConfig):
         """A model whose code is not transformers'."""
 
-    monkeypatch.setattr(proof, "tiny_config", lambda config: (_ for _ in ()).throw(ValueError("no copy of this one")))
+    monkeypatch.setattr(
+        small_copy, "tiny_config", lambda config: (_ for _ in ()).throw(ValueError("no copy of this one"))
+    )
     (problem,) = prove(LlamaConfig(), CONFIG).problems
     assert "llama models of this configuration cannot be run on text alone (ValueError: no copy of this one)" in problem
     assert prove(OwnConfig(), CONFIG).problems == []

@@ -70,7 +70,6 @@ REFUSED = {
         ],
         "do not shift the labels",
     ),
-    **dict.fromkeys(["gpt-sw3", "gpt2", "openai-gpt"], "transformers' Conv1D"),
     "gemma4_assistant": "cannot be run on text alone",  # a draft model: it reads the keys and values of another one
     "gemma4_unified_assistant": "cannot be run on text alone",
     "git": "cannot be run on text alone",  # it counts on the logits of an image

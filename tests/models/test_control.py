@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qw
 
 from relora_ds.config import ModelConfig
 from relora_ds.models.build import build_config, build_model, count_parameters
-from relora_ds.models.control import control_config
+from relora_ds.models.control_shape import control_config
 
 SHAPE = {
     "hidden_size": 128,

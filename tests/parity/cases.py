@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 import relora_ds
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.linear import initial_A
+from relora_ds.lowrank.base_layer import initial_A
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.teardown import release as release_engine
 from tests.parity.reference import Reference, jagged_cosine
@@ -29,6 +29,15 @@ def relora_config(**changes) -> ReLoRAConfig:
             **changes,
         }
     )
+
+
+def family_config(family: str, **changes) -> ReLoRAConfig:
+    """`relora_config` with what a family needs: experts are named, and a router trains as a whole."""
+    if family == "mixtral":
+        experts = ["experts.gate_up_proj", "experts.down_proj"]
+        trainable = ["embeddings", "head", "norms", "gate"]
+        changes = {"target_parameters": experts, "trainable_modules": trainable, **changes}
+    return relora_config(**changes)
 
 
 def ds_settings(stage: int, precision: str, offload: bool = False, **zero) -> dict:
@@ -61,7 +70,7 @@ def build(
     **model_changes,
 ):
     """An engine on the shared small problem."""
-    relora = relora or relora_config()
+    relora = relora or family_config(family)
     model = relora_ds.wrap(FAMILIES[family](model_seed, **model_changes), relora, seed=0)
     engine, *_ = relora_ds.initialize(
         model=model,
@@ -129,7 +138,7 @@ def make_reference(optimizer_reset: str, family: str = "llama", reset_ratio: flo
         model,
         4,
         SCALING,
-        lambda name, n: initial_A(4, _inputs(model, name), seed=0, restart=n, name=name),
+        lambda name, n: _drawn_A(model.get_submodule(name).lora_A, n, name),
         LR,
         DECAY,
         CLIP,
@@ -139,8 +148,10 @@ def make_reference(optimizer_reset: str, family: str = "llama", reset_ratio: flo
     )
 
 
-def _inputs(model, name: str) -> int:
-    return model.get_submodule(name).weight.shape[1]
+def _drawn_A(lora_A: torch.Tensor, restart: int, name: str) -> torch.Tensor:
+    *experts, r, inputs = lora_A.shape  # the factors of experts are drawn as one matrix
+    rows = torch.Size(experts).numel() * r
+    return initial_A(rows, inputs, seed=0, restart=restart, name=name).view(lora_A.shape)
 
 
 def reference_losses(optimizer_reset: str, family: str = "llama", **model_changes) -> list[float]:

@@ -27,6 +27,52 @@ class ReferenceLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scaling * (x @ self.lora_A.t()) @ self.lora_B.t()
 
 
+class ReferenceConv1D(ReferenceLinear):
+    """The same with a weight `[in, out]`, as GPT-2 keeps it."""
+
+    def __init__(self, conv1d, r, scaling):
+        linear = nn.Linear(*conv1d.weight.shape)
+        linear.bias.data.copy_(conv1d.bias)
+        super().__init__(linear, r, scaling)
+        self.weight = nn.Parameter(conv1d.weight.detach().clone(), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.weight + self.bias + self.scaling * (x @ self.lora_A.t()) @ self.lora_B.t()
+
+
+class ReferenceStack(nn.Module):
+    """One matrix `[out, in]` for each expert, with a pair of factors each."""
+
+    def __init__(self, parameter, r, scaling):
+        super().__init__()
+        experts, rows, columns = parameter.shape
+        self.weight = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.zeros(experts, r, columns))
+        self.lora_B = nn.Parameter(torch.zeros(experts, rows, r))
+        self.scaling = scaling
+
+    def forward(self, x, expert):
+        update = (x @ self.lora_A[expert].t()) @ self.lora_B[expert].t()
+        return F.linear(x, self.weight[expert]) + self.scaling * update
+
+
+class ReferenceExperts(nn.Module):
+    """Mixtral's experts: every expert on every token, and the weights of those that were not chosen are 0."""
+
+    def __init__(self, experts, r, scaling):
+        super().__init__()
+        self.gate_up_proj = ReferenceStack(experts.gate_up_proj, r, scaling)
+        self.down_proj = ReferenceStack(experts.down_proj, r, scaling)
+
+    def forward(self, x, chosen, weights):
+        result = torch.zeros_like(x)
+        for expert in range(len(self.gate_up_proj.weight)):
+            gate, up = self.gate_up_proj(x, expert).chunk(2, dim=-1)
+            weight = (weights * (chosen == expert)).sum(-1, keepdim=True)
+            result = result + weight * self.down_proj(F.silu(gate) * up, expert)
+        return result
+
+
 class Reference:
     """Trains on the concatenated batch of all ranks; `new_A(name, restart_number)` supplies the drawn values."""
 
@@ -49,10 +95,14 @@ class Reference:
         self.lr, self.max_grad_norm, self.reset, self.reset_ratio = lr, max_grad_norm, reset, reset_ratio
         head = model.get_output_embeddings()
         for name, module in list(model.named_modules()):
+            kind = {"Conv1D": ReferenceConv1D, "MixtralExperts": ReferenceExperts}.get(type(module).__name__)
             if isinstance(module, nn.Linear) and module is not head:
+                kind = ReferenceLinear
+            if kind is not None:
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, ReferenceLinear(module, r, scaling))
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, ReferenceLinear)}
+                setattr(model.get_submodule(parent), leaf, kind(module, r, scaling))
+        kinds = (ReferenceLinear, ReferenceStack)
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
         for name, layer in self.layers.items():
             layer.lora_A.data.copy_(new_A(name, 0))
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -87,7 +137,8 @@ class Reference:
     def restart(self):
         self.restarts += 1
         for name, layer in self.layers.items():
-            layer.weight += layer.scaling * layer.lora_B @ layer.lora_A
+            update = layer.scaling * layer.lora_B @ layer.lora_A
+            layer.weight += update.t() if isinstance(layer, ReferenceConv1D) else update
             layer.lora_A.copy_(self.new_A(name, self.restarts))
             layer.lora_B.zero_()
             for factor in (layer.lora_A, layer.lora_B):

@@ -44,7 +44,10 @@ def test_three_ranks(stage):
     _compare(ranks(3).run(cases.train_case, stage=stage)[0], reference_losses("magnitude_joint"), 1e-6)
 
 
-@pytest.mark.parametrize("stage, family", [(1, "gpt_neox"), (3, "qwen2")])
+@pytest.mark.parametrize(
+    "stage, family",
+    [(1, "gpt_neox"), (3, "qwen2"), *((stage, family) for family in ("gpt2", "mixtral") for stage in range(4))],
+)
 def test_other_model_families(stage, family):
     _compare(
         ranks(2).run(cases.train_case, stage=stage, family=family)[0], reference_losses("magnitude_joint", family), 2e-6

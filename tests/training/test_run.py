@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora_ds import data
 from relora_ds.config import load_recipe
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.training.validation import evaluate
 from tests.ranks import ranks

@@ -14,7 +14,7 @@ from rich.console import Console
 from relora_ds.checkpoint.find import _stray
 from relora_ds.checkpoint.run_files import read_json, read_metrics
 from relora_ds.config import Recipe
-from relora_ds.interop.export import export
+from relora_ds.interop.hf_export import export
 from relora_ds.interop.sources import find_checkpoint, is_finished
 from relora_ds.lab.figures.run_history import method_text, read_runs
 from relora_ds.training import metrics_log

@@ -1,0 +1,75 @@
+"""What a wrapped model consists of, and what of it trains."""
+
+import torch
+from torch import nn
+
+from relora_ds.lowrank.base_layer import LowRankLayer
+
+
+def lowrank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The wrapped layers by module name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also while ZeRO-3 has it partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """`(trainable, all)` weights; shared parameters count once.
+
+    However they are kept: partitioned by ZeRO-3, packed into bytes, or as a buffer, a weight is one weight.
+    """
+    layers = [layer for layer in lowrank_layers(model).values() if layer.weight is not None]
+    stored = {id(layer.weight) for layer in layers}
+    sizes = [(p.requires_grad, full_shape(p).numel()) for p in model.parameters() if id(p) not in stored]
+    frozen = sum(layer.weight_shape.numel() for layer in layers)
+    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes) + frozen
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
+    """Optimizer groups: LoRA factors, other matrices, and norms and biases (no weight decay).
+
+    The LoRA factors have groups of their own because Adam's step is one scalar per ZeRO partition.
+    Groups without parameters are left out (an empty one breaks DeepSpeed's scheduler).
+    """
+    members: dict[str, list[nn.Parameter]] = {"lora": [], "matrices": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name, parameter)].append(parameter)
+    decay = {"lora": weight_decay, "matrices": weight_decay, "vectors": 0.0}
+    return [
+        {"name": group, "params": params, "weight_decay": decay[group]} for group, params in members.items() if params
+    ]
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many weights train, in PEFT's words; a packed or partitioned weight counts as one weight each."""
+    trainable, total = count_parameters(model)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+
+def is_lora_parameter(name: str) -> bool:
+    """Whether a parameter's name is that of a low-rank factor."""
+    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if is_lora_parameter(name):
+        return "lora"
+    return "matrices" if len(full_shape(parameter)) >= 2 else "vectors"
+
+
+def plain_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Return `(names, parameter)` of a model, wrapped or not; a tied parameter has several names.
+
+    The weights of low-rank layers have the names that they have in the plain model.
+    """
+    plain = {f"{name}.weight": layer.plain_name(name) for name, layer in lowrank_layers(model).items()}
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain.get(name, name))
+        parameters[id(parameter)] = parameter
+    return [(names[key], parameter) for key, parameter in parameters.items()]

@@ -1,0 +1,105 @@
+"""Low-rank updates for a parameter that a module's own code multiplies with: the experts of a mixture.
+
+Since transformers 5 the experts of a layer are one parameter `[experts, out, in]`, of which the module's code takes
+slices, or which it gives to one grouped product. So there is no linear to replace. Instead the parameter becomes a
+module, `ReLoRAParameter`, and the attribute that the code reads gives `W + s·B·A`, made once for each forward.
+
+That dense sum costs memory: beside the frozen weight, a tensor of its size in the precision that computes stays from a
+layer's forward to its backward (to the end of its forward, where activations are checkpointed in full), and backward
+makes a gradient of the same size for as long as it takes to reduce it to those of A and B.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from relora_ds.lowrank.base_layer import LowRankLayer
+
+_MADE = "_updated_parameters"  # the sums of a forward that is going on, by name
+
+
+class ReLoRAParameter(LowRankLayer):
+    """A frozen parameter `[..., rows, columns]` with factors of its own for each of its matrices.
+
+    Calling it gives `W + s·B·A`, in the precision of the factors.
+    """
+
+    def __init__(self, weight_shape: torch.Size, weight: nn.Parameter | None, **options):
+        super().__init__(weight_shape, weight, is_parameter=True, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `W + s·B·A`, of the shape of the plain parameter, and `x`.
+
+        x: any input of what reads the sum. It is passed through for ZeRO-3, which frees the weights that it gathered
+            for a module's backward once backward has come to the module's inputs.
+        """
+        dense = None
+        if self.weight is not None:
+            dense = self.format.dequantize(self.weight, self.weight_shape, self.lora_A.dtype)
+        return _Sum.apply(x, dense, self.lora_A, self.lora_B, self.scaling, self.transposed)
+
+
+class _Sum(torch.autograd.Function):
+    """Autograd node of `W + s·B·A` (transposed: `W + s·AᵀBᵀ`) beside an `x` that stays as it is."""
+
+    @staticmethod
+    def forward(ctx, x, dense, lora_A, lora_B, scaling, transposed):
+        ctx.save_for_backward(lora_A, lora_B)
+        ctx.scaling, ctx.transposed = scaling, transposed
+        first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
+        if dense is None:
+            return (first @ second).mul_(scaling), x
+        return (torch.addmm if dense.ndim == 2 else torch.baddbmm)(dense, first, second, alpha=scaling), x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_x):
+        lora_A, lora_B = ctx.saved_tensors
+        grad = grad.mT if ctx.transposed else grad
+        grad_A, grad_B = (lora_B.mT @ grad).mul_(ctx.scaling), (grad @ lora_A.mT).mul_(ctx.scaling)
+        return grad_x, None, grad_A, grad_B, None, None
+
+
+def install(module: nn.Module, leaf: str, layer: ReLoRAParameter) -> None:
+    """Put `layer` in the place of the parameter `leaf` of `module`, whose code goes on reading the attribute."""
+    delattr(module, leaf)
+    module._modules[leaf] = layer
+    _set_class(module)
+
+
+def uninstall(module: nn.Module, leaf: str, weight: nn.Parameter) -> None:
+    """Put a plain parameter back."""
+    del module._modules[leaf]
+    _set_class(module)
+    module.register_parameter(leaf, weight)
+
+
+def _set_class(module: nn.Module) -> None:
+    """Give `module` the class whose attributes for its low-rank parameters are their sums; its own if it has none."""
+    plain = getattr(type(module), "plain_class", type(module))
+    leaves = tuple(leaf for leaf, part in module._modules.items() if isinstance(part, ReLoRAParameter))
+    module.__class__ = _updating_class(plain, leaves) if leaves else plain
+
+
+@functools.cache
+def _updating_class(plain: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+    def forward(self, x, *args, **kwargs):
+        made = {}
+        for leaf in leaves:  # the same order in every forward: ZeRO-3 relies on it
+            made[leaf], x = self._modules[leaf](x)
+        self.__dict__[_MADE] = made
+        try:
+            return plain.forward(self, x, *args, **kwargs)
+        finally:
+            del self.__dict__[_MADE]
+
+    members: dict = {leaf: property(functools.partial(_sum, leaf=leaf)) for leaf in leaves}
+    about = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(plain.__name__, (plain,), {**about, **members, "forward": forward, "plain_class": plain})
+
+
+def _sum(module: nn.Module, leaf: str) -> Tensor:
+    made = module.__dict__.get(_MADE)
+    return module._modules[leaf](module._modules[leaf].lora_A)[0] if made is None else made[leaf]
