@@ -6,13 +6,16 @@ import statistics
 import tokenize
 
 import pytest
+import yaml
 
 from relora_ds.config import load_recipe, recipe_names
+from relora_ds.config.schema import ALIASES
 from relora_ds.data.gutenberg import NUM_BOOKS
 from relora_ds.planning.network import network_of
 from relora_ds.zero.traffic import expected_step
+from tests.docs import keys
 from tests.docs.generated import fixed_keys
-from tests.docs.pages import DOCS, PAGES, ROOT
+from tests.docs.pages import DOCS, PAGES, ROOT, fenced, name_of
 from tests.lab.experiments import results
 from tests.small_models import llama
 
@@ -103,6 +106,25 @@ def test_check_needs_the_configuration_of_a_model_and_nothing_else(tmp_path):
     assert config.model_type == "llama"
     sentence = "A model of the Hugging Face hub has its configuration downloaded, and nothing else."
     assert sentence in text_of("docs/guides/train.md")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name_of)
+def test_keys_in_yaml_are_keys_of_a_recipe(page):
+    def flat(tree: dict, prefix: str = ""):
+        for key, value in tree.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    for block in fenced(page, "yaml"):
+        assert set(flat(yaml.safe_load(block))) <= {*keys.names(), "extends"}
+
+
+def test_keys_in_text_are_keys_of_a_recipe():
+    sections = {key.partition(".")[0] for key in keys.names() if "." in key}
+    known = {*keys.names(), *ALIASES}
+    for page in [*PAGES, ROOT / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        for section, name in re.findall(r"`(\w+)\.(\w+)[=:`]", text):
+            assert section not in sections or f"{section}.{name}" in known or name in ("py", "relora_config"), page
 
 
 def test_every_recipe_that_a_page_speaks_of_is_shipped():
