@@ -3,6 +3,7 @@
 A part stands between `<!-- NAME -->` and `<!-- end of NAME -->`; `PARTS` says which page has it and what makes it.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -22,8 +23,8 @@ PURPOSES = {
     "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
     "peft": "baselines of `relora bench`, loading of PEFT exports",
     "quantization": "`relora.frozen_dtype=nf4`",
-    "loggers": "`log.to`",
     "liger": "`model.use_liger_kernel=true`",
+    "loggers": "`log.to`, see [Metrics, loggers, hooks](logging.md)",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
 }
 
@@ -45,9 +46,9 @@ def extras_of_setup() -> dict[str, list[str]]:
 
 def fixed_keys() -> str:
     """Return the list of what must be the same when a run resumes."""
-    from relora_ds.training import identity
+    from relora_ds.training import compatibility
 
-    names = ", ".join(f"`{name}`" for name in identity._FIXED)
+    names = ", ".join(f"`{name}`" for name in compatibility._FIXED)
     return (
         f"- the shape of the network;\n- {names};\n"
         "- the training data or the tokenizer (`data.source`, `data.path`, `data.tokenizer`, `data.max_tokens`, or\n"
@@ -57,9 +58,23 @@ def fixed_keys() -> str:
     )
 
 
+def events() -> str:
+    """Return the events of a hook and the first sentence of what each is for."""
+    from relora_ds.training.hooks.hook import EVENTS, Hook
+
+    rows = ["| event | called to |", "|---|---|"]
+    for name in EVENTS:
+        function = getattr(Hook, name)
+        arguments = ", ".join(list(inspect.signature(function).parameters)[1:])
+        about = " ".join(inspect.getdoc(function).split("\n\n")[0].split())
+        rows.append(f"| `{name}({arguments})` | {about[0].lower()}{about[1:]} |")
+    return "\n".join(rows)
+
+
 # (page, name of the part) -> what makes it
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("guides/install.md", "extras"): extras,
+    ("guides/logging.md", "events"): events,
     ("guides/resume.md", "fixed keys"): fixed_keys,
     ("reference/recipe.md", "keys"): keys.markdown,
     ("reference/cli.md", "commands"): cli.markdown,

@@ -50,8 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.lab.experiments import budget, suite_report
     from relora_ds.lab.experiments.runs import Results, Run, Runner
     from relora_ds.lab.experiments.suites import read_suite
-    from relora_ds.train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED
-    from relora_ds.training.exit_codes import Preempted
+    from relora_ds.training.exit_codes import DONE, ERROR, PREEMPTED, Preempted
 
     names, overrides = _words(arguments)
     suites = [read_suite(name, arguments.scale) for name in names]
@@ -72,17 +71,17 @@ def run(arguments: argparse.Namespace) -> int:
         measure = None if arguments.dry_run else budget.trial(runner)
         print("\n".join(_costs(budget.budget(list(wanted.values()), results, measure), arguments.jobs)), flush=True)
         if arguments.dry_run:
-            return EXIT_DONE
+            return DONE
         failures = runner.train_all(list(wanted.values()), results, arguments.jobs, _say)
     except Preempted:
         print(f"stopped; the same command goes on in {arguments.runs}", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return PREEMPTED
     for suite in suites:
         for path in suite_report.write(suite, runs[suite.name], results, runner.directory, _has_matplotlib()):
             print(path)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    return EXIT_ERROR if failures else EXIT_DONE
+    return ERROR if failures else DONE
 
 
 def _words(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:

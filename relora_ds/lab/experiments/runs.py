@@ -24,8 +24,7 @@ from relora_ds.config import Recipe, load_recipe, method_of
 from relora_ds.lab.bench.environment import environment_info
 from relora_ds.lab.experiments import update_spectra
 from relora_ds.lab.experiments.suites import Row
-from relora_ds.train import EXIT_PREEMPTED
-from relora_ds.training.exit_codes import Preempted
+from relora_ds.training.exit_codes import PREEMPTED, Preempted
 from relora_ds.training.metrics_log import read_metrics
 from relora_ds.utils.files import write_text
 
@@ -133,7 +132,7 @@ class Runner:
         status = read_json(directory / "status.json")
         if status.get("state") == "done":
             return None
-        if self.stopping.is_set() or status.get("state") == "preempted" or code == EXIT_PREEMPTED:
+        if self.stopping.is_set() or status.get("state") == "preempted" or code == PREEMPTED:
             self.stop()  # whoever told this one meant all
             raise Preempted(f"{run.name} was stopped")
         return f"{run.name} ({run.row.name}): {status.get('reason') or reason(directory, code)}; see {directory}.log"
