@@ -21,7 +21,7 @@ from relora_ds.config import Recipe, ReLoRAConfig
 from relora_ds.lowrank.frozen import MergeLedger
 from relora_ds.planning.network import Shapes
 from relora_ds.planning.planned_storage import ELEMENT_SIZE, PlannedStorage, gathered_by_stage_3, storage_of
-from relora_ds.zero import ds_config, ds_resolve
+from relora_ds.zero import ds_keys, ds_resolve
 from relora_ds.zero.frozen_master import assign_owners
 
 MASTER, MOMENTS = 4, 8  # bytes per element: fp32, and exp_avg with exp_avg_sq
@@ -72,9 +72,9 @@ def zero_section(
     resolved = ds_resolve.resolve(
         {
             **deepspeed,
-            "train_batch_size": ds_config.AUTO,
-            "train_micro_batch_size_per_gpu": ds_config.AUTO,
-            "gradient_accumulation_steps": ds_config.AUTO,
+            "train_batch_size": ds_keys.AUTO,
+            "train_micro_batch_size_per_gpu": ds_keys.AUTO,
+            "gradient_accumulation_steps": ds_keys.AUTO,
         },  # another world size may be asked about than they are for
         precision=precision,
         micro_batch_size=recipe.train.micro_batch_size,

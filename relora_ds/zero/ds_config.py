@@ -7,17 +7,25 @@ Pure functions of a dict; DeepSpeed is not imported. `ds_resolve` fills in the "
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from relora_ds.config import DS_CONFIG_DIR, ds_config_names
 from relora_ds.config.rules import nearest
-from relora_ds.zero.ds_keys import REFUSED, SECTIONS, SECTIONS_WITH_AUTO, TOP_LEVEL_AUTOS, TOP_LEVEL_KEYS, ZERO_KEYS
-
-AUTO = "auto"
-_ABSENT = object()
+from relora_ds.zero import ds_adamw as adamw
+from relora_ds.zero.ds_keys import (
+    ABSENT,
+    AUTO,
+    REFUSED,
+    SECTIONS,
+    SECTIONS_WITH_AUTO,
+    TOP_LEVEL_AUTOS,
+    TOP_LEVEL_KEYS,
+    ZERO_KEYS,
+    get,
+    show,
+)
 
 # What those who give a DeepSpeed configuration call it and the values beside it.
 RECIPE_NAMES = {
@@ -84,7 +92,7 @@ def _refuse_constant(name: str) -> None:
 
 def precision_of(config: dict) -> str | None:
     """The precision that the configuration itself demands: bf16, fp16, fp32, or None where it leaves it open."""
-    enabled = {name: _get(config, f"{key}.enabled") for name, key in _precision_sections(config).items()}
+    enabled = {name: get(config, f"{key}.enabled") for name, key in _precision_sections(config).items()}
     for name, value in enabled.items():
         if value is True:
             return name
@@ -130,16 +138,10 @@ def problems(
         *_refused(config),
         *_precision_problems(config, precision, names["precision"]),
         *_zero_problems(config),
-        *_optimizer_problems(config),
+        *adamw.problems(config),
         *_conflicts(config, {key: (names[name], wanted) for key, (name, wanted) in expected.items()}),
     ]
     return [f"{names['config']} {message}" for message in found]
-
-
-def adamw_values(config: dict) -> dict[str, Any]:
-    """Return what the `optimizer` section of a configuration without problems says of lr, betas, eps, weight_decay."""
-    given = {key: _get(config, f"optimizer.params.{key}") for key in ("lr", "betas", "eps", "weight_decay")}
-    return {key: value for key, value in given.items() if value not in (_ABSENT, AUTO, None)}
 
 
 def _key_problems(config: dict) -> list[str]:
@@ -151,7 +153,7 @@ def _key_problems(config: dict) -> list[str]:
         elif value == AUTO and key not in TOP_LEVEL_AUTOS and key not in refused_top_level:
             found.append(f'{key}: "auto", but nothing fills it in; give a value, or remove it')
         elif key in SECTIONS and not isinstance(value, dict):
-            found.append(f"{key}: {_show(value)} is not an object; use e.g. {SECTIONS[key]}")
+            found.append(f"{key}: {show(value)} is not an object; use e.g. {SECTIONS[key]}")
     zero = config.get("zero_optimization")
     for key in zero if isinstance(zero, dict) else ():
         if key not in ZERO_KEYS and f"zero_optimization.{key}" not in REFUSED:
@@ -162,23 +164,23 @@ def _key_problems(config: dict) -> list[str]:
 def _refused(config: dict) -> list[str]:
     found = []
     for key, (harmless, why) in REFUSED.items():
-        value = _get(config, key)
+        value = get(config, key)
         dropped = value == AUTO and key.partition(".")[0] in SECTIONS_WITH_AUTO
-        if value is not _ABSENT and not dropped and value not in harmless:
-            found.append(f"{key}: {_show(value)}, but {why}")
+        if value is not ABSENT and not dropped and value not in harmless:
+            found.append(f"{key}: {show(value)}, but {why}")
     return found
 
 
 def _precision_problems(config: dict, precision: str | None, name: str) -> list[str]:
     found = []
-    enabled = {name: _get(config, f"{key}.enabled") for name, key in _precision_sections(config).items()}
+    enabled = {name: get(config, f"{key}.enabled") for name, key in _precision_sections(config).items()}
     if enabled.get("bf16") is True and enabled.get("fp16") is True:
         found.append('bf16.enabled, fp16.enabled: both true; keep one, or use "auto" for both')
     for kind, value in enabled.items():
-        if precision is not None and value not in (AUTO, _ABSENT, precision == kind):
-            found.append(f'{kind}.enabled: {_show(value)} contradicts {name} {precision}; use "auto", or change {name}')
+        if precision is not None and value not in (AUTO, ABSENT, precision == kind):
+            found.append(f'{kind}.enabled: {show(value)} contradicts {name} {precision}; use "auto", or change {name}')
     in_fp16 = precision == "fp16" or (precision is None and enabled.get("fp16") is True)
-    if in_fp16 and _get(config, "zero_optimization.stage", 0) == 0:
+    if in_fp16 and get(config, "zero_optimization.stage", 0) == 0:
         found.append(
             "fp16.enabled: true at stage 0, where DeepSpeed 0.19 divides gradients by a loss scale that its "
             "backward did not multiply by; use stage 1"
@@ -190,12 +192,12 @@ def _precision_problems(config: dict, precision: str | None, name: str) -> list[
 
 def _zero_problems(config: dict) -> list[str]:
     found = []
-    stage = _get(config, "zero_optimization.stage", 0)
+    stage = get(config, "zero_optimization.stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         found.append(f"zero_optimization.stage: {stage!r} is not a stage; use 0, 1, 2 or 3")
         return found
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = _get(config, f"zero_optimization.{key}.device", "none")
+        device = get(config, f"zero_optimization.{key}.device", "none")
         if device == "nvme":
             found.append(f"zero_optimization.{key}.device: nvme is not supported; use cpu")
         elif device not in ("none", "cpu", AUTO):
@@ -208,65 +210,12 @@ def _zero_problems(config: dict) -> list[str]:
     return found
 
 
-def _optimizer_problems(config: dict) -> list[str]:
-    optimizer = config.get("optimizer")
-    if optimizer is None:
-        return []
-    kind = _get(config, "optimizer.type")
-    if str(kind).lower() not in ("adam", "adamw"):
-        return [
-            f"optimizer.type: {_show(kind)} is not available; only AdamW is (its states are pruned at a restart); "
-            "remove the block"
-        ]
-    if kind in ("Adam", "adam") and _get(config, "optimizer.params.adam_w_mode", True) is False:
-        return ["optimizer.params.adam_w_mode: false is not available (L2 instead of weight decay); remove it"]
-    ignored = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused")
-    params = _get(config, "optimizer.params", {})
-    if not isinstance(params, dict):
-        return [f"optimizer.params: {_show(params)} is not an object; remove it"]
-    found = [
-        f"optimizer.params.{key}: {_show(value)} is not available; remove it"
-        for key, value in params.items()
-        if key not in ignored and (key, value) not in (("amsgrad", False), ("bias_correction", True))
-    ]
-    return found + [f"optimizer.params.{message}" for message in adamw_problems(adamw_values(config))]
-
-
-def adamw_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with values of AdamW, `<name>: <value> <why>` each; a name that is absent is not judged."""
-    found = []
-    for name, least in (("lr", "> 0"), ("eps", "> 0"), ("weight_decay", ">= 0")):
-        value = values.get(name, 1.0)
-        if not _is_number(value) or value < 0 or (value == 0 and least == "> 0"):
-            found.append(f"{name}: {_show(value)} is not a number {least}; correct it")
-    betas = values.get("betas", (0.0, 0.0))
-    if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-        found.append(f"betas: {_show(betas)} are not two numbers in [0, 1); use for instance [0.9, 0.999]")
-    return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _conflicts(config: dict, expected: dict[str, tuple[str, object]]) -> list[str]:
     found = []
     for key, (name, wanted) in expected.items():
-        given = _get(config, key)
+        given = get(config, key)
         if isinstance(given, tuple):
             given = list(given)  # a dict that Python wrote
-        if wanted is not None and given not in (_ABSENT, AUTO, None, wanted):
-            found.append(f'{key}: {_show(given)} contradicts {name} {wanted}; use "auto", or make them equal')
+        if wanted is not None and given not in (ABSENT, AUTO, None, wanted):
+            found.append(f'{key}: {show(given)} contradicts {name} {wanted}; use "auto", or make them equal')
     return found
-
-
-def _get(config: dict, dotted: str, default=_ABSENT):
-    for key in dotted.split("."):
-        if not isinstance(config, dict) or key not in config:
-            return default
-        config = config[key]
-    return config
-
-
-def _show(value) -> str:
-    return "nothing" if value is _ABSENT else json.dumps(value, default=str)

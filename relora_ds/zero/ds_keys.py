@@ -3,6 +3,12 @@
 Names are those of DeepSpeed 0.19.8 (`runtime/config.py`, `runtime/zero/config.py`); a test compares them.
 """
 
+import json
+from typing import Any
+
+AUTO = "auto"
+ABSENT = object()
+
 # Top-level keys that are passed on. What of them is refused nevertheless is in REFUSED.
 TOP_LEVEL_KEYS = frozenset(
     {
@@ -174,3 +180,17 @@ TOP_LEVEL_AUTOS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
+
+
+def get(config: Any, dotted: str, default: Any = ABSENT) -> Any:
+    """Return the value at a dotted key, such as `zero_optimization.stage`."""
+    for key in dotted.split("."):
+        if not isinstance(config, dict) or key not in config:
+            return default
+        config = config[key]
+    return config
+
+
+def show(value: object) -> str:
+    """Return a value as JSON has it, for messages."""
+    return "nothing" if value is ABSENT else json.dumps(value, default=str)

@@ -4,8 +4,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from relora_ds.zero.ds_config import AUTO, RECIPE_NAMES, problems
-from relora_ds.zero.ds_keys import SECTIONS_WITH_AUTO
+from relora_ds.zero.ds_config import RECIPE_NAMES, problems
+from relora_ds.zero.ds_keys import AUTO, SECTIONS_WITH_AUTO
 
 # Larger buckets bring nothing, and DeepSpeed's default of 5e8 elements allocates 1 GB even for tiny models.
 MAX_BUCKET_SIZE = 50_000_000

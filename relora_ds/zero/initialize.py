@@ -21,7 +21,7 @@ from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.words import for_everyone
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
-from relora_ds.zero import accelerator, ds_config, ds_types
+from relora_ds.zero import accelerator, ds_adamw, ds_config, ds_types
 from relora_ds.zero.allocate import allocate, nothing_broadcast
 from relora_ds.zero.checkpoints import EngineCheckpoints
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
@@ -119,7 +119,7 @@ def initialize(
     _refuse(
         accelerator.precision_problems(precision) + (storage_problems(relora, precision) if relora is not None else [])
     )
-    adamw = {**_ADAMW_DEFAULTS, **ds_config.adamw_values(settings), **_given(passed)}
+    adamw = {**_ADAMW_DEFAULTS, **ds_adamw.values_in(settings), **_given(passed)}
     settings = resolve(
         settings,
         precision=precision,
@@ -201,8 +201,8 @@ def _differences(carried: ReLoRAConfig, other: ReLoRAConfig) -> str:
 
 def _argument_problems(passed: dict[str, Any], settings: dict) -> list[str]:
     """Return what is wrong with the values of AdamW that were passed, one message each."""
-    found = ds_config.adamw_problems(_given(passed))
-    if passed["lr"] is None and "lr" not in ds_config.adamw_values(settings):
+    found = ds_adamw.value_problems(_given(passed))
+    if passed["lr"] is None and "lr" not in ds_adamw.values_in(settings):
         found.append("lr: not given, and config has no optimizer.params.lr; pass for instance lr=1e-3")
     return found
 

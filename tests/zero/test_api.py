@@ -146,7 +146,7 @@ def with_optimizer(**values) -> dict:
             ["config bf16.enabled: true contradicts precision fp32"],
         ),
         ({"lr": None}, ["lr: not given, and config has no optimizer.params.lr; pass"]),
-        ({"lr": -1.0}, ["lr: -1.0 is not a number > 0"]),
+        ({"lr": -1.0}, ["lr: -1.0 is not a number >= 0"]),
         (
             {"total_steps": 0, "warmup_steps": -1, "min_lr_ratio": 2.0},
             ["total_steps: 0 is", "warmup_steps: -1 is", "min_lr_ratio: 2.0 is"],
