@@ -21,6 +21,7 @@ from relora_ds.checkpoint.manifest import Manifest
 from relora_ds.checkpoint.sharing import Sharing
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.checkpoint.writer import CheckpointWriter
+from relora_ds.lowrank.words import for_everyone
 from relora_ds.zero.capture import EngineSource
 from relora_ds.zero.restore import problems, restore
 from relora_ds.zero.start import host_group
@@ -125,7 +126,7 @@ class EngineCheckpoints:
                 logger.warning("load_checkpoint: there is no checkpoint in %s; nothing is loaded", load_dir)
                 return None, {}
             if reasons := problems(found.manifest, self._engine):
-                raise ValueError(f"{found.directory} is of another network: {'; '.join(reasons)}")
+                raise ValueError(f"{found.directory} is of another network: {for_everyone('; '.join(reasons))}")
             restore(self._engine, found.directory, found.manifest, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
             raise ValueError(f"load_checkpoint: {error}") from error

@@ -278,6 +278,30 @@ def test_losses_resume_and_models(tmp_path, kind, stage, precision, accumulation
     assert plain_loss(tmp_path / "merged") == pytest.approx(run["eval"][STEPS], rel=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["subclass", pytest.param("callback", marks=pytest.mark.slow)])
+def test_a_run_goes_on_at_another_stage_on_other_ranks(tmp_path, kind):
+    """The same 6 rows a step. Saved after the second restart of three, and the third one follows the resume."""
+    how = dict(directory=str(tmp_path), kind=kind, data=batch(0, 6 * MICROS))
+    whole = [run for [run] in ranks(2).run(trainers_run, stage=1, per_device_train_batch_size=3, **how)]
+    assert whole[0]["restarts"] == [4, 8, 12]
+    assert relora_ds.load_run(tmp_path / f"checkpoint-{SAVED_AT}").step == SAVED_AT
+    for world_size in (1, 3):
+        resumed = ranks(world_size).run(
+            trainers_run, stage=3, per_device_train_batch_size=6 // world_size, resume=SAVED_AT, model_seed=1, **how
+        )
+        resumed = [run for [run] in resumed]
+        assert all(run["restarts"] == [4, 8, 12] and run["t"] == STEPS for run in resumed)
+        assert sorted(resumed[0]["eval"]) == list(EVALS)
+        assert global_losses(resumed) == pytest.approx(global_losses(whole)[SAVED_AT:], rel=1e-4)
+        assert resumed[0]["eval"] == pytest.approx(whole[0]["eval"], rel=1e-4)
+        assert resumed[0]["lr"] == pytest.approx(whole[0]["lr"], rel=1e-12)
+
+
+def global_losses(runs: list[dict]) -> list[float]:
+    """Of every step, from the parts of all ranks."""
+    return [sum(parts) / len(parts) for parts in zip(*(run["losses"] for run in runs), strict=True)]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_that_transformers_has_partitioned(tmp_path, precision):
     network(0, None).save_pretrained(tmp_path / "model")
