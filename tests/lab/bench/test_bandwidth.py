@@ -16,12 +16,13 @@ def bench(*argv: str) -> dict:
     )
 
 
+@pytest.mark.slow  # ranks are started for every line of the table; tests/zero/test_traffic.py has ours
 @pytest.mark.parametrize(
     "argv",
     [
         ("--stages", "1", "3", "--accumulation", "2"),
-        pytest.param(("--stages", "0", "2", "--accumulation", "1", "4"), marks=pytest.mark.slow),
-        pytest.param(("--stages", "3", "--accumulation", "1", "--ranks", "3"), marks=pytest.mark.slow),
+        ("--stages", "0", "2", "--accumulation", "1", "4"),
+        ("--stages", "3", "--accumulation", "1", "--ranks", "3"),
     ],
     ids=" ".join,
 )
@@ -46,6 +47,13 @@ def test_nothing_is_unexplained(argv):
     if any(row["stage"] == 1 for row in result["rows"]):
         assert by["ours, LoRA alone", 1, "auto"] == by["PEFT, its default", 1, "auto"]
         assert by["ours, dense", 1, "auto"] == by["PEFT, same modules train", 1, "auto"] < by["full rank", 1, "auto"]
+
+
+def test_pefts_step_and_ours_send_the_same_bytes():
+    result = bench("--stages", "1", "--accumulation", "2", "--variants", "PEFT, same modules train", "ours, dense")
+    pefts, ours = sorted(result["rows"], key=lambda row: row["variant"])
+    assert pefts["counted"] == pefts["expected"] and ours["counted"] == ours["expected"]
+    assert pefts["wire"] == ours["wire"]
 
 
 @pytest.mark.parametrize(

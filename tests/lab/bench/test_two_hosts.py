@@ -32,6 +32,7 @@ def test_without_root_it_says_so(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 @needs_root
 def test_a_step_across_the_link():
     parser = argparse.ArgumentParser()
