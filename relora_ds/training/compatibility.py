@@ -72,7 +72,7 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
 
 def _flat(plan: Plan) -> dict[str, Any]:
     """Return the recipe by dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(plan.recipe).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}

@@ -1,10 +1,11 @@
 """The numbers of a logged step: what the console shows and metrics.jsonl keeps."""
 
 import resource
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from relora_ds.lowrank.wrap import count_parameters, full_shape
@@ -68,7 +69,7 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> float | None:
     if has_experts(config):
         return None
     trainable, total = count_parameters(model)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    embedding, head = cast(nn.Parameter, model.get_input_embeddings().weight), model.get_output_embeddings()
     if head is None or head.weight is not embedding:  # it is looked up and not multiplied
         size = full_shape(embedding).numel()
         trainable, total = trainable - size * embedding.requires_grad, total - size

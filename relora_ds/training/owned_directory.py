@@ -2,7 +2,6 @@
 
 import logging
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -28,7 +27,7 @@ class OwnedDirectory:
     """
 
     def __init__(self, recipe: Recipe):
-        self.path, self._recipe = Path(str(recipe.run_dir)), recipe
+        self.path, self._recipe = recipe.directory, recipe
         self._claim: Claim | None = None  # rank 0's
         self.is_open = False
 

@@ -1,6 +1,6 @@
 """The phases of a run, and the engine of each.
 
-A run is a full-rank warm start (optional) and then the recipe's method. Going from one to the next is a
+A run is a full-rank warm start (optional) and then the recipe's method. A phase transition is a
 resume: the weights are collected by name from the masters of one engine, spread over the ranks, the engine is torn
 down, and a fresh one is filled with them. Random weights, pretrained ones and `init_from` enter at the same place.
 """
@@ -8,7 +8,7 @@ down, and a fresh one is filled with them. Random weights, pretrained ones and `
 import logging
 from dataclasses import dataclass
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from relora_ds.config import Recipe
 from relora_ds.interop.sources import weights_of
@@ -33,7 +33,7 @@ class Phase:
 
     Attributes:
         total_steps, warmup_steps: of the curve. The warm start's cosine spans the whole run and is cut at
-            the switch; the low-rank phase has a curve of its own.
+            the transition; the low-rank phase has a curve of its own.
     """
 
     name: str
@@ -59,7 +59,7 @@ class HandOver:
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """The phases of a recipe, in order."""
+    """Return the phases of a recipe, in order."""
     optim, method = recipe.optim, method_of(recipe)
     warm = method.warm_start_steps
     phases = []
@@ -74,7 +74,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 
 
 def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, resuming: bool = False) -> ReLoRAEngine:
-    """A fresh engine for `phase`: random, pretrained or `init_from` weights, or those of the engine before it.
+    """Build a fresh engine for `phase`: random, pretrained or `init_from` weights, or those of the engine before it.
 
     resuming: a checkpoint will be loaded into it, so it needs no values; what the run began from may be gone.
     """
@@ -91,7 +91,7 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         total_steps=phase.total_steps,
         warmup_steps=phase.warmup_steps,
         min_lr_ratio=recipe.optim.min_lr_ratio,
-        betas=tuple(recipe.optim.betas),
+        betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
         eps=recipe.optim.eps,
         precision=plan.precision,
         micro_batch_size=recipe.train.micro_batch_size,
@@ -112,8 +112,8 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
     return engine
 
 
-def _weights(plan: Plan, model: nn.Module, handover: HandOver | None, resuming: bool) -> WeightSource | Nothing:
-    """Where the weights of an engine on `model` come from."""
+def _weights(plan: Plan, model: PreTrainedModel, handover: HandOver | None, resuming: bool) -> WeightSource | Nothing:
+    """Return where the weights of an engine on `model` come from."""
     recipe = plan.recipe
     if resuming:
         return NOTHING

@@ -67,7 +67,7 @@ def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
     variable = restarted_by()
     if variable is None or recipe.resume == "auto":
         return recipe, None
-    if recipe.resume and not store.directories(Path(recipe.run_dir) / "checkpoints"):
+    if recipe.resume and not store.directories(recipe.directory / "checkpoints"):
         return recipe, None
     asked = " and ".join(
         ([f"resume={recipe.resume}"] if recipe.resume else []) + (["overwrite=true"] if recipe.overwrite else [])

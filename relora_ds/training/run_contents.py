@@ -173,7 +173,7 @@ def _foreign(directory: Path, ours: dict, prefix: str = "") -> list[str]:
         is_directory = entry.is_dir(follow_symlinks=False)
         if inner is _UNKNOWN or entry.is_symlink() or is_directory != (inner is not None):
             found.append(f"{prefix}{entry.name}" + (" (a symbolic link)" if entry.is_symlink() else ""))
-        elif is_directory and inner is not _WHOLE:
+        elif inner is not None and inner is not _WHOLE:
             found += _foreign(Path(entry.path), inner, f"{prefix}{entry.name}/")
     return found
 
@@ -185,10 +185,10 @@ def _entries(directory: Path) -> list[os.DirEntry]:
         )
 
 
-_UNKNOWN = object()
+_UNKNOWN: dict = {".": None}  # by identity: no such file
 
 
-def _kind_of(name: str, ours: dict) -> object:
+def _kind_of(name: str, ours: dict) -> dict | None:
     """Return None for a file, the patterns of a directory's contents, or _UNKNOWN."""
     return next((inner for pattern, inner in ours.items() if re.fullmatch(pattern, name)), _UNKNOWN)
 

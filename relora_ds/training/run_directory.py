@@ -19,7 +19,7 @@ from relora_ds.config import DS_CONFIG_DIR, Recipe
 from relora_ds.data import localfiles
 from relora_ds.data.cache import cache_root
 from relora_ds.training import run_contents
-from relora_ds.training.lock import lock
+from relora_ds.training.lock import Lock, lock
 from relora_ds.training.requeue import restarted_by
 from relora_ds.training.run_contents import Contents
 
@@ -40,9 +40,9 @@ class Claim:
         Raises:
             ValueError: it is another process's, holds what this run may not touch, or cannot be written.
         """
-        self._run_dir, self._overwrite = Path(recipe.run_dir), recipe.overwrite
+        self._run_dir, self._overwrite = recipe.directory, recipe.overwrite
         self._made: list[Path] = []
-        self._lock = None
+        self._lock: Lock | None = None
         self._has_begun = False
         try:
             self._make()
@@ -52,9 +52,7 @@ class Claim:
                 raise ValueError("\n".join(found))
         except OSError as error:
             self.close()
-            raise ValueError(
-                _cannot_be_written(recipe.run_dir, error.filename or recipe.run_dir, error.strerror)
-            ) from error
+            raise ValueError(_cannot_be_written(recipe, error.filename or recipe.run_dir, error.strerror)) from error
         except ValueError:
             self.close()
             raise
@@ -67,7 +65,7 @@ class Claim:
 
     def is_held(self) -> bool:
         """Return False once the directory, or its lock file, was moved or deleted."""
-        return self._lock.is_held()
+        return self._lock is not None and self._lock.is_held()
 
     def renew(self) -> None:
         """Make and lock the directory again if it is not held any more.
@@ -77,7 +75,8 @@ class Claim:
         """
         if self.is_held():
             return
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         self._make()
         self._lock = lock(self._run_dir)
         now = os.stat(self._run_dir)
@@ -123,31 +122,31 @@ def early_problems(recipe: Recipe, recipe_files: Sequence[Path] = ()) -> list[st
     recipe_files: that the recipe was read from.
     """
     found = problems(recipe)
-    if recipe.overwrite and Path(recipe.run_dir).is_dir():
+    if recipe.overwrite and recipe.directory.is_dir():
         return found + _inputs_inside(recipe, recipe_files)
     if not (found or recipe.resume == "auto" or _resumes_in_place(recipe)):
         # Asked only now: what the run itself puts there before the lock, such as a token cache, is no obstacle.
-        foreign = run_contents.look(Path(recipe.run_dir)).foreign
+        foreign = run_contents.look(recipe.directory).foreign
         return [_no_run(recipe, foreign)] if foreign else []
     return found
 
 
 def problems(recipe: Recipe) -> list[str]:
     """Return why this run cannot begin, resume or overwrite what is in its run directory."""
-    run_dir = Path(recipe.run_dir)
+    run_dir = recipe.directory
     if reason := _unusable(run_dir):
-        return [_cannot_be_written(recipe.run_dir, *reason)]
+        return [_cannot_be_written(recipe, *reason)]
     try:
         if outer := run_contents.run_around(run_dir):
             return [f"run_dir: {recipe.run_dir} lies in what the run {outer} writes; choose a directory outside of it"]
         contents = run_contents.look(run_dir)
         return [found for found in (_resume_problem(recipe), _contents_problem(recipe, contents)) if found]
     except OSError as error:
-        return [_cannot_be_written(recipe.run_dir, error.filename or recipe.run_dir, error.strerror)]
+        return [_cannot_be_written(recipe, error.filename or recipe.run_dir, error.strerror)]
 
 
 def _contents_problem(recipe: Recipe, contents: Contents) -> str | None:
-    run_dir = Path(recipe.run_dir)
+    run_dir = recipe.directory
     if recipe.overwrite:
         if contents.foreign:
             return _mixed(recipe, contents.foreign) if contents.is_run else _no_run(recipe, contents.foreign)
@@ -176,7 +175,7 @@ def _resume_problem(recipe: Recipe) -> str | None:
     """Refuse a path in the run directory that is no checkpoint of its run: the run would overwrite its own source."""
     if not isinstance(recipe.resume, str) or recipe.resume == "auto" or _resumes_in_place(recipe):
         return None
-    run_dir, source = Path(recipe.run_dir).resolve(), Path(recipe.resume).resolve()
+    run_dir, source = recipe.directory.resolve(), Path(recipe.resume).resolve()
     if run_dir not in source.parents:
         return None
     return (
@@ -189,8 +188,8 @@ def _resumes_in_place(recipe: Recipe) -> bool:
     """Return True if `resume` names the run in the run directory, or one of its checkpoints."""
     if not isinstance(recipe.resume, str) or recipe.resume == "auto":
         return False
-    checkpoints = Path(recipe.run_dir) / "checkpoints"
-    places = (Path(recipe.run_dir), checkpoints, *store.directories(checkpoints))
+    checkpoints = recipe.directory / "checkpoints"
+    places = (recipe.directory, checkpoints, *store.directories(checkpoints))
     return Path(recipe.resume).resolve() in [place.resolve() for place in places]
 
 
@@ -204,8 +203,10 @@ def _unusable(run_dir: Path) -> tuple[Path, str] | None:
     return None if os.access(place, os.W_OK | os.X_OK) else (place, "no permission, or a read-only file system")
 
 
-def _cannot_be_written(run_dir: str, place: object, why: str) -> str:
-    return f"run_dir: {run_dir} cannot be written ({place}: {why}); choose another one, or make this one writable"
+def _cannot_be_written(recipe: Recipe, place: object, why: str | None) -> str:
+    return (
+        f"run_dir: {recipe.run_dir} cannot be written ({place}: {why}); choose another one, or make this one writable"
+    )
 
 
 def _mixed(recipe: Recipe, foreign: Sequence[str]) -> str:
@@ -229,7 +230,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _inputs_inside(recipe: Recipe, recipe_files: Sequence[Path]) -> list[str]:
     """Return a message for each input in the directory that `overwrite` empties first."""
-    run_dir = Path(recipe.run_dir).resolve()
+    run_dir = recipe.directory.resolve()
     found = []
     for field, value in _inputs(recipe, recipe_files):
         if any(run_dir in (place, *place.parents) for place in _places(field, value)):

@@ -86,7 +86,6 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) ->
     new = ids[length:]
     if tokenizer.eos_token_id in new:
         new = new[: new.index(tokenizer.eos_token_id)]
-    prompt = tokenizer.decode(ids[:length])
-    whole = tokenizer.decode(ids[:length] + new)
+    prompt, whole = str(tokenizer.decode(ids[:length])), str(tokenizer.decode(ids[:length] + new))
     # Decoded alone, the new tokens would lose the space or the bytes that tie them to the prompt.
-    return Sample(prompt, whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(new))
+    return Sample(prompt, whole[len(prompt) :] if whole.startswith(prompt) else str(tokenizer.decode(new)))

@@ -90,7 +90,7 @@ class RunState:
     @property
     def run_dir(self) -> Path:
         """The run's directory."""
-        return Path(str(self.recipe.run_dir))
+        return self.recipe.directory
 
     @property
     def step(self) -> int:

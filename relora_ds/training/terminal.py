@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -81,9 +82,9 @@ class Terminal:
         """Print one line above the bar."""
         self._show(text, markup=False)
 
-    def _show(self, what: object, **how: bool) -> None:
+    def _show(self, what: object, markup: bool | None = None) -> None:
         with contextlib.suppress(OSError):  # the output goes to a file, and the disk is full
-            self.console.print(what, **how)
+            self.console.print(what, markup=markup)
 
     def warn(self, text: str) -> None:
         """Print a warning, once: the libraries' loggers come here too."""
@@ -94,7 +95,8 @@ class Terminal:
     def step(self, step: int, total: int, phase: str, figures: str, logged: bool) -> None:
         """Show that a step is done; `figures` where it was logged."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=phase, **({"figures": figures} if logged else {}))
+            fields: dict[str, Any] = {"figures": figures} if logged else {}
+            self._bar.update(self._task, completed=step, description=phase, **fields)
         elif logged:
             self.line(f"step {step:>6}/{total}  {phase:<10}  {figures}")
 

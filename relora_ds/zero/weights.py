@@ -48,7 +48,8 @@ class OwnedWeights:
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], owners: Mapping[str, int], tensors: dict[str, Tensor]):
-        self.shapes, self.owners, self._tensors = shapes, owners, tensors
+        self.shapes, self._tensors = shapes, tensors
+        self.owners: Mapping[str, int] | None = owners
 
     def read(self, name: str) -> Tensor:
         return self._tensors.pop(name)

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -75,7 +76,7 @@ class Evaluations(Hook):
         return due
 
 
-def _batches(run: RunState) -> dict:
+def _batches(run: RunState) -> dict[str, Any]:
     """Return the shape of an evaluation's batches: no larger than those of training."""
     recipe = run.recipe
     return {
@@ -91,9 +92,11 @@ def _evaluations(run_dir: Path) -> list[tuple[int, str, Evaluation]]:
     for line in read_metrics(run_dir):
         if line["kind"] != "eval":
             continue
-        values = {field.name: line[field.name] for field in dataclasses.fields(Evaluation) if field.name in line}
+        values: dict[str, Any] = {
+            field.name: line[field.name] for field in dataclasses.fields(Evaluation) if field.name in line
+        }
         try:
-            figures = {name: math.nan if value is None else value + 0 for name, value in values.items()}
+            figures: dict[str, Any] = {name: math.nan if value is None else value + 0 for name, value in values.items()}
             found.append((line["step"], line["phase"], Evaluation(**figures)))
         except TypeError:
             logger.warning("metrics.jsonl: the evaluation after step %d is damaged and left out", line["step"])

@@ -48,21 +48,24 @@ class Metrics(Hook):
             self._write(run, "train", **step.figures)
 
     def on_spike(self, run: RunState, step: int, spike: Spike, rolled_back_from: int | None = None) -> None:
-        extra = {} if rolled_back_from is None else {"rolled_back_from": rolled_back_from}
+        extra: dict[str, Any] = {} if rolled_back_from is None else {"rolled_back_from": rolled_back_from}
         self._write(run, "spike", step=step, **vars(spike), **extra)
 
     def on_restart(self, run: RunState, report: RestartReport) -> None:
-        values = {name: value for name, value in vars(report).items() if name != "t"}
+        values: dict[str, Any] = {name: value for name, value in vars(report).items() if name != "t"}
         self._write(run, "restart", **values | {"restarts": run.totals.restarts})
 
     def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
-        self._write(run, "eval", **evaluation.figures(), samples=[dataclasses.asdict(sample) for sample in samples])
+        figures: dict[str, Any] = evaluation.figures()
+        self._write(run, "eval", **figures, samples=[dataclasses.asdict(sample) for sample in samples])
         if self._log is not None and samples:
             self._log.text("samples", samples_text(samples), run.step)
 
     def on_checkpoint(self, run: RunState, written: Written) -> None:
         if written.error is None:
-            values = {name: value for name, value in vars(written).items() if name not in ("step", "error")}
+            values: dict[str, Any] = {
+                name: value for name, value in vars(written).items() if name not in ("step", "error")
+            }
             self._write(run, "checkpoint", step=written.step, **values)
 
     def close(self, run: RunState) -> None:

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -98,7 +99,8 @@ class Watchdog:
 
     def _store(self) -> dist.Store:
         """Connect to the store: a connection serves one thread at a time."""
-        store = dist.PrefixStore(self._prefix, _get_default_store().clone())
+        default: Any = _get_default_store()
+        store = dist.PrefixStore(self._prefix, default.clone())
         store.set_timeout(timedelta(seconds=_LAST_WORDS_S))
         return store
 
@@ -120,7 +122,7 @@ class Watchdog:
 
     def _is_gone(self) -> bool:
         """Return True if the store's process has died. A lost connection alone is no reason to end a run."""
-        store = _get_default_store()
+        store: Any = _get_default_store()  # of a kind that has an address
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
         try:

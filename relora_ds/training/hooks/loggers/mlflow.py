@@ -1,5 +1,6 @@
 """MLflow: the server that MLFLOW_TRACKING_URI names, else RUN/mlflow/mlflow.db."""
 
+import logging
 import os
 import time
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ class MLflow(Logger):
     def _open(self) -> _Target:
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         directory = (self.run_dir / "mlflow").absolute()
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if uri is None:
