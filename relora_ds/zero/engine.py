@@ -1,6 +1,5 @@
 """`ReLoRAEngine`: DeepSpeed's engine with the restart inside `engine.step()`; `zero.initialize` makes one."""
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -10,15 +9,13 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
 from relora_ds.lowrank.reinit import GradientSketch
-from relora_ds.lowrank.targets import summary
-from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
-
-logger = logging.getLogger(__name__)
+from relora_ds.zero.step_checks import gradients_are_finite, skip_step, warn_of_untrained
+from relora_ds.zero.together import together
 
 
 def _to(value, device: torch.device):
@@ -87,22 +84,8 @@ class ReLoRAEngine(DeepSpeedEngine):
         super().step(lr_kwargs)
         if self.was_step_applied():
             if self.t == 1:
-                self._warn_of_untrained()
+                warn_of_untrained(self)
             self.after_step(self)
-
-    def _warn_of_untrained(self) -> None:
-        """Name the low-rank layers whose B has no moment after the first step: nothing called them.
-
-        Experts may not have had a token yet. A rank looks at its own shards only, which needs no communication.
-        """
-        shards = {name: self.shards[f"{name}.lora_B"] for name in lowrank_layers(self.module) if "expert" not in name}
-        untrained = [name for name, shard in shards.items() if shard.exp_avg.numel() and not shard.exp_avg.any()]
-        if untrained:
-            logger.warning(
-                "no gradient reached the low-rank update of %s in the first step: it is not called, or its "
-                "result is not used; leave it out with exclude_modules",
-                summary(untrained),
-            )
 
     def _backward_epilogue(self):
         # Our own count: DeepSpeed's micro_steps is not restored by a load, and counts calls of step(), which a loop
@@ -158,15 +141,12 @@ class ReLoRAEngine(DeepSpeedEngine):
                 "; use collect_merged() and save the tensors yourself"
             )
         state = self.collect_merged(dst=0)
-        failure: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
+
+        def write() -> None:
+            if dist.get_rank() == 0:
                 save_plain(self.module, state, directory, dtype)
-            except Exception as error:  # the other ranks wait for word
-                failure = [f"save_merged: rank 0 could not write {directory}: {error}"]
-        dist.broadcast_object_list(failure, 0)
-        if failure[0] is not None:
-            raise OSError(failure[0])
+
+        together(f"save_merged: {directory}", write)
 
     def save_checkpoint(
         self,
@@ -180,18 +160,14 @@ class ReLoRAEngine(DeepSpeedEngine):
     ):
         """Write `save_dir/tag`, as DeepSpeed's does, in the format of docs/concepts/checkpoints.md. Collective.
 
-        It is there whole or not at all, and any number of ranks at any ZeRO stage, in any precision and frozen format
-        can load it.
+        It is atomic, and can be loaded on any number of ranks, at any ZeRO stage, in any precision and frozen format.
+        Return True, as DeepSpeed does.
 
         Args:
             tag: default `global_step` with the number of steps. An earlier checkpoint of that name is replaced.
             client_state: a dict of what the loop needs besides: JSON values, tuples and tensors. Rank 0's is saved.
             save_latest: have the file `latest` name it.
-            background: return when the state is copied, and write while training goes on; call `wait_for_checkpoint()`
-                before the process ends.
-
-        Returns:
-            True, as DeepSpeed does.
+            background: return when the state is copied; call `wait_for_checkpoint()` before the process ends.
 
         Raises:
             ValueError: an argument cannot be used; says what to do.
@@ -200,8 +176,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         """
         if exclude_frozen_parameters:
             raise ValueError(
-                "exclude_frozen_parameters: True would lose every merge: with ReLoRA the frozen weights "
-                "are training state; leave it False"
+                "exclude_frozen_parameters: True would lose every merge, which are in them; leave it False"
             )
         self._checkpoints.save(save_dir, tag, client_state or {}, save_latest, background)
         return True
@@ -240,11 +215,9 @@ class ReLoRAEngine(DeepSpeedEngine):
         """
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn: is not supported; load the checkpoint, then change engine.module")
+        whole = not load_module_only
         return self._checkpoints.load(
-            load_dir,
-            tag,
-            optimizer=load_optimizer_states and not load_module_only,
-            schedule=load_lr_scheduler_states and not load_module_only,
+            load_dir, tag, optimizer=whole and load_optimizer_states, schedule=whole and load_lr_scheduler_states
         )
 
     def destroy(self):
@@ -255,27 +228,10 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs):
         # DeepSpeed skips a non-finite step on all ranks, except at stage 0 in fp32, where it applies the NaN.
-        if isinstance(self.optimizer, torch.optim.Optimizer) and not self._gradients_are_finite():
-            self._skip_step()
+        if isinstance(self.optimizer, torch.optim.Optimizer) and not gradients_are_finite(self):
+            skip_step(self)
         else:
             super()._take_model_step(lr_kwargs)
-
-    def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = (~torch.isfinite(norm)).to(torch.int32)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        self._global_grad_norm = norm.item()  # DeepSpeed does not report one here
-        return not bad.item()
-
-    def _skip_step(self) -> None:
-        self.zero_grad()
-        self._global_grad_norm = float("inf")
-        self._step_applied = False
-        self.losses = None
-        self.skipped_steps += 1
-        self.global_steps += 1
-        self.global_samples += self.train_batch_size()
 
     def _probe(self) -> Callable[[], Tensor] | None:
         if self.drift_probe is None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.checkpoint import client_state, manifest, rank_files, store, writer
+from tests.checkpoint.weights import weights_in
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero.test_checkpoint import END, SAVED_AT, build, train
@@ -240,3 +241,23 @@ def test_parts_that_deepspeeds_arguments_leave_out_are_left_out(tmp_path):
     for found in ranks(2).run(load_parts, str(tmp_path)):
         moments, schedule = {"exp_avg", "exp_avg_sq", "adam steps"}, {"t", "restarts", "lr"}
         assert found == {"weights": moments | schedule, "no moments": moments, "no schedule": schedule}
+
+
+def weights_alone(directory: str) -> bool:
+    """On a rank: take the weights of a checkpoint after a restart, train through one, save; is everything saved?"""
+    engine = build(1, "bf16")
+    train(engine, 0, SAVED_AT)
+    engine.save_checkpoint(directory, "first")
+    cases.release(engine)
+    engine = build(1, "bf16", model_seed=1)
+    engine.load_checkpoint(directory, "first", load_module_only=True)
+    train(engine, 0, SAVED_AT)
+    assert engine.restarts == [4]  # as many as in the checkpoint, and its frozen weights are not these
+    engine.save_checkpoint(directory, "second")
+    merged, saved = engine.collect_merged(), weights_in(Path(directory, "second"))
+    cases.release(engine)
+    return all(torch.equal(merged[name], saved[name]) for name in merged)
+
+
+def test_frozen_weights_of_another_history_are_not_shared(tmp_path):
+    assert ranks(2).run(weights_alone, str(tmp_path)) == [True, True]

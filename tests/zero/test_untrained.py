@@ -26,7 +26,7 @@ def warnings_of(stage: int) -> list[str]:
     config, found = ReLoRAConfig(r=2, lora_alpha=4), []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger("relora_ds.zero.engine")
+    logger = logging.getLogger("relora_ds.zero.step_checks")
     engine, *_ = relora_ds.initialize(
         relora_ds.wrap(Net(), config), f"zero{stage}", config, lr=1e-2, total_steps=3, precision="fp32"
     )
