@@ -176,7 +176,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         """
         if exclude_frozen_parameters:
             raise ValueError(
-                "exclude_frozen_parameters: True would lose every merge, which are in them; leave it False"
+                "exclude_frozen_parameters: True would lose every merge: they are in the frozen weights; leave it False"
             )
         self._checkpoints.save(save_dir, tag, client_state or {}, save_latest, background)
         return True
