@@ -1,7 +1,8 @@
 """The figures of the shipped recipes, computed: calendar, tokens and parameters.
 
-`tests/test_recipes.py` compares them with what the recipes' headers and docs/reference/recipes.md say. After a change
-of a recipe, or with a new one (whose header then needs a line `# Figures:`), this writes the new figures into both:
+`tests/config/test_recipes.py` compares them with what the recipes' headers and docs/reference/recipes.md say. After a
+change of a recipe, or with a new one (whose header then needs a line `# Figures:`), this writes the new figures into
+both:
 
     python -m tests.recipe_figures
 """

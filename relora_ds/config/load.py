@@ -24,7 +24,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), check_f
 def read_recipe(
     name_or_path: str | Path, overrides: Sequence[str] = (), check_files: bool = True
 ) -> tuple[Recipe, list[str]]:
-    """`(recipe, problems)`: the recipe as far as it can be read, and everything that is wrong with it.
+    """Return (the recipe as far as it can be read, everything that is wrong with it).
 
     name_or_path: a YAML file, or the name of a shipped recipe. overrides: `section.key=value`, the value as the field's
     type reads it (`relora.target_modules=[q_proj,v_proj]`, `train.tokens=1.2e9`, `eval.every=null`; text is taken as it
@@ -54,7 +54,7 @@ def recipe_files(name_or_path: str | Path) -> list[Path]:
 
 
 def _find(name_or_path: str, directory: Path = Path()) -> tuple[Path | None, list[str]]:
-    """(the recipe's file, []), or (None, [what is wrong]). directory: where relative paths start."""
+    """Return (the recipe's file, []), or (None, [what is wrong]). directory: where relative paths start."""
     path = directory / os.path.expanduser(name_or_path)
     if os.path.isfile(path):  # no error for a name that is too long
         return path, []

@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 def read_values(
     path: Path, find: Callable[[str, Path], tuple[Path | None, list[str]]], problems: list[str]
 ) -> tuple[dict[str, Raw], bool, list[Path]]:
-    """({dotted key: value} of a YAML file laid over those of the recipes it extends, whether all could be read, the
-    files).
+    """Return ({dotted key: value} of a YAML file and the recipes it extends, whether all could be read, the files).
 
     find: (what a file extends, the file's directory) -> (the extended file or None, [what is wrong]). What could not
     be read is left out, and the reason is in `problems`.
@@ -72,7 +71,7 @@ def read_values(
 
 
 def lay_over(below: dict[str, Raw], above: dict[str, Raw]) -> dict[str, Raw]:
-    """`below` with the values of `above` over it, leaf by leaf; see `ONE_OF` for the pairs of which one is set.
+    """Return `below` with the values of `above` over it, leaf by leaf; see `ONE_OF` for the pairs of which one is set.
 
     A source that sets both of a pair is left as it is: that is a mistake, and the recipe's checks name it.
     """
@@ -85,7 +84,7 @@ def lay_over(below: dict[str, Raw], above: dict[str, Raw]) -> dict[str, Raw]:
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Raw] | None:
-    """{dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
+    """Return {dotted key: value} of one YAML file; None, and the reason in `problems`, when it cannot be read."""
     values: dict[str, Raw] = {}
     try:
         root = spelling.compose(path.read_bytes())
@@ -98,7 +97,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Raw] | None:
 
 
 def read_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Raw]:
-    """{dotted key: value} of `section.key=value` overrides; later ones win. Malformed ones go to `problems`."""
+    """Return {dotted key: value} of `section.key=value` overrides; later ones win. Malformed ones go to `problems`."""
     values: dict[str, Raw] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -141,7 +140,7 @@ def _refuse_section(key: str, raw: Raw, problems: list[str]) -> None:
 
 
 def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[str]]:
-    """(the recipe: its defaults with `values` over them, the keys whose value could not be used).
+    """Return (the recipe: its defaults with `values` over them, the keys whose value could not be used).
 
     Unknown keys and wrong types are appended to `problems`; those fields keep their default.
     """
@@ -179,7 +178,7 @@ def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[st
 
 
 def _nearest_key(key: str) -> str | None:
-    """The known dotted key that `key` most likely means: the right leaf in a wrong section, or a typing error."""
+    """Return the known key that `key` most likely means: the right leaf in a wrong section, or a typing error."""
     leaf = key.rpartition(".")[2]
     same_leaf = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1:

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from relora_ds.config import fields
 from relora_ds.config.names import METHODS
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.schema import Recipe
@@ -101,6 +102,12 @@ def method_class(name: str) -> type[Method]:
     """Return the class of a method in `METHODS`."""
     module, _, attribute = METHODS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def own_keys() -> list[str]:
+    """Return the keys that some methods alone read: those of their `sections`."""
+    sections = {section for name in METHODS for section in method_class(name).sections}
+    return [key for key in fields.fields_of(Recipe) if key.partition(".")[0] in sections]
 
 
 def method_of(recipe: Recipe) -> Method:

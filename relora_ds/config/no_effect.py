@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from relora_ds.config import data_values
-from relora_ds.config.methods import METHODS, Method, method_class, method_of
+from relora_ds.config import data_values, fields
+from relora_ds.config.methods import Method, method_of, own_keys
 from relora_ds.config.schema import Recipe
 
 
@@ -13,7 +13,7 @@ def warnings(recipe: Recipe) -> list[str]:
     return [
         *_trust(recipe),
         *_warm_start_warnings(recipe, method),
-        *_sections_of_other_methods(recipe, method),
+        *_keys_of_other_methods(recipe, method),
         *method.recipe_warnings(),
         *data_values.warnings(recipe.data),
     ]
@@ -46,9 +46,9 @@ def _warm_start_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
         )
 
 
-def _sections_of_other_methods(recipe: Recipe, method: Method) -> Iterator[str]:
-    for section in {section for name in METHODS for section in method_class(name).sections} - {*method.sections}:
-        given = getattr(recipe, section)
-        for name, value in vars(given).items():
-            if value != getattr(type(given)(), name):
-                yield f"{section}.{name}: {value} has no effect with method {method.name}"
+def _keys_of_other_methods(recipe: Recipe, method: Method) -> Iterator[str]:
+    known = fields.fields_of(Recipe)
+    for key in own_keys():
+        value = fields.value_of(recipe, key)
+        if key.partition(".")[0] not in method.sections and value != known[key].default:
+            yield f"{key}: {value} has no effect with method {method.name}"

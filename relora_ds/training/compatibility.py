@@ -7,10 +7,11 @@ from typing import Any
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.manifest import Manifest
 from relora_ds.config import Recipe
+from relora_ds.config.methods import own_keys
 from relora_ds.training.preflight import Plan
 
 # Another seed or corpus would repeat some sequences and leave others out; another method has other weights.
-_FIXED = ("method", "seed", "data.seq_len", "data.packing", "lora.base")
+_FIXED = ("method", "seed", "data.seq_len", "data.packing", *own_keys())
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "init_from")  # of the process, not of the run
 
 

@@ -203,7 +203,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[dict, list[str]]:
-    """(the DeepSpeed configuration, what is wrong with it)."""
+    """Return (the DeepSpeed configuration, what is wrong with it)."""
     try:
         settings = ds_config.load(_ds_config_path(recipe.deepspeed))
     except ValueError as error:
@@ -223,7 +223,7 @@ def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[di
 
 
 def _model_problems(recipe: Recipe) -> list[str]:
-    """What is wrong between network and method, found on a network without storage (its vocabulary is a guess)."""
+    """Return what is wrong between method and network, which has no storage and a guessed vocabulary."""
     model = _guessed_model(recipe)
     return (
         attention.problems(model, recipe.model.attn_implementation)
@@ -233,7 +233,7 @@ def _model_problems(recipe: Recipe) -> list[str]:
 
 
 def machine_problems(recipe: Recipe) -> list[str]:
-    """What this machine lacks that the recipe asks for."""
+    """Return what this machine lacks that the recipe asks for."""
     found = compilation.problems() if recipe.compile else []
     if recipe.model.attn_implementation not in attention.EVERYWHERE:
         found += attention.machine_problems(_guessed_model(recipe).config, recipe.model.attn_implementation)
@@ -266,9 +266,12 @@ def _guessed_config(recipe: Recipe) -> PretrainedConfig:
 
 
 def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) -> list[str]:
-    """Whether there are weights at `init_from` and, with a `config`, whether they are those of such a model.
+    """Return what is wrong with the weights at `init_from`; with a `config`, also whether they are of such a model.
 
-    ValueError where they cannot be found. A run that resumes needs them no more.
+    A run that resumes needs them no more.
+
+    Raises:
+        ValueError: there are none.
     """
     if not recipe.init_from or store.may_resume(recipe.directory, recipe.resume):
         return []

@@ -33,7 +33,7 @@ READ = [README, *(DOCS / path for guide in GUIDES for path in guide.values())]
 # A command of ours at the beginning of a line, after launchers and variables: its name and the rest.
 CALL = re.compile(r"^(?: {4})?(?:[\w=/.-]+ )*?(?:-m relora_ds|--module relora_ds|relora) (\w+) ?(.*)$", re.MULTILINE)
 
-# A real recipe's shape at a size for two CPU cores; its own sizes are in tests/test_recipes.py.
+# A real recipe's shape at a size for two CPU cores; its own sizes are in tests/config/test_recipes.py.
 FEW_STEPS = (
     "train.steps=6 train.batch_sequences=4 train.micro_batch_size=2 warm_start_steps=2 optim.warmup_steps=1 "
     "relora.restart_every=2 relora.restart_warmup_steps=1 relora.r=4 precision=fp32"
@@ -46,7 +46,7 @@ SMALLER = [
     (r"(single_node\.sh llama_\w+)", rf"\1 {TINY} data.seq_len=64"),
     (r"(--link)$", r"\1 --seconds 2 --config quickstart"),
     (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {TINY} data.seq_len=64"),
-    (r"(test\.sh)\b.*", r"\1 tests/test_config.py -q"),
+    (r"(test\.sh)\b.*", r"\1 tests/config/test_config.py -q"),
     (r"(reproduce .*--scale small) --num-gpus 1", r"\1 --dry-run"),
 ]
 # What cannot run here, and the test that runs the same script.
