@@ -7,6 +7,7 @@ down, and a fresh one is filled with them. Random weights, pretrained ones and `
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -121,7 +122,8 @@ def _weights(plan: Plan, model: PreTrainedModel, handover: HandOver | None, resu
         return handover.weights
     if recipe.init_from:
         return weights_of(recipe.init_from, recipe.trust_remote_code, "init_from")
-    return initial_weights(model.config, recipe.model, recipe.seed, recipe.trust_remote_code)
+    config: Any = model.config
+    return initial_weights(config, recipe.model, recipe.seed, recipe.trust_remote_code)
 
 
 def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:

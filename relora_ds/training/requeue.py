@@ -65,7 +65,7 @@ def as_restarted(recipe: Recipe) -> tuple[Recipe, str | None]:
     from relora_ds.checkpoint import store
 
     variable = restarted_by()
-    if variable is None or recipe.resume == "auto":
+    if variable is None or recipe.run_dir is None or recipe.resume == "auto":
         return recipe, None
     if recipe.resume and not store.directories(recipe.directory / "checkpoints"):
         return recipe, None
