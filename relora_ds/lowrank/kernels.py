@@ -55,8 +55,8 @@ def _in_fp32_where_16_bit_is_slow(kernel: Callable[..., Tensor]) -> Callable[...
         dtype = first.dtype
         if first.device.type != "cpu" or dtype not in SLOW_ON_CPU:
             return kernel(first, *others)
-        others = [t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in others]
-        return kernel(first.float(), *others).to(dtype)
+        wide = [t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in others]
+        return kernel(first.float(), *wide).to(dtype)
 
     return widened
 
@@ -81,6 +81,7 @@ def _linear(
         in-place operations (a model's `+=`, `ReLU(inplace=True)`) on a view that a Function returns.
     """
     if weight is None:
+        assert h is not None
         y = (h * scaling) @ lora_B.t()
     else:
         y = format_named(format).multiply(rows, weight, torch.Size([lora_B.shape[0], rows.shape[1]]))
@@ -94,6 +95,7 @@ def _linear(
 def _linear_input_grad(g: Tensor, weight: Tensor | None, gB: Tensor | None, lora_A: Tensor, format: str) -> Tensor:
     """`g W + gB A`, with `gB = s g B`."""
     if weight is None:
+        assert gB is not None
         return gB @ lora_A
     grad = format_named(format).multiply_transposed(g, weight, torch.Size([g.shape[1], lora_A.shape[1]]))
     return grad if gB is None else grad.addmm_(gB, lora_A)

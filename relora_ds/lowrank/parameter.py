@@ -10,6 +10,8 @@ makes a gradient of the same size for as long as it takes to reduce it to those 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +82,8 @@ def _set_class(module: nn.Module) -> None:
     """Give `module` the class whose attributes for its low-rank parameters are their sums; its own if it has none."""
     plain = getattr(type(module), "plain_class", type(module))
     leaves = tuple(leaf for leaf, part in module._modules.items() if isinstance(part, ReLoRAParameter))
-    module.__class__ = _updating_class(plain, leaves) if leaves else plain
+    updating: Callable = _updating_class  # functools.cache takes classes for unhashable
+    module.__class__ = updating(plain, leaves) if leaves else plain
 
 
 @functools.cache
@@ -102,4 +105,5 @@ def _updating_class(plain: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.
 
 def _sum(module: nn.Module, leaf: str) -> Tensor:
     made = module.__dict__.get(_MADE)
-    return module._modules[leaf](module._modules[leaf].lora_A)[0] if made is None else made[leaf]
+    layer: Any = module._modules[leaf]
+    return layer(layer.lora_A)[0] if made is None else made[leaf]

@@ -10,6 +10,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def is_conv1d(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
 
 
-def peculiarity(linear: nn.Module) -> str | None:
+def peculiarity(linear: Any) -> str | None:
     """Return why a linear's function is not `x Wᵀ + b`, or cannot be kept."""
     if nn.parameter.is_lazy(linear.weight):
         return "has no shape yet (a lazy module); run the model once first"
@@ -53,7 +54,8 @@ def _is_plain(linear: nn.Module) -> bool:
     """Return True if a subclass of nn.Linear computes what nn.Linear does, found with a small weight in its place."""
     if type(linear).forward is nn.Linear.forward:
         return True
-    training, x_grads, results = linear.training, [], []
+    training, results = linear.training, []
+    x_grads: list[Any] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         weight, x = torch.randn(3, 5), torch.randn(2, 4, 5)
@@ -84,9 +86,9 @@ def read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if isinstance(module, (LowRankLayer, nn.TransformerEncoderLayer)):  # wrapping switches the latter's reads off
             continue
-        for name, flags in _weights_read_by(type(module)):
+        for name, flags in _weights_read_by(type(module)):  # type: ignore[arg-type]  # classes are hashable
             part = module._modules.get(name)
-            if is_linear(part) and not any(getattr(module, flag, None) is False for flag in flags):
+            if part is not None and is_linear(part) and not any(getattr(module, flag, None) is False for flag in flags):
                 yield (
                     part,
                     (
@@ -145,5 +147,6 @@ def _weights_read_in(node: ast.AST, flags: tuple[str, ...] = ()) -> Iterator[tup
 
 def _own_attribute(node: ast.AST) -> str | None:
     """Return NAME of the expression `self.NAME`."""
-    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if is_own else None
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None

@@ -9,6 +9,7 @@ masters would take over at every restart.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -27,9 +28,9 @@ def exact_products() -> Iterator[None]:
 def _choose_fp32() -> Callable[[], None]:
     """Choose fp32; returns what goes back to the choice before."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
-        before = torch.get_float32_matmul_precision()
+        chosen = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        return functools.partial(torch.set_float32_matmul_precision, before)
+        return functools.partial(torch.set_float32_matmul_precision, chosen)
     # The older functions refuse to be asked once the newer ones were used, and these know all that those have chosen.
     before = [
         (backend.matmul, _own_precision(backend.matmul, parent))
@@ -48,6 +49,6 @@ def _own_precision(matmul, parent) -> str:
     return "none" if chosen == parent.fp32_precision else chosen
 
 
-def _set_precisions(choices: list[tuple[object, str]]) -> None:
+def _set_precisions(choices: list[tuple[Any, str]]) -> None:
     for matmul, precision in choices:
         matmul.fp32_precision = precision

@@ -197,7 +197,8 @@ def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: Targets) ->
     """Return a message on the parameters that have no low-rank update and do not train either."""
     biases = {id(linear._parameters["bias"]) for linear in targets.linears.values()}
     trains = {id(weight) for weight in targets.weights.values()} | biases | trained_whole(model, config)
-    frozen, sizes = {}, {}
+    frozen: dict[int, str] = {}
+    sizes: dict[int, int] = {}
     for names, module in named_places(model):
         for leaf, parameter in module.named_parameters(recurse=False):
             sizes[id(parameter)] = full_shape(parameter).numel()

@@ -42,7 +42,8 @@ class GradientSketch:
     """
 
     def __init__(self, r: int, in_features: int, key: str, device: torch.device | str = "cpu"):
-        self._key, self._omega = key, None
+        self._key = key
+        self._omega: Tensor | None = None
         self.values = torch.zeros(r + OVERSAMPLED, in_features, device=device)
 
     def add(self, g: Tensor, rows: Tensor) -> None:

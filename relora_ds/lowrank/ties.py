@@ -5,6 +5,7 @@
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def align_tie_flag(model: nn.Module) -> str | None:
     Raises:
         ValueError: no value of the flag makes the model's class build these parameters.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or (tied := _is_tied(model)) is None or _built_tied(model) == tied:
         return None
     flags = {
@@ -45,7 +46,7 @@ def align_tie_flag(model: nn.Module) -> str | None:
     )
 
 
-def _is_tied(model: nn.Module) -> bool | None:
+def _is_tied(model: Any) -> bool | None:
     """Return whether one weight serves both; None where the model does not have both."""
     try:
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -7,6 +7,7 @@ beside them (`trainable_modules`: by default embeddings, head and norms), and th
 import copy
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +86,20 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
         raise ValueError("\n".join(found))
     targets = find_targets(model, config)
     filled = {name for name, weight in targets.weights.items() if _has_values(weight)}
+    linears: dict[str, nn.Module] = {}
     layers: dict[str, LowRankLayer] = {}
     for name, linear in targets.linears.items():
-        layers[name] = _lowrank_linear(linear, config, base)
-    replace_modules(model, layers)
+        layers[name] = linears[name] = _lowrank_linear(linear, config, base)
+    replace_modules(model, linears)
     for name, place in targets.parameters.items():
         parameter = place.parameter
-        layers[name] = layer = ReLoRAParameter(
+        layers[name] = summed = ReLoRAParameter(
             full_shape(parameter),
             parameter if base else None,
             transposed=place.transposed,
             **_options(config, parameter),
         )
-        install(place.module, place.leaf, layer)
+        install(place.module, place.leaf, summed)
     for name, layer in layers.items():
         layer.initial_seed = None if name in filled else seed
         _initialise(layer, name, seed)
@@ -111,12 +113,13 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
 
 def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Put the plain linears and parameters back, with the given merged weights by layer name; in place."""
-    linears = {}
+    linears: dict[str, nn.Module] = {}
     for name, layer in lowrank_layers(model).items():
         weight = nn.Parameter(weights[name])
         if isinstance(layer, ReLoRALinear):
             linears[name] = linear = _plain_linear(layer)
-            linear.weight, linear.bias = weight, layer.bias
+            linear.register_parameter("weight", weight)
+            linear.register_parameter("bias", layer.bias)
         else:
             parent, _, leaf = name.rpartition(".")
             uninstall(model.get_submodule(parent), leaf, weight)
@@ -130,6 +133,7 @@ def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 def _lowrank_linear(linear: nn.Module, config: ReLoRAConfig, base: bool) -> ReLoRALinear:
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    assert weight is not None
     transposed = is_conv1d(linear)
     rows, columns = full_shape(weight)  # a subclass may call them otherwise
     return ReLoRALinear(
@@ -194,7 +198,7 @@ def _refuse_to_save(*args, **kwargs) -> None:
     )
 
 
-def _carry(model: nn.Module, config: ReLoRAConfig) -> None:
+def _carry(model: Any, config: ReLoRAConfig) -> None:
     """Let a wrapped model have its config and what PEFT's models can; `copy.deepcopy` and pickle take them along."""
     model.relora_config = copy.deepcopy(config)
     model.print_trainable_parameters = functools.partial(print_trainable_parameters, model)

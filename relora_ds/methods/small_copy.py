@@ -35,7 +35,7 @@ def small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
         raise NotRunnableError(first_line(error)) from error
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model.eval()
 
 

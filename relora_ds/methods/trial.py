@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,10 @@ class Trial:
         if format is DENSE or format.unavailable():
             return {}
         layers = {name: layer for name, layer in layers.items() if not format.problem(layer.weight_shape)}
-        stored = {name: format.quantize(layer.weight.detach(), torch.float32) for name, layer in layers.items()}
+        weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+        stored = {name: format.quantize(weight.detach(), torch.float32) for name, weight in weights.items()}
         for name, layer in layers.items():
-            layer.weight.copy_(format.dequantize(stored[name], layer.weight_shape, torch.float32))
+            weights[name].copy_(format.dequantize(stored[name], layer.weight_shape, torch.float32))
         dense = run(model, ids).logits
         for name, layer in layers.items():
             layer.store_weight(stored[name], format, as_buffer=True)
@@ -75,7 +77,7 @@ class Trial:
         return {}
 
 
-def _without_gradient(model: nn.Module) -> list[str]:
+def _without_gradient(model: Any) -> list[str]:
     """Return the wrapped layers whose B gets no gradient. An expert without a token goes by the others of its kind."""
     layers, missing = lowrank_layers(model), []
     model.train()

@@ -6,6 +6,8 @@ rank. It holds the master, merges into it, quantizes the whole tensor once and b
 that all ranks hold the same bytes by construction.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
@@ -107,7 +109,7 @@ class FrozenWeights:
         mine = self.owners[name] == dist.get_rank()
         if self.with_masters:
             return self.masters.read(name, device) if mine else None
-        weight = self.layers[name].weight
+        weight: Any = self.layers[name].weight
         with GatheredParameters([weight], enabled=is_partitioned(weight)):
             return self.dequantize(name, weight.detach().to(device, copy=True)) if mine else None
 
@@ -132,7 +134,7 @@ class FrozenWeights:
 
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:
         """Broadcast the owner's stored copy and put it (at ZeRO-3: this rank's piece of it) where forward reads it."""
-        weight = self.layers[name].weight
+        weight: Any = self.layers[name].weight
         assert (stored is None) == (self.owners[name] != dist.get_rank()), "the owner sends, and nobody else"
         if stored is None:
             stored = self.format.stored_like(self.layers[name].weight_shape, self.dtype, device)

@@ -6,6 +6,7 @@ number comes out of a whole tensor on one rank and of its pieces on many.
 """
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
         sums.append(checksum(piece, start))
         split.append(is_partitioned(parameter))
     for name, layer in frozen.layers.items():
-        weight = layer.weight
+        weight: Any = layer.weight
         start, stop = partition_range(weight) if is_partitioned(weight) else (0, weight.numel())
         piece = weight.ds_tensor.data[: stop - start] if is_partitioned(weight) else weight.data.reshape(-1)
         names.append(f"{name}.weight")
