@@ -49,7 +49,7 @@ class OwnedWeights:
 
     def __init__(self, shapes: Mapping[str, torch.Size], owners: Mapping[str, int], tensors: dict[str, Tensor]):
         self.shapes, self._tensors = shapes, tensors
-        self.owners: Mapping[str, int] | None = owners
+        self.owners = owners
 
     def read(self, name: str) -> Tensor:
         return self._tensors.pop(name)
