@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line: a recipe and its overrides."""
+    """Parse the command line: a recipe and its overrides."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Pre-train a language model with ReLoRA on DeepSpeed ZeRO.",
@@ -119,8 +119,8 @@ def run(config: str, overrides: Sequence[str] = (), hooks: Iterable[Hook] = ()) 
         return _stop(
             trainer,
             is_first,
-            "interrupted, and nothing saved for it; resume=auto goes on from the newest "
-            "checkpoint (SIGTERM would have saved first)",
+            "interrupted, and nothing saved for it; resume=auto resumes from the newest checkpoint (SIGTERM would have "
+            "saved first)",
             exit_codes.ERROR,
         )
     except Exception as error:

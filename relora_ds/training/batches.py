@@ -8,7 +8,7 @@ from relora_ds.zero.accelerator import is_cuda
 
 
 def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
-    """From `state` (of a loader's `state_dict`) on, or from the beginning; made ahead where a GPU computes."""
+    """Return the batches from `state` (a loader's `state_dict`) on, or all; made ahead where a GPU computes."""
     recipe, data = plan.recipe, plan.data
     loader = TrainLoader(
         data.train,

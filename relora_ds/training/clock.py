@@ -50,7 +50,7 @@ class StepClock:
             self._add(started)
 
     def mean_seconds(self) -> float:
-        """A step's, over the steps since the last call; the former mean where all of them were sampled."""
+        """Return the mean of the steps since the last call; the former one where all of them were sampled."""
         self.drain()
         if self._steps:
             self._mean, self._seconds, self._steps = self._seconds / self._steps, 0.0, 0

@@ -40,7 +40,7 @@ def changes(saved: Manifest, plan: Plan) -> list[str]:
         if then.get(name) != now.get(name)
     ]
     if saved.run["world_size"] != plan.world_size:
-        found.append(f"resume: {saved.run['world_size']} ranks wrote the checkpoint, {plan.world_size} go on")
+        found.append(f"resume: {saved.run['world_size']} ranks wrote the checkpoint, {plan.world_size} resume it")
     return found
 
 

@@ -48,7 +48,7 @@ def remember_refusal(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _was_refused(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun's attempt before this one was refused; its files are in …/attempt_N/LOCAL_RANK/."""
+    """Return True if torchrun's attempt before this one was refused; its files are in …/attempt_N/LOCAL_RANK/."""
     directory, attempt = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parent, environment[_ATTEMPT]
     return (
         attempt.isdecimal()

@@ -195,7 +195,7 @@ class Trainer:
     def _enter(self, phase: Phase) -> None:
         """Begin to train and to measure with a new engine."""
         run, engine, recipe = self.run, self.run.engine, self.run.recipe
-        begin_peak_memory(engine.device)  # else a phase would go on from the peak of the one before
+        begin_peak_memory(engine.device)  # else a phase would keep the peak of the one before
         engine.drift_probe = drift_probe(
             engine,
             run.plan.data.validation,

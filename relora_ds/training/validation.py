@@ -38,7 +38,7 @@ class Evaluation:
     galore_loss: float | None = None
 
     def figures(self) -> dict[str, float]:
-        """Those that there are, by name."""
+        """Return the figures that are known, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -145,7 +145,7 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _fused_loss(model) -> dict:
-    """What has liger-kernel's forward return the sum of the losses without making logits; {} of other models."""
+    """Return arguments with which liger-kernel's forward returns the sum of the losses, without logits; else {}."""
     takes = inspect.signature(getattr(model, "module", model).forward).parameters
     if "skip_logits" not in takes:
         return {}

@@ -1,4 +1,4 @@
-"""A run is asked to stop: SIGTERM or SIGUSR1, to any rank.
+"""Stop a run that is asked to, by SIGTERM or SIGUSR1 to any rank, with its state saved.
 
 Launchers signal processes one after the other, so ranks hear of it at different steps. Each says in every step whether
 it has; they stop at the step at which all know it, which is one or two later.
@@ -28,18 +28,19 @@ class StopRequest:
     on for ever without it. So its end is heard like a signal.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.heard: str | None = None
         self._launcher = _launcher()
         self._group = host_group()  # no device waits for it
-        self._asked, self._work = torch.zeros(1), None
+        self._asked = torch.zeros(1)
+        self._work: dist.Work | None = None
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def _hear(self, number: int, _frame) -> None:
         self.heard = signal.Signals(number).name
 
     def agreed(self) -> bool:
-        """Whether a rank had heard of it at the last call, the same answer on every rank. Collective, once a step.
+        """Return True if a rank had heard of it at the last call, on every rank the same. Collective, once a step.
 
         It answers with the sum that was begun a step ago, so that nobody waits for it.
         """
@@ -82,7 +83,7 @@ class Preemption(Hook):
         if not self._checkpoints.secure(run):
             raise GuardError(f"{asked}, but the state after step {run.step} could not be saved")
         self._checkpoints.on_phase_end(run)
-        raise Preempted(f"{asked}; saved after step {run.step}, go on with resume=auto")
+        raise Preempted(f"{asked}; saved after step {run.step}, resume with resume=auto")
 
     def close(self, run: RunState) -> None:
         if self.request is not None:
@@ -90,7 +91,7 @@ class Preemption(Hook):
 
 
 def _launcher() -> int | None:
-    """The process that a user started: launch_scripts/start_ranks.py, or the `deepspeed` command.
+    """Return the process that a user started: launch_scripts/start_ranks.py, or the `deepspeed` command.
 
     The latter starts DeepSpeed's launcher, and that the ranks of this node.
     """

@@ -67,7 +67,7 @@ class Watchdog:
         set_timeouts(self._timeout)
 
     def beat(self, *_) -> None:
-        """The rank has come further."""
+        """Note that the rank has come further."""
         self._progress += 1
 
     def close(self) -> None:
