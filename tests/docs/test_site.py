@@ -45,7 +45,7 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "README.md"):
         shutil.copy(ROOT / name, folder)
-    for name in ("docs", "launch_scripts"):
+    for name in ("docs", "examples", "launch_scripts"):
         shutil.copytree(ROOT / name, folder / name)
     return folder
 
