@@ -26,10 +26,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # a test runs up to three ranks
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 
 lint=0
-{ "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check .; } || lint=$?
+for check in "ruff check ." "ruff format --check ." codespell_lib mypy; do
+    # shellcheck disable=SC2086
+    "$PYTHON" -m $check || lint=1
+done
 tests=0
 "$PYTHON" -m pytest -q --durations=30 ${options[@]+"${options[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
 if [ "$lint" -ne 0 ]; then
-    echo "error: ruff found problems; they are listed above the tests" >&2
+    echo "error: ruff, codespell or mypy found problems; they are listed above the tests" >&2
 fi
 exit $((tests != 0 ? tests : lint))

@@ -130,7 +130,7 @@ def _digest(content: dict) -> str:
 
 
 def tag_of(step: int) -> str:
-    """The directory name of the checkpoint after `step` applied steps."""
+    """Return the directory name of the checkpoint after `step` applied steps."""
     return f"step_{step:08d}"
 
 

@@ -54,12 +54,12 @@ class OpenModel:
     read: Callable[[str], Tensor]
 
     def base(self, name: str) -> Tensor:
-        """The weight of a low-rank layer without its current update; 0 where it has none."""
+        """Return the weight of a low-rank layer without its current update; 0 where it has none."""
         layer = self.contents.layers[name]
         return self.read(f"{name}.weight") if layer["base"] else torch.zeros(layer["shape"])
 
     def merged(self, name: str) -> Tensor:
-        """The weight of one of `contents.matrices`, of a low-rank layer `W + s·B·A`; a new tensor."""
+        """Return the weight of one of `contents.matrices`, of a low-rank layer `W + s·B·A`; a new tensor."""
         layer = self.contents.layers.get(name)
         if layer is None:
             return self.read(f"{name}.weight").clone()
@@ -94,7 +94,7 @@ class CheckpointWeights:
         self.shapes = plain_shapes(described, {name: model.read(name).shape for name in buffers})
 
     def read(self, name: str) -> Tensor:
-        """A new tensor, fp32 where it is floating point."""
+        """Return a new tensor, fp32 where it is floating point."""
         model, layer = self._model, self._layers.get(name)
         if layer is None:
             return model.read(name).clone()

@@ -12,7 +12,7 @@ _RANK = re.compile(r"(?:trained|frozen)_(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Sharing:
-    """This rank and a directory.
+    """Return this rank and a directory.
 
     Attributes:
         leads: whether this rank is the first that sees its directory.

@@ -38,7 +38,7 @@ def has_run(directory: Path) -> bool:
 
 
 def directories(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run (or in a directory of checkpoints), oldest first, intact or not."""
+    """Return the checkpoints of a run (or in a directory of checkpoints), oldest first, intact or not."""
     inner = run_dir / "checkpoints"
     return sorted(
         path

@@ -41,7 +41,7 @@ def is_offline() -> bool:
 
 
 def why_unreachable(name: str, repo_type: str = "dataset") -> str:
-    """ "" if the hub answers about `name` within seconds, else the reason in one line.
+    """Return "" if the hub answers about `name` within seconds, else the reason in one line.
 
     Asked first because `datasets` and `transformers` retry for half a minute and more. A thread bounds the name
     resolution too.

@@ -91,7 +91,7 @@ def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
 
 
 def merged_state(checkpoint: Path | str) -> dict[str, Tensor]:
-    """The merged weights in a checkpoint that `engine.save_checkpoint` wrote, also in a training loop of your own.
+    """Export the merged weights in a checkpoint that `engine.save_checkpoint` wrote, also in a loop of your own.
 
     Args:
         checkpoint: the directory of one step (DeepSpeed's "tag").
@@ -114,7 +114,7 @@ def _copy_finished(run_dir: Path, directory: Path, dtype: str, trust_remote_code
 
 
 def _about(tag: Path) -> dict:
-    """What the run's own files say about a checkpoint; little where it was written outside of a run."""
+    """Return what the run's own files say about a checkpoint; little where it was written outside of a run."""
     saved = manifest.read(tag)
     if not saved.is_of_run:
         return {"model": "A model", "step": saved.step, "verdict": f"Exported from the checkpoint `{tag.name}`."}
@@ -148,7 +148,7 @@ _ROWS = {
 
 
 def model_card(about: dict, recipe_yaml: str, peft: bool = False) -> str:
-    """The README.md of an exported model.
+    """Return the README.md of an exported model.
 
     Args:
         about: `model`, `verdict`, and what is known of the other keys of summary.json.

@@ -108,7 +108,7 @@ def load(
     is_trainable: bool = False,
     trust_remote_code: bool = False,
 ):
-    """The `PeftModel` of an export, after `verify`. Arguments and errors: see there."""
+    """Return the `PeftModel` of an export, after `verify`. Arguments and errors: see there."""
     from peft import PeftModel
 
     directory = Path(directory)
@@ -132,7 +132,7 @@ class MergedWeights:
         self.owners: Mapping[str, int] | None = base.owners
 
     def read(self, name: str) -> Tensor:
-        """A tensor, fp32 where it is floating point."""
+        """Return a tensor, fp32 where it is floating point."""
         value, layer = self._base.read(name), name.removesuffix(".weight")
         if layer not in self._layers:
             return value
@@ -141,7 +141,7 @@ class MergedWeights:
 
 
 def merged_weights(directory: Path, config: PretrainedConfig, trust_remote_code: bool) -> WeightSource:
-    """The merged weights of an export whose base `verify` has checked, for the network that `config` describes.
+    """Return the merged weights of an export whose base `verify` has checked, for the network that `config` describes.
 
     An adapter that PEFT has made into more than `s·B·A` is merged by PEFT, whole, on rank 0.
     """
@@ -217,7 +217,7 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
 
 
 def _target_modules(model: nn.Module, names: set[str]) -> list[str]:
-    """The layers by the last part of their names, as people write it, where that names no other module."""
+    """Return the layers by the last part of their names, as people write it, where that names no other module."""
     last = {name.rpartition(".")[2] for name in names}
     named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
     return sorted(last if named == names else names)

@@ -114,7 +114,7 @@ def locate(source: str, field: str = "source") -> tuple[str, str]:
 
 
 def config_of(source: str, trust_remote_code: bool = False, field: str = "source") -> PretrainedConfig:
-    """The configuration of a model. Arguments and errors: see `locate`; ValueError too where it cannot be read."""
+    """Return a model's configuration. Arguments and errors: see `locate`; ValueError too where it cannot be read."""
     kind, path = locate(source, field)
     if kind == "peft":
         peft.verify(Path(path))
@@ -127,7 +127,7 @@ def config_of(source: str, trust_remote_code: bool = False, field: str = "source
 
 
 def model_of(source: str, trust_remote_code: bool = False, field: str = "source") -> PreTrainedModel:
-    """The plain model, fp32 on CPU, updates merged. Arguments and errors: see `config_of`."""
+    """Return the plain model, fp32 on CPU, updates merged. Arguments and errors: see `config_of`."""
     kind, path = locate(source, field)
     if kind == "checkpoint":
         return plain_model(Path(path), CheckpointWeights(Path(path)), torch.float32, trust_remote_code)
@@ -138,7 +138,7 @@ def model_of(source: str, trust_remote_code: bool = False, field: str = "source"
 
 
 def weights_of(source: str, trust_remote_code: bool = False, field: str = "source") -> WeightSource:
-    """The fp32 weights of the plain model, updates merged, read one tensor at a time. Errors: see `config_of`."""
+    """Return the merged fp32 weights of the plain model, read one tensor at a time. Errors: see `config_of`."""
     kind, path = locate(source, field)
     if kind == "checkpoint":
         return CheckpointWeights(Path(path))
@@ -158,7 +158,7 @@ def tokenizer_of(source: str, field: str = "source") -> str:
 def plain_model(
     checkpoint: Path, weights: WeightSource, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The plain model of a checkpoint's configuration, filled with `weights` in `dtype`; no other copy is in memory."""
+    """Return the plain model of a checkpoint's configuration with `weights` in `dtype`; no other copy is in memory."""
     with _clear_errors(str(checkpoint), "checkpoint"):
         config = export_config(_saved_config(checkpoint, trust_remote_code))
     model = build_without_values(config, dtype=dtype)
@@ -172,7 +172,7 @@ def plain_model(
 
 
 def _saved_config(checkpoint: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration beside a checkpoint's weights or, where that file is damaged, the one in the manifest."""
+    """Return the configuration beside a checkpoint's weights or, where that is damaged, the one in the manifest."""
     if not _lists(checkpoint, "config.json"):
         raise ValueError(
             f"{checkpoint}: the model that was trained is no transformers model (no config.json); use "

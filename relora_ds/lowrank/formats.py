@@ -44,19 +44,19 @@ class Format:
         return None
 
     def floating_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        """The floating-point dtype that values are rounded to one by one; None where they are quantized."""
+        """Return the floating-point dtype that values are rounded to one by one; None where they are quantized."""
         return dtype
 
     def stored_like(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """An uninitialised stored tensor. dtype: of the run's computations."""
+        """Return an uninitialised stored tensor. dtype: of the run's computations."""
         return torch.empty(shape, dtype=dtype, device=device)
 
     def quantize(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """The stored tensor of an fp32 weight `[..., out, in]`, rounded to nearest; a new one. dtype: as above."""
+        """Return a new stored tensor of an fp32 weight `[..., out, in]`, rounded to nearest. dtype: as above."""
         return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def dequantize(self, stored: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The weight `[..., out, in]` in `dtype`; may share the storage of `stored`."""
+        """Return the weight `[..., out, in]` in `dtype`; may share the storage of `stored`."""
         return stored.view(shape).to(dtype)
 
     def multiply(self, rows: Tensor, stored: Tensor, shape: torch.Size) -> Tensor:
@@ -93,7 +93,7 @@ class Packed(Format):
         return stored
 
     def unpack(self, stored: Tensor, shape: torch.Size) -> list[Tensor]:
-        """Views of the parts."""
+        """Return views of the parts."""
         views, offset = [], 0
         for dtype, size in self.parts(shape):
             length = dtype.itemsize * size.numel()
@@ -287,7 +287,7 @@ _TRANSPOSED = "transposed_"
 
 @functools.cache
 def format_named(name: str) -> Format:
-    """The format of this name; `Format.name` of any of them."""
+    """Return the format of this name; `Format.name` of any of them."""
     if name.startswith(_TRANSPOSED):
         return Transposed(format_named(name.removeprefix(_TRANSPOSED)))
     known = (DENSE, *map(Cast, DTYPES), Int8(), FP8(), FP8(both_layouts=True), NF4(), NF4(double=True))
@@ -295,7 +295,7 @@ def format_named(name: str) -> Format:
 
 
 def format_of(frozen_dtype: str, precision: str, *, double_quant: bool = False, in_fp8: bool = False) -> Format:
-    """The format that a recipe asks for.
+    """Return the format that a recipe asks for.
 
     Args:
         frozen_dtype: auto, fp32, bf16, fp16, int8, nf4 or fp8.
@@ -336,7 +336,7 @@ def _row_scale(value: Tensor, largest: float) -> Tensor:
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row, fp32 `[..., 1]`; in one pass, where `abs()` would write a copy first."""
+    """Return the largest magnitude of each row, fp32 `[..., 1]`, in one pass; `abs()` would write a copy first."""
     return torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
 
 
@@ -346,7 +346,7 @@ def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_e4m3_bits(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same for e4m3: its bits at their places in fp16, whose exponents are offset by 8 more."""
+    """Return the same for e4m3: its bits at their places in fp16, whose exponents are offset by 8 more."""
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
     return bits.view(torch.float16).to(dtype).mul_(scale * 2**8)
 

@@ -7,12 +7,12 @@ from relora_ds.lowrank.base_layer import LowRankLayer
 
 
 def lowrank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """The wrapped layers by module name, in the model's order."""
+    """Return the wrapped layers by module name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The parameter's shape, also while ZeRO-3 has it partitioned."""
+    """Return the parameter's shape, also while ZeRO-3 has it partitioned."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

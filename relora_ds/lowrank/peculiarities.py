@@ -82,7 +82,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The linears whose weight is read by the code of the module that holds them, and why that matters."""
+    """Yield the linears whose weight is read by the code of the module that holds them, and why that matters."""
     for module in model.modules():
         if isinstance(module, (LowRankLayer, nn.TransformerEncoderLayer)):  # wrapping switches the latter's reads off
             continue
@@ -116,7 +116,7 @@ def _weights_read_by(kind: type) -> frozenset[tuple[str, tuple[str, ...]]]:
 
 
 def _weights_read_in(node: ast.AST, flags: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Reads of `self.NAME.weight` below a node. flags: attributes of self that are true where the code runs.
+    """Yield the reads of `self.NAME.weight` below a node. flags: attributes of self that are true where the code runs.
 
     `training` is none of them: a model may be wrapped in evaluation mode and train later.
     """

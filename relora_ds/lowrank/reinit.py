@@ -56,7 +56,7 @@ class GradientSketch:
 
 
 def dominant_rows(sketch: Tensor, r: int) -> Tensor | None:
-    """An orthogonal basis `[r, in]` of the sketch's dominant row space, fp32 on the CPU; None where it has none."""
+    """Return an orthogonal basis `[r, in]` of the sketch's dominant row space, fp32 on the CPU; None without one."""
     if not torch.isfinite(sketch).all() or not sketch.any():
         return None
     return torch.linalg.svd(sketch.cpu(), full_matrices=False).Vh[:r].contiguous().mul_(ROW_NORM)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def scheduled_restarts(total_steps: int, restart_every: int | None) -> list[int]:
-    """The steps after which a restart is due: every multiple of `restart_every` in (0, total_steps)."""
+    """Return the steps after which a restart is due: every multiple of `restart_every` in (0, total_steps)."""
     return list(range(restart_every, total_steps, restart_every)) if restart_every else []
 
 

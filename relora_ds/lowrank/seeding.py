@@ -6,10 +6,10 @@ import torch
 
 
 def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by the text `key`: the same stream in every process, whatever ran before."""
+    """Return a generator seeded by the text `key`: the same stream in every process, whatever ran before."""
     return torch.Generator(device=device).manual_seed(keyed_seed(key))
 
 
 def keyed_seed(key: str) -> int:
-    """A 63-bit seed from the text `key` (Python's own `hash` of a string differs between processes)."""
+    """Return a 63-bit seed from the text `key` (Python's own `hash` of a string differs between processes)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1

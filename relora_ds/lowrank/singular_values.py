@@ -71,7 +71,7 @@ class Spectrum:
 
 
 def spectrum_of(update: Tensor, *, exact_up_to: int = EXACT_UP_TO, num_largest: int = NUM_LARGEST) -> Spectrum:
-    """The singular values of a matrix `[out, in]`, in fp64 where it is in fp64, else in fp32.
+    """Return the singular values of a matrix `[out, in]`, in fp64 where it is in fp64, else in fp32.
 
     Args:
         exact_up_to: smaller side up to which all are computed. Of a larger matrix the `num_largest` largest ones are,

@@ -43,7 +43,7 @@ class Storage:
         return (self.format, self.dtype) == (other.format, other.dtype)
 
     def dequantize(self, stored: Tensor, shape: torch.Size) -> Tensor:
-        """The fp32 weight `[out, in]` that a stored copy stands for."""
+        """Return the fp32 weight `[out, in]` that a stored copy stands for."""
         return format_named(self.format).dequantize(stored, shape, torch.float32)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
 
 
 def storage_warnings(config: ReLoRAConfig, precision: str, stage: int) -> list[str]:
-    """What the options of the frozen weights do not do, or lose, in a run of `precision` (not auto) at a ZeRO stage."""
+    """Return what options of the frozen weights do not do, or lose, in `precision` (not auto) at a ZeRO stage."""
     return list(_storage_warnings(config, precision, stage))
 
 
@@ -99,7 +99,7 @@ def is_sharded(config: ReLoRAConfig, stage: int) -> bool:
 
 
 def format_at(config: ReLoRAConfig, precision: str, stage: int, *, in_fp8: bool) -> Format:
-    """The format of the stored copies at a ZeRO stage. in_fp8: the devices multiply in fp8 (`multiplies_fp8`)."""
+    """Return the format of stored copies at a ZeRO stage. in_fp8: the devices multiply in fp8 (`multiplies_fp8`)."""
     # Sharded, the codes of the transposed weights would be gathered at every step too.
     return format_of(
         config.frozen_dtype,

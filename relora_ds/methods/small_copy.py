@@ -20,7 +20,7 @@ class UnsupportedAttentionError(Exception):
 
 
 def small_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """The small copy, fp32 on the CPU, every weight random: those that start at 0 would let no gradient through."""
+    """Return the small copy, fp32 on the CPU, every weight random: a weight of 0 would let no gradient through."""
     try:
         small = tiny_config(config)
         text = small.get_text_config(decoder=True)

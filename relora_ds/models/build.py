@@ -54,7 +54,7 @@ def build_config(
     pad_id: int | None = None,
     trust_remote_code: bool = False,
 ) -> PretrainedConfig:
-    """The configuration of the network, fitted to the tokenizer and the sequence length.
+    """Return the configuration of the network, fitted to the tokenizer and the sequence length.
 
     vocab_size: size of the tokenizer, in pieces; it replaces the configuration's own for random weights. seq_len: in
     tokens. The ids are the tokenizer's; None = it has no such token.
@@ -137,7 +137,7 @@ def _check_vocabulary(model: ModelConfig, config: PretrainedConfig, vocab_size: 
 def build_model(
     config: PretrainedConfig, model: ModelConfig, seed: int, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The network, fp32 on the CPU: random weights drawn from `seed` alone, or the pretrained ones.
+    """Return the network, fp32 on the CPU: random weights drawn from `seed` alone, or the pretrained ones.
 
     The same seed gives the same weights on every rank, and the global random state is left as it was.
     """
@@ -145,7 +145,7 @@ def build_model(
 
 
 def model_without_values(config: PretrainedConfig, model: ModelConfig | None = None) -> PreTrainedModel:
-    """The network with its parameters on the meta device, and its buffers with the values that they begin with.
+    """Return the network with its parameters on the meta device, and its buffers with the values that they begin with.
 
     Args:
         model: gives the attention and, for pretrained weights, the settings for generation; None: `config` alone.
@@ -162,7 +162,7 @@ def model_without_values(config: PretrainedConfig, model: ModelConfig | None = N
 def initial_weights(
     config: PretrainedConfig, model: ModelConfig, seed: int, trust_remote_code: bool = False
 ) -> RandomWeights | StoredWeights | WholeWeights:
-    """What `build_model` fills the network with, one tensor at a time: a source of weights as an engine takes it."""
+    """Return the source of weights that `build_model` fills the network with, one tensor at a time."""
     if model.init == "pretrained":
         assert model.name_or_path is not None  # the recipe's checks have said so
         return pretrained_weights(model.name_or_path, config, trust_remote_code)
@@ -170,7 +170,7 @@ def initial_weights(
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The network without storage (meta device), for counting and checks. Takes milliseconds at any size."""
+    """Return the network without storage (meta device), for counting and checks. Takes milliseconds at any size."""
     with torch.device("meta"):
         try:
             return from_config(config, dtype=torch.float32)
@@ -179,7 +179,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def cannot_build(config: PretrainedConfig, error: Exception) -> str:
-    """The message about a configuration of which transformers makes no network."""
+    """Return the message about a configuration of which transformers makes no network."""
     return (
         f"model: transformers cannot build this {config.model_type} model ({type(error).__name__}: {error}); "
         "correct its configuration"

@@ -16,7 +16,7 @@ _TOLERANCE = 0.002
 
 
 def control_config(config: PretrainedConfig, num_trainable: int) -> PretrainedConfig:
-    """The configuration nearest to `num_trainable` parameters in total.
+    """Return the configuration nearest to `num_trainable` parameters in total.
 
     hidden_size goes down in steps of heads × the smallest head size that rotary positions allow, and intermediate_size
     with it in the original proportion; then intermediate_size alone makes up the difference. Deterministic, counted on
@@ -90,7 +90,7 @@ def _shrunk(config: PretrainedConfig, head_size: int, intermediate_size: int | N
 
 
 def _fit_intermediate(config: PretrainedConfig, head_size: int, num_parameters: int) -> PretrainedConfig:
-    """The feed-forward size that brings the total nearest to num_parameters (the total is affine in it)."""
+    """Return the feed-forward size that brings the total nearest to num_parameters (the total is affine in it)."""
     one, two = (count_parameters(_shrunk(config, head_size, size)) for size in (1, 2))
     return _shrunk(config, head_size, max(1, round(1 + (num_parameters - one) / (two - one))))
 

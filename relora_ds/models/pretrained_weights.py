@@ -55,7 +55,7 @@ class StoredWeights:
         self._places = places
 
     def read(self, name: str) -> Tensor:
-        """A new tensor, fp32 where it is floating point."""
+        """Return a new tensor, fp32 where it is floating point."""
         stored = self._places[name]
         with safe_open(stored.path, framework="pt") as file:
             value = file.get_tensor(stored.name)
@@ -65,7 +65,7 @@ class StoredWeights:
 def pretrained_weights(
     name_or_path: str | Path, config: PretrainedConfig, trust_remote_code: bool
 ) -> StoredWeights | WholeWeights:
-    """The weights of a model directory or hub id, for the network that `config` describes.
+    """Return the weights of a model directory or hub id, for the network that `config` describes.
 
     What transformers converts when it loads (fused experts, pickles, quantized files, code of the model's own) it loads
     whole, on rank 0 alone.
@@ -99,7 +99,7 @@ def pretrained_weights(
 
 
 def _files(name_or_path: str | Path) -> list[str]:
-    """The files with weights that transformers would choose; those of a hub id are downloaded."""
+    """Return the files with weights that transformers would choose; those of a hub id are downloaded."""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = cached_file(str(name_or_path), name, _raise_exceptions_for_missing_entries=False)
         if path is not None:

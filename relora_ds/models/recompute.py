@@ -81,7 +81,7 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
 
 
 def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The contexts of one layer's forward and of its repetition."""
+    """Return the contexts of one layer's forward and of its repetition."""
     # Some versions of torch ask again in the repetition, whose first product is the first again.
     products = {False: itertools.count(), True: itertools.count()}
 

@@ -79,7 +79,7 @@ class Trace(TorchDispatchMode):
             self._call = before
 
     def calls(self, parameter: Tensor) -> list[Call]:
-        """The calls that give a parameter its value, in order; none where it also comes from elsewhere."""
+        """Return the calls that give a parameter its value, in order; none where it also comes from elsewhere."""
         last = self._last_writes(parameter)
         return [] if self.mixes(parameter) else list(dict.fromkeys(write.call for write in last))
 
@@ -88,7 +88,7 @@ class Trace(TorchDispatchMode):
         return any(write.inputs - {self._id(parameter)} for write in self._last_writes(parameter))
 
     def _last_writes(self, parameter: Tensor) -> list[Write]:
-        """The writes that a parameter's value depends on; none where it is never filled."""
+        """Return the writes that a parameter's value depends on; none where it is never filled."""
         own, writes = self._id(parameter), self._writes.get(self._id(parameter), [])
         fills = [number for number, write in enumerate(writes) if write.fills and own not in write.inputs]
         return writes[fills[-1] :] if fills else []
@@ -154,7 +154,7 @@ def traced_init() -> Iterator[Trace]:
 
 
 def _filling(function: Callable) -> Callable[..., Tensor]:
-    """A function of `torch.nn.init`, each of which fills a tensor; some do nothing on the meta device."""
+    """Return a function of `torch.nn.init`, each of which fills a tensor; some do nothing on the meta device."""
 
     def fill(tensor: Tensor, *args, **kwargs) -> Tensor:
         return tensor.zero_() if tensor.is_meta else function(tensor, *args, **kwargs)

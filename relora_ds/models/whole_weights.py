@@ -25,7 +25,7 @@ class WholeWeights:
         self._loaded: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
-        """A tensor in fp32. Each can be read once."""
+        """Return a tensor in fp32. Each can be read once."""
         if not self._loaded:
             self._loaded = {name: tensor.detach() for name, tensor in named_tensors(self._load()).items()}
         return self._loaded.pop(name)

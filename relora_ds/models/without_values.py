@@ -112,5 +112,5 @@ def tensor_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a model's weights consist of: its parameters, tied ones once, and persistent buffers."""
+    """Return what a model's weights consist of: its parameters, tied ones once, and persistent buffers."""
     return {**dict(model.named_parameters()), **persistent_buffers(model)}

@@ -23,12 +23,12 @@ def is_cuda() -> bool:
 
 
 def backend() -> str:
-    """The backend of `torch.distributed` for tensors of the ranks' devices."""
+    """Return the backend of `torch.distributed` for tensors of the ranks' devices."""
     return "nccl" if is_cuda() else "gloo"
 
 
 def device_of_rank() -> torch.device:
-    """The device that this rank computes on."""
+    """Return the device that this rank computes on."""
     return torch.device("cuda", _local_rank()) if is_cuda() else torch.device("cpu")
 
 
@@ -79,7 +79,7 @@ def rank_problems(ranks: int) -> list[str]:
 
 
 def _without_bf16() -> int | None:
-    """The first GPU among those of this machine's ranks that has no bf16. Nothing is begun on any of them."""
+    """Return the first GPU among those of this machine's ranks that has no bf16. Nothing is begun on any of them."""
     if torch.version.hip is not None:
         return None
     return next((index for index in range(_local_ranks()) if torch.cuda.get_device_capability(index) < (8, 0)), None)
@@ -109,5 +109,5 @@ def _local_rank() -> int:
 
 
 def _local_ranks() -> int:
-    """The ranks on this machine: torchrun's variable or DeepSpeed's, else those up to this one."""
+    """Return the ranks on this machine: torchrun's variable or DeepSpeed's, else those up to this one."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), _local_rank() + 1)

@@ -39,7 +39,7 @@ def collect_merged(
 def collect_owned(
     module: nn.Module, shards: ShardView, frozen: FrozenWeights, *, device: torch.device, owners: Mapping[str, int]
 ) -> OwnedWeights:
-    """The same spread over the ranks, each tensor on its owner alone; those without an owner are left out."""
+    """Return the same spread over the ranks, each tensor on its owner alone; those without an owner are left out."""
     shapes = {
         tensor.name: tensor.shape
         for tensor in plain_tensors(module)
@@ -59,7 +59,7 @@ def collect_owned(
 
 
 def collect_moments(shards: ShardView, what: str, owners: Mapping[str, int]) -> OwnedWeights:
-    """The Adam moments `what` of the parameters in `owners`, each on its owner alone. Collective."""
+    """Return the Adam moments `what` of the parameters in `owners`, each on its owner alone. Collective."""
     values = {name: shards.collect(name, what, owner) for name, owner in owners.items()}
     return OwnedWeights(
         {name: shards[name].shape for name in owners},
@@ -110,7 +110,7 @@ def _parameter(name: str, parameter: nn.Parameter, shards: ShardView, dst: int |
 def _merged(
     name: str, layer, shards: ShardView, frozen: FrozenWeights, device: torch.device, dst: int | None
 ) -> Tensor | None:
-    """The merged weight of one layer, fp32 on `device`; None on ranks that are not asked for it."""
+    """Return the merged weight of one layer, fp32 on `device`; None on ranks that are not asked for it."""
     owner = frozen.owners.get(name, dst)
     pair = shards.gather([f"{name}.lora_A", f"{name}.lora_B"], dst=owner)
     if name in frozen.layers:

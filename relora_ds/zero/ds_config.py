@@ -91,7 +91,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def precision_of(config: dict) -> str | None:
-    """The precision that the configuration itself demands: bf16, fp16, fp32, or None where it leaves it open."""
+    """Return the precision that the configuration itself demands: bf16, fp16, fp32, or None where it leaves it open."""
     enabled = {name: get(config, f"{key}.enabled") for name, key in _precision_sections(config).items()}
     for name, value in enabled.items():
         if value is True:

@@ -130,7 +130,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         return self.last_restart
 
     def collect_merged(self, dst: int | None = None) -> dict[str, Tensor]:
-        """The merged model's weights in fp32, from the masters; see `zero.collect`. Collective."""
+        """Return the merged model's weights in fp32, from the masters; see `zero.collect`. Collective."""
         return collect_merged(self.module, self.shards, self.frozen, device=self.device, dst=dst)
 
     def save_merged(self, directory: str, dtype: torch.dtype = torch.float32) -> None:

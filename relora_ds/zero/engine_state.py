@@ -43,5 +43,5 @@ def restore_engine_state(engine, state: dict, *, optimizer: bool = True, schedul
 
 
 def _scaler(engine):
-    """What holds the loss scale, where there is one: named otherwise by DeepSpeed's 16-bit wrappers of stage 0."""
+    """Return what holds the loss scale, where there is one; DeepSpeed's 16-bit wrappers of stage 0 rename it."""
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)

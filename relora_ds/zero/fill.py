@@ -160,7 +160,7 @@ def fill_moments(shards: ShardView, what: str, source: OwnedWeights, device: tor
 
 
 def _readers(source: WeightSource, tensors: list[PlainTensor], module: nn.Module) -> dict[str, int]:
-    """The rank that reads each tensor, by its first name."""
+    """Return the rank that reads each tensor, by its first name."""
     usual, owners = readers_of(module), source.owners or {}
     return {t.name: next((owners[name] for name in t.names if name in owners), usual[t.name]) for t in tensors}
 
@@ -173,7 +173,7 @@ def _rounds(tensors: list[PlainTensor], readers: dict[str, int]) -> Iterator[lis
 
 
 def _read(source: WeightSource, tensor: PlainTensor | None) -> dict[str, Tensor]:
-    """A tensor from its source; nothing where there is none to read."""
+    """Return a tensor from its source; nothing where there is none to read."""
     if tensor is None:
         return {}
     first, *others = [name for name in tensor.names if name in source.shapes]
@@ -193,7 +193,7 @@ def _read(source: WeightSource, tensor: PlainTensor | None) -> dict[str, Tensor]
 
 
 def _on_cpu(value: Tensor) -> Tensor:
-    """What a source gave; it raises here, and not between the ranks' collectives, if that is no tensor with values."""
+    """Return what a source gave; raise here, not between the ranks' collectives, if that is no tensor with values."""
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
 
 

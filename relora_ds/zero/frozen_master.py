@@ -33,7 +33,7 @@ def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
 
 
 def frozen_owners(layers: dict[str, LowRankLayer]) -> dict[str, int]:
-    """The rank that owns the weight of each layer, by name; layers without a base weight are left out."""
+    """Return the rank that owns the weight of each layer, by name; layers without a base weight are left out."""
     sizes = {name: layer.weight_shape.numel() for name, layer in layers.items() if layer.weight is not None}
     return assign_owners(sizes, dist.get_world_size())
 
@@ -101,11 +101,11 @@ class FrozenWeights:
             layer.store_weight(empty, self.format, as_buffer=replicated)
 
     def owned(self) -> list[str]:
-        """The layers whose weights this rank owns, in model order."""
+        """Return the layers whose weights this rank owns, in model order."""
         return [name for name, owner in self.owners.items() if owner == dist.get_rank()]
 
     def read(self, name: str, device: torch.device) -> Tensor | None:
-        """The fp32 value to merge into: a new tensor on the owner, None elsewhere. Collective."""
+        """Return the fp32 value to merge into: a new tensor on the owner, None elsewhere. Collective."""
         mine = self.owners[name] == dist.get_rank()
         if self.with_masters:
             return self.masters.read(name, device) if mine else None
@@ -119,7 +119,7 @@ class FrozenWeights:
             self.masters.put(name, value)
 
     def quantize(self, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The stored copy of an fp32 weight. generator: round without bias where the format can (bf16)."""
+        """Return the stored copy of an fp32 weight. generator: round without bias where the format can (bf16)."""
         if generator is not None and self.format.floating_dtype(self.dtype) == torch.bfloat16:
             value = round_unbiased(value, generator)
         return self.format.quantize(value, self.dtype)
@@ -129,7 +129,7 @@ class FrozenWeights:
         return torch.isfinite(value.to(self.format.floating_dtype(self.dtype) or value.dtype)).all()
 
     def dequantize(self, name: str, stored: Tensor) -> Tensor:
-        """The fp32 weight `[..., out, in]` that a stored copy stands for."""
+        """Return the fp32 weight `[..., out, in]` that a stored copy stands for."""
         return self.format.dequantize(stored, self.layers[name].weight_shape, torch.float32)
 
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:

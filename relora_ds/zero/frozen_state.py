@@ -20,7 +20,7 @@ Read = Callable[[str], Tensor]  # the tensor of that name in a checkpoint
 
 @torch.no_grad()
 def frozen_state(engine) -> dict[str, Tensor]:
-    """What this rank has to write, on the CPU; nothing that happens later changes it. Collective."""
+    """Return what this rank has to write, on the CPU; later steps do not change it. Collective."""
     frozen, host = engine.frozen, torch.device("cpu")
     state = {f"{name}.weight": master.to(host) for name, master in frozen.masters.hold().items()}
     for name, layer in frozen.layers.items():

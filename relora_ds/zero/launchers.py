@@ -24,7 +24,7 @@ VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """This process among those that were started together. None: the launcher does not say."""
+    """Return this process among those that were started together. None: the launcher does not say."""
 
     launcher: str
     rank: str
@@ -107,7 +107,7 @@ def _mpich(environment: Mapping[str, str]) -> _Place | None:
 
 
 def _slurm(environment: Mapping[str, str]) -> _Place | None:
-    """A task of `srun`.
+    """Return a task of `srun`.
 
     SLURM_PROCID and SLURM_NTASKS also exist in a batch script, which is one process whatever the job asks for; the
     SLURM_STEP_ variables are those of `srun`.
@@ -128,7 +128,7 @@ def _slurm(environment: Mapping[str, str]) -> _Place | None:
 
 
 def _tasks_of_node(environment: Mapping[str, str]) -> str | None:
-    """The tasks of this node in SLURM_STEP_TASKS_PER_NODE, whose `4(x2),3` are three nodes."""
+    """Return the tasks of this node in SLURM_STEP_TASKS_PER_NODE, whose `4(x2),3` are three nodes."""
     counts = [
         count
         for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
@@ -162,5 +162,5 @@ def hosts_in(hostfile: Path) -> list[str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: `rack[3-4]node[007,9-12],login` → `rack3node007`."""
+    """Return the first host of a Slurm node list: `rack[3-4]node[007,9-12],login` → `rack3node007`."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]

@@ -20,7 +20,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context
 
 
 def host_block(numel: int, *, pinned: bool) -> Tensor:
-    """An fp32 tensor `[numel]` of zeros in host memory of its own. pinned: page-locked for the current CUDA device.
+    """Return an fp32 tensor `[numel]` of zeros in own host memory. pinned: page-locked for the current CUDA device.
 
     Raises:
         RuntimeError: CUDA cannot lock so much memory.
@@ -78,7 +78,7 @@ class HostCopies:
         self._pinned, self._block = pinned, torch.empty(0)
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of contiguous 1-D fp32 tensors, which stay as they are until the next call.
+        """Return copies of contiguous 1-D fp32 tensors, which stay as they are until the next call.
 
         Views that lie side by side, as those of ZeRO's flat partitions do, are copied at once.
         """
@@ -100,7 +100,7 @@ class HostCopies:
 
 
 def _stretches(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, list[str]]]:
-    """Views of all that the tensors cover, padding between neighbours included, with the names of those in each."""
+    """Return views of all that the tensors cover, padding between neighbours included, with the names in each."""
     found: list[tuple[Tensor, list[str]]] = []
     address = stop = -1
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
@@ -160,7 +160,7 @@ class MasterStore(Mapping[str, Tensor]):
             self._left.clear()
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         self._copies_with(device)
         return self._values[name].to(device, copy=True, non_blocking=device.type == "cuda")
 

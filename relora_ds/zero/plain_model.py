@@ -50,7 +50,7 @@ def _take_over(tensor: Tensor, value: Tensor) -> None:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """What is saved with a model without being a parameter, by name: the bias of a router of experts, for instance."""
+    """Return what is saved with a model without being a parameter, by name: such as the bias of an experts' router."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, part in module.named_modules()
@@ -65,7 +65,7 @@ def save_plain(module: nn.Module, state: dict[str, Tensor], directory: str, dtyp
 
 
 def plain_like(module: nn.Module, state: dict[str, Tensor]) -> Any:
-    """An unwrapped model of the class and config of `module` that consists of the tensors `state`.
+    """Return an unwrapped model of the class and config of `module` that consists of the tensors `state`.
 
     It is there to be saved: its non-persistent buffers may have no values.
     """
@@ -82,7 +82,7 @@ def plain_like(module: nn.Module, state: dict[str, Tensor]) -> Any:
 
 
 def export_config(config):
-    """A copy of a model's configuration for those who use it: with the key-value cache that training switched off."""
+    """Return a copy of a model's configuration with the key-value cache that training switched off."""
     config = copy.deepcopy(config)
     config.use_cache = True
     return config

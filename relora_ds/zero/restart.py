@@ -128,7 +128,7 @@ def restart(
 
 
 def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size: int) -> int:
-    """What a restart needs on a rank's device for as long as it takes, at most.
+    """Return what a restart needs on a rank's device for as long as it takes, at most.
 
     Args:
         shapes: of the weights that are merged into, by layer.
@@ -180,7 +180,7 @@ def _merge(
 
 
 def _rounds(frozen: FrozenWeights) -> list[list[str]]:
-    """The layers in turns, at most one of each owner: the largest first, so that those of a round take equally long."""
+    """Return the layers in turns, at most one of each owner, largest first: those of a round take equally long."""
     by_owner: dict[int, list[str]] = {}
     for name in sorted(frozen.layers, key=lambda name: -frozen.layers[name].weight_shape.numel()):
         by_owner.setdefault(frozen.owners[name], []).append(name)
@@ -212,7 +212,7 @@ def _square(value: Tensor) -> Tensor:
 
 
 def _add_to_ledgers(frozen: FrozenWeights, samples: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The ledgers' sums of squares, fp64 `[lost, intended]`, after this restart's samples; one copy to the host."""
+    """Return the ledgers' sums of squares, fp64 `[lost, intended]`, after this restart's samples, in one copy."""
     if not samples:
         return {}
     on_host = torch.cat([*samples.values()], dim=1).cpu().split([sample.shape[1] for sample in samples.values()], dim=1)
@@ -294,7 +294,7 @@ def _reinitialise(
 def _chosen_A(
     kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, seed: int, number: int, device: torch.device
 ) -> Tensor:
-    """The owner's choice, the same bits on every rank: decompositions differ between kinds of processors."""
+    """Compute it on the owner and broadcast it: decompositions differ in their bits between kinds of processors."""
     layer, owner, chosen = frozen.layers[name], frozen.owners[name], None
     if how == "gradient" and layer.sketch is not None:  # a restart by hand comes without
         sketch, layer.sketch = layer.sketch.values, None
@@ -316,7 +316,7 @@ def _now(device: torch.device) -> float:
 
 
 def _ratio(square: float, of: float) -> float:
-    """The quotient of two norms, from their squares; 0 where there is nothing to compare with."""
+    """Return the quotient of two norms, from their squares; 0 where there is nothing to compare with."""
     return math.sqrt(square / of) if of > 0 else 0.0
 
 

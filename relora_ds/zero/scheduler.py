@@ -69,13 +69,13 @@ class ReLoRAScheduler:
         self._apply()
 
     def record_restart(self) -> None:
-        """A restart took place now: the ramp starts at this step."""
+        """Note that a restart took place now: the ramp starts at this step."""
         assert self.t not in self.restarts
         self.restarts.append(self.t)
         self._apply()
 
     def get_last_lr(self) -> list[float]:
-        """The learning rates that the next step uses, by group."""
+        """Return the learning rates that the next step uses, by group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict:

@@ -64,7 +64,7 @@ class Shard:
         return self.shape.numel()
 
     def slice(self, value: Tensor) -> Tensor:
-        """This rank's piece of a full-size tensor, 1-D."""
+        """Return this rank's piece of a full-size tensor, 1-D."""
         return value.reshape(-1)[self.start : self.stop]
 
 
@@ -95,7 +95,7 @@ class _Adapter:
         parameter.data.view(-1)[start : start + piece.numel()].copy_(piece)
 
     def forward_copy(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        """What forward reads on this rank, 1-D, and its start in the flattened parameter."""
+        """Return what forward reads on this rank, 1-D, and its start in the flattened parameter."""
         return parameter.data.reshape(-1), 0
 
     def drop_gathered_copies(self) -> None:
@@ -206,7 +206,7 @@ _ADAPTERS = {
 
 
 def partition_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """The half-open range of the flattened parameter in this rank's ZeRO-3 partition; the rest of it is padding."""
+    """Return the half-open range of the flattened parameter in this rank's ZeRO-3 partition; the rest is padding."""
     partitioned: Any = parameter  # with DeepSpeed's attributes
     length = partitioned.ds_tensor.ds_numel
     start = min(partitioned.ds_numel, length * partitioned.ds_zero_partition_rank)
@@ -290,7 +290,7 @@ class ShardView:
         self._adapter.write_forward_copy(shard.parameter, piece, start)
 
     def forward_copy(self, name: str) -> tuple[Tensor, int]:
-        """This rank's piece of what forward reads, 1-D, and its start in the flattened parameter."""
+        """Return this rank's piece of what forward reads, 1-D, and its start in the flattened parameter."""
         return self._adapter.forward_copy(self._parameters[name])
 
     def drop_gathered_copies(self) -> None:

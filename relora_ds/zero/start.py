@@ -58,7 +58,7 @@ def init_distributed() -> None:
 
 
 def _store_after_a_restart() -> dist.Store | None:
-    """A part of torchrun's store that this attempt has to itself; None where torch's own way is right.
+    """Return a part of torchrun's store that this attempt has to itself; None where torch's own way is right.
 
     The store outlives the ranks: those that `--max-restarts` starts would call at the addresses of the dead ones
     (PyTorch issue 167288). Of several nodes each counts attempts of its own; there

@@ -184,7 +184,7 @@ def expected_collectives(
 
 
 def wire_bytes(collective: str, payload: float, world_size: int) -> float:
-    """What one rank sends in a ring."""
+    """Return what one rank sends in a ring."""
     factors = {name: factor for name, _, factor in _COLLECTIVES.values()}
     return payload * factors[collective](world_size)
 

@@ -33,7 +33,7 @@ class WeightSource(Protocol):
     def owners(self) -> Mapping[str, int] | None: ...
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor on the CPU, fp32 where it is floating point. Called on one rank, once for each name.
+        """Return a whole tensor on the CPU, fp32 where it is floating point. Called on one rank, once for each name.
 
         It may fail with any exception; all ranks then end with a ValueError that names the tensor and the reason.
         """
@@ -87,7 +87,7 @@ NOTHING = Nothing()
 
 
 def readers_of(model: nn.Module) -> dict[str, int]:
-    """The rank that reads each tensor where every rank can: a frozen weight's owner, and the others in equal parts."""
+    """Return the rank that reads each tensor where every rank can: a frozen weight's owner, others in equal parts."""
     layers = lowrank_layers(model)
     owners = {layers[name].plain_name(name): owner for name, owner in frozen_owners(layers).items()}
     others = {tensor.name: tensor.shape.numel() for tensor in plain_tensors(model) if tensor.name not in owners}
@@ -108,7 +108,7 @@ class PlainTensor:
 
 
 def plain_tensors(model: nn.Module) -> list[PlainTensor]:
-    """What a model consists of, wrapped or not, with or without values, and however its weights are stored."""
+    """Return what a model consists of, wrapped or not, with or without values, and however its weights are stored."""
     found = plain_parameters(model)
     names = {id(parameter): names for names, parameter in found}
     shapes = {id(parameter): full_shape(parameter) for _, parameter in found}
