@@ -47,7 +47,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Shard:
-    """Return this rank's piece of one trainable parameter; the tensors are 1-D writable views of length `stop - start`."""
+    """This rank's piece of one trainable parameter; the tensors are 1-D writable views of length `stop - start`."""
 
     name: str
     parameter: nn.Parameter
