@@ -9,9 +9,11 @@ therefore names the sha256 of its base's weights, in PEFT's field for "the speci
 (`revision`), which PEFT keeps but cannot check. `verify` and `load` do.
 """
 
+import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -26,6 +28,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.checkpoint.model import CheckpointWeights
 from relora_ds.lowrank.frozen import add_update_
+from relora_ds.lowrank.peculiarities import is_conv1d
+from relora_ds.models.build import meta_model
 from relora_ds.models.loading import load_model
 from relora_ds.models.pretrained_weights import pretrained_weights
 from relora_ds.models.whole_weights import WholeWeights
@@ -37,10 +41,11 @@ logger = logging.getLogger(__name__)
 
 BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
 _HASH = "sha256:"
-# What a LoraConfig may say beside nothing, and the update be s·B·A, with s = lora_alpha / r.
+# What a LoraConfig may say beside nothing, and the update be s·B·A, with s = lora_alpha / r or lora_alpha / √r.
 _PLAIN = {
     "base_model_name_or_path",
     "bias",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
     "lora_alpha",
@@ -53,6 +58,7 @@ _PLAIN = {
     "revision",
     "target_modules",
     "task_type",
+    "use_rslora",
 }
 
 
@@ -125,9 +131,14 @@ class MergedWeights:
         shapes, owners: those of the base.
     """
 
-    def __init__(self, base: WeightSource, adapter: dict[str, Tensor], layers: list[str], scaling: float):
-        """adapter: its tensors, by their names in the file; layers: names of the modules that it changes."""
-        self._base, self._adapter, self._layers, self._scaling = base, adapter, set(layers), scaling
+    def __init__(self, base: WeightSource, adapter: dict[str, Tensor], layers: dict[str, bool], scaling: float):
+        """Merge while reading.
+
+        Args:
+            adapter: its tensors, by their names in the file.
+            layers: the modules that it changes, by name; True where the weight is `[in, out]` (Conv1D).
+        """
+        self._base, self._adapter, self._layers, self._scaling = base, adapter, layers, scaling
         self.shapes: Mapping[str, torch.Size] = base.shapes
         self.owners: Mapping[str, int] | None = base.owners
 
@@ -137,7 +148,7 @@ class MergedWeights:
         if layer not in self._layers:
             return value
         lora_A, lora_B = (self._adapter[_factor(layer, which)].float() for which in ("A", "B"))
-        return add_update_(value, lora_A, lora_B, self._scaling)
+        return add_update_(value, lora_A, lora_B, self._scaling, transposed=self._layers[layer])
 
 
 def merged_weights(directory: Path, config: PretrainedConfig, trust_remote_code: bool) -> WeightSource:
@@ -148,12 +159,14 @@ def merged_weights(directory: Path, config: PretrainedConfig, trust_remote_code:
     about = json.loads((directory / ADAPTER_CONFIG).read_text())
     adapter = load_file(directory / ADAPTER_WEIGHTS) if (directory / ADAPTER_WEIGHTS).is_file() else {}
     base = pretrained_weights(directory / BASE, config, trust_remote_code)
-    modules = [name.removesuffix(".weight") for name in base.shapes]
-    layers = [name for name in modules if _factor(name, "A") in adapter]
+    modules = dict(meta_model(config).named_modules())
+    names = [name.removesuffix(".weight") for name in base.shapes]
+    layers = {name: is_conv1d(modules.get(name)) for name in names if _factor(name, "A") in adapter}
     if {key for key, value in about.items() if value} <= _PLAIN and {
         _factor(layer, which) for layer in layers for which in ("A", "B")
     } == set(adapter):
-        return MergedWeights(base, adapter, layers, about["lora_alpha"] / about["r"])
+        root = math.sqrt(about["r"]) if about.get("use_rslora") else about["r"]
+        return MergedWeights(base, adapter, layers, about["lora_alpha"] / root)
     logger.info("%s: the adapter is not a plain one of relora_ds, so PEFT merges it whole, on rank 0", directory)
     return WholeWeights(
         build_without_values(config, dtype=torch.float32),
@@ -197,23 +210,50 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
                 f"{directory}: its {BASE}/ has {found}, this adapter belongs to a base with {sha256}: the "
                 "base has moved on; choose another directory"
             )
-    factors = {}
-    for name in layers:
-        for which, value in zip(("A", "B"), saved.factors(name), strict=True):
-            factors[_factor(name, which)] = value.to(base.dtype).contiguous()
-    save_file(factors, directory / f"{ADAPTER_WEIGHTS}.tmp", metadata={"format": "pt"})
-    os.replace(directory / f"{ADAPTER_WEIGHTS}.tmp", directory / ADAPTER_WEIGHTS)
+    parameters = {name for name, layer in layers.items() if layer.get("is_parameter")}
     alpha = config["lora_alpha"]
-    LoraConfig(
+    about = LoraConfig(
         task_type="CAUSAL_LM",
         r=config["r"],
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=config["lora_dropout"],
-        target_modules=_target_modules(base, set(layers)),
+        use_rslora=config.get("use_rslora", False),
+        target_modules=_target_modules(base, layers.keys() - parameters),
+        target_parameters=sorted(parameters) or None,
+        fan_in_fan_out=any(layer.get("transposed") for name, layer in layers.items() if name not in parameters),
         base_model_name_or_path=str((directory / BASE).resolve()),
         revision=sha256,
         inference_mode=True,
-    ).save_pretrained(str(directory))
+    )
+    places = _places_of_parameters(base.config, about) if parameters else {}
+    factors = {}
+    for name in layers:
+        for which, value in zip(("A", "B"), saved.factors(name), strict=True):
+            factors[_factor(places.get(name, name), which)] = _as_peft(which, value).to(base.dtype).contiguous()
+    save_file(factors, directory / f"{ADAPTER_WEIGHTS}.tmp", metadata={"format": "pt"})
+    os.replace(directory / f"{ADAPTER_WEIGHTS}.tmp", directory / ADAPTER_WEIGHTS)
+    about.save_pretrained(str(directory))
+
+
+def _as_peft(which: str, factor: Tensor) -> Tensor:
+    """Return a factor as PEFT keeps it: those of experts in one matrix, A's rows and B's columns side by side."""
+    if factor.ndim == 2:
+        return factor
+    return factor.flatten(0, 1) if which == "A" else factor.permute(1, 2, 0).flatten(1)
+
+
+def _places_of_parameters(config: PretrainedConfig, about) -> dict[str, str]:
+    """Return where PEFT puts the factors of each of `target_parameters`: it wraps their module once for each."""
+    from peft import get_peft_model
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = {}
+    prefix = "base_model.model."
+    for name, module in get_peft_model(meta_model(config), copy.deepcopy(about)).named_modules():
+        if isinstance(module, ParamWrapper):
+            place = name.removeprefix(prefix)
+            found[f"{place.replace('.base_layer', '')}.{module.parameter_name}"] = place
+    return found
 
 
 def _target_modules(model: nn.Module, names: set[str]) -> list[str]:

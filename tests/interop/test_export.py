@@ -156,11 +156,15 @@ def test_dtype(checkpoints, tmp_path, dtype, checkpoint):
     assert all(torch.equal(value.to(wanted), rounded[name]) for name, value in exact.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
+EXPERTS = ["relora.target_parameters=[gate_up_proj,experts.down_proj]", "relora.trainable_modules=[gate,norms,head]"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gpt2", "mixtral"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_export_has_the_runs_loss(tmp_path, family, tied):
-    FAMILIES[family](**SHAPES, vocab_size=512, tie_word_embeddings=tied).config.save_pretrained(tmp_path / "shape")
-    stage = {"llama": 1, "gpt_neox": 2, "qwen2": 3}[family]
+    shapes = {"gpt2": {"n_positions": 64}, "mixtral": {"max_position_embeddings": 64}}.get(family, SHAPES)
+    FAMILIES[family](**shapes, vocab_size=512, tie_word_embeddings=tied).config.save_pretrained(tmp_path / "shape")
+    stage = {"llama": 1, "gpt_neox": 2, "qwen2": 3, "gpt2": 3, "mixtral": 2 + tied}[family]
     summary = run(
         tmp_path / "run",
         "model.preset=null",
@@ -169,6 +173,7 @@ def test_the_export_has_the_runs_loss(tmp_path, family, tied):
         "checkpoint.every=9",
         f"deepspeed=zero{stage}",
         "relora.restart_every=8",
+        *(EXPERTS if family == "mixtral" else []),
     )
     assert summary["restarts"] == 2
     export(tmp_path / "run", tmp_path / "end")
@@ -184,7 +189,7 @@ def test_the_export_has_the_runs_loss(tmp_path, family, tied):
 
 def own_loop(directory: str, family: str, tied: bool, stage: int) -> dict:
     """Without our trainer: wrap, train past a restart, save_merged and save_checkpoint."""
-    config = cases.relora_config(restart_every=4, restart_warmup_steps=2)
+    config = cases.family_config(family, restart_every=4, restart_warmup_steps=2)
     model = relora_ds.wrap(FAMILIES[family](tie_word_embeddings=tied), config)
     engine, *_ = relora_ds.initialize(
         model, f"zero{stage}", config, lr=1e-2, total_steps=20, precision="fp32", micro_batch_size=12
@@ -203,7 +208,17 @@ def own_loop(directory: str, family: str, tied: bool, stage: int) -> dict:
 
 @pytest.mark.parametrize(
     "family, tied, stage",
-    [("llama", True, 0), ("gpt_neox", False, 1), ("gpt_neox", True, 3), ("qwen2", True, 1), ("qwen2", False, 2)],
+    [
+        ("llama", True, 0),
+        ("gpt_neox", False, 1),
+        ("gpt_neox", True, 3),
+        ("qwen2", True, 1),
+        ("qwen2", False, 2),
+        ("gpt2", True, 1),
+        ("gpt2", False, 3),
+        ("mixtral", False, 1),
+        ("mixtral", False, 3),
+    ],
 )
 def test_without_our_trainer(tmp_path, family, tied, stage):
     result = ranks(2).run(own_loop, str(tmp_path), family, tied, stage)[0]

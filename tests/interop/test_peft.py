@@ -45,8 +45,8 @@ def train(directory: str, family: str, stage: int, config: ReLoRAConfig, base: b
     return logits
 
 
-def config(**changes) -> ReLoRAConfig:
-    return cases.relora_config(restart_every=4, restart_warmup_steps=2, **changes)
+def config(family: str = "llama", **changes) -> ReLoRAConfig:
+    return cases.family_config(family, restart_every=4, restart_warmup_steps=2, **changes)
 
 
 def logits_of(model):
@@ -69,11 +69,13 @@ def trained(tmp_path_factory):
         ("qwen2", 3, {}, True),
         ("llama", 1, {"target_modules": ["q_proj", "layers.1.mlp.up_proj"], "lora_alpha": 5.5, "r": 3}, True),
         ("llama", 0, {}, False),
+        ("gpt2", 1, {"use_rslora": True}, True),
+        ("mixtral", 3, {}, True),
     ],
-    ids=["llama", "gpt_neox", "qwen2", "some-layers", "no-base"],
+    ids=["llama", "gpt_neox", "qwen2", "some-layers", "no-base", "gpt2", "mixtral"],
 )
 def test_adapter_and_base_are_the_runs_function(tmp_path, family, stage, changes, base):
-    how = config(**changes) if base else cases.relora_config(restart_every=None)
+    how = config(family, **changes) if base else cases.relora_config(restart_every=None)
     expected = ranks(2).run(train, str(tmp_path), family, stage, how, base)[0]
     for step, logits in expected.items():
         directory = tmp_path / f"peft{step}"
@@ -82,7 +84,12 @@ def test_adapter_and_base_are_the_runs_function(tmp_path, family, stage, changes
         factors = [value for name, value in model.named_parameters() if "lora_B" in name]
         assert factors and all(value.any() for value in factors) == (step != 4 or not base)
         torch.testing.assert_close(logits_of(model), logits, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(logits_of(model.merge_and_unload()), logits, rtol=1e-5, atol=1e-6)
+        weights = weights_of(str(directory))
+        assert isinstance(weights, WholeWeights if family == "mixtral" else peft.MergedWeights)
+        plain = model.merge_and_unload()
+        torch.testing.assert_close(logits_of(plain), logits, rtol=1e-5, atol=1e-6)
+        for name, value in plain.named_parameters():
+            torch.testing.assert_close(weights.read(name), value.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_the_config_is_an_ordinary_one(trained, tmp_path):
@@ -191,7 +198,7 @@ def test_its_weights_are_merged_one_at_a_time(trained, tmp_path):
         torch.testing.assert_close(weights.read(name), value.detach(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"layers.1.mlp.up_proj": 3}}])
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"alpha_pattern": {"layers.1.mlp.up_proj": 3}}])
 def test_an_adapter_that_is_more_than_ours_is_merged_by_peft_on_rank_0(trained, tmp_path, change):
     export(trained[0] / "step6", tmp_path / "a", format="peft")
     about = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -120,7 +120,7 @@ def linear_layers(window: Window, wrapped: set[str], trust_remote_code: bool = F
             it has none of them, at all of its matrices but embeddings and head.
     """
     if window.before is None:
-        return list(window.contents.layers)
+        return [name for name in window.contents.layers if name in window.contents.matrices]
     return [name for name in window.contents.matrices if name in wrapped] or _all_linears(window, trust_remote_code)
 
 
