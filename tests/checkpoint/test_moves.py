@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.small_models import FAMILIES
 from tests.training.runs import lines, losses, run
 
 SETTINGS = ("train.steps=36", "checkpoint.every=6", "checkpoint.keep_last=99", "log.every=1")
@@ -52,3 +53,17 @@ def test_another_micro_batch_format_or_precision(unmoved, tmp_path, changed):
     exact = changed.startswith("train.")
     for step, loss in losses(tmp_path / "r").items():
         assert loss == pytest.approx(losses(unmoved)[step], rel=1e-4 if exact else 0.02)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_other_layouts_of_weights_move_too(tmp_path, family):
+    longest = {"gpt2": {"n_positions": 64}, "mixtral": {"max_position_embeddings": 64}}[family]
+    FAMILIES[family](**longest, vocab_size=512).config.save_pretrained(tmp_path / "shape")
+    experts = ["relora.target_parameters=[gate_up_proj,experts.down_proj]"] if family == "mixtral" else []
+    settings = (*SETTINGS, "model.preset=null", f"model.name_or_path={tmp_path / 'shape'}", "precision=fp32", *experts)
+    run(tmp_path / "whole", *settings, "deepspeed=zero1")
+    resume = f"resume={tmp_path / 'whole'}/checkpoints/step_00000018"
+    run(tmp_path / "moved", *settings, "deepspeed=zero3", resume, world_size=1)
+    whole, moved = losses(tmp_path / "whole"), losses(tmp_path / "moved")
+    assert min(moved) == 19 and [line["step"] for line in lines(tmp_path / "moved", "restart")][-1] == 30
+    assert all(loss == pytest.approx(whole[step], rel=1e-4) for step, loss in moved.items())
