@@ -10,6 +10,7 @@ The weight stays in the layout of the model that was wrapped, so that its values
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class LowRankLayer(nn.Module):
         sketch: set it to a `GradientSketch`, and every backward adds W's gradient to it (linears, without dropout).
     """
 
-    weight: Tensor | None
+    weight: Any  # a parameter, a buffer or None
     lora_dropout: float = 0.0
 
     def __init__(
