@@ -223,8 +223,8 @@ def _times(
     return times
 
 
-def _forward_and_backward(layer: nn.Module, x: Tensor, leaves: list[Tensor], upstream: Tensor) -> None:
-    torch.autograd.grad(layer(x), leaves, upstream)
+def _forward_and_backward(layer: nn.Module, x: Tensor, leaves: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(layer(x), leaves, upstream)
 
 
 def _timed_on_cpu(call: Callable[[], object]) -> float:

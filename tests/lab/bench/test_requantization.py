@@ -74,5 +74,5 @@ def test_what_is_missing_or_odd_is_said(monkeypatch):
     with pytest.raises(ValueError, match="--hidden: 100 is no multiple of 16"):
         bench.run(parser.parse_args(["--hidden", "100"]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'nf4 needs bitsandbytes; pip install "relora_ds\[quantization\]"'):
+    with pytest.raises(ValueError, match=r'nf4 needs bitsandbytes; pip install "\.\[quantization\]"'):
         bench.run(parser.parse_args([]))
