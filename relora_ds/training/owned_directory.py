@@ -53,7 +53,7 @@ class OwnedDirectory:
 
     def is_held(self) -> bool:
         """Return True if rank 0 may write there now: what has its name may be another run's, if ours was moved."""
-        return self._claim is None or self._claim.is_held()
+        return self.is_open and (self._claim is None or self._claim.is_held())
 
     def open(self, plan: Plan, checkpoint: Found | None) -> None:
         """Begin to write; when resuming, roll the directory back to the checkpoint. Collective, after `claim`."""
@@ -74,7 +74,7 @@ class OwnedDirectory:
     def set_status(self, step: int, state: str, reason: str = "", exit_code: int | None = None) -> None:
         """Replace status.json: rank 0, or whichever rank failed first. No-op until the directory is open."""
         path = self.path / "status.json"
-        if not (self.is_open and self.is_held() and (self._claim is not None or state == "failed")):
+        if not (self.is_held() and (self._claim is not None or state == "failed")):
             return
         if state == "failed" and read_json(path).get("state") == "failed":
             return  # what failed first is the reason, what follows from it is not
