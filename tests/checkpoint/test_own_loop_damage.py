@@ -185,7 +185,7 @@ OLD_ONE, NEW_ONE = 5, 6  # under a name that is used again
         (["last", "last"], OLD_ONE, 1),
         (["last", "last"], NEW_ONE, 1),
     ],
-    ids=["manifest", "directory", "latest", "same name: old one", "same name: new one"],
+    ids=["manifest", "directory", "latest", "same_name_old_one", "same_name_new_one"],
 )
 def test_killed_in_the_middle_of_a_save_the_one_before_is_left(tmp_path, tags, call, left):
     mortal = Mortal(2)

@@ -93,6 +93,14 @@ MUTANTS = [
     Mutant(
         "flipped_bits_unseen", ("tests/checkpoint/test_damage.py::test_every_file_of_the_newest_checkpoint",), "assert"
     ),
+    Mutant(
+        "old_checkpoint_deleted_first",
+        (
+            "tests/checkpoint/test_own_loop_damage.py::"
+            "test_killed_in_the_middle_of_a_save_the_one_before_is_left[same_name_old_one]",
+        ),
+        "assert [0] == [1]",
+    ),
     # The training step.
     Mutant(
         "logits_kept_alive",
