@@ -88,7 +88,8 @@ def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
         if (source in DATA_SOURCES or is_hub_id) and not path.exists():
             overrides = [f"data.source={source}", *overrides]
         else:
-            data = load_recipe(recipe, overrides, check_files=False).data
+            text = ["data.source=text", f"data.path={source}"]
+            data = load_recipe(recipe, [*text, *overrides], check_files=False).data
             return files_in(source, data.text_column, given), data.seq_len
     data = load_recipe(recipe, overrides, check_files=False).data
     return validation_of(data, given, trust_remote_code), data.seq_len
