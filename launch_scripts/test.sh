@@ -25,14 +25,28 @@ cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # a test runs up to three ranks
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 
-lint=0
-for check in "ruff check ." "ruff format --check ." codespell_lib mypy; do
-    # shellcheck disable=SC2086
-    "$PYTHON" -m $check || lint=1
-done
+lint() {
+    local check failed=0
+    for check in "ruff check ." "ruff format --check ." codespell_lib mypy; do
+        # shellcheck disable=SC2086
+        "$PYTHON" -m $check || failed=1
+    done
+    return $failed
+}
+
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+lint >"$report" 2>&1 &  # types take half a minute: meanwhile the first tests import their libraries
+linting=$!
+if [ ${#options[@]} -eq 0 ]; then  # some of the slow tests measure
+    wait "$linting" || true
+fi
 tests=0
 "$PYTHON" -m pytest -q --durations=30 ${options[@]+"${options[@]}"} ${arguments[@]+"${arguments[@]}"} || tests=$?
-if [ "$lint" -ne 0 ]; then
-    echo "error: ruff, codespell or mypy found problems; they are listed above the tests" >&2
+found=0
+wait "$linting" || found=$?
+cat "$report"
+if [ "$found" -ne 0 ]; then
+    echo "error: ruff, codespell or mypy found problems; they are listed above" >&2
 fi
-exit $((tests != 0 ? tests : lint))
+exit $((tests != 0 ? tests : found))

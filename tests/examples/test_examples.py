@@ -62,6 +62,7 @@ def test_own_loop_and_its_resume_on_more_ranks(tmp_path):
     assert float(re.search(r"merged model's loss: ([0-9.]+)", printed)[1]) < merged
 
 
+@pytest.mark.slow
 def test_hf_trainer_and_its_resume(tmp_path):
     printed = run(tmp_path, "hf_trainer.py", ranks=2)
     assert re.findall(r"'restarts': '?(\d)", printed) == ["1", "2"]
@@ -79,6 +80,7 @@ def pretrained(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_continued_pretraining(tmp_path, pretrained):
     text = str(ROOT / "docs" / "concepts" / "*.md")
     small = ("--steps", "40", "--length", "32", "--batch", "8", "--rank", "8", "--lr", "5e-3")
@@ -97,6 +99,7 @@ def output_of_failure(directory: Path, *arguments: str) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_multi_node(tmp_path):
     """Two machines, here both of them this one."""
     bash = shutil.which("bash")

@@ -1,7 +1,6 @@
 """PEFT exports: an adapter and its base give the run's function, and an adapter on another base is refused."""
 
 import json
-import logging
 import re
 import shutil
 
@@ -209,11 +208,9 @@ def test_an_adapter_that_is_more_than_ours_is_merged_by_peft_on_rank_0(trained, 
         assert torch.equal(weights.read(name), value), name
 
 
-def test_a_checkpoint_in_deepspeeds_format_is_read_by_rank_0_alone(trained, caplog):
-    caplog.set_level(logging.INFO, "relora_ds")
+def test_the_checkpoint_of_an_own_loop_is_read_one_tensor_at_a_time(trained):
     weights = weights_of(str(trained[0] / "step6"))
-    assert set(weights.owners.values()) == {0} and weights.owners.keys() == weights.shapes.keys()
-    assert "so rank 0 reads it whole" in caplog.text
+    assert weights.owners is None  # no rank has to read all of it
     expected = weights_in(trained[0] / "step6")
     assert {name: value.shape for name, value in expected.items()} == weights.shapes
     assert all(torch.equal(weights.read(name), value) for name, value in expected.items())

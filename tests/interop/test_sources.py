@@ -100,7 +100,7 @@ def fails(tmp_path, capfd):
 
 def test_what_cannot_be_read_is_a_mistake_in_the_recipe(fails, first, tmp_path):
     assert "init_from: ./no/such/place does not exist" in fails("./no/such/place")
-    assert "init_from: no/such/place is no directory" in fails("no/such/place")
+    assert "init_from: no/such/place does not exist" in fails("no/such/place")
     (tmp_path / "weights.pt").write_bytes(b"pickle")
     assert "is no directory" in fails(tmp_path / "weights.pt")
     (tmp_path / "empty").mkdir()
