@@ -1,6 +1,7 @@
 """`python -m relora_ds doctor`."""
 
 import argparse
+import dataclasses
 import json
 import os
 
@@ -154,8 +155,10 @@ def _advice_as_text(name: str, resolved, link, advice) -> list[str]:
         for label, c in shown
     ]
     settings = f"deepspeed=zero{best.stage} train.micro_batch_size={best.micro_batch_size}"
-    if best.r is not None and best.r != recipe.relora.r:  # the scaling lora_alpha / r stays what it is
-        settings += f" relora.r={best.r} relora.lora_alpha={best.r * recipe.relora.scaling:g}"
+    if best.r is not None and best.r != recipe.relora.r:  # the scaling stays what it is
+        relora = recipe.relora
+        alpha = relora.lora_alpha * relora.scaling / dataclasses.replace(relora, r=best.r).scaling
+        settings += f" relora.r={best.r} relora.lora_alpha={alpha:g}"
     return [
         f"{name}, {resolved.precision}, {link.world_size} ranks: for this link take  {settings}",
         *rows_as_text(rows),

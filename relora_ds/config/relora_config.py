@@ -77,6 +77,9 @@ class ReLoRAConfig:
                     "are two names of one setting; give one of them"
                 )
             self.trainable_modules = modules_to_save
+        for name in ("target_modules", "exclude_modules", "target_parameters", "trainable_modules"):
+            if isinstance(value := getattr(self, name), (tuple, set, frozenset)):  # PEFT takes these; JSON has lists
+                setattr(self, name, sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value))
         if found := self.problems("ReLoRAConfig."):
             raise ValueError("\n".join(found))
 

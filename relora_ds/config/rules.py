@@ -64,7 +64,7 @@ class Number:
         example = default if self.example is None else self.example
         if not is_number(value):
             return f"{name}: {value!r} is not a number {self.condition}; use e.g. {example}"
-        if math.isfinite(value) and CONDITIONS[self.condition](value):
+        if (is_int(value) or math.isfinite(value)) and CONDITIONS[self.condition](value):
             if abs(value) > MAX_NUMBER:
                 return f"{name}: {_short(value)} is above {MAX_NUMBER:g}; use e.g. {example}"
             if 0 < abs(value) < MIN_NUMBER:

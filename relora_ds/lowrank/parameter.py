@@ -98,9 +98,20 @@ def _updating_class(plain: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.
         finally:
             del self.__dict__[_MADE]
 
+    def __reduce_ex__(self, protocol):  # pickle finds classes by name, and this one has the plain one's
+        _, _, *state = plain.__reduce_ex__(self, protocol)
+        return _new, (plain, leaves), *state
+
     members: dict = {leaf: property(functools.partial(_sum, leaf=leaf)) for leaf in leaves}
     about = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (plain,), {**about, **members, "forward": forward, "plain_class": plain})
+    members |= {"forward": forward, "__reduce_ex__": __reduce_ex__, "plain_class": plain}
+    return type(plain.__name__, (plain,), {**about, **members})
+
+
+def _new(plain: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
+    """Return a module that is not initialised yet, for pickle and `copy.deepcopy`."""
+    updating: Callable = _updating_class
+    return plain.__new__(updating(plain, leaves))
 
 
 def _sum(module: nn.Module, leaf: str) -> Tensor:

@@ -190,13 +190,36 @@ def warnings(model: nn.Module, config: ReLoRAConfig) -> list[str]:
         found.append(
             f"relora.exclude_modules: {config.exclude_modules} has no effect: relora.target_modules names none of them"
         )
-    return found + _frozen_warning(model, config, targets)
+    return found + _trainable_warnings(model, config, targets) + _frozen_warning(model, config, targets)
+
+
+def _trainable_warnings(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:
+    """Return a message for each name of `trainable_modules` that names targets only, which do not train whole."""
+    found, places, frozen = [], list(named_places(model)), _parameters_of(targets)
+    for pattern in as_list(config.trainable_modules):
+        named = [module for names, module in places if matches(names, [pattern])]
+        parameters = {id(parameter) for module in named for parameter in module.parameters()}
+        if pattern in DEFAULT_TRAINABLE_MODULES or not parameters or not parameters <= frozen:
+            continue
+        inside = {id(part) for module in named for part in module.modules()}
+        names = [name for name, linear in targets.linears.items() if id(linear) in inside]
+        remedy = _leave_out(names, targets) if names else "fewer names in relora.target_parameters"
+        found.append(
+            f"relora.trainable_modules: {pattern!r} has no effect: all of it gets low-rank updates on frozen weights; "
+            f"to train it whole, leave it out of those with {remedy}"
+        )
+    return found
+
+
+def _parameters_of(targets: Targets) -> set[int]:
+    """Return the ids of the targets' weights and biases."""
+    biases = {id(linear._parameters["bias"]) for linear in targets.linears.values()}
+    return {id(weight) for weight in targets.weights.values()} | biases
 
 
 def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:
     """Return a message on the parameters that have no low-rank update and do not train either."""
-    biases = {id(linear._parameters["bias"]) for linear in targets.linears.values()}
-    trains = {id(weight) for weight in targets.weights.values()} | biases | trained_whole(model, config)
+    trains = _parameters_of(targets) | trained_whole(model, config)
     frozen: dict[int, str] = {}
     sizes: dict[int, int] = {}
     for names, module in named_places(model):

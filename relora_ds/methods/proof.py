@@ -144,7 +144,7 @@ def _prove(
     if faults and set(faults.values()) != {NO_GRADIENT}:  # which kinds of linears are they?
         faults = {
             name: reason
-            for kind in sorted(kinds)
+            for kind in sorted(set(here.values()))
             for name, reason in trial.faults([name for name in here if here[name] == kind]).items()
         } or faults
     reasons: dict[str, set[str]] = {}

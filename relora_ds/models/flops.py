@@ -21,7 +21,7 @@ PEAK_FLOPS = {  # per second; a longer name counts before a shorter one
     "RTX 4090": 165e12,
 }
 OTHER_CARDS = {"D", "Laptop", "MIG"}  # the same name with one of these is slower
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def peak_flops(name: str) -> float | None:

@@ -5,12 +5,14 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from relora_ds.__main__ import main
-from relora_ds.planning.advice import advise
-from relora_ds.planning.link import measure
+from relora_ds.commands.doctor import _advice_as_text
+from relora_ds.planning.advice import Advice, advise
+from relora_ds.planning.link import Candidate, measure
 from relora_ds.training.preflight import resolve
 from tests.ports import free_port
 from tests.ranks import ranks
@@ -64,6 +66,15 @@ def test_advice_is_the_same_on_all_ranks():
     assert {c["stage"] for c in candidates} == {0, 1, 2, 3} and {c["r"] for c in candidates} == {16, 8}
     assert {c["micro_batch_size"] for c in candidates} == {1, 2, 4, 8}
     assert best in candidates and best["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("rslora, alpha", [("false", 8), ("true", 16)])
+def test_a_lower_rank_keeps_the_scaling(rslora, alpha):
+    overrides = ["relora.r=16", "relora.lora_alpha=32", f"relora.use_rslora={rslora}"]
+    resolved = resolve("tiny", overrides, 1, to_run=False)
+    best = Candidate(stage=1, r=4, micro_batch_size=8, memory=1, compute=1, communication=1, tokens_per_s=1)
+    (line, *_) = _advice_as_text("tiny", resolved, SimpleNamespace(world_size=2), Advice(best, [best], [], 9, 1))
+    assert line.endswith(f"relora.r=4 relora.lora_alpha={alpha}")
 
 
 def test_one_rank_has_no_link():

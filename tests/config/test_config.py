@@ -1,6 +1,7 @@
 """Recipes: every mistake at once, each with its field, value and remedy; what a valid recipe derives."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -249,6 +250,8 @@ def test_relora_config_raises_at_construction_with_everything_that_is_wrong():
         "ReLoRAConfig.restart_every",
         "ReLoRAConfig.target_modules",
     ]
+    with pytest.raises(ValueError, match=r"^ReLoRAConfig\.lora_alpha: 1E\+400 is above 1e\+09"):
+        ReLoRAConfig(lora_alpha=10**400)
     with pytest.raises(ValueError, match=r"^ReLoRAConfig\.frozen_dtype: 'int9' is unknown \(did you mean int8\?\)"):
         dataclasses.replace(ReLoRAConfig(), frozen_dtype="int9")
 
@@ -272,6 +275,12 @@ def test_modules_to_save_is_another_name_of_trainable_modules():
         ReLoRAConfig(modules_to_save=["lm_head"], trainable_modules=["norm"])
     recipe = load_recipe("base.yaml", ["relora.modules_to_save=[lm_head]"])
     assert recipe.relora.trainable_modules == ["lm_head"]
+
+
+def test_names_may_come_as_a_set_or_a_tuple_and_are_a_list_for_checkpoints():
+    config = ReLoRAConfig(target_modules={"v_proj", "q_proj"}, modules_to_save=("lm_head",))
+    assert (config.target_modules, config.trainable_modules) == (["q_proj", "v_proj"], ["lm_head"])
+    json.dumps(dataclasses.asdict(config))
 
 
 def test_target_modules_may_be_a_regular_expression_and_empty_beside_parameters():

@@ -14,6 +14,7 @@ from relora_ds.lowrank.wrap import (
     merge_and_unwrap,
     parameter_groups,
     problems,
+    warnings,
     wrap,
 )
 from tests.parity.cases import family_config
@@ -87,6 +88,18 @@ def test_trainable_modules_decides():
     assert {n for n in norms if "lora_" not in n} == {n for n in everything if "norm" in n}
     parent = trains(wrap(llama(), ReLoRAConfig(r=4, restart_every=None, trainable_modules=["mlp"])))
     assert parent == only_lora, "naming a parent must not thaw the wrapped weights"
+
+
+@pytest.mark.parametrize(
+    "names, excluded", [(["mlp"], "gate_proj, up_proj, down_proj"), (["norms", "q_proj"], "q_proj")]
+)
+def test_a_module_that_is_to_train_whole_and_is_a_target_is_warned_of(names, excluded):
+    """PEFT's modules_to_save would keep it from being one."""
+    found = warnings(llama(), ReLoRAConfig(r=4, trainable_modules=names))[0]
+    assert found.startswith(f"relora.trainable_modules: {names[-1]!r} has no effect")
+    assert found.endswith(f"relora.exclude_modules=[{excluded}]")
+    left_out = ReLoRAConfig(r=4, trainable_modules=names, exclude_modules=excluded.split(", "))
+    assert not any("has no effect" in message for message in warnings(llama(), left_out))
 
 
 def test_target_modules_by_suffix():

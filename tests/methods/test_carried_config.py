@@ -10,7 +10,7 @@ from torch import nn
 import relora_ds
 from relora_ds import ReLoRAConfig
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers
-from tests.small_models import batch, llama
+from tests.small_models import batch, llama, mixtral
 
 
 def config(**changes) -> ReLoRAConfig:
@@ -45,8 +45,10 @@ def pickled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_carries_it_too_and_speaks_for_itself(copied, capsys):
-    model = relora_ds.wrap(llama(), config())
+@pytest.mark.parametrize("family", [llama, mixtral])
+def test_a_copy_carries_it_too_and_speaks_for_itself(family, copied, capsys):
+    experts = ["experts.gate_up_proj", "experts.down_proj"] if family is mixtral else None
+    model = relora_ds.wrap(family(), config(target_parameters=experts))
     other = copied(model)
     assert other.relora_config == model.relora_config and other.relora_config is not model.relora_config
     other.lm_head.weight.requires_grad_(False)

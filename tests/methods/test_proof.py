@@ -177,6 +177,21 @@ def test_linears_that_wrapping_would_break_are_named(how, reason, monkeypatch):
     assert prove(config, dataclasses.replace(CONFIG, exclude_modules=["inner"])).problems == []
 
 
+def test_a_fault_is_named_though_not_every_target_could_be_tried(monkeypatch):
+    init, possible = LlamaForCausalLM.__init__, proof._possible_targets
+
+    def patched(self, config):
+        init(self, config)
+        for layer in self.model.layers:
+            layer.mlp.up_proj = Gate(layer.mlp.up_proj, "looks")
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", patched)
+    monkeypatch.setattr(proof, "_possible_targets", lambda model: [n for n in possible(model) if "down_proj" not in n])
+    found = prove(LlamaConfig(num_hidden_layers=7), CONFIG)
+    assert len(found.problems) == 1 and "up_proj.inner (and 6 like it) changes the model's" in found.problems[0]
+    assert found.warnings == ["relora.target_modules: model.layers.mlp.down_proj could not be tried on a small copy"]
+
+
 def test_a_rare_expert_is_not_refused():
     config = Qwen2MoeConfig(num_experts=8, num_experts_per_tok=1)
     assert prove(config, dataclasses.replace(CONFIG, exclude_modules=["shared_expert_gate"])).problems == []
