@@ -123,6 +123,9 @@ def run(config: str, overrides: Sequence[str] = (), hooks: Iterable[Hook] = ()) 
             "saved first)",
             exit_codes.ERROR,
         )
+    except SystemExit as error:  # whatever its code is, the run is not done
+        reason = f"rank {os.environ.get('RANK', 0)}: sys.exit({error.code!r}) in a hook; SIGTERM would have saved first"
+        return _stop(trainer, True, reason, exit_codes.ERROR)
     except Exception as error:
         traceback.print_exc()
         return _stop(trainer, True, f"rank {os.environ.get('RANK', 0)}: {error}", exit_codes.ERROR)

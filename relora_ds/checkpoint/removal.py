@@ -14,9 +14,10 @@ from relora_ds.checkpoint.manifest import IN_CHECKPOINT, LATEST
 logger = logging.getLogger(__name__)
 
 REPLACED = "replaced"  # beside the checkpoints: those that a run went back behind
-# What interrupted saves leave: `latest` being written, ranks' marks (`checkpoint.sharing`); directories of checkpoints.
+# What interrupted saves leave: `latest` being written, ranks' marks (`checkpoint.sharing`); directories of checkpoints,
+# but for a replaced one, which may be the only one that is whole.
 _FILES = re.compile(r"latest\..+\.tmp|\.[0-9a-f-]{36}_rank_\d+")
-_DIRECTORIES = re.compile(r"\.step_\d{8,}(\.\w+)*|\..+\.writing")
+_DIRECTORIES = re.compile(r"\.step_\d{8,}(\.(?!replaced)\w+)*|\..+\.writing")
 
 
 def foreign_in(path: Path) -> str | None:

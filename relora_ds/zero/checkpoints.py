@@ -119,6 +119,11 @@ class EngineCheckpoints:
             ValueError: see `ReLoRAEngine.load_checkpoint`.
         """
         self.wait()
+        if self._engine.num_accumulated:
+            raise ValueError(
+                "load_checkpoint: gradients of the weights as they are now are being accumulated, and the next step() "
+                "would apply them; call it after that step(), or load into a new engine"
+            )
         load_dir, tag = Path(load_dir), None if tag is None else str(tag)
         try:
             found = _find(load_dir, tag)
@@ -136,10 +141,13 @@ class EngineCheckpoints:
         return str(found.directory), _client_state(found)
 
     def close(self) -> None:
-        """Wait, and leave the writer's process group."""
+        """Wait, and leave the writer's process group; a checkpoint that could not be written costs a warning."""
         if self._writer is not None and dist.is_initialized() and not sys.is_finalizing():
             writer, self._writer = self._writer, None
             writer.close()
+            for done in writer.take_finished():
+                if done.error is not None:
+                    logger.warning("save_checkpoint: %s", done.error)
 
 
 def _require_one(tag: str) -> None:
@@ -151,7 +159,13 @@ def _require_one(tag: str) -> None:
 
 def _find(load_dir: Path, tag: str | None) -> Found | None:
     """Return the checkpoint to load. Errors: ValueError on every rank."""
-    reason: list = [refusal(load_dir / tag if tag else load_dir) if dist.get_rank() == 0 else None]
+    reason: list = [None]
+
+    def look() -> None:
+        if dist.get_rank() == 0:
+            reason[0] = refusal(load_dir / tag if tag else load_dir)
+
+    together(f"{load_dir} cannot be read now", look, ValueError)
     dist.broadcast_object_list(reason, 0)
     if reason[0] is not None:
         raise ValueError(reason[0])

@@ -211,7 +211,7 @@ class ReLoRAEngine(DeepSpeedEngine):
 
         Raises:
             ValueError: on every rank and before anything is overwritten: the checkpoint is damaged, of another network,
-                or of a format that is not read.
+                or of a format that is not read; or gradients are being accumulated.
         """
         if custom_load_fn is not None:
             raise ValueError("custom_load_fn: is not supported; load the checkpoint, then change engine.module")

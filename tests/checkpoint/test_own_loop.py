@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.checkpoint import client_state, manifest, rank_files, store, writer
+from relora_ds.zero import checkpoints
 from tests.checkpoint.weights import weights_in
 from tests.parity import cases
 from tests.ranks import ranks
@@ -261,3 +262,41 @@ def weights_alone(directory: str) -> bool:
 
 def test_frozen_weights_of_another_history_are_not_shared(tmp_path):
     assert ranks(2).run(weights_alone, str(tmp_path)) == [True, True]
+
+
+def load_between_micro_steps(directory: str) -> tuple[str, bool]:
+    """On a rank: load while gradients are being accumulated; return what is said, and whether nothing changed."""
+    engine, said = build(1, "fp32", accumulation=2), ""
+    engine.save_checkpoint(directory)
+    train(engine, 0, 1)
+    before, tokens = everything(engine), cases.batch(1, 1)
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    try:
+        engine.load_checkpoint(directory)
+    except ValueError as error:
+        said = str(error)
+    same = everything(engine) == before
+    cases.release(engine)
+    return said, same
+
+
+def test_gradients_of_other_weights_are_not_taken_into_a_loaded_state(tmp_path):
+    for said, same in ranks(2).run(load_between_micro_steps, str(tmp_path)):
+        assert said.startswith("load_checkpoint: gradients of the weights as they are now") and same
+
+
+def fail_before_the_release(directory: str) -> list[str]:
+    """On a rank: a checkpoint in the background fails, and nobody asks for it; return the warnings."""
+    engine, said = build(1, "bf16"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_files, "save_file", full)
+        patch.setattr(checkpoints.logger, "warning", lambda text, *values: said.append(text % values))
+        engine.save_checkpoint(directory, "bad", background=True)
+        cases.release(engine)
+    return said
+
+
+def test_a_failure_that_nobody_waited_for_is_told_at_the_release(tmp_path):
+    for said in ranks(2).run(fail_before_the_release, str(tmp_path)):
+        assert len(said) == 1 and "No space left" in said[0]

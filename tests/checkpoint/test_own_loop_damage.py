@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds.checkpoint import store
+from relora_ds.checkpoint.removal import delete_leftovers, replaced_name
 from tests.faults.kills import Mortal
 from tests.parity import cases
 from tests.ranks import ranks
@@ -195,3 +196,32 @@ def test_killed_in_the_middle_of_a_save_the_one_before_is_left(tmp_path, tags, c
     assert ranks(1).run(load_what_is_left, str(tmp_path)) == [left]
     assert {path.name for path in tmp_path.iterdir()} <= {"first", "last", "latest"}
     assert store.verify(tmp_path / "last") == []
+
+
+def test_a_checkpoint_whose_successor_never_came_is_no_leftover(tmp_path):
+    for name in (replaced_name("step_00000005"), ".step_00000005.writing", ".step_00000004.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    delete_leftovers(tmp_path)
+    assert [path.name for path in store.tagged(tmp_path)] == [".step_00000005.replaced"]
+    assert [path.name for path in tmp_path.iterdir()] == [".step_00000005.replaced"]
+
+
+def load_what_cannot_be_looked_at(directory: str) -> str:
+    """On a rank: rank 0 alone looks which checkpoint there is, and meets an error."""
+    engine, said = cases.build(1, precision="bf16"), ""
+    try:
+        engine.load_checkpoint(directory, "too_long" * 100)
+    except ValueError as error:
+        said = str(error)
+    cases.release(engine)
+    return said
+
+
+def test_an_error_where_rank_0_looks_is_all_ranks(tmp_path):
+    for said in ranks(2).run(load_what_cannot_be_looked_at, str(tmp_path), timeout=120):
+        assert (
+            said
+            == f"load_checkpoint: {tmp_path} cannot be read now: rank 0: OSError: " + said.partition("OSError: ")[2]
+        )
+        assert "File name too long" in said

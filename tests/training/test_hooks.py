@@ -130,6 +130,22 @@ def test_an_exception_in_a_hook_ends_the_run_on_all_ranks_with_its_traceback(tmp
     assert status(tmp_path / "run")["state"] == "failed"
 
 
+class Leaves(Hook):
+    def on_step(self, run, step):
+        if run.step == 13:
+            raise SystemExit(0)
+
+
+def leave_in_a_hook(overrides: list[str]) -> int:
+    return train.run("tiny", overrides, [Leaves()])
+
+
+def test_a_hook_that_exits_leaves_no_run_that_seems_to_train_or_to_be_done(tmp_path):
+    assert ranks(1).run(leave_in_a_hook, [f"run_dir={tmp_path / 'run'}", *SETTINGS]) == [exit_codes.ERROR]
+    said = status(tmp_path / "run")
+    assert said["state"] == "failed" and "sys.exit(0) in a hook; SIGTERM" in said["reason"]
+
+
 def test_a_hook_that_cannot_close_does_not_matter(tmp_path):
     assert ranks(1).run(fail_to_close, [f"run_dir={tmp_path / 'run'}", *SETTINGS]) == [True]
     assert status(tmp_path / "run")["state"] == "done"

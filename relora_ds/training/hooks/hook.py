@@ -28,8 +28,9 @@ class Hook:
 
         relora_ds.train.run("quickstart", hooks=[Shout()])
 
-    Every event is called on every rank, in the same order, with the run's state: read it, and leave it as it is. A
-    collective (`torch.distributed`) must be called by all ranks. An exception ends the run.
+    Every event is called on every rank, with the run's state: read it, and leave it as it is. All but `on_checkpoint`
+    and `close` come in the same order on all ranks; in those a collective (`torch.distributed`) may be called, by all
+    of them. An exception ends the run, and so does a call that takes longer than `guard.watchdog_seconds`.
     """
 
     def on_start(self, run: RunState) -> None:
@@ -61,7 +62,10 @@ class Hook:
         """Handle an evaluation."""
 
     def on_checkpoint(self, run: RunState, written: Written) -> None:
-        """Handle a checkpoint that was written in the background, or failed (`written.error`)."""
+        """Handle a checkpoint that was written in the background, or failed (`written.error`).
+
+        Ranks may hear of it after different steps: no collective here.
+        """
 
     def on_phase_end(self, run: RunState) -> None:
         """Handle the end of a phase, or a rollback: `run.engine` is about to be released."""
