@@ -17,8 +17,9 @@ def refusal(directory: Path) -> str | None:
     for path in inner:
         if (path / "zero").is_dir() and any(path.glob("zero/*/fp32.pt")):
             return (
-                f"{path} is a universal checkpoint of DeepSpeed, which is not read; relora_ds 0.1 reads it where its "
-                "files relora_* are there, and can export its weights: python -m relora_ds export DIRECTORY MODEL"
+                f"{path} is a universal checkpoint of DeepSpeed, which is not read; with relora_ds 0.1, export the "
+                "weights of the checkpoint that it was made from (python -m relora_ds export DIRECTORY MODEL) and "
+                "begin from them"
             )
         if (path / "relora_model.json").is_file():
             return (

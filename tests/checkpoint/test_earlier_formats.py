@@ -38,7 +38,7 @@ def universal(tag: Path) -> None:
 
 FORMATS = {
     of_version_0_1: "engine.save_checkpoint of relora_ds 0.1 wrote, which is not read any more; end that training with",
-    universal: "is a universal checkpoint of DeepSpeed, which is not read; relora_ds 0.1 reads it",
+    universal: "is a universal checkpoint of DeepSpeed, which is not read; with relora_ds 0.1, export the weights",
     deepspeeds: "is DeepSpeed's own checkpoint, which has no fp32 masters of frozen weights and is not read",
 }
 
