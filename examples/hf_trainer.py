@@ -18,7 +18,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--stage", type=int, default=1, help="of ZeRO: 0, 1, 2 or 3")
 parser.add_argument("--out", default="out")
-parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --out")
 parser.add_argument("--local_rank", help="passed by DeepSpeed's launcher, not needed")
 options = parser.parse_args()
 
@@ -45,7 +45,7 @@ args = TrainingArguments(
     logging_steps=5,
     report_to="none",
 )
-# A Trainer of somebody else's becomes one with trainer.add_callback(relora_ds.ReLoRACallback(trainer)).
+# Where other code makes the Trainer: trainer.add_callback(relora_ds.ReLoRACallback(trainer)).
 trainer = ReLoRATrainer(model=model, args=args, train_dataset=Bytes(length=64))
 trainer.train(resume_from_checkpoint=options.resume)  # each restart is a line of the log
 trainer.save_model(f"{options.out}/merged")  # the plain model, for AutoModelForCausalLM.from_pretrained

@@ -2,7 +2,7 @@
 
 python examples/own_loop.py                                         # one process, on a GPU if there is one
 torchrun --nproc_per_node 8 examples/own_loop.py --stage 3          # several; also deepspeed --num_gpus 8 ...
-python examples/own_loop.py --steps 120 --resume                    # go on, on any number of ranks, at any stage
+python examples/own_loop.py --steps 120 --resume                    # resume, on any number of ranks, at any stage
 """
 
 import argparse
@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--stage", type=int, default=1, help="of ZeRO: 0, 1, 2 or 3")
 parser.add_argument("--out", default="out")
-parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --out")
 parser.add_argument("--local_rank", help="passed by DeepSpeed's launcher, not needed")
 args = parser.parse_args()
 
@@ -61,7 +61,7 @@ for step in range(engine.t, args.steps):
     if rank == 0 and (step + 1) % 10 == 0:
         print(f"step {step + 1:4}  loss {loss.item():.4f}  lr {scheduler.get_last_lr()[0]:.1e}", flush=True)
 
-engine.save_checkpoint(f"{args.out}/checkpoints")  # to go on from: on all ranks
+engine.save_checkpoint(f"{args.out}/checkpoints")  # to resume from: on all ranks
 engine.save_merged(f"{args.out}/model")  # to use: a plain transformers model without a trace of the low-rank layers
 
 if rank == 0:

@@ -20,15 +20,15 @@ bench two-hosts --rate 1gbit --shapes wide_4 --repeats 9 --variants "PEFT, its d
 bench two-hosts --rate 1gbit --stage 0 --shapes wide_4 --out $out/two_hosts_stage_0.json
 
 # In bf16; on a CPU without units for it, add --precision fp32.
-contenders=("PEFT, its default" "PEFT, same modules train" "ours, LoRA alone" "ours, dense")
+baselines=("PEFT, its default" "PEFT, same modules train" "ours, LoRA alone" "ours, dense")
 for r in 128 32; do
-  step=(--vocab-size 8192 --r $r --repeats 9 --variants "${contenders[@]}")
+  step=(--vocab-size 8192 --r $r --repeats 9 --variants "${baselines[@]}")
   bench throughput --preset llama_60m "${step[@]}" --out $out/step_60m_r$r.json
   bench throughput --preset wide_2 "${step[@]}" --out $out/step_wide_r$r.json
 done
 small=(--preset llama_20m --vocab-size 8192)
 bench throughput "${small[@]}" --repeats 9 --out $out/step_20m_formats.json
-bench throughput "${small[@]}" --micro-batch-size 1 2 4 8 --variants "${contenders[@]}" --out $out/step_20m_sizes.json
+bench throughput "${small[@]}" --micro-batch-size 1 2 4 8 --variants "${baselines[@]}" --out $out/step_20m_sizes.json
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
 
 bench host-memory --vocab-size 54000 --out $out/host_memory_168m.json

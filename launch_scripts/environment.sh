@@ -3,7 +3,7 @@
 #
 #   prepare_environment [test]     # sets PYTHON and puts its folder first in PATH
 #
-# An active environment (virtualenv, conda, or whatever `python3` is) that has torch and deepspeed is used; the
+# An active environment (virtualenv, conda, or `python3`) that has torch and deepspeed is used; the
 # requirements it lacks are added to it, and nothing that is installed there is replaced. Where something installed
 # does not fit, or without such an environment, `.venv` in the checkout is made and used.
 
@@ -164,7 +164,7 @@ use_venv() {
         pins=$(mktemp)
         "$PYTHON" -m pip list --format=freeze 2>/dev/null | grep -i '^torch==' >"$pins" || choose_build
         "$PYTHON" -m pip install -qq -c "$pins" ${build[@]+"${build[@]}"} -e "${ROOT}[test]" ||
-            fail "pip could not complete .venv; what it says is above. Run this again to go on."
+            fail "pip could not complete .venv; what it says is above. Run this again to continue."
         rm -f "$pins"
         printf '%s\n' "$stamp" >"$VENV/relora_ds.stamp"
     fi

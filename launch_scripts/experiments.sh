@@ -8,7 +8,7 @@
 #                                                      of C4 or of the text that english_corpus.py puts together
 #
 # DIRECTORY receives a file for each run, tables and figures; the runs themselves are in runs/SCALE. Stopped, the same
-# command goes on where it was. The learning rates come first: where a method's best is not its recipe's, write it there
+# command resumes where it was. The learning rates come first: where a method's best is not its recipe's, write it there
 # before the other suites. SUITES="main" runs these only, and --dry-run says what it would cost.
 set -euo pipefail
 if [ $# -lt 2 ] || [[ $1 == -* ]]; then

@@ -81,7 +81,7 @@ split_arguments() {
     overrides=("$@")
 }
 
-# resolve_recipe RECIPE [section.key=value ...]: set `run_dir`, and `resume` to what makes an interrupted run go on:
+# resolve_recipe RECIPE [section.key=value ...]: set `run_dir`, and `resume` to what makes an interrupted run resume:
 # (resume=auto), or nothing where the recipe or the user says something about resume or overwrite.
 resolve_recipe() {
     local found argument

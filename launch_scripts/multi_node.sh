@@ -16,11 +16,11 @@
 #
 # RECIPE is a YAML file or the name of a shipped recipe; without one it is quickstart. All machines need this checkout,
 # the environment and the working directory at the same paths, and a run directory that they share where the run is to
-# be resumed, because each rank writes its part of a checkpoint. A run that was interrupted goes on from its newest
+# be resumed, because each rank writes its part of a checkpoint. A run that was interrupted resumes from its newest
 # checkpoint (resume=auto), unless the recipe or the command line sets resume or overwrite. The exit code is the one
 # of the run.
 #
-# The network: if the run hangs at its start or takes a slow cable, name the interface that joins the machines:
+# The network: if the run hangs at its start or takes a slow network, name the interface that joins the machines:
 # NCCL_SOCKET_IFNAME=eth1 bash launch_scripts/multi_node.sh ... on GPUs, GLOO_SOCKET_IFNAME=eth1 on CPUs. Ranks on GPUs
 # talk over gloo too, and take NCCL's interface for it unless GLOO_SOCKET_IFNAME names another.
 # Over ssh, these variables reach the other machines: NCCL_*, GLOO_*, UCX_*, FI_*, TORCH_*, PYTORCH_*, CUDA_* (but not

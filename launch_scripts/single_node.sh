@@ -6,7 +6,7 @@
 #
 # RECIPE is a YAML file or the name of a shipped recipe; without one it is quickstart. The run gets one rank on each GPU
 # of this machine (CUDA_VISIBLE_DEVICES chooses among them), or two ranks on the CPU.
-# A run that was interrupted goes on from its newest checkpoint (resume=auto), unless the recipe or the command line
+# A run that was interrupted resumes from its newest checkpoint (resume=auto), unless the recipe or the command line
 # sets resume or overwrite. The exit code is the one of the run: 0 done, 2 bad recipe, 3 stopped by a guard, 4 resume
 # or run directory refused, 1 anything else. MASTER_PORT and OMP_NUM_THREADS are taken from the environment where they
 # are set.

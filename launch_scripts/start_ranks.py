@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGUMENT ...")
     arguments = parser.parse_args()
     if arguments.ranks < 1:
-        parser.error(f"--ranks: {arguments.ranks} is no number of ranks; use 1 or more")
+        parser.error(f"--ranks: {arguments.ranks} is not a number of ranks; use 1 or more")
     return arguments
 
 

@@ -1,1 +1,1 @@
-"""What is saved, and how a run goes on from it."""
+"""What is saved, and how a run resumes from it."""

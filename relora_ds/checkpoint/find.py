@@ -85,7 +85,7 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
             found = _verified(directory)
         except UnreadableError as error:
             raise ResumeError(
-                f"resume: {error}. Nothing was changed; start again when it can be read, or go on "
+                f"resume: {error}. Nothing was changed; start again when it can be read, or resume "
                 "from an older one with resume=RUN/checkpoints/step_…"
             ) from error
         except DamagedError as error:

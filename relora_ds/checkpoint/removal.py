@@ -40,7 +40,7 @@ def put_aside(path: Path) -> None:
     aside = free(path.parent / REPLACED / path.name)
     os.replace(path, aside)
     logger.warning(
-        "%s was moved to %s, because the run goes on from before it; delete it when you need it no more", path, aside
+        "%s was moved to %s, as the run went back to an earlier step; delete it when you no longer need it", path, aside
     )
 
 

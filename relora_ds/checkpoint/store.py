@@ -33,7 +33,7 @@ NAME_OF_A_STEP = re.compile(r"step_\d{8,}")  # not a copy that somebody put besi
 
 
 def has_run(directory: Path) -> bool:
-    """Whether a directory holds a run of ours."""
+    """Return whether a directory holds a run of relora_ds."""
     return (directory / "recipe.yaml").is_file() or (directory / "status.json").is_file()
 
 
@@ -83,7 +83,7 @@ def named_by(pointer: Path) -> Path | None:
 
 
 def may_resume(run_dir: Path, resume: str | bool) -> bool:
-    """Whether there is something to go on from, as far as one look tells."""
+    """Return whether there is something to resume from, as far as one look tells."""
     return bool(resume) and (resume != "auto" or bool(directories(run_dir)))
 
 
@@ -151,7 +151,7 @@ def _holds_more(path: Path) -> bool:
 
 
 def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None:
-    """Put aside the checkpoints past `step`, which the run will write anew; no data are deleted.
+    """Move away the checkpoints past `step`, which the run will write anew; no data are deleted.
 
     They go to `checkpoints/replaced/`. damaged: these become `step_….damaged`.
     """
@@ -159,7 +159,7 @@ def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None
     for path in damaged:
         if path.parent == inner and path.is_dir():
             os.replace(path, free(path.with_name(f"{path.name}.damaged")))
-    if (inner / tag_of(step)).is_dir():  # else the run goes on from a checkpoint of another one
+    if (inner / tag_of(step)).is_dir():  # else the run resumes from a checkpoint of another one
         write_text(inner / LATEST, tag_of(step))
     for path in directories(run_dir):
         if _step_of(path) > step:

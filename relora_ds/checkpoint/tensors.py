@@ -82,5 +82,5 @@ class SavedTensors:
         reason = f"this host does not see {', '.join(unseen[:4])}" if unseen else "no file has it"
         return (
             f"{self._directory}: {what} is missing: {reason}; run_dir should be on a file system that all hosts "
-            "share, else the same hosts with the same number of ranks go on"
+            "share, else the same hosts with the same number of ranks can resume"
         )

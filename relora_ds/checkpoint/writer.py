@@ -6,7 +6,7 @@
               its files are there: manifest, one rename of the directory, `latest`; then it deletes what is not kept
 
 The threads of the ranks talk over a process group of their own. Whatever fails, on whatever rank, leaves the
-checkpoints before it as they are, and training goes on.
+checkpoints before it as they are, and training continues.
 """
 
 import logging

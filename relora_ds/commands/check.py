@@ -75,7 +75,7 @@ def _head(resolved, vocabulary: str) -> list[str]:
 
 
 def _corpus(recipe) -> list[str]:
-    """How often the run reads its corpus, as far as that is known."""
+    """Return how often the run reads its corpus, as far as that is known."""
     from relora_ds.data.preparation import known_extent
     from relora_ds.training.epochs import epochs_line, short_corpus
 
@@ -94,7 +94,7 @@ def _corpus(recipe) -> list[str]:
 
 
 def _fp8(resolved) -> list[str]:
-    """Whether the products of fp8 weights are in fp8, as far as this machine can tell."""
+    """Return whether the products of fp8 weights are in fp8, as far as this machine can tell."""
     from relora_ds.lowrank.formats import FP8
     from relora_ds.methods import method_of
     from relora_ds.planning.planned_storage import format_here

@@ -96,7 +96,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     if arguments.keep_last is None or arguments.keep_last < 1:
         raise ValueError(f"--keep-last: {arguments.keep_last} would leave no checkpoint; give at least 1")
     if arguments.keep_every is not None and arguments.keep_every < 1:
-        raise ValueError(f"--keep-every: {arguments.keep_every} is no number of steps; give at least 1")
+        raise ValueError(f"--keep-every: {arguments.keep_every} is not a number of steps; give at least 1")
     gone = store.prune(arguments.run, arguments.keep_last, arguments.keep_every, thorough=True)
     print("\n".join(f"deleted {path.name}" for path in gone) or "nothing to delete")
     return 0

@@ -105,7 +105,7 @@ def _link(arguments: argparse.Namespace) -> tuple[dict, list[str]]:
 def _link_as_text(link) -> list[str]:
     from relora_ds.utils.text import human_bytes
 
-    rows = [["collective", "payload", "median", "sent by a rank, ring"]]
+    rows = [["collective", "payload", "median", "sent per rank, ring"]]
     rows += [
         [s.collective, human_bytes(s.size), f"{1e3 * s.seconds:.3f} ms", f"{human_bytes(s.wire_per_second)}/s"]
         for s in sorted(link.samples, key=lambda s: (s.collective, s.size))

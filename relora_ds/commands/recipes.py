@@ -38,7 +38,7 @@ def require_ranks(*numbers: int | None, option: str = "--world-size") -> None:
     """ValueError where one of `option` is below 1; None is one that was not given."""
     for size in numbers:
         if size is not None and size < 1:
-            raise ValueError(f"{option}: {size} is no number of ranks; use 1 or more")
+            raise ValueError(f"{option}: {size} is not a number of ranks; use 1 or more")
 
 
 def planned_bf16() -> bool | None:

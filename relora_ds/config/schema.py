@@ -112,7 +112,7 @@ class DataConfig:
     source: Annotated[DataSource | str, FilePath()] = "wikitext2"
     """`wikitext2`, `pydocs` and `gutenberg` need nothing else; `c4` is streamed until `max_tokens`, from the hub or
     from shards in the directory `path`; `text` reads `path`; `pretokenized` trains from the directory `path` that
-    `python -m relora_ds prepare` wrote, with the tokenizer inside. Anything with a slash is what
+    `relora prepare` wrote, with the tokenizer inside. Anything with a slash is what
     `datasets.load_dataset` takes: streamed with `max_tokens`, loaded without."""
     path: Annotated[str | None, FilePath()] = None
     """For `text`: a file, directory or glob of text (one document per file), JSON lines or parquet (one per record).
@@ -171,7 +171,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is written while the run goes on."""
+    """What is written during the run."""
 
     every: Annotated[int, Integer(1)] = 10
     """Steps between log lines."""
@@ -204,7 +204,7 @@ class Recipe:
     run_dir: Annotated[str | None, FilePath()] = None
     """The run directory; null = `runs/<recipe name>`."""
     resume: Annotated[str | bool, FilePath()] = False
-    """`auto` = go on from the newest checkpoint in `run_dir`, if there is one; or the path of a checkpoint or a run."""
+    """`auto` = the newest checkpoint in `run_dir`, if there is one; or the path of a checkpoint or a run."""
     overwrite: bool = False
     """Delete the run that is in `run_dir`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -32,7 +32,7 @@ def cache_root(data: DataConfig) -> Path:
 
 
 def local_directory() -> Path:
-    """Where this user's processes on this host meet if the cache does not serve; not created here."""
+    """Return where this user's processes on this host meet if the cache does not serve; not created here."""
     return Path(tempfile.gettempdir()) / f"relora_ds-{os.getuid()}"
 
 
@@ -76,7 +76,7 @@ def ensure_directory(
 
     `build(partial)` fills a directory; it runs only where `is_complete(final)` is false. The directory is new and
     empty, unless a build before it was killed or raised and `is_worth_keeping(partial)` is true of what it left: then
-    `build` gets that, and goes on from there. A `final` that exists but is not complete (a copy that was interrupted,
+    `build` gets that, and resumes there. A `final` that exists but is not complete (a copy that was interrupted,
     a file that somebody deleted, a link to nothing) is replaced.
     """
     if is_complete(final):

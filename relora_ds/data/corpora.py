@@ -102,7 +102,7 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 def is_hashed(data: DataConfig) -> bool:
-    """Whether `open_corpus` need not read files to hash them: their hashes are remembered."""
+    """Return whether `open_corpus` need not read files to hash them: their hashes are remembered."""
     validation = validation_setting(data)
     named = [
         *([text_files(data)] if data.source == "text" else []),
@@ -112,7 +112,7 @@ def is_hashed(data: DataConfig) -> bool:
 
 
 def is_datasets_id(source: str) -> bool:
-    """Whether `data.source` is for `datasets.load_dataset`: org/name, or a path."""
+    """Return whether `data.source` is for `datasets.load_dataset`: org/name, or a path."""
     return "/" in str(source)
 
 

@@ -49,7 +49,7 @@ def sha256_of(files: Sequence[Path], cache_root: Path, afresh: bool = False) -> 
 
 
 def is_remembered(files: Sequence[Path], cache_root: Path) -> bool:
-    """Whether `sha256_of` would read none of the files."""
+    """Return whether `sha256_of` would read none of the files."""
     known = _read(_manifest_of(files, cache_root))
     return all(known.get(name, [None])[0] == _state(name) for name in _names(files))
 

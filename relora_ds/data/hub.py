@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 TIMEOUT_SECONDS = 3.0
-ROWS_PER_SHARD = 10_000  # of a corpus that was loaded: what is read again when an interrupted reading goes on
+ROWS_PER_SHARD = 10_000  # of a corpus that was loaded: what is read again when an interrupted reading resumes
 
 C4_NAME, C4_CONFIG = "allenai/c4", "en"
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
@@ -34,7 +34,7 @@ class Splits(NamedTuple):
 
 
 def is_offline() -> bool:
-    """Whether the user said so (HF_HUB_OFFLINE=1): then the Hugging Face cache is all there is."""
+    """Return whether the user said so (HF_HUB_OFFLINE=1): then the Hugging Face cache is all there is."""
     import huggingface_hub.constants
 
     return huggingface_hub.constants.HF_HUB_OFFLINE
@@ -64,7 +64,7 @@ def why_unreachable(name: str, repo_type: str = "dataset") -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a corpus' name is a path on this machine."""
+    """Return whether a corpus' name is a path on this machine."""
     return Path(name).expanduser().exists()
 
 

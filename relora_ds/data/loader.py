@@ -79,7 +79,7 @@ class TrainLoader:
         return micro_batches
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next step starts; the same on every rank, valid for any world and micro-batch size."""
+        """Return where the next step starts; the same on every rank, valid for any world and micro-batch size."""
         epoch, position = divmod(self.consumed, self.num_sequences)
         return {"epoch": epoch, "position": position}
 

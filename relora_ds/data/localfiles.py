@@ -136,7 +136,7 @@ def _identity(file: Path) -> object:
 
 
 def kind(file: Path) -> str:
-    """How a file is read: as lines of "json" or "json.gz", as "parquet" or as "text"."""
+    """Return how a file is read: as lines of "json" or "json.gz", as "parquet" or as "text"."""
     name = file.name.lower()
     if name.endswith(JSON_SUFFIXES):
         return "json.gz" if name.endswith(".gz") else "json"

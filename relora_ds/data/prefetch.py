@@ -35,7 +35,7 @@ class Prefetched:
         return micro_batches
 
     def state_dict(self) -> dict[str, int]:
-        """As of `TrainLoader`, after the newest step that was handed out."""
+        """Return `TrainLoader`'s state after the newest step that was handed out."""
         return self._state
 
     def _make(self) -> tuple[list[dict[str, torch.Tensor]], dict[str, int]]:

@@ -63,7 +63,7 @@ def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) ->
     """Tokenize the corpus of the `data.` section, or find it in the cache.
 
     Call it in one process per host first; the others then find the cache. (Calls that race wait for each other, and a
-    call after one that was killed goes on where that was.) `seed` is part of the interface but changes nothing on
+    call after one that was killed resumes where that was.) `seed` is part of the interface but changes nothing on
     purpose: the tokens, the tokenizer and the held-out documents are the same for every seed, so that seeds can be
     compared; the loader's order is what it seeds. trust_remote_code: see `tokenizer.load`.
 
@@ -201,7 +201,7 @@ def _build(
     )
     train, validation = progress.train, progress.validation
     if train.tokens == 0 or validation.tokens == 0:
-        (directory / tokenization.PROGRESS).unlink()  # there is nothing to go on from
+        (directory / tokenization.PROGRESS).unlink()  # there is nothing to resume
         raise ValueError(
             f"data.source: {data.source!r} gives {train.tokens} training and {validation.tokens} "
             f"validation tokens; both need text, use a larger corpus or set data.validation"

@@ -82,7 +82,7 @@ def tokenizer_hashes(directory: Path) -> dict[str, str]:
 
 
 def is_intact(directory: Path, cache_root: Path) -> bool:
-    """Whether a cache entry is there and every file is as it was written. Warns of one that is damaged.
+    """Return whether a cache entry is there and every file is as it was written. Warns of one that is damaged.
 
     Raises ValueError for a file that cannot be read now, which is no reason to make it again.
     """

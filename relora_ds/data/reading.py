@@ -86,7 +86,7 @@ def cut(texts: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
 
 
 def _is_small(source: Documents, fraction: float) -> bool:
-    """Whether the documents are too few to hold out whole ones. Reads no more of them than it takes to know."""
+    """Return whether the documents are too few to hold out whole ones. Reads no more of them than it takes to know."""
     return not any(
         count >= MIN_DOCUMENTS_TO_SPLIT and int(count * fraction) > 0 for count, _ in enumerate(source, start=1)
     )

@@ -1,8 +1,8 @@
-"""Documents to token ids in one flat file, with all cores, and going on where a killed process stopped.
+"""Documents to token ids in one flat file, with all cores, resumed where a killed process stopped.
 
 The ids are committed piece by piece: `progress.json` says how many of the file's tokens are valid, their sha256, and at
-which document to go on. Whatever a killed process wrote beyond that is cut off. The ids of a document depend on nothing
-but its text, so where the pieces end, how often it was interrupted and how many cores took part leave no trace in the
+which document to resume. What a killed process wrote beyond that is cut off. The ids of a document depend on its text
+alone, so where the pieces end, how often it was interrupted and how many cores took part leave no trace in the
 file.
 
 The cores are used by the threads of the fast tokenizers (rayon), which work on a batch of documents at a time; what
@@ -99,7 +99,7 @@ def progress_of(directory: Path, revision: str) -> Progress:
 
 
 def has_pieces(directory: Path) -> bool:
-    """Whether a directory that was not finished is worth going on with."""
+    """Return whether a directory that was not finished is worth resuming."""
     return (directory / PROGRESS).is_file()
 
 

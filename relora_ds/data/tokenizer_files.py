@@ -104,7 +104,7 @@ def _config(tokenizer: PreTrainedTokenizerBase, saved: dict, given: dict) -> dic
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool] | None:
-    """Whether a call puts BOS before and EOS after a text; None where it adds other tokens ([CLS], for instance)."""
+    """Return whether a call puts BOS before and EOS after a text; None where it adds other tokens, such as [CLS]."""
     text, bos, eos = "a", [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     plain, full = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
     return next(

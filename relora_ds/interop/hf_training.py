@@ -4,7 +4,7 @@ A callback alone could not do it. It never sees the engine; by `on_train_begin` 
 fp32 values are needed as masters, and a checkpoint has been loaded. What transformers 5 and accelerate 1 call, and what
 happens there instead:
 
-    Trainer.create_optimizer    a `DummyOptim`: accelerate's sign for "whoever makes the engine makes the optimizer"
+    Trainer.create_optimizer    a `DummyOptim`: accelerate's sign for "the optimizer is made with the engine"
     accelerator.prepare         the engine comes from `relora_ds.initialize`: masters, AdamW, schedule, restarts
     Trainer.create_scheduler    the engine's own scheduler; the engine steps it, the Trainer's step() does nothing
     Trainer.train               a second one resumes in the same engine (the Trainer would destroy it, and then use it)

@@ -69,7 +69,7 @@ def find_checkpoint(source: Path, name: str | None = None, field: str = "--check
         raise ValueError(f"{field}: {name} is not in {directory}; there are {', '.join(there) or 'none'}")
     if is_run:
         raise ValueError(
-            f"{source}: the run has no checkpoint (it did not reach its first one); let it go on with "
+            f"{source}: the run has no checkpoint (it did not reach its first one); resume it with "
             "resume=auto, and set checkpoint.every for earlier ones"
         )
     if reason := refusal(source):
@@ -150,7 +150,7 @@ def weights_of(source: str, trust_remote_code: bool = False, field: str = "sourc
 
 
 def tokenizer_of(source: str, field: str = "source") -> str:
-    """Where the tokenizer of a model is: what `data.tokenizer.load` takes."""
+    """Return where the tokenizer of a model is: what `data.tokenizer.load` takes."""
     kind, path = locate(source, field)
     return str(Path(path).parent / TOKENIZER) if kind == "checkpoint" else path
 

@@ -36,11 +36,11 @@ class Format:
     name = "dense"
 
     def unavailable(self) -> str | None:
-        """Why this machine lacks the format, and what to install; None where it has it."""
+        """Return why this machine lacks the format, and what to install; None where it has it."""
         return None
 
     def problem(self, shape: torch.Size) -> str | None:
-        """Why a weight of this shape cannot be stored so, and what to do; None where it can."""
+        """Return why a weight of this shape cannot be stored so, and what to do; None where it can."""
         return None
 
     def floating_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
@@ -313,7 +313,7 @@ def format_of(frozen_dtype: str, precision: str, *, double_quant: bool = False, 
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a device multiplies in fp8 with a scale for each row: Hopper and newer."""
+    """Return whether a device multiplies in fp8 with a scale for each row: Hopper and newer."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -73,6 +73,6 @@ class MergeLedger:
         return value.flatten()[:: self._stride].clone()
 
     def add(self, intended: Tensor, lost: Tensor) -> None:
-        """Of one merge, samples on the CPU: the update, and what the stored copy has more or less than it."""
+        """Add a merge, by samples on the CPU: the update, and what the stored copy has more or less than it."""
         self.intended += intended
         self.lost += lost

@@ -51,7 +51,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def is_lora_parameter(name: str) -> bool:
-    """Whether a parameter's name is that of a low-rank factor."""
+    """Return whether a parameter's name is that of a low-rank factor."""
     return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
 
 

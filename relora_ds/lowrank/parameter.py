@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.base_layer import LowRankLayer
 
-_MADE = "_updated_parameters"  # the sums of a forward that is going on, by name
+_MADE = "_updated_parameters"  # the sums of the current forward, by name
 
 
 class ReLoRAParameter(LowRankLayer):
@@ -65,7 +65,7 @@ class _Sum(torch.autograd.Function):
 
 
 def install(module: nn.Module, leaf: str, layer: ReLoRAParameter) -> None:
-    """Put `layer` in the place of the parameter `leaf` of `module`, whose code goes on reading the attribute."""
+    """Put `layer` in the place of the parameter `leaf` of `module`, whose code still reads the attribute."""
     delattr(module, leaf)
     module._modules[leaf] = layer
     _set_class(module)

@@ -44,7 +44,7 @@ def _choose_fp32() -> Callable[[], None]:
 
 
 def _own_precision(matmul, parent) -> str:
-    """Of a backend's products; "none" where they follow the backend's choice for all operations."""
+    """Return a backend's precision of products; "none" where they follow the backend's choice for all operations."""
     chosen = matmul.fp32_precision
     return "none" if chosen == parent.fp32_precision else chosen
 

@@ -18,7 +18,7 @@ _DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, bits) from the most significa
 
 
 def num_kept(numel: int, reset_ratio: float) -> int:
-    """How many of `numel` entries survive a reset of `reset_ratio`; the rest, rounded, are pruned."""
+    """Return how many of `numel` entries survive a reset of `reset_ratio`; the rest, rounded, are pruned."""
     return numel - round(reset_ratio * numel)
 
 
@@ -33,7 +33,7 @@ def _no_reduce(_: Tensor) -> None:
 def kth_largest_magnitude(
     values: Sequence[Tensor], keep: Sequence[int], reduce: Callable[[Tensor], None] = _no_reduce
 ) -> tuple[Tensor, Tensor]:
-    """For each tensor the bits of its `keep`-th largest magnitude, exactly, over all its pieces.
+    """Return for each tensor the bits of its `keep`-th largest magnitude, exactly, over all its pieces.
 
     Args:
         values: the local 1-D pieces, one per tensor, possibly empty; all on one device.
@@ -81,7 +81,7 @@ def keep_mask(values: Tensor, threshold: Tensor, num_ties: Tensor) -> Tensor:
 
 
 def count_ties(values: Tensor, threshold: Tensor) -> Tensor:
-    """How many entries of the local piece equal the threshold; int64 scalar."""
+    """Return how many entries of the local piece equal the threshold; int64 scalar."""
     return (_magnitude_bits(values) == threshold).sum()
 
 

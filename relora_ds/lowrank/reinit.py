@@ -47,7 +47,7 @@ class GradientSketch:
         self.values = torch.zeros(r + OVERSAMPLED, in_features, device=device)
 
     def add(self, g: Tensor, rows: Tensor) -> None:
-        """Of one backward. g: `[n, out]`; rows: `[n, in]`, the layer's input."""
+        """Add one backward. g: `[n, out]`; rows: `[n, in]`, the layer's input."""
         if self._omega is None:
             omega = torch.randn(len(self.values), g.shape[1], generator=keyed_generator(self._key))
             self._omega = omega.to(g.device)

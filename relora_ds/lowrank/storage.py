@@ -35,11 +35,11 @@ class Storage:
         return self.dtype == "fp32"
 
     def same_bytes(self, other: "Storage") -> bool:
-        """Whether both hold a weight in the same bytes, at the same place."""
+        """Return whether both hold a weight in the same bytes, at the same place."""
         return (self.format, self.dtype, self.replicated) == (other.format, other.dtype, other.replicated)
 
     def rounds_like(self, other: "Storage") -> bool:
-        """Whether the stored copies of both are rounded alike, wherever they are."""
+        """Return whether the stored copies of both are rounded alike, wherever they are."""
         return (self.format, self.dtype) == (other.format, other.dtype)
 
     def dequantize(self, stored: Tensor, shape: torch.Size) -> Tensor:
@@ -51,7 +51,7 @@ class Storage:
 
 
 def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
-    """Why frozen weights cannot be stored as asked for in a run of `precision`, one message each."""
+    """Return why frozen weights cannot be stored as asked for in a run of `precision`, one message each."""
     found = []
     format = format_of(config.frozen_dtype, precision, double_quant=config.frozen_double_quant)
     if reason := format.unavailable():
@@ -94,7 +94,7 @@ def _storage_warnings(config: ReLoRAConfig, precision: str, stage: int) -> Itera
 
 
 def is_sharded(config: ReLoRAConfig, stage: int) -> bool:
-    """Whether ZeRO shards the stored copies: parameters at stage 3; buffers it leaves alone."""
+    """Return whether ZeRO shards the stored copies: parameters at stage 3; buffers it leaves alone."""
     return stage == 3 and config.frozen_placement != "replicated"
 
 
@@ -110,13 +110,13 @@ def format_at(config: ReLoRAConfig, precision: str, stage: int, *, in_fp8: bool)
 
 
 def has_masters(config: ReLoRAConfig, precision: str) -> bool:
-    """Whether there are fp32 masters beside the stored copies; those in fp32 need none."""
+    """Return whether there are fp32 masters beside the stored copies; those in fp32 need none."""
     stored = format_of(config.frozen_dtype, precision).floating_dtype(DTYPES[precision])
     return config.frozen_master != "none" and stored != torch.float32
 
 
 def shape_problems(shapes: dict[str, torch.Size], format: Format) -> list[str]:
-    """Which weights, `[out, in]` by layer, a format cannot store; one message for those of the same shape."""
+    """Return which weights, `[out, in]` by layer, a format cannot store; one message for those of the same shape."""
     names: dict[torch.Size, list[str]] = {}
     for name, shape in shapes.items():
         if format.problem(shape):

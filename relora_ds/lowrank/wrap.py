@@ -190,7 +190,7 @@ def merge_and_unwrap(model: nn.Module) -> nn.Module:
 
 
 def _refuse_to_save(*args, **kwargs) -> None:
-    """In place of a wrapped model's `save_pretrained`, whose files `from_pretrained` would load without A and B."""
+    """Refuse a wrapped model's `save_pretrained`, whose files `from_pretrained` would load without A and B."""
     raise ValueError(
         "save_pretrained: the model is wrapped, and its low-rank updates would be dropped when it is "
         "loaded; use engine.save_merged, ReLoRACallback with the Hugging Face Trainer, or "
@@ -215,7 +215,7 @@ def _initialise(layer: LowRankLayer, name: str, seed: int) -> None:
 
 
 def _has_values(parameter: nn.Parameter) -> bool:
-    """Whether it is here as a whole: neither on the meta device nor partitioned by ZeRO-3."""
+    """Return whether it is here as a whole: neither on the meta device nor partitioned by ZeRO-3."""
     return not parameter.is_meta and parameter.shape == full_shape(parameter)
 
 

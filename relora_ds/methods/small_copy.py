@@ -54,7 +54,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def language_model_problems(config: PretrainedConfig, output, ids: Tensor, ahead: float) -> list[str]:
-    """Why the plain model would not learn to predict the next token."""
+    """Return why the plain model would not learn to predict the next token."""
     family = f"transformers' {config.model_type} models"
     remedy = "choose a decoder-only family such as LLaMA, Qwen or GPT-NeoX"
     if output.logits.shape[:2] != ids.shape:

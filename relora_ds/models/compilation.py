@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def problems() -> list[str]:
-    """Why this machine cannot compile: inductor writes C++ for CPUs, and triton has its kernels started from C."""
+    """Return why this machine cannot compile: inductor writes C++ for CPUs, and triton starts kernels from C."""
     cuda = torch.cuda.is_available()
     variable, compilers = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
     compilers = [os.environ[variable]] if variable in os.environ else compilers

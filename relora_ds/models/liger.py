@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def problems(model: PreTrainedModel) -> list[str]:
-    """Why this machine has no kernels for `model` (which may be on meta)."""
+    """Return why this machine has no kernels for `model` (which may be on meta)."""
     remedy = "use model.use_liger_kernel=false"
     if not torch.cuda.is_available():
         reason = "needs a CUDA device, and there is none here"

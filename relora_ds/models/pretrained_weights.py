@@ -108,7 +108,7 @@ def _files(name_or_path: str | Path) -> list[str]:
 
 
 def _conversion(model: PreTrainedModel, stored: list[Stored]) -> str | None:
-    """Why transformers does more than to take the stored tensors by their names; None: it does not."""
+    """Return why transformers does more than to take the stored tensors by their names; None: it does not."""
     for name in ("quantization_config", "transformers_weights", "fusion_config"):
         if getattr(model.config, name, None) is not None:
             return f"its configuration has {name}"
@@ -142,7 +142,7 @@ def _missing(model: PreTrainedModel, places: dict[str, Stored]) -> list[str]:
 
 
 def _difference(model: PreTrainedModel, places: dict[str, Stored]) -> str | None:
-    """How the stored tensors are not the model's; None: they are."""
+    """Return how the stored tensors are not the model's; None: they are."""
     for names, tensor in tensor_names(model):
         found = next((places[name].like for name in names if name in places), None)
         if found is None:

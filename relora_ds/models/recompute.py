@@ -43,7 +43,7 @@ ATTENTION = {
 
 
 def problems(model: PreTrainedModel, mode: str) -> list[str]:
-    """Why `model` (which may be on meta) cannot be checkpointed so."""
+    """Return why `model` (which may be on meta) cannot be checkpointed so."""
     if mode == "none" or model.supports_gradient_checkpointing:
         return []
     return [

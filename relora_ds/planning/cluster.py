@@ -3,8 +3,8 @@
     compute         FLOPs of a rank's tokens / what a device reaches in training
     communication   wire bytes of a rank / bandwidth of the slowest wire on the ring + passes x latency of a pass
 
-Bytes are those of rings. A ring visits all ranks of a host before it goes on to the next one, so that each host sends a
-rank's wire bytes to the next host once: `between` is what a host sends in all. Latency is that of trees, which NCCL
+Bytes are those of rings. A ring visits all ranks of a host before it visits the next one, so that each host sends a
+rank's wire bytes to the next host once: `between` is what a host sends in total. Latency is that of trees, which NCCL
 takes where rings would wait too long: a pass has log2(hosts) hops between hosts, and visits a host's devices one after
 the other. An all_reduce is two passes, a gather or a scatter one.
 
@@ -141,7 +141,7 @@ def predict_step(
 
 
 def passes_of(shapes: Shapes, zero: dict, accumulation: int) -> float:
-    """Of one optimizer step: every bucket is a collective.
+    """Return the passes of one optimizer step: every bucket is a collective.
 
     At stage 3 a bucket is what is prefetched: an estimate, of forward and backward.
     """

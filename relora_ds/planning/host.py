@@ -1,8 +1,8 @@
 """Bytes of the host's memory that a rank takes at certain moments, besides what it keeps there.
 
-Over all ranks of a run it is one fp32 copy of the network at the switch, and one of its frozen weights where a restart
-comes while a checkpoint is still being written. Weights that transformers has to convert as it loads them are read
-whole by one rank, which is not counted here.
+Over all ranks of a run it is one fp32 copy of the network at the phase transition, and one of its frozen weights
+where a restart comes while a checkpoint is still being written. Weights that transformers has to convert as it loads
+them are read whole by one rank, which is not counted here.
 """
 
 from relora_ds.config import ReLoRAConfig

@@ -54,10 +54,10 @@ class Link:
         return self._largest("all_reduce")
 
     def wire_per_second(self, stage: int) -> float:
-        """At the largest size, of the collectives of a ZeRO stage; gloo's gathers are slower than its reductions.
+        """Return bytes per second at the largest size, of the collectives of a ZeRO stage.
 
-        Stage 0 reduces; an all_reduce sends twice the bytes of the gather that follows it at stages 1 and 2; stage 3
-        scatters and gathers.
+        gloo's gathers are slower than its reductions. Stage 0 reduces; an all_reduce sends twice the bytes of the
+        gather that follows it at stages 1 and 2; stage 3 scatters and gathers.
         """
         reduces, gathers = self._largest("all_reduce"), self._largest("all_gather")
         both = 3 / (2 / reduces + 1 / gathers)

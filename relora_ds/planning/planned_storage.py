@@ -46,17 +46,17 @@ class PlannedStorage:
 
     @property
     def num_bytes(self) -> int:
-        """Of all of them, whole."""
+        """Bytes of all of them, whole."""
         return sum(stored.num_bytes for stored in self.all)
 
     @property
     def sharded_bytes(self) -> int:
-        """Of those that ZeRO-3 shards, whole."""
+        """Bytes of those that ZeRO-3 shards, whole."""
         return sum(stored.num_bytes for stored in self.all if stored.sharded)
 
 
 def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, stage: int) -> PlannedStorage:
-    """How the frozen weights of `shapes` are stored. relora: of the method; None for one without low-rank layers."""
+    """Return how the frozen weights of `shapes` are stored. relora: the method's; None without low-rank layers."""
     frozen = tuple(Stored(size, ELEMENT_SIZE[precision], stage == 3) for size in shapes.frozen)
     if relora is None:
         return PlannedStorage({}, frozen, with_masters=False)

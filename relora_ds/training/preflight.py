@@ -60,12 +60,12 @@ class Resolved:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """ZeRO stage, 0 to 3."""
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
     @property
     def relora(self) -> ReLoRAConfig | None:
-        """Of the low-rank layers over frozen weights; None where there are no such weights."""
+        """Configuration of the low-rank layers over frozen weights; None where there are no such weights."""
         method = method_of(self.recipe)
         return method.relora if method.has_base else None
 

@@ -3,7 +3,7 @@
 That command may say `overwrite=true`, or nothing about a run that exists already. Taken at its word, the second start
 would delete what the first one has saved, or refuse it.
 
-torchrun also repeats a start that was refused. Such a repetition continues nothing: it must not go on with the very run
+torchrun also repeats a start that was refused. Such a repetition continues nothing: it must not resume the very run
 that it was refused for. So a refused first start leaves a mark in torchrun's log directory of that attempt.
 """
 

@@ -40,7 +40,7 @@ _RUN = {
         r"latest(\..+\.tmp)?|\.[0-9a-f-]{36}_rank_\d+": None,
         r"tokenizer": _TOKENIZER,
         r"replaced": {r"step_\d{8,}(\.\d+)?": _CHECKPOINT},  # what a run went back behind
-        r"\.?step_\d{8,}(\.\w+)*": _CHECKPOINT,  # also one that is being written, deleted or was put aside
+        r"\.?step_\d{8,}(\.\w+)*": _CHECKPOINT,  # also one that is being written, deleted or was renamed
     },
     r"export": {
         r"README\.md(\..+\.tmp)?|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,

@@ -58,7 +58,7 @@ class Claim:
             raise
 
     def begin(self) -> None:
-        """From now on the directory is this run's. Delete the run that is to be overwritten."""
+        """Make the directory this run's: delete the run that is to be overwritten."""
         self._has_begun = True
         if self._overwrite:
             run_contents.delete(self._run_dir)
@@ -88,7 +88,7 @@ class Claim:
                     "run is there now; resume the moved one under its new name"
                 )
             logger.warning(
-                "run_dir: %s was moved or deleted while its run trained; the run goes on in a new directory "
+                "run_dir: %s was moved or deleted while its run trained; the run continues in a new directory "
                 "of that name",
                 self._run_dir,
             )
@@ -218,7 +218,7 @@ def _mixed(recipe: Recipe, foreign: Sequence[str]) -> str:
 
 def _no_run(recipe: Recipe, foreign: Sequence[str]) -> str:
     return (
-        f"run_dir: {recipe.run_dir} exists and holds something that is no run of relora_ds ({_some(foreign)}); "
+        f"run_dir: {recipe.run_dir} exists and holds something that is not a run of relora_ds ({_some(foreign)}); "
         "neither resume=auto nor overwrite=true touches it: choose another one"
     )
 

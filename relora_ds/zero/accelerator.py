@@ -18,7 +18,7 @@ _REMEDY = (
 
 
 def is_cuda() -> bool:
-    """Whether ranks compute on CUDA devices."""
+    """Return whether ranks compute on CUDA devices."""
     return _name() == "cuda"
 
 
@@ -33,12 +33,12 @@ def device_of_rank() -> torch.device:
 
 
 def computes_bf16() -> bool:
-    """Whether the ranks of this machine have GPUs that compute in bf16. The same answer on all of them."""
+    """Return whether the ranks of this machine have GPUs that compute in bf16. The same answer on all of them."""
     return is_cuda() and _without_bf16() is None
 
 
 def problems() -> list[str]:
-    """Why the ranks of this machine cannot compute on its devices, one line with its remedy; usually nothing."""
+    """Return why the ranks of this machine cannot compute on its devices, one line with its remedy; usually nothing."""
     chosen = os.environ.get("DS_ACCELERATOR", "")
     if chosen and chosen not in SUPPORTED:  # DeepSpeed cannot even be imported where its packages are missing
         return [_unsupported(chosen)]
@@ -57,7 +57,7 @@ def problems() -> list[str]:
 
 
 def precision_problems(precision: str) -> list[str]:
-    """Why this machine cannot compute in `precision`: a GPU older than bf16. A CPU computes in all of them."""
+    """Return why this machine cannot compute in `precision`: a GPU older than bf16. A CPU computes in all of them."""
     if precision != "bf16" or not is_cuda() or (device := _without_bf16()) is None:
         return []
     major, minor = torch.cuda.get_device_capability(device)
@@ -68,7 +68,7 @@ def precision_problems(precision: str) -> list[str]:
 
 
 def rank_problems(ranks: int) -> list[str]:
-    """Why so many ranks cannot compute on this machine: it has GPUs, but too few."""
+    """Return why so many ranks cannot compute on this machine: it has GPUs, but too few."""
     gpus = torch.cuda.device_count()
     if gpus == 0 or ranks <= gpus:
         return []

@@ -1,6 +1,6 @@
 """The plain model inside an engine: every weight in fp32, updates merged, under the names of an unwrapped model.
 
-The switch from the warm start, the export and `save_merged` all start from here.
+The phase transition, the export and `save_merged` all start from here.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping

@@ -1,6 +1,6 @@
 """The state of an engine that is no tensor: counters, the schedule, Adam's steps and fp16's loss scale.
 
-It says nothing about ZeRO stages or ranks: an engine of another stage and world size goes on from it.
+It says nothing about ZeRO stages or ranks: an engine of another stage and world size can resume from it.
 """
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")

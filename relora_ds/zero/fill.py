@@ -128,7 +128,7 @@ class _Unfilled:
         return lambda piece, start: parameter.data.view(-1)[start : start + piece.numel()].copy_(piece)
 
     def _dtype(self, tensor: PlainTensor) -> torch.dtype:
-        """In which a tensor is sent."""
+        """Return the dtype in which a tensor is sent."""
         if tensor.name in self._layers:
             return torch.float32
         like = self._buffers[tensor.name] if tensor.name in self._buffers else self._parameters[tensor.name]

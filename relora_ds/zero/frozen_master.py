@@ -48,7 +48,7 @@ class FrozenWeights:
         layers: the wrapped layers, by name; those without a base weight are left out.
         relora: says how weights are stored and where masters live; None for a model without layers.
         precision: of the run.
-        stage: of ZeRO.
+        stage: ZeRO stage, 0 to 3.
         device: that this rank computes on.
 
     Attributes:
@@ -114,7 +114,7 @@ class FrozenWeights:
             return self.dequantize(name, weight.detach().to(device, copy=True)) if mine else None
 
     def keep(self, name: str, value: Tensor) -> None:
-        """On the owner: make `value`, fp32, the new master. What `masters.hold` gave out stays as it is."""
+        """Make `value`, fp32, the new master, on the owner. What `masters.hold` gave out stays as it is."""
         if self.with_masters:
             self.masters.put(name, value)
 
@@ -125,7 +125,7 @@ class FrozenWeights:
         return self.format.quantize(value, self.dtype)
 
     def can_store(self, value: Tensor) -> Tensor:
-        """Whether an fp32 weight is finite and stays so in its stored copy (fp16 ends at 65504): a bool scalar."""
+        """Return whether an fp32 weight is finite, and its stored copy too (fp16 ends at 65504): a bool scalar."""
         return torch.isfinite(value.to(self.format.floating_dtype(self.dtype) or value.dtype)).all()
 
     def dequantize(self, name: str, stored: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class FrozenWeights:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 shards the parameter."""
+    """Return whether ZeRO-3 shards the parameter."""
     return hasattr(parameter, "ds_tensor")
 
 

@@ -89,6 +89,6 @@ def export_config(config):
 
 
 def own_generation_config(module: nn.Module) -> bool:
-    """Whether a model brought settings for generation with it, rather than having them made up from its config."""
+    """Return whether a model came with settings for generation, rather than with some made of its config."""
     settings = getattr(module, "generation_config", None)
     return settings is not None and not settings._from_model_config

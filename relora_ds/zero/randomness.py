@@ -1,7 +1,7 @@
 """The random numbers that a training forward draws.
 
 They come from seeds of their own, so that a step draws the same after a resume, and the program's generators are as
-before when forward returns or raises: samplers, shuffles and augmentation go on as if no forward had drawn.
+before when forward returns or raises: samplers, shuffles and augmentation draw as if no forward had drawn.
 
 What decides *which* code runs must be equal on all ranks: with LayerDrop drawn per rank, they would gather and reduce
 different layers and wait for each other for good. What decides *values* must differ: with equal dropout masks, the

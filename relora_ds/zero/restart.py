@@ -274,7 +274,7 @@ def _require_finite(
 def _can_merge(
     frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor, *, with_all: bool
 ) -> Tensor:
-    """Whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
+    """Return whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
     if with_all:
         return frozen.can_store(_merged(frozen, name, base, lora_A, lora_B, "")[0])
     return frozen.can_store(frozen.layers[name].add_update_(base, lora_A, lora_B))

@@ -40,7 +40,7 @@ def problems(manifest: Manifest, engine) -> list[str]:
     if engine.frozen.layers and not (storage.with_masters or storage.exact or storage.same_bytes(current)):
         found.append(
             f"relora.frozen_dtype was {storage}, is {current}, and without fp32 masters (frozen_master: none) "
-            "what was rounded once would be rounded again; go on as it was begun"
+            "what was rounded once would be rounded again; resume with the format of the checkpoint"
         )
     return found
 

@@ -54,7 +54,7 @@ class ReLoRAScheduler:
         )
 
     def is_scheduled(self, t: int) -> bool:
-        """Whether the calendar has a restart directly after step `t`."""
+        """Return whether the calendar has a restart directly after step `t`."""
         every = self.config.restart_every
         return 0 < t < self.config.total_steps and t % every == 0 if every else False
 

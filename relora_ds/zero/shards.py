@@ -276,7 +276,7 @@ class ShardView:
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
-        """Set a parameter to `value`, which every rank holds: master and forward's copy, together.
+        """Set a parameter to `value`, which every rank holds: master and model weights, together.
 
         Writing only one of them is the classic mistake: the master alone leaves one step on the old
         value, the copy alone is undone by the next step. Collective in effect, but nothing is sent.
@@ -366,6 +366,6 @@ class ShardView:
 
 
 def _step_device(inner: torch.optim.Optimizer, flat: Tensor) -> torch.device:
-    """Where torch's Adam keeps `step`: on the host unless it is fused or capturable."""
+    """Return where torch's Adam keeps `step`: on the host unless it is fused or capturable."""
     fused = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
     return flat.device if fused else torch.device("cpu")

@@ -90,13 +90,13 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
         first = names[int(wrong.nonzero()[0])]
         raise RuntimeError(
             f"restart: the ranks do not agree on {first}, or its master and stored copy differ; "
-            "training cannot go on from here. Resume from the last checkpoint and report this"
+            "training cannot continue from here. Resume from the last checkpoint and report this"
         )
     return hashlib.sha256(common.numpy().tobytes()).hexdigest()[:16]
 
 
 def _is_stale(shards: ShardView, name: str) -> Tensor:
-    """Whether this rank's master of a LoRA factor is not what forward reads: a bool scalar."""
+    """Return whether this rank's master of a LoRA factor is not what forward reads: a bool scalar."""
     shard = shards[name]
     piece, start = shards.forward_copy(name)
     seen = piece[shard.start - start : shard.stop - start]

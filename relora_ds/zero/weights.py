@@ -121,7 +121,7 @@ def plain_tensors(model: nn.Module) -> list[PlainTensor]:
 
 
 def problems(source: WeightSource, model: nn.Module) -> list[str]:
-    """Why `source` does not have what `model` consists of.
+    """Return why `source` does not have what `model` consists of.
 
     The factors of low-rank layers need not be in it: they begin as they do after wrapping. Of a low-rank layer without
     a base, it may have the weight that the layer replaced.
@@ -153,7 +153,7 @@ def problems(source: WeightSource, model: nn.Module) -> list[str]:
 
 
 def _unreadable(source: WeightSource) -> list[str]:
-    """Why no rank could read a tensor of a source."""
+    """Return why no rank could read a tensor of a source."""
     ranks = dist.get_world_size()
     absent = [name for name, owner in (source.owners or {}).items() if owner not in range(ranks)]
     return (

@@ -78,7 +78,7 @@ def test_prune_does_not_count_what_is_damaged_or_a_copy(copy, capsys):
     [
         (["prune", "RUN"], "--keep-last: None would leave no checkpoint"),
         (["prune", "RUN", "--keep-last", "0"], "--keep-last: 0 would leave no checkpoint"),
-        (["prune", "RUN", "--keep-last", "1", "--keep-every", "0"], "--keep-every: 0 is no number of steps"),
+        (["prune", "RUN", "--keep-last", "1", "--keep-every", "0"], "--keep-every: 0 is not a number of steps"),
         (["prune", "RUN/checkpoints/step_00000008", "--keep-last", "1"], "is a checkpoint; name the run"),
         (["list", "RUN/nowhere"], "it has no checkpoint"),
     ],

@@ -16,9 +16,11 @@ def markdown() -> str:
 
 
 def _section(name: str, thing) -> str:
-    parts = [f"## {name}", _block("python", _signature(name, thing)), _text(inspect.getdoc(thing) or "")]
+    about, raises, errors = _text(inspect.getdoc(thing) or "").partition("**Raises**")
     if dataclasses.is_dataclass(thing):
-        parts.append("\n".join(f"- `{field}`: {' '.join(text.split())}" for field, text in explanations(thing).items()))
+        fields = [f"- `{field}`: {' '.join(text.split())}" for field, text in explanations(thing).items()]
+        about += "\n".join(["**Args**", "", *fields, "", ""]).replace("null =", "None =")
+    parts = [f"## {name}", _block("python", _signature(name, thing)), about + raises + errors]
     if inspect.isclass(thing):
         for method, function in _own_methods(thing).items():
             parts += [
@@ -43,15 +45,24 @@ def _signature(name: str, thing) -> str:
     except (TypeError, ValueError):
         return name
     parameters = list(signature.parameters.values())
-    if inspect.isclass(thing) and any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return f"class {name}"  # made by others: the arguments are those of its base
-    shown = [str(one.replace(annotation=_plain(one.annotation))).replace("typing.", "") for one in parameters]
+    if inspect.isclass(thing) and (
+        "__init__" not in vars(thing) or any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    ):
+        return f"class {name}({thing.__base__.__name__})"  # with the arguments of its base
+    parameters = [one for one in parameters if one.name != "self"]
+    shown = [_short(str(one.replace(annotation=_plain(one.annotation)))) for one in parameters]
     if (first := next((i for i, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY), None)) is not None:
         shown.insert(first, "*")
     line = f"{name}({', '.join(shown)})"
     if len(line) > 100:
         line = f"{name}(\n" + textwrap.indent(",\n".join(shown), "    ") + ",\n)"
     return line
+
+
+def _short(parameter: str) -> str:
+    """Return a parameter without the modules of its types; torch's are named as they are imported."""
+    parameter = parameter.replace("torch.nn.modules.module.", "torch.nn.")
+    return re.sub(r"\b(?:relora_ds(?:\.\w+)*|typing|collections\.abc|pathlib)\.(?=[A-Z])", "", parameter)
 
 
 def _plain(annotation: object) -> object:
@@ -63,20 +74,20 @@ def _plain(annotation: object) -> object:
 
 def _text(docstring: str) -> str:
     """Return a docstring in Markdown: the entries of `Args:` and the like as lists."""
-    lines, in_section = [], False
+    lines, in_section, has_entries = [], False, False
     for line in docstring.splitlines():
         if re.fullmatch(r"(Args|Returns|Raises|Attributes|Args, Returns):", line):
-            in_section = True
+            in_section, has_entries = True, line != "Returns:"
             lines += [f"**{line.removesuffix(':')}**", ""]
         elif not line.strip():
             lines.append("")
         elif not line.startswith(" "):
-            in_section = False
+            in_section = has_entries = False
             lines.append(line)
-        elif in_section and (entry := re.fullmatch(r" {4}([\w, ]+): (.*)", line)):
+        elif has_entries and (entry := re.fullmatch(r" {4}(\w[\w, ]*): (.*)", line)):
             lines.append(f"- `{entry[1]}`: {entry[2]}")
         else:
-            lines.append(line if not in_section else f"  {line.strip()}")
+            lines.append(f"  {line.strip()}" if has_entries else line.strip() if in_section else line)
     return "\n".join(lines)
 
 

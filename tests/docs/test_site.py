@@ -78,6 +78,15 @@ def test_every_link_leads_somewhere(site):
     assert len(pages) > 20
 
 
+def test_examples_are_shown_whole(site):
+    """A formatter once took the line that includes a file for Python."""
+    index = (site / "search/search_index.json").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").iterdir():
+        if path.is_file():
+            first, second, *_ = path.read_text(encoding="utf-8").splitlines()
+            assert (second if first.startswith("#!") else first).strip('"# ') in index, path
+
+
 def test_nothing_is_loaded_from_other_servers(site):
     for path in site.rglob("*.html"):
         loads = [one for one in _Page(path).loads if re.match(r"(https?:)?//", one)]

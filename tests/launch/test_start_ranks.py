@@ -113,7 +113,7 @@ def test_the_ranks_are_asked_to_end_where_the_launch_script_was_killed(tmp_path)
 
 def test_no_ranks_are_refused(tmp_path):
     code, printed = run(*START, "--ranks", 0, script(tmp_path, ""))
-    assert code == 2 and "--ranks: 0 is no number of ranks; use 1 or more" in printed
+    assert code == 2 and "--ranks: 0 is not a number of ranks; use 1 or more" in printed
 
 
 def test_the_ranks_notice_that_it_was_killed(tmp_path):

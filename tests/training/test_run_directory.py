@@ -167,7 +167,7 @@ def others(tmp_path: Path, kind: str) -> Path:
 def test_our_names_with_other_contents_are_not_ours(tmp_path, refused, kind, how):
     directory = others(tmp_path, kind)
     printed = refused(directory, f"run_dir={directory}", how)
-    assert "holds something that is no run of relora_ds" in printed
+    assert "holds something that is not a run of relora_ds" in printed
 
 
 def test_files_beside_a_run_do_not_keep_it_from_resuming(a_run, tmp_path):

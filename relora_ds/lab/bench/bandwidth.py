@@ -86,7 +86,7 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank: all variants."""
+    """Measure all variants. Collective."""
     rows = []
     for spec in _specs(arguments):
         rows.append(
@@ -179,7 +179,7 @@ def markdown(result: dict) -> str:
             "stage",
             "micro-steps",
             "frozen weights",
-            "sent by a rank",
+            "sent per rank",
             "of full rank",
             "reduced",
             "gathered",

@@ -177,7 +177,7 @@ def without_corpus(resolved: Resolved, config: PretrainedConfig) -> Plan:
 
 
 def flops_per_token(spec: Spec) -> float:
-    """Of forward and backward, recomputed activations not counted; storage formats change nothing."""
+    """Return the FLOPs of forward and backward, without recomputed activations; storage formats change nothing."""
     from relora_ds.methods import method_of
     from relora_ds.planning import link
     from relora_ds.planning.network import network_of, shapes_of
@@ -231,7 +231,7 @@ def step(engine, spec: Spec, number: int, clock: Callable[[], float] = time.perf
 
 
 def seconds_of_steps(engine, spec: Spec, number: int, count: int) -> float:
-    """Of one of `count` optimizer steps in a row. A device is waited for at the end of all, as in training."""
+    """Return the seconds of one of `count` optimizer steps in a row. Waits for the device once, after the last."""
     batches = [tokens for i in range(count) for tokens in _micro_batches(spec, number + i, engine.device)]
     started = synchronized()
     for tokens in batches:

@@ -32,7 +32,7 @@ def remark_on_seeds(made: dict) -> str | None:
     if version is None or tuple(int(part) for part in version.split(".")[:3]) >= _SAME_SEEDS_SINCE:
         return None
     since = ".".join(map(str, _SAME_SEEDS_SINCE))
-    return f"Initial weights drawn as before relora_ds {since}: the same seed gives other values now."
+    return f"Measured with an earlier version: since relora_ds {since} the same seed gives other initial weights."
 
 
 def rows_as_markdown(rows: list[list[str]]) -> str:

@@ -277,7 +277,7 @@ def _setting(spec: Spec, world_size: int) -> dict:
 
 
 def _lacking(spec: Spec) -> str | None:
-    """Why this machine cannot run it: an optional library, a compiler."""
+    """Return why this machine cannot run it: an optional library, a compiler."""
     if spec.is_peft and importlib.util.find_spec("peft") is None:
         return "peft is missing; pip install peft"
     if "nf4" in spec.variant and (reason := format_named("nf4").unavailable()):

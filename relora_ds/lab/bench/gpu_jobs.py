@@ -20,7 +20,7 @@ from relora_ds.lab.bench.baselines import Spec
 
 
 def machine() -> dict:
-    """On what all is measured: the conditions, the GPUs, and what a large product in bf16 reaches."""
+    """Return the conditions of the measurements, the GPUs, and the FLOP/s of a large product in bf16."""
     from relora_ds.lab.bench.environment import environment_info
     from relora_ds.lab.bench.throughput import measured_peak_flops
 

@@ -1,14 +1,14 @@
-"""How much memory of a host its ranks take while an engine is built, and at the switch from one engine to the next.
+"""How much memory of a host its ranks take while an engine is built, and at the phase transition.
 
-The engine of a full-rank warm start is built, then the switch to the low-rank phase is made, as the trainer makes it;
-no step is taken. Each combination runs in processes of its own, whose libraries are loaded and warm before.
+The engine of a full-rank warm start is built and handed over to that of the low-rank phase, as in the trainer; no step
+is taken. Each combination runs in processes of its own, whose libraries are loaded and warm before.
 
     peak    the most that was resident, less what was resident before, summed over the ranks. Ranks need not have theirs
             at the same time: the host's own peak is this or less.
     state   what is resident afterwards: the engine.
 
 Where the device is the CPU, the engine's state is on the host too, and each rank has its own. What the build itself
-costs is the peak less the state (at the switch: the larger one of the two engines' states).
+costs is the peak less the state (at the transition: the larger one of the two engines' states).
 """
 
 import argparse
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank."""
+    """Measure on this rank. Collective."""
     from relora_ds.training.phases import build_engine, hand_over
     from relora_ds.zero.teardown import release
 
@@ -173,7 +173,7 @@ def markdown(result: dict) -> str:
             "state",
             "fp32 copies besides",
             "time",
-            "switch: peak",
+            "transition: peak",
             "state",
             "fp32 copies besides",
             "time",

@@ -245,7 +245,7 @@ def _timed_on_cuda(call: Callable[[], object], num_calls: int = 10) -> float:
 
 
 def _speeds(times: dict[str, list[float]], other: str) -> dict[str, float]:
-    """Of every layer: the median of `other`'s time / its own, measured one after the other."""
+    """Return for every layer the median of `other`'s time / its own, measured one after the other."""
     return {
         name: statistics.median(theirs / own for theirs, own in zip(times[other], values, strict=True))
         for name, values in times.items()

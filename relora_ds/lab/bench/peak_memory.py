@@ -167,7 +167,7 @@ def _in_a_process(spec: Spec, device: str) -> dict:
 
 
 def measure(spec: Spec) -> dict:
-    """In this process, which measures nothing else."""
+    """Measure in this process, which measures nothing else."""
     from relora_ds.lowrank.wrap import count_parameters
     from relora_ds.training.terminal import quieten_libraries
     from relora_ds.zero.teardown import release

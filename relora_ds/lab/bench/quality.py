@@ -2,7 +2,7 @@
 
 Every run is `python -m relora_ds train` with its own directory under `--runs`: the same tokens in the same order, the
 same warm start, five restarts. What differs is `relora.frozen_dtype` and `frozen_master`. A run that is finished is
-not repeated, so that an interrupted comparison goes on where it was.
+not repeated, so that an interrupted comparison resumes where it was.
 
 The precision is fp32 (where the frozen weights are dequantized to), so that nothing but the storage rounds; bf16
 storage in an fp32 run is the reference. Pass `precision=bf16` on a GPU for runs that also compute in bf16.
@@ -136,7 +136,7 @@ class _Run:
         return True
 
     def train(self, threads: int) -> str | None:
-        """Why it failed, or None."""
+        """Return why it failed, or None."""
         log = self.runs / f"{self.directory.name}.log"
         with open(log, "w", encoding="utf-8") as output:
             code = subprocess.run(

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank."""
+    """Measure on this rank. Collective."""
     rows = []
     for spec in _specs(arguments):
         rows.append(
@@ -135,7 +135,7 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def time_restarts(spec: Spec, tokens_per_step: int, restarts: int) -> dict:
-    """On every rank: seconds of each pause, with and without the drift, of a step, and the bytes of one restart."""
+    """Return the seconds of each pause, with and without the drift, and of a step; bytes of a restart. Collective."""
     from relora_ds.training.probe import SEQUENCES, drift_probe
     from relora_ds.zero.teardown import release
     from relora_ds.zero.traffic import count_traffic, time_collectives
@@ -191,7 +191,7 @@ def markdown(result: dict) -> str:
             "one step",
             "pause / step",
             *(f"share at {every:,}" for every in EVERY),
-            "sent by a rank",
+            "sent per rank",
         ]
     ]
     for row in result["rows"]:

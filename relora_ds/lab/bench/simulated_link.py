@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-INTERFACE = "cable"  # what the end of the link is called, on both hosts
+INTERFACE = "link0"  # the name of its end, on both hosts
 _BURST_S = 0.001  # of the token bucket: what may pass at once, a thousandth of a second's bytes
 
 

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank: all variants at all sizes."""
+    """Measure all variants at all sizes. Collective."""
     shared = {name: getattr(arguments, name) for name in SHARED}
     device = _device()
     rows = []
@@ -138,7 +138,7 @@ class TimedVariant:
         return step(self._engine, self.spec, self._number, clock)
 
     def seconds_of_a_step(self) -> float:
-        """Of some steps in a row."""
+        """Return the seconds of one of some steps in a row."""
         count = STEPS_AT_A_TIME[_device()]
         self._number += count
         return seconds_of_steps(self._engine, self.spec, self._number, count)
@@ -204,7 +204,7 @@ def _device() -> str:
 
 
 def _parts(variant: TimedVariant) -> dict[str, float]:
-    """Of a step in which every part and every collective of DeepSpeed's is waited for."""
+    """Return the seconds of the parts of a step that waits for every part and every collective of DeepSpeed."""
     from relora_ds.zero.traffic import time_collectives
 
     with time_collectives() as spent:  # with a clock that stands still in collectives

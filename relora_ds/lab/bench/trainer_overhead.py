@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """On every rank."""
+    """Measure on this rank. Collective."""
     import torch
     import torch.distributed as dist
 

@@ -223,7 +223,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def measure(shared: dict) -> Iterator[dict]:
-    """On every rank: a row for every variant on every shape.
+    """Return a row for every variant on every shape. Collective.
 
     PEFT and ours take their steps in turns where they train the same. Full rank stays alone: in one memory with it, the
     others' steps change by half from one to the next.
@@ -297,7 +297,7 @@ class _TimedVariant:
 
 
 def _sent_bytes() -> int:
-    """By this host over the link, headers and acknowledgements included; 0 where there is none of that name."""
+    """Return the bytes that this host has sent over the link, headers included; 0 where there is no such link."""
     path = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
     return int(path.read_text()) if path.is_file() else 0
 
@@ -336,7 +336,7 @@ def _seconds(shown: list[dict]) -> list[list[str]]:
 
 
 def _gains(shown: list[dict], full: dict[tuple, dict]) -> list[list[str]]:
-    """How often full rank's bytes, communication and step contain this one's; the last beside the best it can be."""
+    """Return full rank's bytes, communication and step over this one's; the last beside its upper bound."""
     rows = [["shape", "link", "variant", "bytes", "communication", "of bytes", "step", "step at full rate", "of that"]]
     for row in shown:
         base = full.get((row["shape"], row["rate"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; a run may still go on")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; a run may still train")
     parser.add_argument(
         "--out",
         type=Path,

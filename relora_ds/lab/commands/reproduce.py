@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             return DONE
         failures = runner.train_all(list(wanted.values()), results, arguments.jobs, _say)
     except Preempted:
-        print(f"stopped; the same command goes on in {arguments.runs}", file=sys.stderr)
+        print(f"stopped; the same command resumes in {arguments.runs}", file=sys.stderr)
         return PREEMPTED
     for suite in suites:
         for path in suite_report.write(suite, runs[suite.name], results, runner.directory, _has_matplotlib()):

@@ -82,7 +82,7 @@ def _as_text(result: dict) -> list[str]:
 
 
 def _rank(about: dict) -> str:
-    """Where only the largest singular values are known, the rank may be more than they are."""
+    """Return where only the largest singular values are known, the rank may be more than they are."""
     num_known = min(map(len, about["singular_values"]))
     at_least = "" if about["is_exact"] or about["numerical_rank"] < num_known else ">= "
     return f"{at_least}{about['numerical_rank']:g}"

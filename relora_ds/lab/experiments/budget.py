@@ -35,7 +35,7 @@ class Line:
 
     @property
     def hours(self) -> float | None:
-        """Of what is left, one run at a time."""
+        """Hours of what is left, one run at a time."""
         return None if self.tokens_per_s is None else self.tokens_left / self.tokens_per_s / 3600
 
 

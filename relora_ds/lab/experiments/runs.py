@@ -51,7 +51,7 @@ class Run:
 
     @classmethod
     def of(cls, row: Row, seed: int, overrides: Sequence[str] = ()) -> "Run":
-        """Of a row with more overrides. RecipeError where they are wrong."""
+        """Return the run of a row with more overrides. Raise RecipeError where they are wrong."""
         overrides = (*row.overrides, *overrides, f"seed={seed}")
         recipe = load_recipe(row.recipe, overrides)
         digest = hashlib.sha256(json.dumps(_settings(recipe), sort_keys=True).encode()).hexdigest()[:10]
@@ -122,7 +122,7 @@ class Runner:
             return [failure for failure in pool.map(train, runs) if failure]
 
     def train(self, run: Run) -> str | None:
-        """Train it, or go on with it; returns why it failed, or None.
+        """Train it, or resume it; returns why it failed, or None.
 
         Raises:
             Preempted: it was told to stop; what was running has saved itself.
@@ -133,7 +133,7 @@ class Runner:
         if status.get("state") == "done":
             return None
         if self.stopping.is_set() or status.get("state") == "preempted" or code == PREEMPTED:
-            self.stop()  # whoever told this one meant all
+            self.stop()  # the signal was for all
             raise Preempted(f"{run.name} was stopped")
         return f"{run.name} ({run.row.name}): {status.get('reason') or reason(directory, code)}; see {directory}.log"
 
@@ -182,7 +182,7 @@ class Runner:
 
 
 def reason(directory: Path, code: int) -> str:
-    """Why the last command in a run's log ended: the error it printed, with its indented lines, or its exit code."""
+    """Return why the last command in a run's log ended: the error that it printed, or its exit code."""
     log = Path(f"{directory}.log").read_text(encoding="utf-8", errors="replace")
     errors = re.findall(r"^error: (.*(?:\n[ \t].*)*)", log.rpartition(COMMAND)[2], re.MULTILINE)
     return errors[-1] if errors else f"exit code {code}"
@@ -245,7 +245,7 @@ def result_of(run: Run, directory: Path) -> dict:
 
 
 def _spectrum(directory: Path, switch: int | None) -> dict | None:
-    """Of the update since the warm start, or since the oldest checkpoint that is kept.
+    """Return the spectrum of the update since the warm start, or since the oldest checkpoint that is kept.
 
     None where there is none, or none that leaves out the warm start, which ends at step `switch`.
     """
@@ -270,7 +270,7 @@ def _first_updates(train: list[dict]) -> float | None:
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
-    """At most NUM_POINTS, each the mean of as many neighbours."""
+    """Return at most NUM_POINTS values, each the mean of as many neighbours."""
     size = -(-len(points) // NUM_POINTS)
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [

@@ -116,14 +116,14 @@ def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
         "validation loss": lambda row: spread(row.losses),
         "perplexity": lambda row: f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
         "loss against the reference": lambda row: _against(row, reference),
-        "at the switch": lambda row: _mean(row, "loss_at_switch", "{:.3f}"),
+        "at the transition": lambda row: _mean(row, "loss_at_switch", "{:.3f}"),
         "restarts": lambda row: str(row.results[0]["restarts"]),
         "first updates": lambda row: _mean(row, "first_updates", "{:.3g}", max),
         "rank of the update": lambda row: _rank(row),
         "trainable": lambda row: human_count(row.results[0]["trainable_parameters"]),
         "all": lambda row: human_count(row.results[0]["total_parameters"]),
         "tokens": lambda row: human_count(row.results[0]["tokens"]),
-        "sent by a rank": lambda row: human_bytes(row.results[0]["bytes_wire"]) if row.results[0]["bytes_wire"] else "",
+        "sent per rank": lambda row: human_bytes(row.results[0]["bytes_wire"]) if row.results[0]["bytes_wire"] else "",
         "hours": lambda row: f"{sum(one['seconds'] for one in row.results) / len(row.results) / 3600:.2f}",
         **{f"paper, {size}": partial(_of_paper, size) for size in papers},
     }
@@ -172,7 +172,7 @@ def _printed(value: float | str | None) -> str:
 
 
 def _best(rows: list[Measured]) -> list[str]:
-    """Of every sweep at equal tokens, each group's best value."""
+    """Return each group's best value in every sweep at equal tokens."""
     told = []
     for axis in dict.fromkeys(row.row.axis for row in rows if row.row.axis):
         if len({row.results[0]["tokens"] for row in rows if row.row.axis == axis}) > 1:
@@ -207,7 +207,7 @@ def remarks_on_seeds(rows: list[Measured]) -> list[str]:
 
 
 def curves(rows: list[Measured]) -> dict[str, list[dict]]:
-    """For the figures of losses over tokens: finished runs' training and validation curves by row, sweeps left out."""
+    """Return the training and validation curves of finished runs by row, without sweeps."""
     return {
         row.row.name: [{key: one[key] for key in ("seed", "train_curve", "curve")} for one in row.results]
         for row in rows
@@ -216,7 +216,7 @@ def curves(rows: list[Measured]) -> dict[str, list[dict]]:
 
 
 def sweeps(rows: list[Measured]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
-    """For the figures of sweeps: `{axis: {group: [(value, losses by seed)]}}`."""
+    """Return `{axis: {group: [(value, losses by seed)]}}`."""
     found: dict[str, dict[str, list]] = {}
     for row in rows:
         if row.row.axis and row.row.group:

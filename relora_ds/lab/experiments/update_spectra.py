@@ -86,7 +86,7 @@ def measure(sources: Sequence[Path], before: str | None = None, trust_remote_cod
 
 
 def window_of(source: Path, before: str | None = None) -> Window:
-    """Which update of a run is measured.
+    """Return which update of a run is measured.
 
     By default it begins at the end of the warm start. Where that checkpoint is not kept: of a run that never restarted
     it is all of `s·B·A`, of another one it begins at the oldest checkpoint. Arguments and errors: see `measure`.
@@ -202,7 +202,7 @@ def _update(before: OpenModel | None, after: OpenModel, layer: str) -> Tensor:
 
 
 def _summary(spectra: list[Spectrum]) -> dict:
-    """Of the matrices of one kind."""
+    """Summarize the matrices of one kind."""
     effective = [one.effective_rank for one in spectra if one.effective_rank is not None]
     below = [one.count_below() for one in spectra]
     return {

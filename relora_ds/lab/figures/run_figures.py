@@ -18,7 +18,7 @@ def plot_runs(directories: Sequence[Path], out: Path) -> list[Path]:
     """Draw these runs into `out`, a folder that is made if it is missing; returns the files, index.html first.
 
     Raises:
-        ValueError: a directory is no run, or has nothing to draw yet.
+        ValueError: a directory is not a run, or has nothing to draw yet.
     """
     runs = read_runs(directories)
     light, dark = ({name: png(figure) for name, figure in draw(runs, theme).items()} for theme in (LIGHT, DARK))

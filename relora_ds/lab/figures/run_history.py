@@ -1,4 +1,4 @@
-"""What a run left behind, as columns that can be drawn. A run that still goes on, or failed, is one too."""
+"""What a run left behind, as columns that can be drawn. A run that still trains, or failed, is one too."""
 
 import logging
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
     """Return the runs in these directories, each once.
 
     Raises:
-        ValueError: for a directory that is no run, or whose run has not logged a training step.
+        ValueError: for a directory that is not a run, or whose run has not logged a training step.
     """
     paths = list(dict.fromkeys(directory.resolve() for directory in directories))
     return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]

@@ -51,7 +51,7 @@ def rc(theme: Theme) -> dict:
 
 
 def colour(theme: Theme, index: int) -> str:
-    """Of run number `index`."""
+    """Return the colour of run number `index`."""
     return theme.runs[index % len(theme.runs)]
 
 
@@ -77,7 +77,7 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def is_smoothed(values: np.ndarray) -> bool:
-    """Whether there are enough points for `smoothed` to change them."""
+    """Return whether there are enough points for `smoothed` to change them."""
     return len(values) >= 20
 
 

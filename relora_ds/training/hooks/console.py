@@ -84,7 +84,7 @@ class Console(Hook):
     def on_checkpoint(self, run: RunState, written: Written) -> None:
         if written.error is not None:
             self._terminal.warn(
-                f"the checkpoint after step {written.step} failed: {written.error}; training goes on, and the "
+                f"the checkpoint after step {written.step} failed: {written.error}; training continues, and the "
                 "checkpoints before it stay"
             )
         else:

@@ -1,4 +1,4 @@
-"""Notices a run that stands still, says which rank it waits for, and ends it.
+"""Notices a run that makes no progress, says which rank it waits for, and ends it.
 
 A rank that hangs leaves the others waiting in a collective until a timeout, of which NCCL's ends the process without a
 word. So each rank has a thread that tells the others, over the store that they met at, how far its rank has come.
@@ -28,7 +28,7 @@ from relora_ds.training.owned_directory import OwnedDirectory
 from relora_ds.training.state import RunState
 from relora_ds.zero.start import set_timeouts
 
-_LAST_WORDS_S = 10  # for what is said at the end: the disk or the terminal may be what stands still
+_LAST_WORDS_S = 10  # for what is said at the end: the disk or the terminal may be what hangs
 _GRACE_S = 30  # from the death of the store to the end: collectives that fail on their own say more
 
 
@@ -58,7 +58,7 @@ class Watchdog:
         self._said, self._asked = self._store(), self._store()
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watcher.start()
-        # A thread of its own: it stands still where the store does.
+        # A thread of its own: it hangs where the store does.
         threading.Thread(target=self._talk, name="watchdog's talk", daemon=True).start()
 
     def watch(self, module: nn.Module) -> None:

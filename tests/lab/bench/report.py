@@ -63,7 +63,7 @@ def costs() -> str:
     hosts = measurements("benchmarks")["two_hosts_1gbit"]["result"]["rows"]
     cable = {row["variant"]: row for row in hosts if row["shape"] == "wide_4"}
     memory = {row["variant"]: row for row in measurements("quantization")["memory_350m"]["result"]["rows"]}
-    table = [["", "sent by a rank in a step ¹", "time of the step ¹", "peak memory of a step ²"]]
+    table = [["", "bytes sent per rank and step ¹", "time of the step ¹", "peak memory of a step ²"]]
     for variant, name in COSTS.items():
         sent, peak = cable.get(variant), memory.get(variant)
         table.append(

@@ -322,7 +322,7 @@ def test_a_stopped_suite_goes_on_where_it_was(tmp_path):
         lambda: (run_dir / "metrics.jsonl").is_file() and any(line["step"] >= 20 for line in read_metrics(run_dir))
     )
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 75
+    assert "the same command resumes" in process.communicate(timeout=60)[1] and process.returncode == 75
     saved = json.loads((run_dir / "status.json").read_text())
     assert saved["state"] == "preempted" and 20 <= saved["step"] < 400
     assert subprocess.run(command, check=False).returncode == 0
