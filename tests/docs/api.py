@@ -31,6 +31,13 @@ def _section(name: str, thing) -> str:
     return "\n\n".join(parts)
 
 
+def entries(thing, section: str) -> dict[str, str]:
+    """Return the entries of a section of a docstring, such as its `Attributes:`."""
+    _, _, rest = inspect.getdoc(thing).partition(f"{section}:\n")
+    found = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", rest.split("\n\n")[0], re.MULTILINE)
+    return {name: " ".join(about.split()) for name, about in found}
+
+
 def _own_methods(kind: type) -> dict:
     """Return the documented public methods that the class itself defines."""
     found = {

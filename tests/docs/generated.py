@@ -71,10 +71,26 @@ def events() -> str:
     return "\n".join(rows)
 
 
+def arguments() -> str:
+    """Return what hooks find in `run` and `step`."""
+    from relora_ds.training.state import RunState
+    from relora_ds.training.step import Step
+
+    lines = []
+    for name, kind in (("run", RunState), ("step", Step)):
+        entries = api.entries(kind, "Attributes")
+        entries |= {key: inspect.getdoc(value) for key, value in vars(kind).items() if isinstance(value, property)}
+        lines += [f"| `{name}` | |", "|---|---|"]
+        lines += [f"| {', '.join(f'`{one}`' for one in key.split(', '))} | {about} |" for key, about in entries.items()]
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
 # (page, name of the part) -> what makes it
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("guides/install.md", "extras"): extras,
     ("guides/logging.md", "events"): events,
+    ("guides/logging.md", "arguments"): arguments,
     ("guides/resume.md", "fixed keys"): fixed_keys,
     ("reference/recipe.md", "keys"): keys.markdown,
     ("reference/cli.md", "commands"): cli.markdown,

@@ -1,9 +1,11 @@
 """Sentences of the documentation that were wrong once, each held by what it speaks of."""
 
 import io
+import json
 import re
 import statistics
 import tokenize
+from collections import Counter
 
 import pytest
 import yaml
@@ -68,6 +70,18 @@ def test_the_broadcast_of_W_belongs_to_the_merge():
     diagram = (DOCS / "concepts/restart.md").read_text(encoding="utf-8").split("```")[1]
     assert diagram.index("1 merge") < diagram.index("broadcast stored W1") < diagram.index("2 reinitialise")
     assert "broadcast(" not in (ROOT / "relora_ds/zero/verify_ranks.py").read_text(encoding="utf-8")
+
+
+def test_the_log_of_kills_is_counted_right():
+    outcomes = Counter(
+        json.loads(line).get("outcome")
+        for line in (DOCS / "results/kills.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    ends = outcomes["equal to the untouched run, to the bit"]
+    assert set(outcomes) == {None, "killed", "came to its end before", "equal to the untouched run, to the bit"}
+    assert f"It holds {outcomes['killed']} kills and {ends} ends, and no end differed." in text_of(
+        "docs/guides/faults.md"
+    )
 
 
 def test_extras_are_named_as_they_are_installed():
