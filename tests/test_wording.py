@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "relora_ds").rglob("*.py"))
 TEXTS = [
     *SOURCES,
     *sorted((ROOT / "relora_ds/recipes").glob("*.yaml")),
-    *sorted(DOCS.rglob("*.md")),
+    *(path for path in sorted(DOCS.rglob("*.md")) if path.parent.name != "results"),  # names of rows that were measured
     *(
         path
         for folder in ("examples", "launch_scripts")
