@@ -141,7 +141,7 @@ def test_an_existing_run_is_not_touched(tmp_path, capfd):
 def test_overwrite_does_not_delete_what_is_no_run(tmp_path, capfd):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["--config", "tiny", f"run_dir={tmp_path}", "overwrite=true"]) == 2
-    assert "holds something that is no run" in capfd.readouterr().err
+    assert "holds something that is not a run" in capfd.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
 
 
