@@ -5,49 +5,29 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 
 # Odd sizes and three layers: flat partitions need padding, and tensors straddle ranks.
 VOCAB, LENGTH = 67, 12
+_SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=20,
+    intermediate_size=35,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    use_cache=False,
+)
 
 
 def llama(seed: int = 0, **changes):
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=20,
-        intermediate_size=35,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        use_cache=False,
-    )
-    return _build(LlamaConfig(**{**sizes, **changes}), seed)
+    return _build(LlamaConfig(**{**_SIZES, "num_key_value_heads": 2, **changes}), seed)
 
 
 def gpt_neox(seed: int = 0, **changes):
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=20,
-        intermediate_size=35,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        use_cache=False,
-    )
-    return _build(GPTNeoXConfig(**{**sizes, **changes}), seed)
+    return _build(GPTNeoXConfig(**{**_SIZES, **changes}), seed)
 
 
 def qwen2(seed: int = 0, **changes):
     """Biased q, k and v; grouped-query attention; embeddings tied to the head."""
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=20,
-        intermediate_size=35,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        use_cache=False,
-        tie_word_embeddings=True,
-    )
-    return _build(Qwen2Config(**{**sizes, **changes}), seed)
+    own = dict(num_key_value_heads=1, tie_word_embeddings=True)
+    return _build(Qwen2Config(**{**_SIZES, **own, **changes}), seed)
 
 
 def gpt2(seed: int = 0, **changes):
@@ -69,19 +49,9 @@ def gpt2(seed: int = 0, **changes):
 
 def mixtral(seed: int = 0, **changes):
     """Experts in one parameter `[experts, out, in]` for each of two projections; sizes that grouped products take."""
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-        use_cache=False,
-    )
-    return _build(MixtralConfig(**{**sizes, **changes}), seed)
+    own = dict(hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_key_value_heads=2)
+    experts = dict(num_local_experts=3, num_experts_per_tok=2)
+    return _build(MixtralConfig(**{**_SIZES, **own, **experts, **changes}), seed)
 
 
 FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "qwen2": qwen2, "gpt2": gpt2, "mixtral": mixtral}

@@ -91,4 +91,4 @@ def _is_a(value: object, option: object) -> bool:
         return isinstance(value, (list, tuple, set)) and all(_is_a(one, item) for one in value)
     if option in (int, float):
         return rules.is_number(value) if option is float else rules.is_int(value)
-    return isinstance(value, option)  # type: ignore[arg-type]
+    return isinstance(value, option)  # type: ignore[arg-type]  # `options` leaves only classes

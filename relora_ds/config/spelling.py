@@ -163,7 +163,7 @@ def options(kind: object) -> tuple:
         return (str,)
     if origin is list:
         (item,) = typing.get_args(kind)
-        return (list[options(item)[0]],)  # type: ignore[misc]
+        return (list[options(item)[0]],)  # type: ignore[misc]  # a type made of a value
     if origin in (typing.Union, types.UnionType):
         return tuple(dict.fromkeys(plain for one in typing.get_args(kind) for plain in options(one)))
     return (kind,)

@@ -144,7 +144,7 @@ def traced_init() -> Iterator[Trace]:
         with trace.of(Call(model, module)):
             initialize(model, module, *args)
 
-    PreTrainedModel._initialize_weights = traced  # type: ignore
+    PreTrainedModel._initialize_weights = traced  # type: ignore[method-assign, assignment]  # put back below
     TORCH_INIT_FUNCTIONS.update({name: _filling(function) for name, function in functions.items()})
     try:
         yield trace

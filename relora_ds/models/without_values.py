@@ -38,7 +38,7 @@ def parameters_on_meta(keep: Container[int] = ()) -> Iterator[list[nn.Parameter]
         seen.add(id(parameter))
         registered.append(parameter)
 
-    nn.Module.register_parameter = register  # type: ignore
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]  # put back below
     try:
         yield registered
     finally:

@@ -58,7 +58,8 @@ def live_and_let_go(stage: int, **how) -> dict:
     before = live_bytes()
     result = _live(build(stage, **how))
     left = live_bytes() - before
-    for _ in range(20):  # other threads may let go of a tensor a moment later
+    # Gloo's two threads may still hold the tensors of the last two collectives, after those have returned.
+    for _ in range(20):
         if left > 64:
             time.sleep(0.1)
             left = live_bytes() - before
