@@ -61,7 +61,7 @@ class Write:
 class Trace(TorchDispatchMode):
     """Records the operations on tensors of the meta device. `writes_to` tells what happened to one of them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._call: Call | None = None
         self._writes: dict[int, list[Write]] = {}

@@ -144,7 +144,7 @@ class _LiveBytes(TorchDispatchMode):
     products: what was alive, at the most, when each product with a frozen weight began.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.products: dict[_Product, int] = {}

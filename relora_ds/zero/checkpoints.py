@@ -67,7 +67,7 @@ def _shared(continues: tuple[Path, Manifest] | None, engine) -> tuple[Path, Mani
 class EngineCheckpoints:
     """What an engine's `save_checkpoint` and `load_checkpoint` do. Collective: all ranks make every call."""
 
-    def __init__(self, engine):
+    def __init__(self, engine) -> None:
         self._engine = engine
         self._writer: CheckpointWriter | None = None
         self._directory: Path | None = None  # that it writes to
