@@ -17,11 +17,11 @@ from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import initial_weights, meta_model, model_without_values
 from relora_ds.training.preflight import Plan
+from relora_ds.zero.adam_state import MOMENTS
 from relora_ds.zero.collect import collect_moments, collect_owned
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.fill import fill_moments
 from relora_ds.zero.initialize import initialize
-from relora_ds.zero.shards import MOMENTS
 from relora_ds.zero.teardown import release
 from relora_ds.zero.weights import NOTHING, Nothing, OwnedWeights, WeightSource, readers_of
 

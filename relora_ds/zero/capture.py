@@ -68,7 +68,7 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
     for shard in shards:
         if shard.start < shard.stop and peers[owners.get(shard.name, peers.index(rank))] == rank:
             ranges[shard.name] = (shard.start, shard.stop)
-            trained |= {f"{part}/{shard.name}": getattr(shard, part) for part in PARTS}
+            trained |= {f"{part}/{shard.name}": shard.read(part) for part in PARTS}
     trained = (copies or HostCopies(pinned=engine.device.type == "cuda")).take(trained)
     if rank == 0:
         trained |= {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import persistent_buffers
-from relora_ds.zero.shards import PIECE, ShardView, copy_common, write_partition
+from relora_ds.zero.shards import PIECE, ShardView, write_partition
 from relora_ds.zero.together import together
 from relora_ds.zero.weights import (
     OwnedWeights,
@@ -156,7 +156,7 @@ def fill_moments(shards: ShardView, what: str, source: OwnedWeights, device: tor
         value = source.read(name) if reader == dist.get_rank() else None
         shard = shards[name]
         for piece, start in _pieces(value, reader, shape, torch.float32, device):
-            copy_common(getattr(shard, what), shard.start, piece, start)
+            shard.write(what, piece, start)
 
 
 def _readers(source: WeightSource, tensors: list[PlainTensor], module: nn.Module) -> dict[str, int]:

@@ -32,16 +32,16 @@ def prune_moments(
     elif how == "random":
         masks_m = masks_v = [_random_mask(shard, reset_ratio, f"{seed}/{number}/{shard.name}") for shard in mine]
     elif how == "zero":
-        masks_m = masks_v = [torch.zeros_like(shard.exp_avg, dtype=torch.bool) for shard in mine]
+        masks_m = masks_v = [torch.zeros_like(shard.master, dtype=torch.bool) for shard in mine]
     elif how == "none":
-        masks_m = masks_v = [torch.ones_like(shard.exp_avg, dtype=torch.bool) for shard in mine]
+        masks_m = masks_v = [torch.ones_like(shard.master, dtype=torch.bool) for shard in mine]
     else:
         raise ValueError(f"relora.optimizer_reset: unknown value {how!r}")
 
     pruned = torch.zeros(2, dtype=torch.int64, device=device)
     for shard, mask_m, mask_v in zip(mine, masks_m, masks_v, strict=True):
-        shard.exp_avg.mul_(mask_m.to(shard.exp_avg.device))
-        shard.exp_avg_sq.mul_(mask_v.to(shard.exp_avg_sq.device))
+        shard.exp_avg.keep(mask_m)
+        shard.exp_avg_sq.keep(mask_v)
         pruned += torch.stack([(~mask_m).sum(), (~mask_v).sum()]).to(device)
     if shards.partitioned:
         dist.all_reduce(pruned)
@@ -66,8 +66,8 @@ def max_update_over_lr(
         for name in names:
             shard = shards[name]
             if shard.exp_avg.numel():
-                m = shard.exp_avg / (1 - betas[0] ** step)
-                v = shard.exp_avg_sq / (1 - betas[1] ** step)
+                m = shard.exp_avg.read() / (1 - betas[0] ** step)
+                v = shard.exp_avg_sq.read() / (1 - betas[1] ** step)
                 largest = torch.maximum(largest, (m / (v.sqrt() + eps)).abs().max().to(device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
@@ -77,7 +77,7 @@ def _magnitude_masks(
     shards: ShardView, mine: list[Shard], moment: str, reset_ratio: float, device: torch.device
 ) -> list[Tensor]:
     # On the device of the collectives: an offloaded optimizer keeps its moments on the host.
-    values = [getattr(shard, moment).to(device) for shard in mine]
+    values = [shard.read(moment).to(device) for shard in mine]
     keep = [num_kept(shard.numel, reset_ratio) for shard in mine]
     if not shards.partitioned:
         threshold, ties = kth_largest_magnitude(values, keep)
@@ -94,4 +94,4 @@ def _magnitude_masks(
 
 def _random_mask(shard: Shard, reset_ratio: float, key: str) -> Tensor:
     mask = random_mask(shard.numel, reset_ratio, keyed_generator(key))
-    return shard.slice(mask).to(shard.exp_avg.device)
+    return shard.slice(mask).to(shard.master.device)

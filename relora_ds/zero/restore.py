@@ -73,7 +73,7 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         parts = PARTS if optimizer else PARTS[:1]
         for shard in shards:
             for part in parts:
-                getattr(shard, part).copy_(saved.read_range(part, shard.name, shard.start, shard.stop))
+                shard.write(part, saved.read_range(part, shard.name, shard.start, shard.stop), shard.start)
         for name, buffer in persistent_buffers(engine.module).items():
             value = saved.read(BUFFER + name).to(buffer.device) if dist.get_rank() == 0 else torch.empty_like(buffer)
             dist.broadcast(value.contiguous().reshape(-1).view(torch.uint8), 0)

@@ -7,7 +7,7 @@ never ask for the stage:
     for shard in ShardView(engine):
         shard.start, shard.stop      # the range of parameter.flatten() that this rank owns; may be empty
         shard.master                 # fp32, writable, [stop - start]
-        shard.exp_avg, shard.exp_avg_sq
+        shard.exp_avg, shard.exp_avg_sq   # Adam's moments: read(), write(values), keep(mask)
     view.write(name, value)          # a value that every rank holds -> master *and* the copy forward reads
     view.gather(names)               # the full fp32 masters, on every rank or on one
     view.collect(name, what, dst)    # one full tensor on one rank, sent in pieces
@@ -31,7 +31,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from relora_ds.zero.adam_state import MOMENTS, DenseMoment, Moment
+
 PIECE = 1 << 20  # elements that are sent at a time where no rank but one needs the whole tensor
 
 
@@ -47,7 +48,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's piece of one trainable parameter; the tensors are 1-D writable views of length `stop - start`."""
+    """This rank's piece of one trainable parameter, `stop - start` elements of it; `master` is a 1-D writable view."""
 
     name: str
     parameter: nn.Parameter
@@ -55,8 +56,8 @@ class Shard:
     start: int
     stop: int
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Moment
+    exp_avg_sq: Moment
 
     @property
     def numel(self) -> int:
@@ -66,6 +67,23 @@ class Shard:
     def slice(self, value: Tensor) -> Tensor:
         """Return this rank's piece of a full-size tensor, 1-D."""
         return value.reshape(-1)[self.start : self.stop]
+
+    def read(self, what: str) -> Tensor:
+        """Return "master", "exp_avg" or "exp_avg_sq" in fp32, 1-D, not to be written to."""
+        return self.master if what == "master" else self._moment(what).read()
+
+    def write(self, what: str, piece: Tensor, start: int) -> None:
+        """Set what this rank has of a 1-D piece of the tensor, which begins at element `start`. what: as in `read`."""
+        if what == "master":
+            copy_common(self.master, self.start, piece, start)
+            return
+        first, stop = max(self.start, start), min(self.stop, start + piece.numel())
+        if first < stop:
+            self._moment(what).write(piece[first - start : stop - start], first - self.start)
+
+    def _moment(self, what: str) -> Moment:
+        assert what in MOMENTS
+        return getattr(self, what)
 
 
 class _Adapter:
@@ -265,14 +283,16 @@ class ShardView:
         parameter = self._parameters[name]
         at = self._adapter.locate(parameter)
         if at.flat is None or at.start == at.stop:
-            master, moments = torch.empty(0, device=self._device), [torch.empty(0, device=self._device)] * 2
+            master, *moments = [torch.empty(0, device=self._device)] * 3
         else:
             state = self._adapter.inner.state[at.flat]
             master, *moments = (
                 t.detach().view(-1)[at.offset : at.offset + at.stop - at.start]
-                for t in (at.flat.data, state["exp_avg"], state["exp_avg_sq"])
+                for t in (at.flat.data, *(state[what] for what in MOMENTS))
             )
-        return Shard(name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *moments)
+        return Shard(
+            name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *map(DenseMoment, moments)
+        )
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
@@ -309,7 +329,7 @@ class ShardView:
         buffer = torch.zeros(sum(s.numel for s in shards), dtype=torch.float32, device=self._device)
         pieces = buffer.split([s.numel for s in shards]) if shards else []
         for shard, piece in zip(shards, pieces, strict=True):
-            piece[shard.start : shard.stop].copy_(getattr(shard, what))
+            piece[shard.start : shard.stop].copy_(shard.read(what))
         if self.partitioned and shards:
             # Every element is non-zero on one rank at most, so a sum is exact.
             if dst is None:
@@ -327,10 +347,11 @@ class ShardView:
         It is sent in pieces, so that no other rank ever holds it whole. what: as in `gather`.
         """
         shard = self[name]
+        mine = shard.read(what)
         whole = torch.empty(shard.numel) if dist.get_rank() == dst else None
         for start in range(0, shard.numel, PIECE):
             piece = torch.zeros(min(PIECE, shard.numel - start), device=self._device)
-            copy_common(piece, start, getattr(shard, what), shard.start)
+            copy_common(piece, start, mine, shard.start)
             if self.partitioned:
                 dist.reduce(piece, dst)
             if whole is not None:

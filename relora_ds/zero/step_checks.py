@@ -39,7 +39,7 @@ def warn_of_untrained(engine) -> None:
     Experts may not have had a token yet. A rank looks at its own shards only, which needs no communication.
     """
     shards = {name: engine.shards[f"{name}.lora_B"] for name in lowrank_layers(engine.module) if "expert" not in name}
-    untrained = [name for name, shard in shards.items() if shard.exp_avg.numel() and not shard.exp_avg.any()]
+    untrained = [name for name, shard in shards.items() if shard.exp_avg.numel() and not shard.exp_avg.read().any()]
     if untrained:
         logger.warning(
             "no gradient reached the low-rank update of %s in the first step: it is not called, or its "

@@ -72,7 +72,7 @@ def trained(stage: int, precision: str, kind: str, by_hand: bool) -> dict[str, t
     found = {"extra": engine.module.extra.clone()}
     for shard in engine.shards:
         for what in ("master", "exp_avg", "exp_avg_sq"):
-            value = getattr(shard, what)
+            value = shard.read(what)
             assert value.dtype == torch.float32, f"{what} of {shard.name}"
             found[f"{what} of {shard.name}"] = value.clone()
     found |= engine.collect_merged()

@@ -21,8 +21,8 @@ def prune_tied_moments(stage, reset) -> tuple[int, bool]:
     for name in names:
         shard = engine.shards[name]
         index = torch.arange(shard.start, shard.stop)
-        shard.exp_avg.copy_((index * 7919 % 5) - 2.0)
-        shard.exp_avg_sq.copy_(index * 104729 % 3 + 1.0)
+        shard.exp_avg.write((index * 7919 % 5) - 2.0)
+        shard.exp_avg_sq.write(index * 104729 % 3 + 1.0)
     split = any(0 < shard.stop - shard.start < shard.numel for shard in (engine.shards[name] for name in names))
     before = cases.gathered_state(engine)
     fractions = prune_moments(engine.shards, names, reset, 0.7, seed=0, number=1, device=engine.device)
