@@ -13,6 +13,7 @@ def warnings(recipe: Recipe) -> list[str]:
     return [
         *_trust(recipe),
         *_warm_start_warnings(recipe, method),
+        *_schedule_warnings(recipe),
         *_keys_of_other_methods(recipe, method),
         *method.recipe_warnings(),
         *data_values.warnings(recipe.data),
@@ -44,6 +45,14 @@ def _warm_start_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
             f"optim.warm_start_warmup_steps: the warm start's {warm} steps end inside its warm-up of {ramp}; its "
             "learning rate never reaches the peak"
         )
+
+
+def _schedule_warnings(recipe: Recipe) -> Iterator[str]:
+    optim = recipe.optim
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        yield f"optim.decay_steps: {optim.decay_steps} has no effect with optim.schedule {optim.schedule}"
+    if optim.schedule == "constant" and optim.min_lr_ratio != type(optim).min_lr_ratio:
+        yield f"optim.min_lr_ratio: {optim.min_lr_ratio} has no effect with optim.schedule constant"
 
 
 def _keys_of_other_methods(recipe: Recipe, method: Method) -> Iterator[str]:

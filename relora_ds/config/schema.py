@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from relora_ds.config import spelling
+from relora_ds.config.curve import Schedule
 from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
@@ -93,8 +94,15 @@ class OptimConfig:
     """Steps of the linear warm-up at the start of a phase."""
     warm_start_warmup_steps: Annotated[int | None, Integer(0, example=500)] = None
     """Steps of the warm start's warm-up; null = `warmup_steps`."""
+    schedule: Schedule = "cosine"
+    """The curve after the warm-up, below which every restart ramps: `cosine` and `linear` fall to `min_lr_ratio` at
+    the end, `wsd` (warm-up, stable, decay) stays at the peak and falls linearly over the last `decay_steps`, `constant`
+    stays at the peak. The warm start's curve spans the whole run and is cut at the transition: under `wsd` it has no
+    decay."""
+    decay_steps: Annotated[int | None, Integer(1, example=500)] = None
+    """Steps of the decay at the end of `wsd`, after the last restart's ramp; null = a tenth of the last phase."""
     min_lr_ratio: Annotated[float, Number("inside [0, 1]")] = 0.1
-    """Where the cosine ends, as a part of the peak."""
+    """Where the curve ends, as a part of the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Adam's decay rates of the two moments."""
     eps: Annotated[float, Number("above 0")] = 1e-8

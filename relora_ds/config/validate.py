@@ -8,6 +8,7 @@ first place). What needs a model, a corpus or DeepSpeed is checked in `training.
 from collections.abc import Iterator
 
 from relora_ds.config import data_values, fields
+from relora_ds.config.curve import Names, ScheduleConfig
 from relora_ds.config.methods import Method, full_rank, method_of
 from relora_ds.config.names import preset_names
 from relora_ds.config.paths import missing_files, text_problems
@@ -16,6 +17,10 @@ from relora_ds.config.runtime import batch_field
 from relora_ds.config.schema import ATTENTION, Recipe
 
 MAX_RESTARTS = 100_000  # their list is kept, saved and drawn
+_NAMES = Names(
+    *("optim.schedule", "optim.decay_steps", "optim.warmup_steps"),
+    *("relora.restart_every", "relora.restart_warmup_steps"),
+)
 _AMOUNTS = ("train.steps", "train.tokens", "train.batch_sequences", "train.batch_tokens", "train.micro_batch_size")
 
 
@@ -112,6 +117,8 @@ def _amount_problems(recipe: Recipe, method: Method, wrong: set[str]) -> Iterato
         )
     elif not wrong & {"warm_start_steps", "optim.warmup_steps", "optim.warm_start_warmup_steps"}:
         yield from _phase_problems(recipe, method)
+        if not wrong & {*_NAMES}:
+            yield from _curve_problems(recipe, method)
 
 
 def _batch_problem(recipe: Recipe) -> str | None:
@@ -172,3 +179,19 @@ def _phase_problems(recipe: Recipe, method: Method) -> Iterator[str]:
             f"optim.warm_start_warmup_steps: {ramp} is not below the whole run's {total} steps; use e.g. "
             f"optim.warm_start_warmup_steps={tenth(warm)}"
         )
+
+
+def _curve_problems(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Yield what is wrong with the last phase's curve, where its numbers are right."""
+    optim, relora = recipe.optim, method.relora
+    total_steps = method.low_rank_steps or recipe.total_steps
+    curve = ScheduleConfig(
+        total_steps,
+        optim.warmup_steps,
+        restart_every=None if relora is None else relora.restart_every,
+        restart_warmup_steps=0 if relora is None else relora.restart_warmup_steps,
+        schedule=optim.schedule,
+        decay_steps=optim.decay_steps,
+    )
+    if optim.warmup_steps < total_steps and (found := curve.problem(_NAMES)):
+        yield found

@@ -1,11 +1,13 @@
 """What of a Hugging Face `Trainer` ReLoRA cannot train with, in the words of `TrainingArguments`."""
 
 import os
+from typing import Any
 
 import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.config.curve import Names
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero import ds_config, ds_types
 
@@ -26,6 +28,12 @@ NAMES = {
         "weight_decay": "weight_decay",
     }.items()
 }
+# So for what makes the curve.
+CURVE_NAMES = Names(
+    schedule="TrainingArguments.lr_scheduler_type",
+    decay_steps="TrainingArguments.lr_scheduler_kwargs num_decay_steps",
+    warmup_steps="TrainingArguments.warmup_steps",
+)
 
 
 def problems(trainer: Trainer, config: ReLoRAConfig | None = None) -> list[str]:
@@ -90,7 +98,7 @@ def _argument_problems(args: TrainingArguments) -> list[str]:
         if getattr(args, field):
             found.append(f"TrainingArguments.{field}: True is not supported with ReLoRA; leave it out")
     try:
-        min_lr_ratio(args)
+        curve_of(args)
     except ValueError as error:
         found.append(str(error))
     return found
@@ -111,20 +119,48 @@ def _deepspeed_problems(trainer: Trainer) -> list[str]:
     ) or ds_types.problems(settings, NAMES["config"])
 
 
-def min_lr_ratio(args: TrainingArguments) -> float:
-    """Return where the cosine ends, as a part of the learning rate.
+def curve_of(args: TrainingArguments) -> dict[str, Any]:
+    """Return `schedule`, `min_lr_ratio` and `decay_steps` for `initialize`: transformers' curve, below the restarts.
 
     Raises:
-        ValueError: `lr_scheduler_type` is no cosine (the Trainer's default is not), or has other arguments.
+        ValueError: `lr_scheduler_type` or its arguments make a curve that `relora_ds.lr_multiplier` does not have.
     """
-    kind, kwargs = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
-    if kind == "cosine" and not kwargs:
-        return 0.0
-    if kind == "cosine_with_min_lr" and isinstance(kwargs, dict) and set(kwargs) == {"min_lr_rate"}:
-        return kwargs["min_lr_rate"]
-    if kind == "cosine_with_min_lr" and isinstance(kwargs, dict) and set(kwargs) == {"min_lr"}:
-        return kwargs["min_lr"] / args.learning_rate
+    kind: str = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    kwargs: Any = args.lr_scheduler_kwargs or {}
+    given = set(kwargs) if isinstance(kwargs, dict) else {kwargs}
+    if kind in ("cosine", "linear") and not given:
+        return _curve(kind)
+    if kind == "constant_with_warmup" and not given:
+        return _curve("constant")
+    if kind == "constant" and not given:
+        if args.warmup_steps:
+            raise ValueError(
+                f"TrainingArguments.lr_scheduler_type: constant has no warm-up, and warmup_steps is "
+                f'{args.warmup_steps}; use "constant_with_warmup", or warmup_steps=0'
+            )
+        return _curve("constant")
+    if kind == "cosine_with_min_lr" and given == {"min_lr_rate"}:
+        return _curve("cosine", kwargs["min_lr_rate"])
+    if kind == "cosine_with_min_lr" and given == {"min_lr"}:
+        return _curve("cosine", kwargs["min_lr"] / args.learning_rate)
+    if kind == "warmup_stable_decay" and _is_linear_decay(kwargs, given):
+        return _curve("wsd", kwargs.get("min_lr_ratio", 0.0), kwargs["num_decay_steps"])
     raise ValueError(
-        f"TrainingArguments.lr_scheduler_type: {kind} {kwargs or ''} is not supported, ReLoRA restarts a "
-        'cosine; use "cosine", or "cosine_with_min_lr" with lr_scheduler_kwargs={"min_lr_rate": 0.1}'
+        f"TrainingArguments.lr_scheduler_type: {kind} {kwargs or ''} is not supported below ReLoRA's restarts; use "
+        '"linear", "cosine", "constant_with_warmup", "cosine_with_min_lr" with '
+        'lr_scheduler_kwargs={"min_lr_rate": 0.1}, or "warmup_stable_decay" with lr_scheduler_kwargs='
+        '{"num_decay_steps": 100, "decay_type": "linear"}'
+    )
+
+
+def _curve(schedule: str, min_lr_ratio: float = 0.0, decay_steps: int | None = None) -> dict[str, Any]:
+    return {"schedule": schedule, "min_lr_ratio": min_lr_ratio, "decay_steps": decay_steps}
+
+
+def _is_linear_decay(kwargs: dict[str, Any], given: set[str]) -> bool:
+    """Return True for the arguments of a wsd that rises and falls linearly; its decay is a cosine by default."""
+    return (
+        {"num_decay_steps", "decay_type"} <= given <= {"num_decay_steps", "decay_type", "warmup_type", "min_lr_ratio"}
+        and kwargs["decay_type"] == "linear"
+        and kwargs.get("warmup_type", "linear") == "linear"
     )

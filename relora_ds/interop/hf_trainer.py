@@ -26,9 +26,10 @@ class ReLoRATrainer(ReLoRATraining):
     """A `Trainer` that trains a model wrapped with `relora_ds.wrap`: restarts, their learning rate, merged models.
 
     Rates, steps and AdamW's values are those of the `TrainingArguments`. The curve is `relora_ds.lr_multiplier`:
-    `lr_scheduler_type="cosine"`, or "cosine_with_min_lr" with `lr_scheduler_kwargs={"min_lr_rate": 0.1}`, and a ramp
-    after every restart. Each restart is logged once, with `restarts`, `prune_fraction_m`, `prune_fraction_v`,
-    `merge_loss` and `restart_s` (see `RestartReport`).
+    `lr_scheduler_type` "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr" with
+    `lr_scheduler_kwargs={"min_lr_rate": 0.1}`, or "warmup_stable_decay" with `{"num_decay_steps": 100, "decay_type":
+    "linear"}`; with a warm-up from 0, and a ramp after every restart. Each restart is logged once, with `restarts`,
+    `prune_fraction_m`, `prune_fraction_v`, `merge_loss` and `restart_s` (see `RestartReport`).
 
     `save_model(dir)` and the model files in every checkpoint are the merged plain model in fp32, for
     `AutoModelForCausalLM.from_pretrained`; `trainer.model` itself stays wrapped.

@@ -16,7 +16,7 @@ which the last three are `ReLoRAEngine`'s. `RestartLog.on_train_begin` checks th
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import torch
@@ -31,7 +31,8 @@ from accelerate.utils import (
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from relora_ds.interop.hf_checks import min_lr_ratio
+from relora_ds.config.curve import ScheduleConfig
+from relora_ds.interop.hf_checks import CURVE_NAMES, curve_of
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.zero import ds_config
 from relora_ds.zero.engine import ReLoRAEngine
@@ -143,12 +144,19 @@ class ReLoRATraining(Trainer):
         )[0]
 
     def _schedule(self) -> dict[str, Any]:
-        total_steps = self.state.max_steps
-        return {
+        """Return the arguments of `initialize` that make the curve. ValueError where a ramp would meet the decay."""
+        total_steps, relora = self.state.max_steps, cast(Any, self.model).relora_config
+        curve = {
             "total_steps": total_steps,
             "warmup_steps": self.args.get_warmup_steps(total_steps),
-            "min_lr_ratio": min_lr_ratio(self.args),
+            **curve_of(self.args),
         }
+        whole = ScheduleConfig(
+            **curve, restart_every=relora.restart_every, restart_warmup_steps=relora.restart_warmup_steps
+        )
+        if found := whole.problem(CURVE_NAMES):
+            raise ValueError(found)
+        return curve
 
 
 class RestartLog(TrainerCallback):

@@ -40,6 +40,8 @@ def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
         restart_every=relora.restart_every if relora else None,
         restart_warmup_steps=relora.restart_warmup_steps if relora else 0,
         min_lr_ratio=recipe.optim.min_lr_ratio,
+        schedule=recipe.optim.schedule,
+        decay_steps=phase.decay_steps,
     )
 
 
@@ -51,6 +53,8 @@ def events(recipe: Recipe) -> list[Event]:
         moments = [(phase.start, f"{phase.name} begins")]
         if phase.warmup_steps:
             moments.append((phase.start + phase.warmup_steps, "end of the warm-up"))
+        if phase.decay_steps is not None:
+            moments.append((phase.start + phase.total_steps - phase.decay_steps, "the decay begins"))
         for number, step in enumerate(restarts_of(phase), 1):
             moments.append((step, f"restart {number}"))
             if relora is not None and relora.restart_warmup_steps:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from relora_ds.config import Recipe
+from relora_ds.config.curve import decay_length
 from relora_ds.interop.sources import weights_of
 from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import compilation, liger, recompute
@@ -33,8 +34,8 @@ class Phase:
     """Optimizer steps [start, stop) of the run under one method and one learning-rate curve.
 
     Attributes:
-        total_steps, warmup_steps: of the curve. The warm start's cosine spans the whole run and is cut at
-            the transition; the low-rank phase has a curve of its own.
+        total_steps, warmup_steps, decay_steps: of the curve. The warm start's spans the whole run and is cut at the
+            transition, before wsd's decay; the low-rank phase has a curve of its own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Phase:
     lr: float
     total_steps: int
     warmup_steps: int
+    decay_steps: int | None
 
 
 @dataclass
@@ -63,14 +65,14 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     """Return the phases of a recipe, in order."""
     optim, method = recipe.optim, method_of(recipe)
     warm = method.warm_start_steps
+    last_steps = recipe.total_steps - warm
+    decay = decay_length(last_steps, optim.decay_steps) if optim.schedule == "wsd" else None
     phases = []
     if warm:
         ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
         lr = optim.lr if optim.warm_start_lr is None else optim.warm_start_lr
-        phases.append(Phase("warm_start", full_rank(recipe), 0, warm, lr, recipe.total_steps, ramp))
-    phases.append(
-        Phase(method.name, method, warm, recipe.total_steps, optim.lr, recipe.total_steps - warm, optim.warmup_steps)
-    )
+        phases.append(Phase("warm_start", full_rank(recipe), 0, warm, lr, recipe.total_steps, ramp, decay))
+    phases.append(Phase(method.name, method, warm, recipe.total_steps, optim.lr, last_steps, optim.warmup_steps, decay))
     return phases
 
 
@@ -92,6 +94,8 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         total_steps=phase.total_steps,
         warmup_steps=phase.warmup_steps,
         min_lr_ratio=recipe.optim.min_lr_ratio,
+        schedule=recipe.optim.schedule,
+        decay_steps=phase.decay_steps,
         betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
         eps=recipe.optim.eps,
         precision=plan.precision,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.config.curve import ScheduleConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
@@ -30,7 +31,7 @@ from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.fill import fill
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.randomness import drops_values_only
-from relora_ds.zero.scheduler import ReLoRAScheduler, ScheduleConfig
+from relora_ds.zero.scheduler import ReLoRAScheduler
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.streams import order_gathers
@@ -50,6 +51,8 @@ def initialize(
     total_steps: int,
     warmup_steps: int = 0,
     min_lr_ratio: float = 0.0,
+    schedule: str = "cosine",
+    decay_steps: int | None = None,
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float | None = None,
@@ -77,8 +80,8 @@ def initialize(
             `restart_every`, `engine.step()` restarts.
         lr, betas, eps, weight_decay: AdamW's. None = what `config["optimizer"]["params"]` says, else (0.9, 0.999),
             1e-8 and 0; `lr` has no default.
-        total_steps, warmup_steps, min_lr_ratio: the schedule, see `relora_ds.lr_multiplier`; steps are applied
-            optimizer steps, counted from here.
+        total_steps, warmup_steps, min_lr_ratio, schedule, decay_steps: the learning rate's curve, see
+            `relora_ds.lr_multiplier`; steps are applied optimizer steps, counted from here.
         precision: "fp32", "bf16" or "fp16". None = what `config` enables, else bf16 on GPUs that have it, else fp32.
         micro_batch_size, gradient_accumulation_steps: None = what `config` says, else 1.
         max_grad_norm: gradient clipping, 0 = none. None = what `config` says, else 1.0.
@@ -99,6 +102,15 @@ def initialize(
             source of another model's, before anything is built; a tensor that cannot be read, on every rank.
     """
     relora = _carried_config(model, relora)
+    curve = ScheduleConfig(
+        total_steps,
+        warmup_steps,
+        min_lr_ratio,
+        relora.restart_every if relora else None,
+        relora.restart_warmup_steps if relora else 0,
+        schedule,
+        decay_steps,
+    )
     if (changed := align_tie_flag(model)) and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(changed)
     settings = ds_config.load(config, ARGUMENT_NAMES["config"])
@@ -106,7 +118,7 @@ def initialize(
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
     _refuse(
         _argument_problems(passed, settings)
-        + _schedule_problems(total_steps, warmup_steps, min_lr_ratio)
+        + _schedule_problems(curve)
         + (
             ds_config.problems(
                 settings, precision=precision, max_grad_norm=max_grad_norm, **passed, **batch, names=ARGUMENT_NAMES
@@ -141,13 +153,6 @@ def initialize(
     allocate(model, settings, DTYPES[precision], device)
 
     groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])
-    schedule = ScheduleConfig(
-        total_steps,
-        warmup_steps,
-        min_lr_ratio,
-        relora.restart_every if relora else None,
-        relora.restart_warmup_steps if relora else 0,
-    )
     with nothing_broadcast():
         engine, optimizer, loader, scheduler = deepspeed.initialize(
             model=model,
@@ -155,7 +160,7 @@ def initialize(
             config=settings,
             training_data=training_data,
             collate_fn=collate_fn,
-            lr_scheduler=lambda inner: ReLoRAScheduler(inner, schedule),
+            lr_scheduler=lambda inner: ReLoRAScheduler(inner, curve),
         )
 
     order_gathers(engine)
@@ -207,16 +212,20 @@ def _argument_problems(passed: dict[str, Any], settings: dict) -> list[str]:
     return found
 
 
-def _schedule_problems(total_steps: int, warmup_steps: int, min_lr_ratio: float) -> list[str]:
+def _schedule_problems(curve: ScheduleConfig) -> list[str]:
     """Return what is wrong with the arguments that make the learning-rate curve, one message each."""
     found = []
-    if total_steps < 1:
-        found.append(f"total_steps: {total_steps} is not a number of steps; use 1 or more")
-    if warmup_steps < 0:
-        found.append(f"warmup_steps: {warmup_steps} is below 0; use 0 for no warm-up")
-    if not 0 <= min_lr_ratio <= 1:
-        found.append(f"min_lr_ratio: {min_lr_ratio} is not between 0 and 1; use for instance 0.1")
-    return found
+    if curve.total_steps < 1:
+        found.append(f"total_steps: {curve.total_steps} is not a number of steps; use 1 or more")
+    if curve.warmup_steps < 0:
+        found.append(f"warmup_steps: {curve.warmup_steps} is below 0; use 0 for no warm-up")
+    if not 0 <= curve.min_lr_ratio <= 1:
+        found.append(f"min_lr_ratio: {curve.min_lr_ratio} is not between 0 and 1; use for instance 0.1")
+    if curve.decay_steps is not None and curve.decay_steps < 1:
+        found.append(f"decay_steps: {curve.decay_steps} is not a number of steps; use 1 or more, or None")
+    elif curve.decay_steps is not None and curve.schedule != "wsd":
+        found.append(f"decay_steps: {curve.decay_steps} has no effect with schedule {curve.schedule}; leave it out")
+    return found or [problem for problem in [curve.problem()] if problem]
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

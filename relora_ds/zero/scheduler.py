@@ -6,22 +6,12 @@ every step that it applied (and not after one it skipped), and saves and loads t
 checkpoints.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict
 
 import torch
 
+from relora_ds.config.curve import ScheduleConfig
 from relora_ds.lowrank.schedule import lr_multiplier
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The curve: see `lowrank.schedule.lr_multiplier` for each field."""
-
-    total_steps: int
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    restart_every: int | None = None
-    restart_warmup_steps: int = 0
 
 
 class ReLoRAScheduler:
@@ -43,15 +33,7 @@ class ReLoRAScheduler:
     @property
     def multiplier(self) -> float:
         """The factor that update number `t + 1` uses."""
-        c = self.config
-        return lr_multiplier(
-            self.t,
-            total_steps=c.total_steps,
-            warmup_steps=c.warmup_steps,
-            restart_warmup_steps=c.restart_warmup_steps,
-            min_lr_ratio=c.min_lr_ratio,
-            restarts=self.restarts,
-        )
+        return lr_multiplier(self.t, **asdict(self.config), restarts=self.restarts)
 
     def is_scheduled(self, t: int) -> bool:
         """Return whether the calendar has a restart directly after step `t`."""

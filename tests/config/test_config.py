@@ -170,6 +170,25 @@ def test_all_errors_at_once():
         (["optim.betas=[0.9]"], "optim.betas: [0.9] is not two numbers inside [0, 1)"),
         (["optim.lr=.nan"], "optim.lr: nan is not a number above 0"),
         (["optim.min_lr_ratio=2"], "optim.min_lr_ratio: 2.0 is outside [0, 1]"),
+        (["optim.schedule=wds"], "optim.schedule: 'wds' is unknown (did you mean wsd?); known: cosine, wsd, constant"),
+        (["optim.schedule=wsd", "optim.decay_steps=0"], "optim.decay_steps: 0 is not an integer of at least 1"),
+        (
+            ["optim.schedule=wsd", "relora.restart_every=null", "optim.decay_steps=481"],
+            "optim.decay_steps: 481 of 500 steps begins the decay after step 19, before the warm-up ends "
+            "(optim.warmup_steps 20); use optim.decay_steps=480 or less",
+        ),
+        (
+            ["optim.schedule=wsd", "optim.decay_steps=116"],  # 500 low-rank steps, the last restart after 375 of them
+            "optim.decay_steps: 116 of 500 steps begins the decay after step 384, before the ramp of the restart after "
+            "step 375 ends (relora.restart_every 125, relora.restart_warmup_steps 10); use optim.decay_steps=115 or "
+            "less, or relora.restart_warmup_steps=0",
+        ),
+        (
+            ["optim.schedule=wsd", "relora.restart_every=49", "relora.restart_warmup_steps=12"],
+            "optim.decay_steps: 50 (the default, a tenth) of 500 steps begins the decay after step 450, before the "
+            "ramp of the restart after step 490 ends (relora.restart_every 49, relora.restart_warmup_steps 12); use "
+            "relora.restart_warmup_steps=0",
+        ),
         (["relora.lora_dropout=1"], "relora.lora_dropout: 1.0 is outside [0, 1)"),
         (["relora.lora_alpha=0"], "relora.lora_alpha: 0.0 is not a number above 0"),
         (["relora.optimizer_reset=magnitude_jnt"], "did you mean magnitude_joint?"),
@@ -343,6 +362,12 @@ def test_precision():
         (["relora.optimizer_reset=magnitude"], "different masks"),
         (["relora.optimizer_reset=zero", "relora.reset_ratio=0.5"], "relora.reset_ratio: 0.5 has no effect"),
         (["optim.warm_start_warmup_steps=100"], "never reaches the peak"),
+        (["optim.decay_steps=50"], "optim.decay_steps: 50 has no effect with optim.schedule cosine"),
+        (
+            ["optim.schedule=constant", "optim.min_lr_ratio=0.2"],
+            "optim.min_lr_ratio: 0.2 has no effect with optim.schedule constant",
+        ),
+        (["optim.schedule=wsd", "optim.decay_steps=115", "data.split=x"], "data.split: x"),  # right up to the ramp
         (["data.split=x"], "data.split: x has no effect with data.source wikitext2"),
         (
             [

@@ -11,10 +11,18 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 
 import relora_ds
-from relora_ds import ReLoRACallback, ReLoRATrainer
+from relora_ds import ReLoRACallback, ReLoRATrainer, lr_multiplier
+from relora_ds.interop.hf_checks import curve_of
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import batch, llama
@@ -383,6 +391,41 @@ def said(action) -> str:
     return "accepted"
 
 
+LINEAR_DECAY = {"num_decay_steps": 20, "decay_type": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "warmup"),
+    [
+        ("linear", None, 10),
+        ("cosine", None, 10),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}, 10),
+        ("constant", None, 0),
+        ("constant_with_warmup", None, 10),
+        ("warmup_stable_decay", LINEAR_DECAY, 10),
+        ("warmup_stable_decay", {**LINEAR_DECAY, "min_lr_ratio": 0.2}, 0),
+    ],
+)
+def test_without_restarts_the_curve_is_that_of_transformers(tmp_path, kind, kwargs, warmup):
+    args = TrainingArguments(str(tmp_path), lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, warmup, 100, kwargs).lr_lambdas[0]
+    for step in range(100):
+        ours = lr_multiplier(step, total_steps=100, warmup_steps=warmup, **curve_of(args))
+        assert ours == pytest.approx(theirs(step), abs=1e-12), step
+
+
+def late_decay(directory: str) -> str:
+    kwargs = {"num_decay_steps": STEPS, "decay_type": "linear"}
+    with made_trainer(directory, 1, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=kwargs) as trainer:
+        return said(trainer.train)
+
+
+def test_a_decay_that_meets_a_restart_is_refused(tmp_path):
+    [message] = ranks(1).run(late_decay, str(tmp_path))
+    assert message.startswith(f"TrainingArguments.lr_scheduler_kwargs num_decay_steps: {STEPS} of {STEPS} steps begins")
+
+
 def refused(directory: str, changes: dict) -> list[str]:
     """What the callback and the subclass say."""
 
@@ -400,7 +443,12 @@ def refused(directory: str, changes: dict) -> list[str]:
     [
         ({"deepspeed": None}, "TrainingArguments.deepspeed: not set"),
         ({"use_cpu": False}, "set use_cpu=True"),
-        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": None}, 'use "cosine"'),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": None}, 'use "linear", "cosine"'),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}, 'use "constant_with_warmup"'),
+        (  # a cosine decay, by default
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}},
+            '{"num_decay_steps": 100, "decay_type": "linear"}',
+        ),
         (
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
             "TrainingArguments.lr_scheduler_type",

@@ -57,6 +57,21 @@ def test_learning_rates_of_the_design():
         assert learning_rate(recipe, phase, step) == pytest.approx(expected, abs=1e-11)
 
 
+def test_wsd_decays_at_the_end_and_not_in_the_warm_start():
+    settings = [*UNEVEN, "optim.schedule=wsd", "relora.restart_every=600"]  # 1,000 low-rank steps
+    recipe = load_recipe("tiny", settings)
+    warm, low = phases_of(recipe)
+    assert (low.stop - 100, "relora", "the decay begins") in [(e.step, e.phase, e.what) for e in events(recipe)]
+    assert learning_rate(recipe, warm, 99) == 0.5
+    assert [learning_rate(recipe, low, step) for step in (999, 1000, 1050)] == pytest.approx([1, 1, 0.55])
+    # A warm start that is nearly the whole run: a tenth of the run would begin inside it.
+    late = [*settings, "warm_start_steps=1040", "optim.warmup_steps=5", "relora.restart_every=null"]
+    warm, low = phases_of(load_recipe("tiny", late))
+    assert [learning_rate(recipe, warm, step) for step in (6, 1039)] == [0.5, 0.5]
+    assert learning_rate(recipe, low, 1094) == 1 and low.decay_steps == 6
+    assert not any(e.what == "the decay begins" for e in events(load_recipe("tiny", UNEVEN)))
+
+
 def test_methods_without_restarts():
     lora = load_recipe("tiny", ["method=lora"])
     assert not any("restart" in event.what for event in events(lora))
@@ -65,8 +80,9 @@ def test_methods_without_restarts():
 
 
 def test_what_a_run_logs_is_what_its_calendar_says(tmp_path):
-    run(tmp_path / "run", world_size=2)
-    recipe = load_recipe("tiny")
+    settings = ["optim.schedule=wsd", "optim.decay_steps=8"]
+    run(tmp_path / "run", *settings, world_size=2)
+    recipe = load_recipe("tiny", settings)
     phases = {phase.name: phase for phase in phases_of(recipe)}
     logged = lines(tmp_path / "run", "train")
     assert len(logged) == recipe.total_steps

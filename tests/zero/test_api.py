@@ -13,6 +13,7 @@ from tests.ranks import ranks
 from tests.small_models import batch, llama
 
 CONFIG = ReLoRAConfig(r=4, lora_alpha=8, restart_every=4, restart_warmup_steps=2)
+SCHEDULES = {0: {"schedule": "linear"}, 1: {}, 2: {"schedule": "constant"}, 3: {"schedule": "wsd", "decay_steps": 2}}
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -36,6 +37,7 @@ def own_loop(directory, stage) -> dict:
         min_lr_ratio=0.1,
         micro_batch_size=4,
         precision="fp32",
+        **SCHEDULES[stage],
     )
     assert isinstance(engine, deepspeed.DeepSpeedEngine) and engine.module is model
     assert optimizer is engine.optimizer and scheduler is engine.lr_scheduler
@@ -60,7 +62,13 @@ def test_own_loop(tmp_path, stage):
     assert result["multipliers"] == pytest.approx(
         [
             relora_ds.lr_multiplier(
-                k, total_steps=12, warmup_steps=2, restart_warmup_steps=2, min_lr_ratio=0.1, restarts=[4, 6, 8]
+                k,
+                total_steps=12,
+                warmup_steps=2,
+                restart_warmup_steps=2,
+                min_lr_ratio=0.1,
+                restarts=[4, 6, 8],
+                **SCHEDULES[stage],
             )
             for k in range(8)
         ]
@@ -150,6 +158,13 @@ def with_optimizer(**values) -> dict:
         (
             {"total_steps": 0, "warmup_steps": -1, "min_lr_ratio": 2.0},
             ["total_steps: 0 is", "warmup_steps: -1 is", "min_lr_ratio: 2.0 is"],
+        ),
+        ({"schedule": "cosin"}, ["schedule: 'cosin' is unknown (did you mean cosine?); known: cosine, wsd, constant"]),
+        ({"schedule": "wsd", "decay_steps": 0}, ["decay_steps: 0 is not a number of steps; use 1 or more, or None"]),
+        ({"decay_steps": 2}, ["decay_steps: 2 has no effect with schedule cosine; leave it out"]),
+        (
+            {"schedule": "wsd", "decay_steps": 12},
+            ["decay_steps: 12 of 12 steps begins the decay after step 0, before the ramp of the restart after step 8"],
         ),
         ({"betas": (0.9, 1.0)}, ["betas: [0.9, 1.0] are not two numbers in [0, 1)"]),
         ({"config": with_optimizer(betas=0.9)}, ["config optimizer.params.betas: 0.9 are not two numbers in [0, 1)"]),
