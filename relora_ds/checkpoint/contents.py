@@ -10,6 +10,7 @@ In `frozen_RANK.safetensors`, whole tensors by their owners:
     NAME.weight                 the fp32 value of a merged weight: its master, or a stored copy that is exact
     stored/NAME.weight          the stored copy, where it is all there is
     intended/, lost/NAME        the sums of the merge ledger
+    frozen/NAME.lora_A          A of a one-sided layer, in fp32
     frozen/NAME                 what no layer merges into and nothing trains, as it is stored; of rank 0
 """
 
@@ -61,6 +62,8 @@ class Captured:
         for name, layer in self.model["layers"].items():
             if self.frozen is not None and layer["base"] and f"{name}.weight" not in frozen:
                 return f"no rank has written {name}.weight"
+            if self.frozen is not None and layer.get("one_sided") and f"{OTHER}{name}.lora_A" not in frozen:
+                return f"no rank has written {name}.lora_A"
         return None
 
 

@@ -90,7 +90,7 @@ class CheckpointWeights:
         self._model, self.contents, self.owners = model, model.contents, None
         self._layers = {plain_name(name, layer): name for name, layer in model.contents.layers.items()}
         described = manifest.read(directory).model
-        buffers = [name for name in model.frozen if name not in described["parameters"]]
+        buffers = [name for name in model.frozen if name not in described["parameters"] and not is_lora_parameter(name)]
         self.shapes = plain_shapes(described, {name: model.read(name).shape for name in buffers})
 
     def read(self, name: str) -> Tensor:

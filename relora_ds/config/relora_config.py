@@ -8,8 +8,9 @@ from typing import Annotated, Literal, get_args
 from relora_ds.config import fields
 from relora_ds.config.rules import Integer, Names, Number, is_int, tenth
 
-OptimizerReset = Literal["magnitude_joint", "magnitude", "random", "zero", "none"]
-RestartInit = Literal["kaiming", "orthogonal", "gradient"]
+OptimizerReset = Literal["magnitude_joint", "magnitude", "random", "zero", "none", "rotate"]
+RestartInit = Literal["kaiming", "gradient", "random"]
+GradientEstimate = Literal["sketch", "warm_sketch", "exact"]
 FrozenDtype = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8"]
 FROZEN_DTYPES: tuple[str, ...] = get_args(FrozenDtype)
 
@@ -28,6 +29,9 @@ class ReLoRAConfig:
     """Numerator of the scaling `s = lora_alpha / r`, as in PEFT."""
     lora_dropout: Annotated[float, Number("inside [0, 1)")] = 0.0
     """Dropout on the input of A, as in PEFT."""
+    trains: Literal["both", "B"] = "both"
+    """Which factors train. `B` alone (a one-sided chain, as GaLore's): A stays an orthonormal basis for a cycle, so half
+    of the optimizer state and of what travels is gone."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead, as in PEFT."""
     target_modules: Annotated[str | list[str], Names("all-linear or [q_proj, v_proj]", expression=True)] = "all-linear"
@@ -45,19 +49,23 @@ class ReLoRAConfig:
     ] = None
     """What trains at full rank beside A and B; null = embeddings, output head and norms. PEFT's `modules_to_save` is
     another name of it."""
-    restart_every: Annotated[int | None, Integer(1, example=5000)] = None
+    restart_every: Annotated[int | None, Integer(2, example=5000)] = None
     """Applied optimizer steps between restarts; null = never (LoRA on a frozen W)."""
     restart_warmup_steps: Annotated[int, Integer(0)] = 100
     """Steps of the linear warm-up of the learning rate after a restart."""
     optimizer_reset: OptimizerReset = "magnitude_joint"
     """What happens to Adam's moments of A and B at a restart. `magnitude_joint` keeps the largest `1 - reset_ratio` of
     |exp_avg| and applies that one mask to both moments; `magnitude` prunes each by its own; `random` keeps a random
-    part; `zero` keeps nothing, `none` everything."""
+    part; `zero` keeps nothing, `none` everything; `rotate` (of a one-sided chain) expresses them in the new basis, as
+    LDAdam does."""
     reset_ratio: Annotated[float, Number("inside [0, 1)")] = 0.99
     """Part of the moments that a restart sets to zero."""
     restart_init: RestartInit = "kaiming"
-    """What A becomes at a restart: `kaiming` noise (the paper's), `orthogonal` to the A's that earlier cycles began
-    with, or `gradient`, the dominant row space of W's gradient in the step before."""
+    """What A becomes at a restart: `kaiming` noise (the paper's), a `random` orthonormal basis, or `gradient`, a basis
+    of the dominant row space of W's gradient in the step before."""
+    gradient_estimate: GradientEstimate = "sketch"
+    """What restart_init `gradient` looks at: a random `sketch` of the gradient; `warm_sketch`, along the directions of
+    B's first moment and a few random ones; or the `exact` gradient, gathered layer by layer in host memory."""
     frozen_dtype: FrozenDtype = "auto"
     """How W is stored; `auto` = the precision of the run."""
     frozen_double_quant: bool = False
@@ -99,6 +107,17 @@ class ReLoRAConfig:
             yield (
                 f"{prefix}restart_every: {every} is not above {prefix}restart_warmup_steps {ramp}, so the learning "
                 f"rate would never recover; use e.g. {prefix}restart_warmup_steps={tenth(every)}"
+            )
+        if self.trains == "B" and self.restart_init == "kaiming":
+            yield (
+                f"{prefix}trains: B needs an orthonormal A, and {prefix}restart_init kaiming is none; use "
+                f"{prefix}restart_init=gradient or {prefix}restart_init=random"
+            )
+        if self.optimizer_reset == "rotate" and self.trains != "B":
+            yield (
+                f"{prefix}optimizer_reset: rotate turns B's moments from one frozen basis to the next, and with "
+                f"{prefix}trains {self.trains} A is none; use {prefix}trains=B, or "
+                f"{prefix}optimizer_reset=magnitude_joint"
             )
         if self.restart_init == "gradient" and self.lora_dropout:
             yield (

@@ -161,9 +161,10 @@ def _phase_problems(recipe: Recipe, method: Method) -> Iterator[str]:
             f"optim.warmup_steps: {optim.warmup_steps} is not below the {what}; use e.g. "
             f"optim.warmup_steps={tenth(num_steps)}"
         )
-    every = method.relora.restart_every if method.relora is not None else None
-    if is_int(every) and every >= 1:
-        if every <= optim.warmup_steps:
+    relora = method.relora
+    every = relora.restart_every if relora is not None else None
+    if relora is not None and is_int(every) and every >= 1:
+        if every <= optim.warmup_steps and relora.restart_warmup_steps:
             yield (
                 f"relora.restart_every: {every} is not above optim.warmup_steps {optim.warmup_steps}, so the first "
                 f"restart would fall into the warm-up; use e.g. optim.warmup_steps={tenth(every)}"

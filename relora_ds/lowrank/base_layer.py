@@ -1,4 +1,4 @@
-"""What every low-rank layer is: a frozen weight, two factors that train, and the answers that the engine asks for.
+"""What every low-rank layer is: a frozen weight, two factors, and the answers that the engine asks for.
 
 The weight stays in the layout of the model that was wrapped, so that its values go in and out as they are:
 
@@ -6,7 +6,8 @@ The weight stays in the layout of the model that was wrapped, so that its values
     transformers' Conv1D (GPT-2)      weight `[in, out]`: transposed
     experts of a mixture              weight `[experts, out, in]`, or transposed; factors for each expert
 
-`lora_A [..., r, in]` and `lora_B [..., out, r]` are the same for all of them.
+`lora_A [..., r, in]` and `lora_B [..., out, r]` are the same for all of them. Both train; in a one-sided layer B does,
+and A is an orthonormal basis that changes at restarts only.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from relora_ds.lowrank.formats import DENSE, Format
 from relora_ds.lowrank.frozen import merge_, plain_name
-from relora_ds.lowrank.reinit import GradientSketch
+from relora_ds.lowrank.reinit import ROW_NORM, GradientTap, random_basis
 from relora_ds.lowrank.seeding import keyed_generator
 
 
@@ -42,7 +43,7 @@ def _kaiming(rows: int, columns: int, key: str) -> Tensor:
 
 
 class LowRankLayer(nn.Module):
-    """A module with a frozen `weight` and the trained factors `lora_A` and `lora_B`.
+    """A module with a frozen `weight` and the factors `lora_A` and `lora_B`.
 
     The factors are created empty: `lowrank.wrap` gives them their values, because those depend on the module's name.
 
@@ -50,6 +51,7 @@ class LowRankLayer(nn.Module):
         weight_shape: of the plain weight, in the model's layout.
         weight: the weight to freeze, taken over (not copied), or None (LoRA without a base: `s·B·A` alone).
         r, lora_alpha, use_rslora: as in PEFT's `LoraConfig`; `s = lora_alpha / r`, or `lora_alpha / √r`.
+        one_sided: A is frozen.
         transposed: the weight is `[..., in, out]`.
         is_parameter: the weight is a parameter of the plain model's module, not the `weight` of a module of its own.
 
@@ -57,7 +59,7 @@ class LowRankLayer(nn.Module):
         weight: dense at first; `store_weight` puts it into another format.
         initial_seed: decides the values that the factors have when an engine is built, where the model had no values at
             wrapping (on the meta device, or partitioned by ZeRO-3); None: they keep those that they have.
-        sketch: set it to a `GradientSketch`, and every backward adds W's gradient to it (linears, without dropout).
+        sketch: set it to a `GradientTap`, and every backward adds W's gradient to it (linears, without dropout).
     """
 
     weight: Any  # a parameter, a buffer or None
@@ -71,6 +73,7 @@ class LowRankLayer(nn.Module):
         r: int,
         lora_alpha: float,
         use_rslora: bool = False,
+        one_sided: bool = False,
         transposed: bool = False,
         is_parameter: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -81,22 +84,28 @@ class LowRankLayer(nn.Module):
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
         self.experts = torch.Size(experts)
         self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.transposed, self.is_parameter = transposed, is_parameter
+        self.one_sided, self.transposed, self.is_parameter = one_sided, transposed, is_parameter
         self.format: Format = DENSE
-        self.sketch: GradientSketch | None = None
+        self.sketch: GradientTap | None = None
         self.initial_seed: int | None = None
         if weight is not None:
             weight.requires_grad_(False)
         self.register_parameter("weight", weight)
-        self.lora_A = nn.Parameter(torch.empty(*experts, r, self.in_features, dtype=dtype, device=device))
+        lora_A = torch.empty(self.shape_of_A, dtype=dtype, device=device)
+        self.lora_A = nn.Parameter(lora_A, requires_grad=not one_sided)
         self.lora_B = nn.Parameter(torch.empty(*experts, self.out_features, r, dtype=dtype, device=device))
 
     def initial_A(self, name: str, *, seed: int, restart: int) -> Tensor:
-        """Return `initial_A` in the shape of `lora_A`; name: of this layer."""
+        """Return what `lora_A` begins with, fp32 on the CPU: `initial_A`, or a random basis. name: of this layer."""
+        if self.one_sided:
+            return random_basis(self.shape_of_A, f"{seed}/{restart}/{name}")
         rows = self.experts.numel() * self.r
-        return initial_A(rows, self.in_features, seed=seed, restart=restart, name=name).view(
-            *self.experts, self.r, self.in_features
-        )
+        return initial_A(rows, self.in_features, seed=seed, restart=restart, name=name).view(self.shape_of_A)
+
+    @property
+    def shape_of_A(self) -> torch.Size:
+        """`[..., r, in]`, also where ZeRO-3 has A partitioned."""
+        return torch.Size((*self.experts, self.r, self.in_features))
 
     def initial_B(self, name: str, *, seed: int) -> Tensor:
         """Return what `lora_B` begins with, fp32 on the CPU: 0, or without a base `initial_B`."""
@@ -111,7 +120,7 @@ class LowRankLayer(nn.Module):
 
     def about(self) -> dict:
         """Return what a reader of its tensors must know of the layer, as JSON; what is false by default is left out."""
-        flags = {"transposed": self.transposed, "is_parameter": self.is_parameter}
+        flags = {"transposed": self.transposed, "is_parameter": self.is_parameter, "one_sided": self.one_sided}
         return {
             "scaling": self.scaling,
             "base": self.weight is not None,
@@ -134,6 +143,17 @@ class LowRankLayer(nn.Module):
             self.register_buffer("weight", stored, persistent=False)
         else:
             self.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
+
+    def freeze_A_in_buffer(self, lora_A: Tensor) -> None:
+        """Replace the frozen A by a buffer outside of the state dict; ZeRO leaves those alone."""
+        assert self.one_sided
+        del self.lora_A
+        self.register_buffer("lora_A", lora_A, persistent=False)
+
+    @property
+    def row_norm(self) -> float:
+        """The length of A's rows where they are orthogonal."""
+        return 1.0 if self.one_sided else ROW_NORM
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -22,9 +22,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     However they are kept: partitioned by ZeRO-3, packed into bytes, or as a buffer, a weight is one weight.
     """
     layers = [layer for layer in lowrank_layers(model).values() if layer.weight is not None]
-    stored = {id(layer.weight) for layer in layers}
+    bases = [layer for layer in lowrank_layers(model).values() if layer.one_sided]
+    stored = {id(layer.weight) for layer in layers} | {id(layer.lora_A) for layer in bases}
     sizes = [(p.requires_grad, full_shape(p).numel()) for p in model.parameters() if id(p) not in stored]
-    frozen = sum(layer.weight_shape.numel() for layer in layers)
+    frozen = sum(layer.weight_shape.numel() for layer in layers) + sum(layer.shape_of_A.numel() for layer in bases)
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes) + frozen
 
 

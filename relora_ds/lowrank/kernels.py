@@ -22,7 +22,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.formats import DENSE, Format, format_named
-from relora_ds.lowrank.reinit import GradientSketch
+from relora_ds.lowrank.reinit import GradientTap
 
 _library = torch.library.Library("relora_ds", "DEF")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
@@ -146,7 +146,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         format: str,
-        sketch: GradientSketch | None,
+        sketch: GradientTap | None,
     ) -> Tensor:
         # Detached, so that backward refuses an input changed in between with autograd's usual message.
         rows = x.detach().reshape(-1, x.shape[-1])
@@ -208,7 +208,7 @@ def lowrank_linear(
     bias: Tensor | None,
     scaling: float,
     format: Format = DENSE,
-    sketch: GradientSketch | None = None,
+    sketch: GradientTap | None = None,
 ) -> Tensor:
     """`x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias` (paper Eq. 2), fused.
 

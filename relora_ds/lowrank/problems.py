@@ -32,6 +32,8 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
     format = format_of(config.frozen_dtype, "fp32") if base and not found else DENSE
     if lowrank_layers(model):
         found.append("model: it is wrapped already; wrap a fresh model, or merge_and_unwrap it first")
+    if config.trains == "B" and not base:
+        found.append("relora.trains: B needs the frozen weights that lora.base none leaves out; use relora.trains=both")
     targets = find_targets(model, config)
     found += _module_problems(model, config, targets) + _parameter_problems(model, config, targets)
     found += _rank_problems(targets, config)
@@ -108,10 +110,10 @@ def _parameter_problems(model: nn.Module, config: ReLoRAConfig, targets: Targets
             f"relora.lora_dropout: {config.lora_dropout:g} is not supported with relora.target_parameters, whose "
             "modules multiply with the sum W + s·B·A; use 0"
         )
-    if targets.parameters and config.restart_init != "kaiming":
+    if targets.parameters and config.restart_init == "gradient":
         found.append(
-            f"relora.restart_init: {config.restart_init} is not supported with relora.target_parameters; use "
-            "restart_init=kaiming"
+            "relora.restart_init: gradient is not supported with relora.target_parameters, whose modules multiply with "
+            f"the sum W + s·B·A; use restart_init={'random' if config.trains == 'B' else 'kaiming'}"
         )
     return found
 

@@ -1,16 +1,18 @@
-"""What `lora_A` becomes at a restart, where it is not Kaiming noise (`relora.restart_init`).
+"""Where the subspace of a cycle comes from: what `lora_A` becomes at a restart (`relora.restart_init`).
 
-Beyond the paper, whose A is drawn anew without a look at what came before:
+The paper draws A anew from Kaiming's distribution, without a look at what came before. Two others:
 
-    orthogonal  the A's of successive cycles start in subspaces that are orthogonal to each other: blocks of rows of one
-                random orthogonal matrix per layer
-    gradient    A starts in the dominant row space of W's full gradient, as GaLore (arXiv 2403.03507) chooses its
-                subspace; found in a sketch that the last step of a cycle takes along, so there is no extra backward
+    random      an orthonormal basis of a random subspace
+    gradient    a basis of the dominant row space of W's full gradient, as GaLore (arXiv 2403.03507) chooses its
+                subspace. The last step of a cycle takes along what it is computed from, so there is no extra backward:
+                a sketch of the gradient of every W, or the gradients themselves
 
-All rows have the norm that Kaiming's have on average, so that learning rates mean the same.
+A one-sided chain (`relora.trains: B`) needs rows of length 1. Where both factors train, rows have the length that
+Kaiming's have on average, so that learning rates mean the same.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,32 +24,57 @@ ROW_NORM = math.sqrt(1 / 3)  # of Kaiming-uniform rows with a=√5, whose entrie
 OVERSAMPLED = 8  # rows of a sketch beyond r (Halko, Martinsson and Tropp, arXiv 0909.4061, recommend 5 to 10)
 
 
-def orthogonal_A(r: int, in_features: int, *, seed: int, restart: int, name: str) -> Tensor:
-    """`[r, in_features]`, fp32 on the CPU: the rows of cycle `restart` (0 = before the first restart).
+def random_basis(shape: torch.Size, key: str) -> Tensor:
+    """Return a random orthonormal basis `[..., r, in]`, fp32 on the CPU; equal on equal processors for equal keys."""
+    gaussian = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=keyed_generator(key))
+    return torch.linalg.qr(gaussian).Q.mT.contiguous()
 
-    Once the subspaces of `in_features // r` cycles have filled the space, another matrix begins. Needs no state: the
-    matrix is known by (seed, name).
+
+def warm_rows(moment: Tensor, key: str) -> Tensor:
+    """Return `Ω` of a warm-started sketch: `[r + OVERSAMPLED, out]`, fp32.
+
+    An orthonormal basis of the columns of B's first moment, which average the gradient over many steps, and fresh
+    random rows, without which the subspace could not leave where it is. So the sketch is a step of subspace iteration
+    from cycle to cycle, as PowerSGD (arXiv 1905.13727) and LDAdam (arXiv 2410.16103) make it at every step.
+
+    Args:
+        moment: B's `exp_avg`, `[out, r]`.
+        key: of the random rows.
     """
-    cycles = max(1, in_features // r)
-    generator = keyed_generator(f"{seed}/{restart // cycles}/{name}/orthogonal")
-    # Only as many of the matrix's columns as there have been cycles; later ones do not change the earlier.
-    random = torch.randn(in_features, cycles * r, generator=generator)[:, : (restart % cycles + 1) * r]
-    return torch.linalg.qr(random).Q[:, -r:].t().contiguous().mul_(ROW_NORM)
+    out_features = moment.shape[0]
+    fresh = torch.randn(OVERSAMPLED, out_features, generator=keyed_generator(key)).to(moment.device)
+    basis = torch.linalg.qr(moment).Q.t()
+    return torch.cat([basis * math.sqrt(out_features), fresh])
+
+
+class GradientTap(Protocol):
+    """What a layer's backward tells of the gradient of W (`LowRankLayer.sketch`)."""
+
+    def add(self, g: Tensor, rows: Tensor) -> None:
+        """Add one backward, `gᵀ·rows`. g: `[n, out]`; rows: `[n, in]`, the layer's input."""
 
 
 class GradientSketch:
-    """`Ω·G`, `[r + OVERSAMPLED, in]` in fp32, of the gradient `G = gᵀ·x` of a layer's W, over micro-batches.
+    """`Ω·G`, `[rows, in]` in fp32, of the gradient `G = gᵀ·x` of a layer's W, over micro-batches.
 
     Costs what the gradients of a low-rank pair cost; `G` itself is never there.
+
+    Args:
+        omega: `[rows, out]`, fp32, on `device`; None for `r + OVERSAMPLED` random rows, which are drawn from `key`.
     """
 
-    def __init__(self, r: int, in_features: int, key: str, device: torch.device | str = "cpu"):
-        self._key = key
-        self._omega: Tensor | None = None
+    def __init__(
+        self,
+        r: int,
+        in_features: int,
+        key: str,
+        device: torch.device | str = "cpu",
+        omega: Tensor | None = None,
+    ):
+        self._key, self._omega = key, omega
         self.values = torch.zeros(r + OVERSAMPLED, in_features, device=device)
 
     def add(self, g: Tensor, rows: Tensor) -> None:
-        """Add one backward. g: `[n, out]`; rows: `[n, in]`, the layer's input."""
         if self._omega is None:
             omega = torch.randn(len(self.values), g.shape[1], generator=keyed_generator(self._key))
             self._omega = omega.to(g.device)
@@ -55,8 +82,16 @@ class GradientSketch:
             self.values.addmm_(self._omega @ g.float().t(), rows.float())
 
 
-def dominant_rows(sketch: Tensor, r: int) -> Tensor | None:
-    """Return an orthogonal basis `[r, in]` of the sketch's dominant row space, fp32 on the CPU; None without one."""
-    if not torch.isfinite(sketch).all() or not sketch.any():
+def dominant_rows(gradient: Tensor, r: int) -> Tensor | None:
+    """Return an orthonormal basis `[r, in]` of the dominant row space, fp32 on the CPU; None where there is none.
+
+    In each row the largest entry by magnitude is positive: moments that a chain carries over belong to signed
+    coordinates, and decompositions choose signs as they like.
+
+    gradient: `[rows, in]`, or a sketch of it, with at least `r` rows.
+    """
+    if not torch.isfinite(gradient).all() or not gradient.any():
         return None
-    return torch.linalg.svd(sketch.cpu(), full_matrices=False).Vh[:r].contiguous().mul_(ROW_NORM)
+    basis = torch.linalg.svd(gradient.float(), full_matrices=False).Vh[:r]
+    largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+    return (basis * largest.sign()).cpu().contiguous()

@@ -162,6 +162,7 @@ def _options(config: ReLoRAConfig, weight: nn.Parameter) -> dict:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
+        "one_sided": config.trains == "B",
         "dtype": weight.dtype,
         "device": weight.device,
     }
@@ -225,6 +226,6 @@ def _choose_what_trains(model: nn.Module, config: ReLoRAConfig) -> None:
         parameter.requires_grad_(id(parameter) in chosen)
     for layer in lowrank_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
-            parameter.requires_grad_(name != "weight")
+            parameter.requires_grad_(name != "weight" and not (name == "lora_A" and layer.one_sided))
         if layer.weight is not None:  # a pattern may have named a parent of wrapped layers
             layer.weight.requires_grad_(False)

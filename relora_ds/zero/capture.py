@@ -82,10 +82,12 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
 def description(engine) -> dict:
     """Return what a manifest says about the model of an engine."""
     layers = lowrank_layers(engine.module)
+    bases = {f"{name}.lora_A" for name in engine.frozen.one_sided}  # no parameters at times; the layers tell of them
     return {
         "parameters": {
             name: {"shape": list(full_shape(p)), "trains": p.requires_grad}
             for name, p in engine.module.named_parameters()
+            if name not in bases
         },
         "layers": {name: layer.about() for name, layer in layers.items()},
         "frozen": dataclasses.asdict(engine.frozen.storage),

@@ -68,6 +68,22 @@ def collect_moments(shards: ShardView, what: str, owners: Mapping[str, int]) -> 
     )
 
 
+def gather_factors(
+    shards: ShardView, frozen: FrozenWeights, name: str, dst: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return a layer's `(A, B)` in fp32 on rank `dst` (None: on every rank), None elsewhere. Collective.
+
+    Masters where they train; a frozen A as forward reads it.
+    """
+    one_sided = name in frozen.one_sided
+    lora_A = frozen.read_A(name) if one_sided else None
+    factors = ("lora_B",) if one_sided else ("lora_A", "lora_B")
+    found = shards.gather([f"{name}.{factor}" for factor in factors], dst=dst)
+    if not found:
+        return None
+    return found[f"{name}.lora_A"] if lora_A is None else lora_A, found[f"{name}.lora_B"]
+
+
 def _merged_tensors(
     module: nn.Module,
     shards: ShardView,
@@ -112,13 +128,14 @@ def _merged(
 ) -> Tensor | None:
     """Return the merged weight of one layer, fp32 on `device`; None on ranks that are not asked for it."""
     owner = frozen.owners.get(name, dst)
-    pair = shards.gather([f"{name}.lora_A", f"{name}.lora_B"], dst=owner)
+    factors = gather_factors(shards, frozen, name, owner)
     if name in frozen.layers:
         base = frozen.read(name, device)
     else:  # no base: y = s·B·A·x
-        base = torch.zeros(layer.weight_shape, device=device) if pair else None
+        base = torch.zeros(layer.weight_shape, device=device) if factors else None
     if base is not None:
-        layer.add_update_(base, pair[f"{name}.lora_A"], pair[f"{name}.lora_B"])
+        assert factors is not None
+        layer.add_update_(base, *factors)
     if name not in frozen.layers:
         return base
     if dst is None or owner != dst:

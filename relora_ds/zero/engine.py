@@ -8,13 +8,14 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
-from relora_ds.lowrank.reinit import GradientSketch
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
+from relora_ds.zero.exact_gradients import ExactGradients
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.step_checks import gradients_are_finite, skip_step, warn_of_untrained
+from relora_ds.zero.subspaces import watch_gradients
 from relora_ds.zero.together import together
 
 
@@ -33,7 +34,10 @@ class ReLoRAEngine(DeepSpeedEngine):
             by how much the function changed.
         last_restart: the `RestartReport` of the newest restart, or None.
         num_accumulated: backward passes since the last step at an accumulation boundary.
+        exact_gradients: what a step before a scheduled restart takes along, with `gradient_estimate: exact`.
     """
+
+    exact_gradients: ExactGradients | None
 
     @property
     def t(self) -> int:
@@ -55,8 +59,8 @@ class ReLoRAEngine(DeepSpeedEngine):
         FWD_MODULE_STACK.clear()
         if not self.training:
             return super().forward(*inputs, **kwargs)
-        if self.relora is not None and self.relora.restart_init == "gradient":
-            self._sketch_gradients()
+        if self.relora is not None and self.relora.restart_init == "gradient" and not self.num_accumulated:
+            watch_gradients(self, self.lr_scheduler.is_scheduled(self.t + 1))
         with seeded_forward(
             f"{self.seed}/{self.t}/{self.num_accumulated}",
             dist.get_rank(),
@@ -64,18 +68,6 @@ class ReLoRAEngine(DeepSpeedEngine):
             differs_on_cpu=self._masks_differ_on_cpu,
         ):
             return super().forward(*inputs, **kwargs)
-
-    def _sketch_gradients(self) -> None:
-        """Have the layers take W's gradient along in a step that a scheduled restart follows (`lowrank.reinit`)."""
-        if self.num_accumulated:
-            return
-        due = self.lr_scheduler.is_scheduled(self.t + 1)
-        for name, layer in self.frozen.layers.items():
-            layer.sketch = (
-                GradientSketch(layer.r, layer.in_features, f"{self.seed}/{self.t}/{name}/sketch", self.device)
-                if due
-                else None
-            )
 
     def step(self, lr_kwargs=None):
         """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""
@@ -92,6 +84,8 @@ class ReLoRAEngine(DeepSpeedEngine):
         # that sets the accumulation boundary itself (accelerate's) makes at the boundary only.
         super()._backward_epilogue()
         self.num_accumulated += 1
+        if self.exact_gradients is not None:
+            self.exact_gradients.finish_backward()
 
     def restart_if_due(self) -> None:
         """Restart if the schedule wants one at this `t`."""
@@ -125,7 +119,9 @@ class ReLoRAEngine(DeepSpeedEngine):
             seed=self.seed,
             device=self.device,
             probe=self._probe(),
+            exact=self.exact_gradients,
         )
+        self.exact_gradients = None
         self.lr_scheduler.record_restart()
         return self.last_restart
 

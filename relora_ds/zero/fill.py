@@ -63,6 +63,7 @@ class _Unfilled:
         self.tensors = plain_tensors(module)
         self._parameters, self._buffers = dict(module.named_parameters()), persistent_buffers(module)
         self._layers = {layer.plain_name(name): name for name, layer in frozen.layers.items()}
+        self._bases = {f"{name}.lora_A": name for name in frozen.one_sided}
 
     def read(self, source: WeightSource, tensors: list[PlainTensor]) -> None:
         """Take `tensors` from a source of whole tensors."""
@@ -87,14 +88,18 @@ class _Unfilled:
         for name, layer in lowrank_layers(self.module).items():
             if (seed := layer.initial_seed) is None:
                 continue
-            self.shards.write(f"{name}.lora_A", layer.initial_A(name, seed=seed, restart=0))
+            if layer.one_sided:  # decompositions differ in their bits between kinds of processors: its owner's counts
+                mine = self.frozen.owners[name] == dist.get_rank()
+                self.frozen.publish_A(name, layer.initial_A(name, seed=seed, restart=0) if mine else None)
+            else:
+                self.shards.write(f"{name}.lora_A", layer.initial_A(name, seed=seed, restart=0))
             self.shards.write(f"{name}.lora_B", layer.initial_B(name, seed=seed))
             layer.initial_seed = None
 
     def align_buffers(self, filled: set[str]) -> None:
         """Give every rank rank 0's values of the buffers that are not filled."""
         for name, buffer in self.module.named_buffers():
-            if name not in filled and name not in self._layers and buffer.numel():
+            if name not in (*filled, *self._layers, *self._bases) and buffer.numel():
                 _sent(buffer.clone(), 0, buffer)
 
     def _take(self, tensor: PlainTensor, value: Tensor | None, reader: int) -> None:
@@ -117,6 +122,14 @@ class _Unfilled:
                 self.device if mine else torch.device("meta"),
                 lambda value: self.frozen.take(layer, value if mine else None),
             )
+        if (one_sided := self._bases.get(tensor.name)) is not None:
+            mine = self.frozen.owners[one_sided] == dist.get_rank()
+            return _Assembled(
+                tensor.shape,
+                torch.float32,
+                self.device,
+                lambda value: self.frozen.publish_A(one_sided, value if mine else None),
+            )
         if tensor.name in self._buffers:
             buffer = self._buffers[tensor.name]
             return _Assembled(tensor.shape, buffer.dtype, buffer.device, buffer.copy_)
@@ -129,7 +142,7 @@ class _Unfilled:
 
     def _dtype(self, tensor: PlainTensor) -> torch.dtype:
         """Return the dtype in which a tensor is sent."""
-        if tensor.name in self._layers:
+        if tensor.name in self._layers or tensor.name in self._bases:
             return torch.float32
         like = self._buffers[tensor.name] if tensor.name in self._buffers else self._parameters[tensor.name]
         return torch.float32 if like.is_floating_point() else like.dtype

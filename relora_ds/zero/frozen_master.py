@@ -96,9 +96,12 @@ class FrozenWeights:
             torch.device("cpu") if on_host else device,
             pinned=on_host and device.type == "cuda",
         )
+        self.one_sided = [name for name, layer in self.layers.items() if layer.one_sided]
         for layer in self.layers.values():
             empty = self.format.stored_like(layer.weight_shape, self.dtype, device if replicated else "meta")
             layer.store_weight(empty, self.format, as_buffer=replicated)
+            if layer.one_sided and replicated:
+                layer.freeze_A_in_buffer(torch.empty(layer.shape_of_A, dtype=self.dtype, device=device))
 
     def owned(self) -> list[str]:
         """Return the layers whose weights this rank owns, in model order."""
@@ -143,6 +146,26 @@ class FrozenWeights:
             write_partition(weight, stored)
         else:
             weight.data.copy_(stored)
+
+    def read_A(self, name: str) -> Tensor:
+        """Return a one-sided layer's A as forward reads it, in fp32: a new tensor on every rank. Collective."""
+        lora_A: Any = self.layers[name].lora_A
+        with GatheredParameters([lora_A], enabled=is_partitioned(lora_A)):
+            return lora_A.detach().to(torch.float32, copy=True)
+
+    def publish_A(self, name: str, value: Tensor | None) -> None:
+        """Broadcast the owner's new A of a one-sided layer, rounded to what forward reads, to where it reads it."""
+        layer = self.layers[name]
+        lora_A: Any = layer.lora_A
+        if value is None:
+            stored = torch.empty(layer.shape_of_A, dtype=self.dtype, device=self.device)
+        else:
+            stored = value.to(self.device, self.dtype).contiguous()
+        dist.broadcast(stored, self.owners[name])
+        if is_partitioned(lora_A):
+            write_partition(lora_A, stored)
+        else:
+            lora_A.data.copy_(stored)
 
     def take(self, name: str, value: Tensor | None) -> None:
         """Make the owner's fp32 `value` (None elsewhere) the master and the stored copy. Collective."""

@@ -36,6 +36,10 @@ def frozen_state(engine) -> dict[str, Tensor]:
                     state[f"{STORED}{name}.weight"] = layer.weight.detach().to(host, copy=True)
     for name, ledger in frozen.ledgers.items():
         state |= {INTENDED + name: ledger.intended.clone(), LOST + name: ledger.lost.clone()}
+    for name in frozen.one_sided:
+        lora_A = frozen.read_A(name)
+        if frozen.owners[name] == dist.get_rank():
+            state[f"{OTHER}{name}.lora_A"] = lora_A.to(host)
     for name, parameter in other_parameters(engine):
         with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
             if dist.get_rank() == 0:
@@ -68,6 +72,9 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
         if saved.rounds_like(frozen.storage):  # else what was lost then is not what is lost now
             ledger.intended.copy_(read(INTENDED + name))
             ledger.lost.copy_(read(LOST + name))
+    for name in frozen.one_sided:
+        mine = frozen.owners[name] == dist.get_rank()
+        frozen.publish_A(name, read(f"{OTHER}{name}.lora_A") if mine else None)
     for name, parameter in other_parameters(engine):  # rank 0 reads them
         shape = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
         value = torch.empty(shape, dtype=parameter.dtype, device=engine.device)
@@ -81,6 +88,6 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
 
 
 def other_parameters(engine):
-    """Frozen parameters that are no low-rank layer's weight."""
-    merged = {f"{name}.weight" for name in engine.frozen.layers}
-    return [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad and name not in merged]
+    """Frozen parameters that are no low-rank layer's."""
+    of_layers = {f"{name}.{part}" for name in engine.frozen.layers for part in ("weight", "lora_A")}
+    return [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad and name not in of_layers]

@@ -175,6 +175,7 @@ def initialize(
     engine.drift_probe = None
     engine.last_restart = None
     engine.num_accumulated = 0
+    engine.exact_gradients = None
     engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, optimizer, loader, scheduler

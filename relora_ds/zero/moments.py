@@ -4,9 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora_ds.lowrank.moment_rotation import rotated
 from relora_ds.lowrank.pruning import count_ties, keep_mask, kth_largest_magnitude, num_kept, random_mask
 from relora_ds.lowrank.seeding import keyed_generator
-from relora_ds.zero.shards import Shard, ShardView
+from relora_ds.zero.shards import MOMENTS, Shard, ShardView
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def prune_moments(
     Args:
         how: "magnitude_joint" keeps the largest `1 - reset_ratio` of |exp_avg| and uses that mask for
             both moments; "magnitude" (the authors') gives each moment its own mask; "random" draws one
-            joint mask from (seed, restart number, name); "zero" resets all; "none" keeps all.
+            joint mask from (seed, restart number, name); "zero" resets all; "none" and "rotate" keep all.
 
     Returns:
         The realised fractions of pruned entries of the first and of the second moment, over all ranks.
@@ -33,7 +34,7 @@ def prune_moments(
         masks_m = masks_v = [_random_mask(shard, reset_ratio, f"{seed}/{number}/{shard.name}") for shard in mine]
     elif how == "zero":
         masks_m = masks_v = [torch.zeros_like(shard.master, dtype=torch.bool) for shard in mine]
-    elif how == "none":
+    elif how in ("none", "rotate"):
         masks_m = masks_v = [torch.ones_like(shard.master, dtype=torch.bool) for shard in mine]
     else:
         raise ValueError(f"relora.optimizer_reset: unknown value {how!r}")
@@ -48,6 +49,30 @@ def prune_moments(
     total = sum(shard.numel for shard in mine)
     fraction_m, fraction_v = (number / total for number in pruned.tolist())
     return fraction_m, fraction_v
+
+
+@torch.no_grad()
+def rotate_moments(shards: ShardView, turns: dict[str, Tensor], owners: dict[str, int]) -> None:
+    """Turn the moments of every `lora_B` in `turns` from its old basis to its new one. Collective.
+
+    A piece may begin within a row of B, and the ranks' products may differ in their last bits. So the owner of the
+    layer turns the whole tensor.
+
+    Args:
+        turns: by layer, `old A · new Aᵀ`, `[..., r, r]`, the same names on every rank.
+        owners: the rank that turns a layer's.
+    """
+    step, betas = shards.adam_steps().get("lora", 0), shards.betas("lora")
+    for name, turn in turns.items():
+        lora_B = f"{name}.lora_B"
+        exp_avg, exp_avg_sq = (shards.gather([lora_B], what, dst=owners[name]).get(lora_B) for what in MOMENTS)
+        turned = torch.empty(2, *shards[lora_B].shape, device=turn.device)
+        if exp_avg is not None and exp_avg_sq is not None:
+            turned = torch.stack(rotated(exp_avg, exp_avg_sq, turn, step=step, betas=betas))
+        dist.broadcast(turned, owners[name])
+        for what, value in zip(MOMENTS, turned, strict=True):
+            shard = shards[lora_B]
+            getattr(shard, what).write(shard.slice(value))
 
 
 @torch.no_grad()

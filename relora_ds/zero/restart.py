@@ -1,8 +1,9 @@
 """The restart, as one exact transaction over all shards (paper section 3, Algorithm 1).
 
     merge         W <- W + s·B·A, in fp32, on the rank that owns W, which broadcasts the rounded copy
-    reinitialise  A <- Kaiming from (seed, restart number, name), B <- 0: masters and forward's copies
-    prune         Adam moments of A and B, per tensor over all ranks
+    reinitialise  A <- Kaiming from (seed, restart number, name), or another basis (`zero.subspaces`), B <- 0: masters
+                  and forward's copies
+    prune         Adam moments of A and B, per tensor over all ranks; or turn B's into the new basis
     agree         checksums over W, A and B prove that all ranks hold the same
 
 Before anything is overwritten, the owners make sure that what they would merge is finite.
@@ -21,12 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.reinit import dominant_rows, orthogonal_A
+from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
+from relora_ds.zero.collect import gather_factors
+from relora_ds.zero.exact_gradients import ExactGradients
 from relora_ds.zero.frozen_master import FrozenWeights, assign_owners
-from relora_ds.zero.moments import prune_moments
+from relora_ds.zero.moments import prune_moments, rotate_moments
 from relora_ds.zero.shards import ShardView
+from relora_ds.zero.subspaces import Subspaces
 from relora_ds.zero.verify_ranks import checksum, verify
 
 _COPIES = 5  # of a layer's W in fp32: what `_merged` has alive at once, the stored copy among it
@@ -81,11 +85,13 @@ def restart(
     seed: int,
     device: torch.device,
     probe: Callable[[], Tensor] | None = None,
+    exact: ExactGradients | None = None,
 ) -> RestartReport:
     """Merge, reinitialise, prune, agree. Collective: every rank calls it between a step and the next forward.
 
     Args:
         number: of this restart, from 1; decides the values of the new `A`.
+        exact: the gradients of the step before, where it took them along.
         probe: returns logits of some fixed batch; called before and after to measure the drift.
 
     Raises:
@@ -96,7 +102,9 @@ def restart(
     started = _now(device)
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
-    _reinitialise(shards, frozen, config, seed=seed, number=number, device=device)
+    turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact))
+    if config.optimizer_reset == "rotate":
+        rotate_moments(shards, turns, frozen.owners)
     fraction_m, fraction_v = prune_moments(
         shards,
         [n for n in shards.names if is_lora_parameter(n)],
@@ -226,10 +234,8 @@ def _add_to_ledgers(frozen: FrozenWeights, samples: dict[str, Tensor]) -> dict[s
 
 def _gather_factors(shards: ShardView, frozen: FrozenWeights, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """fp32 `(A, B)` of those of the layers that this rank owns. Collective."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        found |= shards.gather([f"{name}.lora_A", f"{name}.lora_B"], dst=frozen.owners[name])
-    return {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in names if f"{name}.lora_A" in found}
+    found = {name: gather_factors(shards, frozen, name, frozen.owners[name]) for name in names}
+    return {name: factors for name, factors in found.items() if factors is not None}
 
 
 def _require_finite(
@@ -280,32 +286,22 @@ def _can_merge(
     return frozen.can_store(frozen.layers[name].add_update_(base, lora_A, lora_B))
 
 
-def _reinitialise(
-    shards: ShardView, frozen: FrozenWeights, config: ReLoRAConfig, *, seed: int, number: int, device: torch.device
-) -> None:
-    for name, layer in frozen.layers.items():
-        new_A = layer.initial_A(name, seed=seed, restart=number)
-        if config.restart_init != "kaiming":
-            new_A = _chosen_A(new_A, name, frozen, config.restart_init, seed=seed, number=number, device=device)
-        shards.write(f"{name}.lora_A", new_A)
-        shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape, device=device))
+def _reinitialise(shards: ShardView, frozen: FrozenWeights, subspaces: Subspaces) -> dict[str, Tensor]:
+    """Give every layer its new A, and B = 0.
 
-
-def _chosen_A(
-    kaiming: Tensor, name: str, frozen: FrozenWeights, how: str, *, seed: int, number: int, device: torch.device
-) -> Tensor:
-    """Compute it on the owner and broadcast it: decompositions differ in their bits between kinds of processors."""
-    layer, owner, chosen = frozen.layers[name], frozen.owners[name], None
-    if how == "gradient" and layer.sketch is not None:  # a restart by hand comes without
-        sketch, layer.sketch = layer.sketch.values, None
-        dist.all_reduce(sketch)
-        if dist.get_rank() == owner:
-            chosen = dominant_rows(sketch, layer.r)
-    elif how == "orthogonal" and dist.get_rank() == owner:
-        chosen = orthogonal_A(layer.r, layer.in_features, seed=seed, restart=number, name=name)
-    new_A = (kaiming if chosen is None else chosen).to(device)
-    dist.broadcast(new_A, owner)
-    return new_A
+    Returns what turns B's moments from the old basis to the new one, `[..., r, r]` in fp32, of one-sided layers.
+    """
+    turns: dict[str, Tensor] = {}
+    for name, new_A in subspaces.choose(frozen).items():
+        if name in frozen.one_sided:
+            old_A = frozen.read_A(name)
+            frozen.publish_A(name, new_A)
+            with exact_products():
+                turns[name] = old_A @ frozen.read_A(name).mT
+        else:
+            shards.write(f"{name}.lora_A", subspaces.on_every_rank(new_A, name, frozen))
+        shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape, device=subspaces.device))
+    return turns
 
 
 def _now(device: torch.device) -> float:

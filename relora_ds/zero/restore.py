@@ -91,6 +91,8 @@ def _lack(saved: SavedTensors, engine) -> str | None:
     for name in engine.frozen.owned():
         if not (saved.has(f"{name}.weight") or saved.has(f"{STORED}{name}.weight")):
             return saved.reason(f"{name}.weight", FROZEN)
+        if name in engine.frozen.one_sided and not saved.has(f"{OTHER}{name}.lora_A"):
+            return saved.reason(f"{name}.lora_A", FROZEN)
     if dist.get_rank() == 0:
         others = [OTHER + name for name, _ in other_parameters(engine)]
         buffers = [BUFFER + name for name in persistent_buffers(engine.module)]

@@ -377,6 +377,10 @@ class ShardView:
             for i, flat in self._adapter.flats()
         }
 
+    def betas(self, group: str) -> tuple[float, float]:
+        """Return Adam's betas of the parameter group of that name."""
+        return next(g["betas"] for g in self._adapter.inner.param_groups if g.get("name") == group)
+
     def set_adam_steps(self, steps: dict[str, int]) -> None:
         """Set Adam's step count of the named parameter groups."""
         groups = self._adapter.inner.param_groups

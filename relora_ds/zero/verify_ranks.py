@@ -52,13 +52,14 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
         names.append(name)
         sums.append(checksum(piece, start))
         split.append(is_partitioned(parameter))
-    for name, layer in frozen.layers.items():
-        weight: Any = layer.weight
-        start, stop = partition_range(weight) if is_partitioned(weight) else (0, weight.numel())
-        piece = weight.ds_tensor.data[: stop - start] if is_partitioned(weight) else weight.data.reshape(-1)
-        names.append(f"{name}.weight")
+    stored: dict[str, Any] = {f"{name}.weight": layer.weight for name, layer in frozen.layers.items()}
+    stored |= {f"{name}.lora_A": frozen.layers[name].lora_A for name in frozen.one_sided}
+    for name, tensor in stored.items():
+        start, stop = partition_range(tensor) if is_partitioned(tensor) else (0, tensor.numel())
+        piece = tensor.ds_tensor.data[: stop - start] if is_partitioned(tensor) else tensor.data.reshape(-1)
+        names.append(name)
         sums.append(checksum(piece, start))
-        split.append(is_partitioned(weight))
+        split.append(is_partitioned(tensor))
     own = torch.stack([s.to(device) for s in sums])
     whole = ~torch.tensor(split, device=device)
 
@@ -81,7 +82,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
 
     stale = torch.zeros_like(own)
     for i, name in enumerate(names):
-        if is_lora_parameter(name):
+        if is_lora_parameter(name) and name not in stored:
             stale[i] = _is_stale(shards, name)
     dist.all_reduce(stale)
     wrong |= stale > 0

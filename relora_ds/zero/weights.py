@@ -116,6 +116,9 @@ def plain_tensors(model: nn.Module) -> list[PlainTensor]:
         if layer.weight is not None:  # it may be packed, or a buffer
             names.setdefault(id(layer.weight), [layer.plain_name(name)])
             shapes[id(layer.weight)] = layer.weight_shape
+        if layer.one_sided:  # a buffer at times
+            names.setdefault(id(layer.lora_A), [f"{name}.lora_A"])
+            shapes[id(layer.lora_A)] = layer.shape_of_A
     buffers = [PlainTensor([name], buffer.shape) for name, buffer in persistent_buffers(model).items()]
     return [PlainTensor(names[key], shapes[key]) for key in names] + buffers
 

@@ -9,7 +9,7 @@ CASES = {
     "stage 0": dict(stage=0),
     "stage 1": dict(stage=1),
     "stage 2, no masters, A from gradients": dict(stage=2, relora=dict(restart_init="gradient", frozen_master="none")),
-    "stage 3, A orthogonal": dict(stage=3, relora=dict(restart_init="orthogonal")),
+    "stage 3, A random": dict(stage=3, relora=dict(restart_init="random")),
     "optimizer offloaded": dict(stage=1, offload=True),
     "nf4, sharded": dict(stage=3, relora=dict(frozen_dtype="nf4", lora_dropout=0.1)),
     "int8, replicated": dict(stage=3, relora=dict(frozen_dtype="int8", frozen_placement="replicated")),

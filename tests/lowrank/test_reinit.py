@@ -1,34 +1,38 @@
-"""What A becomes at a restart, beside Kaiming noise: orthogonal to earlier cycles, or the gradient's dominant rows."""
+"""What A becomes at a restart, beside Kaiming noise: a random basis, or the gradient's dominant rows."""
 
 import pytest
 import torch
 
 from relora_ds.lowrank.linear import ReLoRALinear, initial_A
-from relora_ds.lowrank.reinit import OVERSAMPLED, ROW_NORM, GradientSketch, dominant_rows, orthogonal_A
+from relora_ds.lowrank.reinit import (
+    OVERSAMPLED,
+    ROW_NORM,
+    GradientSketch,
+    dominant_rows,
+    random_basis,
+    warm_rows,
+)
 
 
-def cycle(number: int, r: int = 4, in_features: int = 18, **other) -> torch.Tensor:
-    return orthogonal_A(r, in_features, **{"seed": 0, "restart": number, "name": "q", **other})
+def basis(key: str = "q", r: int = 4, in_features: int = 18) -> torch.Tensor:
+    return random_basis(torch.Size((r, in_features)), key)
 
 
-def test_cycles_begin_in_orthogonal_subspaces_until_the_space_is_full():
-    together = torch.cat([cycle(number) for number in range(4)])  # 16 of 18 dimensions
-    torch.testing.assert_close(together @ together.t() / ROW_NORM**2, torch.eye(16), atol=1e-5, rtol=0)
-    again = torch.cat([cycle(number) for number in range(4, 8)])
-    torch.testing.assert_close(again @ again.t() / ROW_NORM**2, torch.eye(16), atol=1e-5, rtol=0)
-    assert not torch.allclose(again, together, atol=0.01)  # another matrix
+def test_a_random_basis_is_orthonormal():
+    torch.testing.assert_close(basis() @ basis().t(), torch.eye(4), atol=1e-5, rtol=0)
+    assert basis(r=18).shape == (18, 18)  # r as wide as the layer
+    experts = random_basis(torch.Size((3, 4, 18)), "q")
+    torch.testing.assert_close(experts @ experts.mT, torch.eye(4).expand(3, 4, 4), atol=1e-5, rtol=0)
 
 
-def test_orthogonal_rows_depend_on_seed_cycle_and_name():
-    assert torch.equal(cycle(1), cycle(1))
-    assert all(not torch.equal(cycle(1), other) for other in (cycle(2), cycle(1, seed=1), cycle(1, name="k")))
-    assert cycle(3, r=18).shape == (18, 18)  # r as wide as the layer: every cycle has a matrix of its own
+def test_a_random_basis_is_known_by_its_key():
+    assert torch.equal(basis(), basis())
+    assert not torch.allclose(basis(), basis("k"), atol=0.01)
 
 
 def test_rows_are_as_long_as_kaimings():
     kaiming = initial_A(500, 1000, seed=0, restart=1, name="q").norm(dim=1).mean()
     assert kaiming == pytest.approx(ROW_NORM, rel=0.01)
-    assert cycle(1).norm(dim=1).tolist() == pytest.approx([ROW_NORM] * 4, rel=1e-5)
 
 
 def layer_and_batch(dtype=torch.float32):
@@ -61,7 +65,30 @@ def test_a_sketch_finds_the_gradients_dominant_rows(dtype):
     best = torch.linalg.svd(gradient).Vh[:4]
     assert captured(found, gradient) >= 0.9 * captured(best, gradient)
     assert captured(found, gradient) > 2 * captured(initial_A(4, 50, seed=0, restart=1, name="q"), gradient)
-    torch.testing.assert_close(found @ found.t(), torch.eye(4) * ROW_NORM**2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found @ found.t(), torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_a_warm_sketch_finds_more_from_step_to_step():
+    """Along the directions that the moment knows, a sketch is a step of subspace iteration."""
+    torch.manual_seed(0)
+    gradient = torch.linalg.qr(torch.randn(60, 60)).Q * torch.arange(1, 61) ** -0.5
+    gradient = gradient @ torch.linalg.qr(torch.randn(60, 60)).Q
+    best = captured(torch.linalg.svd(gradient).Vh[:8], gradient)
+    A, seen = basis(r=8, in_features=60), []
+    for step in range(3):
+        omega = warm_rows(gradient @ A.t(), str(step))  # the moment of a chain whose gradient stays
+        assert omega.shape == (8 + OVERSAMPLED, 60)
+        A = dominant_rows(omega @ gradient, 8)
+        seen.append(captured(A, gradient) / best)
+    assert seen[0] < seen[1] < seen[2] and seen[2] > 0.9
+
+
+def test_the_largest_entry_of_each_row_is_positive():
+    torch.manual_seed(0)
+    gradient = torch.randn(30, 20)
+    A = dominant_rows(gradient, 5)
+    assert (A.gather(1, A.abs().argmax(1, keepdim=True)) > 0).all()
+    torch.testing.assert_close(dominant_rows(-gradient, 5), A)
 
 
 def test_a_sketch_changes_no_gradient():

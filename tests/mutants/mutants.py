@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant("gpu_offloaded_moments", (f"{ON_GPUS}[optimizer offloaded]",), "on the same device"),
     Mutant("gpu_state_left_there", (f"{ON_GPUS}[stage 1]",), 'result["collected on the GPU"] == []'),
     Mutant("gpu_optimizer_state_kept", (f"{ON_GPUS}[stage 1]",), 'result["left"] <= 64'),
-    Mutant("gpu_strided_broadcast", (f"{ON_GPUS}[stage 3, A orthogonal]",), "that is not contiguous"),
+    Mutant("gpu_strided_broadcast", (f"{ON_GPUS}[stage 3, A random]",), "that is not contiguous"),
     Mutant("gpu_fp8_codes_by_rows", (f"{ON_GPUS}[fp8, which multiplies]",), "mat2 must be col_major"),
     Mutant("gpu_buffers_kept", (f"{ON_GPUS}[int8, replicated]",), 'result["left"] <= 64'),
     Mutant("gpu_masters_in_powers_of_two", (f"{ON_GPUS}[stage 1]",), '"page-locked a weight"'),

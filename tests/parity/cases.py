@@ -6,6 +6,7 @@ import torch.distributed as dist
 import relora_ds
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.base_layer import initial_A
+from relora_ds.lowrank.reinit import random_basis
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.teardown import release as release_engine
 from tests.parity.reference import Reference, jagged_cosine
@@ -132,20 +133,32 @@ def train_case(steps=STEPS, **how) -> dict:
     return result
 
 
-def make_reference(optimizer_reset: str, family: str = "llama", reset_ratio: float = 0.9, **model_changes) -> Reference:
+def make_reference(
+    optimizer_reset: str, family: str = "llama", reset_ratio: float = 0.9, one_sided: bool = False, **model_changes
+) -> Reference:
     model = FAMILIES[family](0, **model_changes)
+    drawn = _random_A if one_sided else _drawn_A
     return Reference(
         model,
         4,
         SCALING,
-        lambda name, n: _drawn_A(model.get_submodule(name).lora_A, n, name),
+        lambda name, n: drawn(model.get_submodule(name).lora_A, n, name),
         LR,
         DECAY,
         CLIP,
         jagged_cosine(STEPS, WARMUP, EVERY, REWARM, MIN_RATIO),
         optimizer_reset,
         reset_ratio,
+        one_sided=one_sided,
     )
+
+
+def one_sided_config(family: str = "llama", **changes) -> ReLoRAConfig:
+    return family_config(family, **{"trains": "B", "restart_init": "random", "optimizer_reset": "rotate", **changes})
+
+
+def _random_A(lora_A: torch.Tensor, restart: int, name: str) -> torch.Tensor:
+    return random_basis(lora_A.shape, f"0/{restart}/{name}")
 
 
 def _drawn_A(lora_A: torch.Tensor, restart: int, name: str) -> torch.Tensor:

@@ -90,6 +90,7 @@ class Reference:
         reset_ratio,
         betas=(0.9, 0.999),
         eps=1e-8,
+        one_sided=False,
     ):
         self.model, self.new_A, self.schedule = model, new_A, schedule
         self.lr, self.max_grad_norm, self.reset, self.reset_ratio = lr, max_grad_norm, reset, reset_ratio
@@ -105,6 +106,7 @@ class Reference:
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
         for name, layer in self.layers.items():
             layer.lora_A.data.copy_(new_A(name, 0))
+            layer.lora_A.requires_grad_(not one_sided)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         decayed = [p for n, p in trainable if p.ndim >= 2]
         plain = [p for n, p in trainable if p.ndim < 2]
@@ -139,11 +141,17 @@ class Reference:
         for name, layer in self.layers.items():
             update = layer.scaling * layer.lora_B @ layer.lora_A
             layer.weight += update.t() if isinstance(layer, ReferenceConv1D) else update
+            old_A = layer.lora_A.clone()
             layer.lora_A.copy_(self.new_A(name, self.restarts))
             layer.lora_B.zero_()
             for factor in (layer.lora_A, layer.lora_B):
+                if not factor.requires_grad:
+                    continue
                 state = self.adam.state[factor]
-                prune(state["exp_avg"], state["exp_avg_sq"], self.reset, self.reset_ratio)
+                if self.reset == "rotate":
+                    rotate(state, old_A @ layer.lora_A.mT, *self.adam.defaults["betas"])
+                else:
+                    prune(state["exp_avg"], state["exp_avg_sq"], self.reset, self.reset_ratio)
 
 
 def prune(m, v, reset, ratio):
@@ -166,6 +174,14 @@ def prune(m, v, reset, ratio):
         m.mul_(mask_m), v.mul_(mask_v)
     else:
         assert reset == "none"
+
+
+def rotate(state, turn, beta1, beta2):
+    """Turn whole moments in place, in fp64, row by row of B: LDAdam's rule (arXiv 2410.16103)."""
+    m, v, turn = state["exp_avg"], state["exp_avg_sq"], turn.double()
+    mean, second = m.double() / (1 - beta1 ** state["step"].item()), v.double() / (1 - beta2 ** state["step"].item())
+    turned = (((second - mean**2) @ turn**2) + (mean @ turn) ** 2).abs() * (1 - beta2 ** state["step"].item())
+    m.copy_(m.double() @ turn), v.copy_(turned)
 
 
 def jagged_cosine(total, warmup, every, rewarm, minimum):

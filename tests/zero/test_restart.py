@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.lowrank.linear import initial_A
-from relora_ds.lowrank.reinit import orthogonal_A
+from relora_ds.lowrank.reinit import ROW_NORM, random_basis
 from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.zero.collect import gather_factors
 from tests.parity import cases
 from tests.parity.reference import prune
 from tests.ranks import ranks
@@ -333,30 +334,27 @@ def test_ranks_that_disagree_are_noticed_by_all(stage, precision):
 # -- other choices of A ----------------------------------------------------------------------------------------------
 
 
-def restart_on_schedule(stage, how, accumulation=1) -> dict:
+def restart_on_schedule(stage, accumulation=1, **relora) -> dict:
     """Train through the first scheduled restart; returns the new A's, and how much of the gradient each captures."""
-    relora = cases.relora_config(restart_init=how)
-    engine = cases.build(stage, relora=relora, accumulation=accumulation)
+    engine = cases.build(stage, relora=cases.relora_config(**relora), accumulation=accumulation)
     for step in range(cases.EVERY - 1):
         cases.train_step(engine, step)
         assert all(layer.sketch is None for layer in lowrank_layers(engine.module).values())
     gradients = full_gradients(engine.collect_merged(), cases.EVERY - 1)
     cases.train_step(engine, cases.EVERY - 1)
     assert engine.restarts == [cases.EVERY]
-    layers, masters = lowrank_layers(engine.module), cases.gathered_state(engine)["master"]
-    copies = cases.forward_copies(engine)
-    found, captured = {}, []
+    layers, found, captured = lowrank_layers(engine.module), {}, []
     for name in layers:
-        A = found[name] = masters[f"{name}.lora_A"]
-        assert torch.equal(copies[f"{name}.lora_A"], A)
+        A = found[name] = gather_factors(engine.shards, engine.frozen, name, None)[0].cpu()
         basis = torch.linalg.qr(A.t()).Q
         best = torch.linalg.svd(gradients[name]).S[:4].square().sum()
         captured.append(((gradients[name] @ basis).square().sum() / best).item())
     cases.train_step(engine, cases.EVERY)
+    lengths = {name: layer.row_norm**2 for name, layer in layers.items()}
     result = {
         "A": fingerprint(found),
         "captured": captured,
-        "orthogonal": all(torch.allclose(A @ A.t(), torch.eye(4) / 3, atol=1e-5) for A in found.values()),
+        "orthogonal": all(torch.allclose(A @ A.t(), torch.eye(4) * lengths[n], atol=1e-5) for n, A in found.items()),
         "values": {name: A.tolist() for name, A in found.items()},
     }
     cases.release(engine)
@@ -372,20 +370,36 @@ def full_gradients(weights, step) -> dict:
     return {name: module.weight.grad for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 3), (2, 1), (3, 3)])
-def test_a_begins_in_the_gradients_dominant_rows(stage, accumulation):
-    results = ranks(2).run(restart_on_schedule, stage, "gradient", accumulation)
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "relora", "least"),
+    [
+        (0, 1, dict(restart_init="gradient"), 0.8),
+        (1, 3, dict(restart_init="gradient"), 0.8),
+        (3, 3, dict(restart_init="gradient"), 0.8),
+        (2, 1, dict(restart_init="gradient", gradient_estimate="warm_sketch"), 0.8),
+        (3, 1, dict(restart_init="gradient", gradient_estimate="warm_sketch", trains="B"), 0.8),
+        (0, 3, dict(restart_init="gradient", gradient_estimate="exact"), 0.99999),
+        (1, 3, dict(restart_init="gradient", gradient_estimate="exact", trains="B"), 0.99999),
+        (3, 1, dict(restart_init="gradient", gradient_estimate="exact", trains="B"), 0.99999),
+    ],
+)
+def test_a_begins_in_the_gradients_dominant_rows(stage, accumulation, relora, least):
+    results = ranks(2).run(restart_on_schedule, stage, accumulation, **relora)
     assert results[0] == results[1] and results[0]["orthogonal"]
-    kaiming = ranks(2).run(restart_on_schedule, stage, "kaiming")[0]["captured"]
-    assert sum(results[0]["captured"]) / len(kaiming) > 0.8 > 0.5 > sum(kaiming) / len(kaiming)
+    assert sum(results[0]["captured"]) / len(results[0]["captured"]) > least
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_begins_orthogonal_to_earlier_cycles(stage):
-    results = ranks(2).run(restart_on_schedule, stage, "orthogonal")
+def test_kaimings_a_does_not_look_at_the_gradient():
+    captured = ranks(2).run(restart_on_schedule, 1)[0]["captured"]
+    assert sum(captured) / len(captured) < 0.5
+
+
+@pytest.mark.parametrize(("stage", "trains"), [(1, "both"), (3, "B")])
+def test_a_is_a_random_basis(stage, trains):
+    results = ranks(2).run(restart_on_schedule, stage, restart_init="random", trains=trains)
     assert results[0] == results[1] and results[0]["orthogonal"]
     for name, A in results[0]["values"].items():
-        expected = orthogonal_A(4, len(A[0]), seed=0, restart=1, name=name)
+        expected = random_basis(torch.Size((4, len(A[0]))), f"0/1/{name}") * (1 if trains == "B" else ROW_NORM)
         torch.testing.assert_close(torch.tensor(A), expected)
 
 
