@@ -30,8 +30,8 @@ class ReLoRAConfig:
     lora_dropout: Annotated[float, Number("inside [0, 1)")] = 0.0
     """Dropout on the input of A, as in PEFT."""
     trains: Literal["both", "B"] = "both"
-    """Which factors train. `B` alone (a one-sided chain, as GaLore's): A stays an orthonormal basis for a cycle, so half
-    of the optimizer state and of what travels is gone."""
+    """Which factors train. `B` alone makes a one-sided chain, as GaLore's: A is an orthonormal basis that stays for a
+    cycle, without optimizer state and without traffic."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead, as in PEFT."""
     target_modules: Annotated[str | list[str], Names("all-linear or [q_proj, v_proj]", expression=True)] = "all-linear"

@@ -1,7 +1,8 @@
 """Adam's moments of B when the basis A changes (`relora.optimizer_reset: rotate`), after LDAdam (arXiv 2410.16103).
 
 With `W + s·B·A` the gradient of B is the gradient of W in the coordinates of the basis A. A new basis has other
-coordinates: the mean of the gradient turns as a vector does, and so does its variance, of which Adam knows the diagonal.
+coordinates. The mean of the gradient turns as a vector does. Its variance, of which Adam knows the diagonal, turns with
+the squares of the entries.
 """
 
 from torch import Tensor

@@ -89,11 +89,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _factors(names: list[str]) -> list[str]:
+    """Return the factors whose steps show a bad reset: A's, whose gradient is 0 at first, or B's where A is frozen."""
+    return [name for name in names if name.endswith("lora_A")] or [name for name in names if name.endswith("lora_B")]
+
+
 def _max_update_over_lr(run: RunState) -> float:
     engine, optim = run.engine, run.recipe.optim
     return max_update_over_lr(
         engine.shards,
-        [name for name in engine.shards.names if name.endswith("lora_A")],
+        _factors(engine.shards.names),
         betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps,
         device=engine.device,

@@ -8,7 +8,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
-from relora_ds.lowrank.wrap import full_shape
+from relora_ds.lowrank.wrap import full_shape, lowrank_layers
 from relora_ds.zero.frozen_master import is_partitioned
 
 
@@ -16,7 +16,7 @@ def allocate(model: nn.Module, settings: dict, dtype: torch.dtype, device: torch
     """Give every parameter of `model` storage on `device`, in the dtype that computes; what it held is let go.
 
     At ZeRO-3 it is this rank's partition, and one whole parameter at a time. Floating-point buffers, which keep their
-    values, become fp32.
+    values, become fp32; those of low-rank layers are as they shall be.
 
     Args:
         settings: DeepSpeed's, resolved.
@@ -32,7 +32,10 @@ def allocate(model: nn.Module, settings: dict, dtype: torch.dtype, device: torch
             torch.utils.swap_tensors(parameter, replacement)  # who holds the parameter holds it still
         else:
             parameter.data = empty
+    stored = {id(buffer) for layer in lowrank_layers(model).values() for buffer in layer.buffers(recurse=False)}
     for buffer in model.buffers():
+        if id(buffer) in stored:  # replicated frozen weights, which `FrozenWeights` has made
+            continue
         buffer.data = buffer.data.to(device, torch.float32 if buffer.is_floating_point() else buffer.dtype).contiguous()
     if settings["zero_optimization"]["stage"] == 3:
         _Partitioned(module=model, config_dict_or_path=settings)

@@ -59,7 +59,7 @@ def assert_has_the_values_of(engine, model, precision: str) -> None:
     """model: wrapped likewise, with values."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     masters, copies = cases.gathered_state(engine)["master"], cases.forward_copies(engine)
-    layers, now = lowrank_layers(model), dict(engine.module.named_parameters())
+    layers, now = lowrank_layers(model), dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(masters.pop(name), parameter), f"{name}: the master"
@@ -72,6 +72,7 @@ def assert_has_the_values_of(engine, model, precision: str) -> None:
         if layer.weight is not None:
             stored = engine.frozen.quantize(layer.weight.detach())
             assert torch.equal(_stored(engine, name), stored), f"{name}: the stored copy"
+            assert _stored(engine, name).dtype == stored.dtype, f"{name}: the dtype of the stored copy"
     for name in engine.frozen.owned() if engine.frozen.with_masters else ():
         assert torch.equal(engine.frozen.masters[name], layers[name].weight), f"{name}: its master"
     for name, buffer in model.named_buffers():

@@ -94,6 +94,20 @@ def read_while_loaded(stage, directory: str) -> tuple[set[str], set[str]]:
     return {name for name in read if name.endswith(".weight")}, owned
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision", "frozen"),
+    [
+        (1, "fp32", dict(gradient_estimate="exact")),
+        (3, "bf16", dict(gradient_estimate="warm_sketch")),
+        (3, "bf16", dict(frozen_dtype="int8", frozen_placement="replicated")),
+    ],
+)
+def test_a_one_sided_chain_resumes_to_the_bit(stage, precision, frozen, tmp_path):
+    """With its basis, which is frozen for a cycle, and the moments that the next one is computed from."""
+    one_sided = dict(trains="B", restart_init="gradient", optimizer_reset="rotate")
+    check(stage, precision, str(tmp_path), frozen={**one_sided, **frozen})
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_rank_reads_the_frozen_weights_that_it_owns(stage, tmp_path):
     for read, owned in ranks(2).run(read_while_loaded, stage, str(tmp_path)):

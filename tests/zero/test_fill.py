@@ -43,6 +43,8 @@ def test_a_model_without_values_is_filled_from_a_source(stage, precision, how):
         (3, dict(frozen_dtype="nf4", frozen_master="none")),
         (2, dict(frozen_master="device")),
         (3, dict(frozen_placement="replicated")),
+        (3, dict(trains="B", restart_init="random")),
+        (3, dict(trains="B", restart_init="random", frozen_dtype="int8", frozen_placement="replicated")),
     ],
 )
 def test_frozen_weights_in_every_format(stage, frozen):
