@@ -161,7 +161,7 @@ def test_all_errors_at_once():
         ),
         (["train.steps=100"], "warm_start_steps: 100 leaves no low-rank steps"),
         (["relora.restart_every=15"], "relora.restart_every: 15 is not above optim.warmup_steps 20"),
-        (["relora.restart_every=0"], "relora.restart_every: 0 is not an integer of at least 1"),
+        (["relora.restart_every=0"], "relora.restart_every: 0 is not an integer of at least 2"),
         (["relora.restart_warmup_steps=125"], "relora.restart_every: 125 is not above relora.restart_warmup_steps 125"),
         (
             ["optim.warmup_steps=124", "relora.restart_every=null", "train.steps=224"],
