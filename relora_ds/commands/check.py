@@ -146,7 +146,6 @@ def _phases(resolved, config) -> list[str]:
     """T, memory and bytes: a column for each phase, and full rank beside them."""
     from relora_ds.methods import full_rank
     from relora_ds.planning.cost import activations_of, cost
-    from relora_ds.planning.schedule_preview import restarts_of
     from relora_ds.training.phases import phases_of
 
     recipe, phases = resolved.recipe, phases_of(resolved.recipe)
@@ -156,7 +155,7 @@ def _phases(resolved, config) -> list[str]:
         methods["full rank"] = plain
     costs = {name: cost(resolved, method, config) for name, method in methods.items()}
     activations = {name: activations_of(resolved, method, config) for name, method in methods.items()}
-    run = {phase.name: (phase.stop - phase.start, len(restarts_of(phase))) for phase in phases}
+    run = {phase.name: (phase.stop - phase.start, len(phase.restarts)) for phase in phases}
     names = list(methods)
     rows = [
         ["", *names],

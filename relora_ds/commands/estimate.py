@@ -133,10 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _methods(recipe) -> dict:
-    """Return the recipe's method and, beside it, full rank."""
-    from relora_ds.methods import full_rank, method_of
+    """Return the recipe's method, that of its warm start and, beside them, full rank."""
+    from relora_ds.methods import full_rank, methods_of
 
-    return {method.name: method for method in (method_of(recipe), full_rank(recipe))}
+    return {method.name: method for method in (*reversed(methods_of(recipe)), full_rank(recipe))}
 
 
 def _by_format(resolved, method, config) -> dict[str, int]:

@@ -14,7 +14,7 @@ The room imports neither torch nor deepspeed, so that tools can read a recipe in
 
 from relora_ds.config.errors import RecipeError
 from relora_ds.config.load import load_recipe, read_recipe, recipe_files
-from relora_ds.config.methods import METHODS, Method, full_rank, method_of
+from relora_ds.config.methods import METHODS, Method, full_rank, method_of, methods_of
 from relora_ds.config.names import DS_CONFIG_DIR, PACKAGE_DIR, ds_config_names, preset_names, recipe_names
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.runtime import accumulation_steps, resolve_precision
@@ -53,6 +53,7 @@ __all__ = [
     "full_rank",
     "load_recipe",
     "method_of",
+    "methods_of",
     "preset_names",
     "read_recipe",
     "recipe_files",

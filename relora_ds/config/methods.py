@@ -6,7 +6,8 @@ ask the method. A method's file needs no torch to be imported, so that a recipe 
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from relora_ds.config import fields
@@ -23,15 +24,24 @@ class Method:
         sections: of the recipe, that this method alone reads.
         relora: the configuration of the low-rank layers; None for a model without any.
         has_base: whether frozen weights lie under the low-rank updates.
+        can_warm_start: whether another method can continue from the weights that it leaves.
+        defaults: recipe keys and the values that the method's name stands for.
     """
 
     name: str
     sections: tuple[str, ...] = ()
     relora: ReLoRAConfig | None = None
     has_base: bool = True
+    can_warm_start: bool = True
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+
+    @classmethod
+    def of_warm_start(cls, recipe: Recipe) -> "Method":
+        """Return the method for the warm start of `recipe`, which names another method for the steps after it."""
+        return cls(recipe)
 
     # What the recipe means. Its values may be wrong, each on its own, where problems are looked for.
 
@@ -42,7 +52,7 @@ class Method:
 
     @property
     def full_rank_steps(self) -> int:
-        """Full-rank steps at the start of the run; the rest is the method's low-rank phase."""
+        """Full-rank steps at the start of the run, or its warm start by another method; the rest is low-rank."""
         return self.recipe.total_steps
 
     @property
@@ -52,7 +62,7 @@ class Method:
 
     @property
     def warm_start_steps(self) -> int:
-        """Full-rank steps before a low-rank phase; 0 where there is none of either."""
+        """Steps of the warm start before a low-rank phase; 0 where there is none of either."""
         return self.full_rank_steps if self.low_rank_steps else 0
 
     @property
@@ -115,6 +125,17 @@ def method_of(recipe: Recipe) -> Method:
     return method_class(recipe.method)(recipe)
 
 
+def warm_start_of(recipe: Recipe) -> Method:
+    """Return the method of the warm start, in a recipe that has one."""
+    return method_class(recipe.warm_start_method).of_warm_start(recipe)
+
+
+def methods_of(recipe: Recipe) -> list[Method]:
+    """Return the methods of the run's phases, in order."""
+    method = method_of(recipe)
+    return [warm_start_of(recipe), method] if method.warm_start_steps else [method]
+
+
 def full_rank(recipe: Recipe) -> Method:
-    """Return ordinary training of every weight: the method of a warm start, and what others are compared with."""
+    """Return ordinary training of every weight, which others are compared with."""
     return method_class("full")(recipe)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from relora_ds.config import data_values, fields
-from relora_ds.config.methods import Method, method_of, own_keys
+from relora_ds.config.methods import Method, method_of, own_keys, warm_start_of
 from relora_ds.config.schema import Recipe
 
 
@@ -40,6 +40,13 @@ def _warm_start_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
     if optim.warm_start_lr is not None and not warm:
         yield f"optim.warm_start_lr: {optim.warm_start_lr} has no effect without a warm start"
     ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
+    if recipe.warm_start_method != type(recipe).warm_start_method and not warm:
+        yield f"warm_start_method: {recipe.warm_start_method} has no effect without a warm start"
+    if warm:
+        ours = {*method.recipe_warnings()}
+        for found in warm_start_of(recipe).recipe_warnings():
+            if found not in ours:
+                yield f"warm_start_method: {recipe.warm_start_method}: {found}"
     if 0 < warm <= ramp:
         yield (
             f"optim.warm_start_warmup_steps: the warm start's {warm} steps end inside its warm-up of {ramp}; its "

@@ -63,7 +63,7 @@ class LoRAConfig:
 
     base: Literal["none", "random", "warm_start"] = "none"
     """`none` = no W at all, `y = s·B·A·x` (the paper's LoRA baseline); `random` = a frozen random W; `warm_start` = the
-    W that `warm_start_steps` of full-rank training (or `init_from`) leave behind."""
+    W that the warm start (or `init_from`) leaves behind."""
 
 
 @dataclass(kw_only=True)
@@ -225,9 +225,14 @@ class Recipe:
     """What the backward computes again instead of keeping it: whole layers (`full`), all but the outputs of attention
     and of every second large product (`selective`), or all but those of attention and large products (`cheap`)."""
     warm_start_steps: Annotated[int, Integer(0)] = 0
-    """Full-rank steps before the low-rank phase."""
+    """Steps of the warm start before the low-rank phase."""
+    warm_start_method: Annotated[str, OneOf(lambda: METHODS)] = "full"
+    """How the warm start trains. By a low-rank method, no step of the run holds Adam's state of every weight; what
+    stands in `relora` is then read by both phases, but for the values that the method's name itself stands for.
+    `lora` trains on the initial weights. The updates are merged when the warm start ends."""
     carry_moments: bool = False
-    """Take Adam's moments of what trains in both phases over from the warm start."""
+    """Take Adam's moments of what trains in both phases over from the warm start, by name: those of embeddings, head
+    and norms. Low-rank factors begin anew."""
     init_from: Annotated[str | None, FilePath()] = None
     """Begin from the weights of a run, a checkpoint or a Hugging Face model."""
     trust_remote_code: bool = False

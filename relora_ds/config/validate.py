@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from relora_ds.config import data_values, fields
 from relora_ds.config.curve import Names, ScheduleConfig
-from relora_ds.config.methods import Method, full_rank, method_of
+from relora_ds.config.methods import Method, full_rank, method_class, method_of, warm_start_of
 from relora_ds.config.names import preset_names
 from relora_ds.config.paths import missing_files, text_problems
 from relora_ds.config.rules import MAX_COUNT, choice, either, is_int, nearest_multiples, tenth
@@ -117,6 +117,8 @@ def _amount_problems(recipe: Recipe, method: Method, wrong: set[str]) -> Iterato
         )
     elif not wrong & {"warm_start_steps", "optim.warmup_steps", "optim.warm_start_warmup_steps"}:
         yield from _phase_problems(recipe, method)
+        if "warm_start_method" not in wrong and 0 < recipe.warm_start_steps < recipe.total_steps:
+            yield from _warm_start_problems(recipe, method)
         if not wrong & {*_NAMES}:
             yield from _curve_problems(recipe, method)
 
@@ -179,6 +181,39 @@ def _phase_problems(recipe: Recipe, method: Method) -> Iterator[str]:
         yield (
             f"optim.warm_start_warmup_steps: {ramp} is not below the whole run's {total} steps; use e.g. "
             f"optim.warm_start_warmup_steps={tenth(warm)}"
+        )
+
+
+def _warm_start_problems(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Yield why the warm start cannot be trained as the recipe says, or would be no other phase."""
+    name, optim = recipe.warm_start_method, recipe.optim
+    if not method.warm_start_steps:
+        return
+    if not method_class(name).can_warm_start:
+        yield (
+            f"warm_start_method: {name} trains a network of another shape, whose weights method {recipe.method} cannot "
+            "take over; use e.g. warm_start_method=full"
+        )
+        return
+    warm = warm_start_of(recipe)
+    if warm.relora is None:
+        return
+    if name == recipe.method or (warm.relora == method.relora and warm.has_base == method.has_base):
+        yield (
+            f"warm_start_method: {name} trains as method {recipe.method} does after it; use warm_start_steps=0, or "
+            "another one, e.g. warm_start_method=full"
+        )
+        return
+    known = {*recipe.relora.conflicts("relora."), *method.recipe_problems()}
+    for found in [*warm.relora.conflicts("relora."), *warm.recipe_problems()]:
+        if found not in known:
+            yield f"warm_start_method: {name}: {found}"
+    every = warm.relora.restart_every
+    ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
+    if is_int(every) and warm.relora.restart_warmup_steps and 1 <= every <= ramp and every < recipe.warm_start_steps:
+        yield (
+            f"warm_start_method: {name} restarts every {every} steps, not above the {ramp} of its warm-up; use e.g. "
+            f"optim.warm_start_warmup_steps={tenth(every)}"
         )
 
 

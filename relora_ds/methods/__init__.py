@@ -8,6 +8,6 @@
 A new method is a file here and a line in `config.names.METHODS`. Its file imports torch only inside functions.
 """
 
-from relora_ds.config.methods import METHODS, Method, full_rank, method_of
+from relora_ds.config.methods import METHODS, Method, full_rank, method_of, methods_of
 
-__all__ = ["METHODS", "Method", "full_rank", "method_of"]
+__all__ = ["METHODS", "Method", "full_rank", "method_of", "methods_of"]

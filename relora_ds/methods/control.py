@@ -16,6 +16,7 @@ class Control(TrainingMethod):
     """A smaller network of the same family, trained at full rank. Its shape follows from the `relora.` section."""
 
     name = "control"
+    can_warm_start = False
 
     @property
     def speed_key(self) -> list:

@@ -5,9 +5,11 @@ PEFT's LoRA, on random weights or on those that a warm start leaves behind. It n
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 from relora_ds.config import Recipe
+from relora_ds.config.methods import warm_start_of
 from relora_ds.methods.lowrank import LowRank
 
 _OF_THE_BASE = ("frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement")
@@ -24,6 +26,15 @@ class LoRA(LowRank):
         self.relora = copy.copy(recipe.relora)  # unchecked: the recipe's own checks name what is wrong
         self.relora.restart_every = None
         self.has_base = recipe.lora.base != "none"
+
+    @classmethod
+    def of_warm_start(cls, recipe: Recipe) -> LowRank:
+        """Return LoRA on the initial weights: without a base it would leave weights of rank r."""
+        relora = copy.copy(recipe.relora)
+        relora.restart_every = None
+        return super().of_warm_start(
+            dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, base="random"), relora=relora)
+        )
 
     @property
     def label(self) -> str:
@@ -64,5 +75,6 @@ class LoRA(LowRank):
             for name in _OF_THE_BASE:
                 if (value := getattr(relora, name)) != getattr(type(relora), name):
                     yield f"relora.{name}: {value} has no effect with lora.base none, which has no W"
-        if relora.restart_every is not None:
+        warm = warm_start_of(recipe).relora if self.warm_start_steps else None
+        if relora.restart_every is not None and (warm is None or warm.restart_every is None):
             yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"

@@ -1,8 +1,11 @@
 """What methods with low-rank updates have in common: the surgery, and a warm start before them."""
 
+import copy
+import dataclasses
 from typing import TYPE_CHECKING
 
 from relora_ds.config import Recipe, ReLoRAConfig
+from relora_ds.config.methods import method_class, warm_start_of
 from relora_ds.methods.base import TrainingMethod
 
 if TYPE_CHECKING:
@@ -18,6 +21,33 @@ class LowRank(TrainingMethod):
         super().__init__(recipe)
         self.relora = recipe.relora
 
+    @classmethod
+    def of_warm_start(cls, recipe: Recipe) -> "LowRank":
+        """Return the method of a run that is as long as the warm start.
+
+        What the run's method stands for in `relora` is not read, but how often it restarts; what this one stands for
+        is. Its seed is another one: else A would become in the later phase what it has been in this one.
+        """
+        run, relora = (
+            method_class(recipe.method),
+            copy.copy(recipe.relora),
+        )  # unchecked: the recipe's own checks name what is wrong
+        theirs, ours = ({key.removeprefix("relora."): value for key, value in of.defaults.items()} for of in (run, cls))
+        for name in theirs.keys() - {"restart_every"}:
+            setattr(relora, name, getattr(type(relora), name))
+        for name, value in ours.items():
+            setattr(relora, name, value)
+        return cls(
+            dataclasses.replace(
+                recipe,
+                method=cls.name,
+                seed=(recipe.seed + 2**63) % 2**64,
+                warm_start_steps=0,
+                train=dataclasses.replace(recipe.train, steps=recipe.warm_start_steps, tokens=None),
+                relora=relora,
+            )
+        )
+
     @property
     def full_rank_steps(self) -> int:
         """Those of the warm start."""
@@ -27,7 +57,8 @@ class LowRank(TrainingMethod):
     def speed_key(self) -> list:
         """What is computed beside the frozen weights, and how these are stored."""
         relora = self.relora
-        return [self.name, relora.r, relora.target_modules, relora.trainable_modules, relora.frozen_dtype]
+        warm = warm_start_of(self.recipe).speed_key if self.full_rank_steps else []
+        return [self.name, relora.r, relora.target_modules, relora.trainable_modules, relora.frozen_dtype, warm]
 
     def problems(self, model: "nn.Module") -> list[str]:
         """Return why the low-rank updates do not fit `model`."""

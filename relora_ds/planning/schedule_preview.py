@@ -1,13 +1,13 @@
 """When a run does what: phases, restarts, and the learning rate of every step.
 
-All of it comes from the functions that training itself calls: `phases_of`, `scheduled_restarts`, `lr_multiplier`.
+All of it comes from the functions that training itself calls: `phases_of`, `Phase.restarts`, `lr_multiplier`.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from relora_ds.config import Recipe
-from relora_ds.lowrank.schedule import lr_multiplier, scheduled_restarts
+from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.training.phases import Phase, phases_of
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -21,13 +21,6 @@ class Event:
     phase: str
     what: str
     lr: float
-
-
-def restarts_of(phase: Phase) -> list[int]:
-    """Return the scheduled restarts of a phase, in steps of the run."""
-    if phase.method.relora is None:
-        return []
-    return [phase.start + t for t in scheduled_restarts(phase.total_steps, phase.method.relora.restart_every)]
 
 
 def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
@@ -55,7 +48,7 @@ def events(recipe: Recipe) -> list[Event]:
             moments.append((phase.start + phase.warmup_steps, "end of the warm-up"))
         if phase.decay_steps is not None:
             moments.append((phase.start + phase.total_steps - phase.decay_steps, "the decay begins"))
-        for number, step in enumerate(restarts_of(phase), 1):
+        for number, step in enumerate(phase.restarts, 1):
             moments.append((step, f"restart {number}"))
             if relora is not None and relora.restart_warmup_steps:
                 moments.append((step + relora.restart_warmup_steps, "end of the re-warm-up"))
@@ -75,7 +68,7 @@ def curve(recipe: Recipe, width: int = 72) -> list[float]:
     A restart's trough is short and would not be seen in a mean.
     """
     phases = phases_of(recipe)
-    total, restarts = recipe.total_steps, [step for phase in phases for step in restarts_of(phase)]
+    total, restarts = recipe.total_steps, [step for phase in phases for step in phase.restarts]
     width = min(width, total)
     columns = []
     for i in range(width):
@@ -99,7 +92,7 @@ def marks(recipe: Recipe, width: int = 72) -> str:
     width = min(width, total)
     line = [" "] * width
     for phase in phases_of(recipe):
-        for step in restarts_of(phase):
+        for step in phase.restarts:
             line[_column(step, total, width)] = "^"
         line[_column(phase.start, total, width)] = "|"
     return "".join(line).rstrip()

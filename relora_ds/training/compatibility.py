@@ -6,8 +6,9 @@ from typing import Any
 
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.manifest import Manifest
-from relora_ds.config import Recipe
+from relora_ds.config import Recipe, fields
 from relora_ds.config.methods import own_keys
+from relora_ds.training.phases import WARM_START
 from relora_ds.training.preflight import Plan
 
 # Another seed or corpus would repeat some sequences and leave others out; another method has other weights.
@@ -33,11 +34,11 @@ def of(plan: Plan) -> dict:
 
 def changes(saved: Manifest, plan: Plan) -> list[str]:
     """Return what differs from the checkpoint's recipe, one line a key; none of it prevents the resume."""
-    then, now = saved.run["recipe"], _flat(plan)
+    then, now, known = saved.run["recipe"], _flat(plan), fields.fields_of(Recipe)  # earlier versions had fewer keys
     found = [
         f"resume: {name} was {then.get(name)}, is {now.get(name)}"
         for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
+        if then.get(name) != now.get(name) and not (name not in then and now[name] == known[name].default)
     ]
     if saved.run["world_size"] != plan.world_size:
         found.append(f"resume: {saved.run['world_size']} ranks wrote the checkpoint, {plan.world_size} resume it")
@@ -60,6 +61,9 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
     old, new = then["warm_start_steps"], now["warm_start_steps"]
     if old != new and saved.step > min(old, new):
         found.append(f"warm_start_steps was {old}, is {new}, and the checkpoint is after step {saved.step}")
+    before, after = then.get("warm_start_method", Recipe.warm_start_method), plan.recipe.warm_start_method
+    if before != after and saved.run["phase"] == WARM_START:
+        found.append(f"warm_start_method was {before}, is {after}, and the checkpoint is of the warm start")
     if saved.run["data"] != plan.data.fingerprint:
         found.append(
             "the training data or the tokenizer are others (data.source, data.path, data.tokenizer, "

@@ -1,6 +1,6 @@
 """The phases of a run, and the engine of each.
 
-A run is a full-rank warm start (optional) and then the recipe's method. A phase transition is a
+A run is a warm start (optional; by full rank or another method) and then the recipe's method. A phase transition is a
 resume: the weights are collected by name from the masters of one engine, spread over the ranks, the engine is torn
 down, and a fresh one is filled with them. Random weights, pretrained ones and `init_from` enter at the same place.
 """
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from relora_ds.config import Recipe
 from relora_ds.config.curve import decay_length
 from relora_ds.interop.sources import weights_of
-from relora_ds.methods import Method, full_rank, method_of
+from relora_ds.lowrank.schedule import scheduled_restarts
+from relora_ds.lowrank.wrap import is_lora_parameter
+from relora_ds.methods import Method, method_of, methods_of
 from relora_ds.models import compilation, liger, recompute
 from relora_ds.models.build import initial_weights, meta_model, model_without_values
 from relora_ds.training.preflight import Plan
@@ -27,6 +29,8 @@ from relora_ds.zero.teardown import release
 from relora_ds.zero.weights import NOTHING, Nothing, OwnedWeights, WeightSource, readers_of
 
 logger = logging.getLogger(__name__)
+
+WARM_START = "warm_start"  # the name of the phase
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Phase:
     total_steps: int
     warmup_steps: int
     decay_steps: int | None
+
+    @property
+    def restarts(self) -> list[int]:
+        """The scheduled restarts, in steps of the run. What ends a phase is merged anyway."""
+        every = None if self.method.relora is None else self.method.relora.restart_every
+        return [self.start + t for t in scheduled_restarts(self.stop - self.start, every)]
 
 
 @dataclass
@@ -71,7 +81,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     if warm:
         ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
         lr = optim.lr if optim.warm_start_lr is None else optim.warm_start_lr
-        phases.append(Phase("warm_start", full_rank(recipe), 0, warm, lr, recipe.total_steps, ramp, decay))
+        phases.append(Phase(WARM_START, methods_of(recipe)[0], 0, warm, lr, recipe.total_steps, ramp, decay))
     phases.append(Phase(method.name, method, warm, recipe.total_steps, optim.lr, last_steps, optim.warmup_steps, decay))
     return phases
 
@@ -104,10 +114,11 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         max_grad_norm=recipe.optim.max_grad_norm,
         weight_decay=recipe.optim.weight_decay,
         param_groups=phase.method.param_groups(model),
-        seed=recipe.seed,
+        seed=phase.method.recipe.seed,
         after_step=phase.method.after_step,
         weights=_weights(plan, model, handover, resuming),
     )
+    engine.lr_scheduler.stop = phase.stop - phase.start
     if recipe.compile and plan.stage < 3:  # at stage 3 it would compile DeepSpeed's hooks around every layer
         compilation.apply(engine.module)
     if handover is not None and handover.moments:
@@ -139,7 +150,7 @@ def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:
         trains = {
             name: owners[name]
             for name, p in prepared.named_parameters()
-            if p.requires_grad and name in engine.shards.names
+            if p.requires_grad and name in engine.shards.names and not is_lora_parameter(name)
         }
         moments = {what: collect_moments(engine.shards, what, trains) for what in MOMENTS}
         steps = {group: step for group, step in engine.shards.adam_steps().items() if group != "lora"}

@@ -28,7 +28,7 @@ from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.interop.sources import config_of, locate, weights_of
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
-from relora_ds.methods import method_of
+from relora_ds.methods import Method, method_of, methods_of
 from relora_ds.methods.proof import Proof, prove
 from relora_ds.models import attention, compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
@@ -145,9 +145,13 @@ def resolve(
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
         raise RecipeError(problems, name_or_path)
-    proof = _proof(recipe, precision)
-    if proof.problems:
-        raise RecipeError(proof.problems, name_or_path)
+    model_warnings: dict[str, None] = {}
+    *before, last = methods_of(recipe)
+    for method in [*(method for method in before if method.relora is not None), last]:
+        proof = _proof(recipe, precision, method)
+        if proof.problems:
+            raise RecipeError(proof.problems, name_or_path)
+        model_warnings |= dict.fromkeys([*method.warnings(_guessed_model(recipe)), *proof.warnings])
     return Resolved(
         recipe,
         settings,
@@ -155,7 +159,7 @@ def resolve(
         world_size,
         accumulation,
         restarted=restarted,
-        model_warnings=(*method_of(recipe).warnings(_guessed_model(recipe)), *proof.warnings),
+        model_warnings=tuple(model_warnings),
     )
 
 
@@ -180,7 +184,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
             tokenizer.pad_token_id,
             recipe.trust_remote_code,
         )
-        if found := method_of(recipe).problems(meta_model(config)) + _init_from_problems(recipe, config):
+        if found := _phases_problems(recipe, meta_model(config)) + _init_from_problems(recipe, config):
             raise RecipeError(found, name_or_path)
         _open_first_weights(recipe)
         loader = TrainLoader(
@@ -227,7 +231,7 @@ def _model_problems(recipe: Recipe) -> list[str]:
     model = _guessed_model(recipe)
     return (
         attention.problems(model, recipe.model.attn_implementation)
-        + method_of(recipe).problems(model)
+        + _phases_problems(recipe, model)
         + recompute.problems(model, recipe.activation_checkpointing)
     )
 
@@ -240,9 +244,13 @@ def machine_problems(recipe: Recipe) -> list[str]:
     return found + (liger.problems(_guessed_model(recipe)) if recipe.model.use_liger_kernel else [])
 
 
-def _proof(recipe: Recipe, precision: str) -> Proof:
+def _phases_problems(recipe: Recipe, model: PreTrainedModel) -> list[str]:
+    """Return why a phase's method cannot train `model`, each reason once."""
+    return list(dict.fromkeys(problem for method in methods_of(recipe) for problem in method.problems(model)))
+
+
+def _proof(recipe: Recipe, precision: str, method: Method) -> Proof:
     """Try a small copy of the network."""
-    method = method_of(recipe)
     return prove(
         _guessed_config(recipe),
         method.relora,

@@ -20,6 +20,8 @@ class ReLoRAScheduler:
     Attributes:
         t: applied optimizer steps.
         restarts: the steps after which restarts took place, ascending.
+        stop: the step after which a phase ends before its curve does: no restart is due from there on. None: it does
+            not.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig):
@@ -28,6 +30,7 @@ class ReLoRAScheduler:
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.t = 0
         self.restarts: list[int] = []
+        self.stop: int | None = None
         self._apply()
 
     @property
@@ -37,8 +40,8 @@ class ReLoRAScheduler:
 
     def is_scheduled(self, t: int) -> bool:
         """Return whether the calendar has a restart directly after step `t`."""
-        every = self.config.restart_every
-        return 0 < t < self.config.total_steps and t % every == 0 if every else False
+        every, stop = self.config.restart_every, self.stop or self.config.total_steps
+        return 0 < t < stop and t % every == 0 if every else False
 
     @property
     def restart_due(self) -> bool:

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from relora_ds.__main__ import main
+from relora_ds.commands.estimate import _methods as compared
+from relora_ds.config import load_recipe
 from tests.planning.engines import overrides, planned
 
 
@@ -150,3 +152,8 @@ def test_a_stage_that_does_not_exist(capsys):
     with pytest.raises(SystemExit):
         main(["estimate", "tiny", "--stages", "4"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_the_method_of_the_warm_start_has_columns_of_its_own():
+    recipe = load_recipe("tiny", ["method=lora", "lora.base=warm_start", "warm_start_method=relora"])
+    assert list(compared(recipe)) == ["lora", "relora", "full"]

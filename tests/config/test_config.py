@@ -170,6 +170,17 @@ def test_all_errors_at_once():
         (["optim.betas=[0.9]"], "optim.betas: [0.9] is not two numbers inside [0, 1)"),
         (["optim.lr=.nan"], "optim.lr: nan is not a number above 0"),
         (["optim.min_lr_ratio=2"], "optim.min_lr_ratio: 2.0 is outside [0, 1]"),
+        (["warm_start_method=fill"], "warm_start_method: 'fill' is unknown (did you mean full?)"),
+        (["warm_start_method=control"], "warm_start_method: control trains a network of another shape, whose weights"),
+        (["warm_start_method=relora"], "warm_start_method: relora trains as method relora does after it; use warm_"),
+        (
+            ["warm_start_method=lora", "relora.restart_every=null"],
+            "warm_start_method: lora trains as method relora does after it; use warm_start_steps=0, or another one",
+        ),
+        (
+            ["method=lora", "lora.base=warm_start", "warm_start_method=relora", "relora.restart_every=20"],
+            "warm_start_method: relora restarts every 20 steps, not above the 20 of its warm-up; use e.g. optim.warm_",
+        ),
         (["optim.schedule=wds"], "optim.schedule: 'wds' is unknown (did you mean wsd?); known: cosine, wsd, constant"),
         (["optim.schedule=wsd", "optim.decay_steps=0"], "optim.decay_steps: 0 is not an integer of at least 1"),
         (
@@ -362,6 +373,14 @@ def test_precision():
         (["relora.optimizer_reset=magnitude"], "different masks"),
         (["relora.optimizer_reset=zero", "relora.reset_ratio=0.5"], "relora.reset_ratio: 0.5 has no effect"),
         (["optim.warm_start_warmup_steps=100"], "never reaches the peak"),
+        (
+            ["warm_start_method=lora", "warm_start_steps=0", "optim.warm_start_lr=null"],
+            "warm_start_method: lora has no effect without a warm start",
+        ),
+        (
+            ["method=lora", "lora.base=warm_start", "warm_start_method=relora", "relora.restart_every=100"],
+            "warm_start_method: relora: relora.restart_every: 100 is not below the 100 low-rank steps: the run has no",
+        ),
         (["optim.decay_steps=50"], "optim.decay_steps: 50 has no effect with optim.schedule cosine"),
         (
             ["optim.schedule=constant", "optim.min_lr_ratio=0.2"],

@@ -3,7 +3,7 @@
 import pytest
 
 from relora_ds.config import load_recipe, method_of
-from relora_ds.planning.schedule_preview import curve, draw, events, learning_rate, marks, restarts_of
+from relora_ds.planning.schedule_preview import curve, draw, events, learning_rate, marks
 from relora_ds.training.phases import phases_of
 from tests.training.runs import lines, run
 
@@ -23,7 +23,7 @@ UNEVEN = [
 def test_restarts_of_a_run_that_is_no_multiple_of_a_cycle():
     recipe = load_recipe("tiny", UNEVEN)
     warm, low = phases_of(recipe)
-    assert restarts_of(warm) == [] and restarts_of(low) == [400, 700, 1000]
+    assert warm.restarts == [] and low.restarts == [400, 700, 1000]
     assert [(e.step, e.phase, e.what) for e in events(recipe)] == [
         (0, "warm_start", "warm_start begins"),
         (50, "warm_start", "end of the warm-up"),
@@ -76,7 +76,7 @@ def test_methods_without_restarts():
     lora = load_recipe("tiny", ["method=lora"])
     assert not any("restart" in event.what for event in events(lora))
     (full,) = phases_of(load_recipe("tiny", ["method=full"]))
-    assert restarts_of(full) == []
+    assert full.restarts == []
 
 
 def test_what_a_run_logs_is_what_its_calendar_says(tmp_path):

@@ -37,11 +37,12 @@ def _train(engine, plan, steps):
         engine.step()
 
 
-def switch(stage, precision, carry) -> dict:
-    plan = check("tiny", overrides(stage, precision, carry))
+def switch(stage, precision, carry, *more) -> dict:
+    plan = check("tiny", [*overrides(stage, precision, carry), *more])
     before = live_bytes()
     warm, low = phases_of(plan.recipe)
     engine = build_engine(plan, warm)
+    first_A = {n: engine.shards.gather([n])[n].clone() for n in engine.shards.names if "lora_A" in n}
     _train(engine, plan, 2)
     weights = engine.collect_merged()
     moments = {
@@ -64,6 +65,10 @@ def switch(stage, precision, carry) -> dict:
         for what in ("exp_avg", "exp_avg_sq"):
             now = engine.shards.gather([name], what)[name]
             assert torch.equal(now, moments[name][what]) if carry else not now.any(), name
+    for name in engine.shards.names:
+        if "lora_" in name:  # they begin anew, and not where the warm start's began
+            assert not engine.shards.gather([name], "exp_avg")[name].any(), name
+            assert name not in first_A or not torch.equal(engine.shards.gather([name])[name], first_A[name]), name
     assert steps == {"lora": 0, "matrices": 2 * carry, "vectors": 2 * carry}
     del weights, moments, now, value
     measured = live_bytes() - before
@@ -98,6 +103,11 @@ def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_moments_can_be_carried_over(stage):
     ranks(2).run(switch, stage, "bf16", True)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_low_rank_warm_start_hands_over_merged_weights(stage):
+    ranks(2).run(switch, stage, "bf16", True, "warm_start_method=lora", "relora.frozen_dtype=int8")
 
 
 def test_warm_start_has_a_curve_over_the_whole_run():

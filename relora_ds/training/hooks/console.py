@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.checkpoint.job import Written
-from relora_ds.lowrank.schedule import scheduled_restarts
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import compatibility
@@ -128,9 +127,9 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
     for phase in phases:
         steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
         if phase.method.relora is not None:
-            every = phase.method.relora.restart_every
-            restarts = [phase.start + t for t in scheduled_restarts(phase.total_steps, every)]
-            steps += f", restarts after {_some(restarts)}" if restarts else ", no restart"
+            if phase.name != phase.method.name:
+                steps += f" by {phase.method.name}"
+            steps += f", restarts after {_some(phase.restarts)}" if phase.restarts else ", no restart"
         lines.append(steps)
     if resumed_at is not None:
         lines.append(f"resuming after step {resumed_at}")
