@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 import relora_ds
+from relora_ds.lowrank.reinit import OVERSAMPLED
 from relora_ds.zero.traffic import count_traffic, expected_step
 from tests.parity import cases
 from tests.ranks import ranks
@@ -31,6 +32,8 @@ FROZEN = [out * fan_in for out, fan_in in LINEARS * LAYERS]
 FACTORS = [size for out, fan_in in LINEARS * LAYERS for size in (R * fan_in, out * R)]
 EMBEDDINGS = [VOCAB * HIDDEN] * 2
 NORMS = [HIDDEN] * (2 * LAYERS + 1)
+BASES = [R * fan_in for _, fan_in in LINEARS * LAYERS]  # A, where B alone trains
+COLUMNS = [out * R for out, _ in LINEARS * LAYERS]
 LOW_RANK = [FACTORS, EMBEDDINGS, NORMS]  # one list of sizes for each parameter group
 FULL_RANK = [FROZEN + EMBEDDINGS, NORMS]
 
@@ -129,6 +132,18 @@ def test_a_step_moves_what_trains_and_nothing_else(stage, accumulation, precisio
     check(calls, step_bytes(stage, LOW_RANK, FROZEN, BYTES[precision], accumulation))
 
 
+@pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (4, "fp32")])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_one_sided_step_moves_r_elements_for_each_output(stage, accumulation, precision):
+    """Nothing of the bases but, at stage 3, what gathers them with the frozen weights."""
+    assert sum(COLUMNS) == R * sum(out for out, _ in LINEARS * LAYERS)
+    calls, _ = counted(
+        stage, precision, accumulation, NOTHING_STAYS, trains="B", restart_init="random", optimizer_reset="none"
+    )
+    moves = [COLUMNS, EMBEDDINGS, NORMS]
+    check(calls, step_bytes(stage, moves, FROZEN + BASES, BYTES[precision], accumulation))
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_stage_3_keeps_small_parameters_whole_and_gathers_them_once(accumulation):
     threshold = sum(map(sum, LOW_RANK)) // 100  # what "auto" resolves to: 102 elements, so the norms stay whole
@@ -219,6 +234,38 @@ def test_a_restart_moves_each_factor_once_and_each_frozen_weight_once(stage, pre
     # whether it is finite.
     small = [call for call in calls if call[1] < 1024]
     assert sum(size for _, size in small) <= 64 * len(FACTORS + FROZEN) + 28 * len(FROZEN) + CONTROL, small
+
+
+def step_and_restart(stage: int, precision: str, estimate: str) -> tuple[list, list]:
+    """The calls of a step that a refresh follows, and of the refresh."""
+    one_sided = dict(trains="B", restart_init="gradient", gradient_estimate=estimate, optimizer_reset="rotate")
+    engine = build(stage, precision, restart_every=4, restart_warmup_steps=0, **one_sided)
+    for step in range(3):
+        cases.train_step(engine, step)
+    engine.after_step = lambda engine: None
+    with count_traffic() as a_step:
+        cases.train_step(engine, 3)
+    with count_traffic() as a_restart:
+        engine.restart()
+    cases.release(engine)
+    return a_step.calls, a_restart.calls
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "estimate"), [(1, "bf16", "sketch"), (3, "fp32", "warm_sketch"), (2, "bf16", "exact")]
+)
+def test_a_refresh_moves_a_sketch_or_the_gradient_once_and_each_basis_once(stage, precision, estimate):
+    (a_step, a_restart), same = ranks(WORLD).run(step_and_restart, stage, precision, estimate)
+    assert (a_step, a_restart) == same, "the ranks do not make the same calls"
+    gradients = [("reduce", 4 * size) for size in FROZEN]
+    sketches = [("reduce", 4 * (R + OVERSAMPLED) * fan_in) for _, fan_in in LINEARS * LAYERS]
+    exact = estimate == "exact"
+    assert Counter(call for call in a_step if call[0] == "reduce") == Counter(gradients * exact)
+    # B and its two moments to the owner of each layer, which sends both moments back in the new basis.
+    reduces = sketches * (not exact) + [("reduce", 4 * size) for size in COLUMNS] * 3
+    broadcasts = [("broadcast", BYTES[precision] * size) for size in FROZEN + BASES]
+    broadcasts += [("broadcast", 2 * 4 * size) for size in COLUMNS]
+    assert Counter(call for call in a_restart if call[0] in ("reduce", "broadcast")) == Counter(reduces + broadcasts)
 
 
 # Sizes that nf4 can store: 64 divides every weight.
