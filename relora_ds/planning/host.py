@@ -29,11 +29,14 @@ def moments(
         ),
     ]
     if after_warm_start:
-        weights = shapes.num_trainable - sum(shapes.factors) + shapes.num_frozen
+        weights = shapes.num_trainable - sum(shapes.trained_factors) + shapes.num_frozen - sum(shapes.bases.values())
         items += [
             Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, SWITCH),
             Item("a whole tensor as it is read", MASTER * largest, HOST, SWITCH),
         ]
+    if relora is not None and relora.restart_init == "gradient" and relora.gradient_estimate == "exact":
+        gradients = most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())
+        items += [Item("exact gradients of the frozen weights", gradients, HOST, RESTART)]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
     if masters and relora is not None and relora.frozen_master == "cpu":
         items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))

@@ -13,7 +13,7 @@ from relora_ds.config import Recipe
 from relora_ds.data.pretokenized import read_metadata
 from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.data.tokenizer import num_ids
-from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
+from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.models.loading import load_config
@@ -27,7 +27,8 @@ class Shapes:
         groups: the optimizer groups in order, each with the sizes of its parameters.
         merged: the shapes of the frozen weights that low-rank updates are merged into, by layer.
         frozen: the other frozen parameters, which never change.
-        factors: `lora_A` and `lora_B` of the layers; part of `groups`.
+        factors: elements of `lora_A` and of `lora_B` of these layers; what of them trains is part of `groups`.
+        bases: elements of the `lora_A` that are frozen, by layer: all of them, or none.
         repeated, repeated_merged: what trains, and the layers of `merged`, in all decoder layers but the last. Where
             activations are checkpointed, ZeRO-3 gathers these for the repetition too; the last layer is still there.
         looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
@@ -36,7 +37,8 @@ class Shapes:
     groups: tuple[tuple[int, ...], ...]
     merged: dict[str, torch.Size]
     frozen: tuple[int, ...]
-    factors: tuple[int, ...]
+    factors: tuple[tuple[int, int], ...]
+    bases: dict[str, int] = dataclasses.field(default_factory=dict)
     repeated: tuple[int, ...] = ()
     repeated_merged: frozenset[str] = frozenset()
     looked_up: tuple[int, int] = (0, 0)
@@ -49,7 +51,15 @@ class Shapes:
     @property
     def num_frozen(self) -> int:
         """F."""
-        return sum(self.frozen) + sum(shape.numel() for shape in self.merged.values())
+        merged = sum(shape.numel() for shape in self.merged.values())
+        return sum(self.frozen) + sum(self.bases.values()) + merged
+
+    @property
+    def trained_factors(self) -> tuple[int, ...]:
+        """Elements of each factor that trains."""
+        return (
+            tuple(B for _, B in self.factors) if self.bases else tuple(size for pair in self.factors for size in pair)
+        )
 
 
 def network_of(recipe: Recipe) -> tuple[PretrainedConfig, str]:
@@ -85,7 +95,8 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     """Return the sizes of what `method` trains and freezes, counted on a network without storage."""
     model = cast(PreTrainedModel, method.prepare(meta_model(config)))
     layers = {name: layer for name, layer in lowrank_layers(model).items() if layer.weight is not None}
-    weights = {id(layer.weight) for layer in layers.values()}
+    bases = {name: layer for name, layer in layers.items() if layer.one_sided}
+    of_layers = {id(layer.weight) for layer in layers.values()} | {id(layer.lora_A) for layer in bases.values()}
     layered = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     repeated = tuple(layered[:-1])
     embedding = cast(Tensor, model.get_input_embeddings().weight)
@@ -94,10 +105,9 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     return Shapes(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in method.param_groups(model)),
         merged={name: layer.weight_shape for name, layer in layers.items()},
-        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in weights),
-        factors=tuple(
-            p.numel() for layer in layers.values() for name, p in layer.named_parameters() if is_lora_parameter(name)
-        ),
+        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in of_layers),
+        factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in layers.values()),
+        bases={name: layer.lora_A.numel() for name, layer in bases.items()},
         repeated=tuple(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)
         ),

@@ -1,7 +1,7 @@
 """How an engine will store the frozen weights of a network: what its memory and its traffic follow from."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,15 +34,23 @@ class Stored:
 
 @dataclass(frozen=True)
 class PlannedStorage:
-    """Attributes: merged: by layer; frozen: the others; with_masters: whether `merged` has fp32 masters."""
+    """How frozen tensors are stored.
+
+    Attributes:
+        merged: weights, by layer.
+        frozen: those of no layer.
+        with_masters: whether `merged` has fp32 masters.
+        bases: the A's that are frozen, by layer.
+    """
 
     merged: dict[str, Stored]
     frozen: tuple[Stored, ...]
     with_masters: bool
+    bases: dict[str, Stored] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Stored, ...]:
-        return *self.merged.values(), *self.frozen
+        return *self.merged.values(), *self.bases.values(), *self.frozen
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +78,7 @@ def storage_of(shapes: Shapes, relora: ReLoRAConfig | None, *, precision: str, s
         {name: stored(shape) for name, shape in shapes.merged.items()},
         frozen,
         with_masters=has_masters(relora, precision),
+        bases={name: Stored(size, ELEMENT_SIZE[precision], sharded) for name, size in shapes.bases.items()},
     )
 
 
@@ -111,7 +120,10 @@ def gathered_by_stage_3(shapes: Shapes, storage: PlannedStorage, zero: dict, ele
 
     everything = sizes((size for group in shapes.groups for size in group), storage.all)
     large = list(filter(is_large, everything))
-    repeated = filter(is_large, sizes(shapes.repeated, (storage.merged[name] for name in shapes.repeated_merged)))
+    of_layers = [
+        stored[name] for stored in (storage.merged, storage.bases) for name in shapes.repeated_merged if name in stored
+    ]
+    repeated = filter(is_large, sizes(shapes.repeated, of_layers))
     num_bytes = _bytes(large)
     return Gathered(sum(numel for numel, _ in large), num_bytes, _bytes(everything) - num_bytes, _bytes(repeated))
 

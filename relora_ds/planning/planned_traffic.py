@@ -1,8 +1,9 @@
 """Bytes of a step and of a restart, from sizes alone; `zero.traffic` counts the real ones."""
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.reinit import OVERSAMPLED
 from relora_ds.planning.network import Shapes
-from relora_ds.planning.planned_storage import ELEMENT_SIZE, gathered_by_stage_3, storage_of
+from relora_ds.planning.planned_storage import ELEMENT_SIZE, PlannedStorage, gathered_by_stage_3, storage_of
 from relora_ds.zero.traffic import expected_step
 
 # The histograms that find a pruning threshold: 11, 10 and 10 bits of a magnitude, one counter of 4 bytes each.
@@ -58,10 +59,11 @@ def restart_bytes(
 ) -> tuple[float, float]:
     """`(payload, wire)` of one restart; checksums and counts of ties, a few hundred bytes a layer, are left out.
 
-    Every frozen weight is broadcast by its owner, as it is stored. Where the masters are split (stages 1 to 3), A and
-    B are reduced to the owners in fp32, and pruning by magnitude finds its thresholds by three reduced histograms for
-    each factor. ZeRO-3 without masters gathers the frozen weights first, unless they are replicated: once to see that
-    the merged ones are finite, and once to merge.
+    Every frozen weight is broadcast by its owner, as it is stored, and so is a frozen A. Where the masters are split
+    (stages 1 to 3), what trains of A and B is reduced to the owners in fp32, and pruning by magnitude finds its
+    thresholds by three reduced histograms for each factor. ZeRO-3 without masters gathers the frozen weights first,
+    unless they are replicated: once to see that the merged ones are finite, and once to merge. What a basis is chosen
+    from is in `_subspace_bytes`.
 
     It is a restart of the trainer, which measures the drift by a forward before and one after it: at stage 3 they
     gather the network twice. The small parameters that stage 3 keeps whole are spared the first time; the restart
@@ -78,8 +80,29 @@ def restart_bytes(
             one_way += 2 * sum(stored.num_bytes for stored in storage.merged.values() if stored.sharded)
         one_way += 2 * gathered.num_bytes + gathered.small_bytes
     if stage > 0:
-        one_way += 4 * sum(shapes.factors)
+        one_way += 4 * sum(shapes.trained_factors)
         moments = {"magnitude_joint": 1, "magnitude": 2}.get(relora.optimizer_reset, 0)
-        both_ways = moments * len(shapes.factors) * HISTOGRAM_BYTES
+        both_ways = moments * len(shapes.trained_factors) * HISTOGRAM_BYTES
+    one_way += _subspace_bytes(shapes, storage, relora, stage)
     share = (world_size - 1) / world_size
     return one_way + both_ways, (one_way + 2 * both_ways) * share
+
+
+def _subspace_bytes(shapes: Shapes, storage: PlannedStorage, relora: ReLoRAConfig, stage: int) -> int:
+    """Return what is sent one way, in the restart, to choose the next A's, to store them and to turn moments.
+
+    Not what the step before it sends: B's first moment for `warm_sketch`, the gradients for `exact`.
+    """
+    in_A = sum(A for A, _ in shapes.factors)
+    num_bytes = 0
+    if relora.restart_init == "gradient" and relora.gradient_estimate != "exact":
+        num_bytes += 4 * (in_A + in_A // relora.r * OVERSAMPLED)
+    if shapes.bases:
+        stored = sum(base.num_bytes for base in storage.bases.values())
+        gathered = sum(base.num_bytes for base in storage.bases.values() if base.sharded)
+        rotates = relora.optimizer_reset == "rotate"
+        num_bytes += stored + gathered * (3 if rotates else 1)
+        num_bytes += 4 * 2 * sum(B for _, B in shapes.factors) * ((stage > 0) + 1) * rotates
+    elif relora.restart_init != "kaiming":
+        num_bytes += 4 * in_A
+    return num_bytes

@@ -102,8 +102,9 @@ def restart(
     started = _now(device)
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
-    turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact))
-    if config.optimizer_reset == "rotate":
+    rotates = config.optimizer_reset == "rotate"
+    turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact), with_turns=rotates)
+    if rotates:
         rotate_moments(shards, turns, frozen.owners)
     fraction_m, fraction_v = prune_moments(
         shards,
@@ -286,18 +287,21 @@ def _can_merge(
     return frozen.can_store(frozen.layers[name].add_update_(base, lora_A, lora_B))
 
 
-def _reinitialise(shards: ShardView, frozen: FrozenWeights, subspaces: Subspaces) -> dict[str, Tensor]:
+def _reinitialise(
+    shards: ShardView, frozen: FrozenWeights, subspaces: Subspaces, *, with_turns: bool
+) -> dict[str, Tensor]:
     """Give every layer its new A, and B = 0.
 
-    Returns what turns B's moments from the old basis to the new one, `[..., r, r]` in fp32, of one-sided layers.
+    Returns, if asked for, what turns B's moments from the old basis to the new one: `[..., r, r]` in fp32.
     """
     turns: dict[str, Tensor] = {}
     for name, new_A in subspaces.choose(frozen).items():
         if name in frozen.one_sided:
-            old_A = frozen.read_A(name)
+            old_A = frozen.read_A(name) if with_turns else None
             frozen.publish_A(name, new_A)
-            with exact_products():
-                turns[name] = old_A @ frozen.read_A(name).mT
+            if old_A is not None:
+                with exact_products():
+                    turns[name] = old_A @ frozen.read_A(name).mT
         else:
             shards.write(f"{name}.lora_A", subspaces.on_every_rank(new_A, name, frozen))
         shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape, device=subspaces.device))

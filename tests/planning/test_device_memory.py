@@ -78,6 +78,9 @@ def test_state_is_what_is_alive(stage, precision, method):
         (3, "bf16", dict(frozen_dtype="nf4", frozen_double_quant=True)),
         (3, "fp32", dict(frozen_dtype="nf4", frozen_placement="replicated", frozen_master="none")),
         (3, "bf16", dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device")),
+        (1, "bf16", dict(trains="B", restart_init="random")),
+        (3, "bf16", dict(trains="B", restart_init="random")),
+        (3, "bf16", dict(trains="B", restart_init="random", frozen_placement="replicated")),
     ],
 )
 def test_state_of_packed_weights(stage, precision, options):

@@ -14,6 +14,8 @@ from tests.planning.engines import build, micro_step, overrides, planned
 from tests.ranks import ranks
 from tests.training.runs import lines, run
 
+ONE_SIDED = ("relora.trains=B", "relora.restart_init=gradient", "relora.optimizer_reset=none")
+
 
 def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
     """On a rank: `(payload, wire)` of the third step and of a restart after it, with a drift probe as training has."""
@@ -23,6 +25,8 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
     for step in range(2):
         micro_step(engine, step)
         engine.step()
+    engine.lr_scheduler.is_scheduled = lambda t: t == 3  # so that the third step takes a gradient along,
+    engine.after_step = lambda engine: None  # and the restart is counted by itself
     with count_traffic() as a_step:
         micro_step(engine, 2)
         engine.step()
@@ -44,6 +48,11 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
         (1, "fp32", ("relora.frozen_dtype=nf4",)),
         (3, "fp32", ("relora.frozen_dtype=nf4", "relora.frozen_master=none", "activation_checkpointing=full")),
         (3, "fp32", ("relora.frozen_dtype=int8", "relora.frozen_placement=replicated", "relora.frozen_master=none")),
+        (1, "bf16", ("relora.restart_init=gradient",)),
+        (0, "fp32", (*ONE_SIDED, "relora.optimizer_reset=rotate")),
+        (1, "bf16", ONE_SIDED),
+        (3, "bf16", (*ONE_SIDED, "relora.optimizer_reset=rotate")),
+        (3, "fp32", (*ONE_SIDED, "relora.frozen_dtype=int8", "relora.frozen_placement=replicated")),
     ],
 )
 def test_bytes_are_those_that_are_sent(stage, precision, more):
