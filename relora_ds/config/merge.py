@@ -8,14 +8,17 @@ The sources are flattened to {dotted key: what is written there} and merged leaf
 import difflib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from relora_ds.config import spelling
 from relora_ds.config.fields import fields_of
+from relora_ds.config.methods import method_class
+from relora_ds.config.names import METHODS
 from relora_ds.config.schema import ALIASES, OF_ONE_START, ONE_OF, REMOVED, Recipe
 from relora_ds.config.spelling import Raw, Written
 
@@ -140,11 +143,14 @@ def _refuse_section(key: str, raw: Raw, problems: list[str]) -> None:
 
 
 def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[str]]:
-    """Return (the recipe: its defaults with `values` over them, the keys whose value could not be used).
+    """Return (the recipe: its defaults, what its method stands for, and `values` over both; the keys whose value could not be used).
 
     Unknown keys and wrong types are appended to `problems`; those fields keep their default.
     """
     recipe, untrusted = Recipe(), set()
+    for key, value in _method_defaults(values).items():
+        section, _, leaf = key.rpartition(".")
+        setattr(getattr(recipe, section), leaf, value)
     for key, raw in values.items():
         if key in REMOVED:
             if spelling.show(raw) != REMOVED[key]:
@@ -175,6 +181,12 @@ def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[st
         else:
             setattr(part, leaf, os.path.expanduser(value) if SCHEMA[key].is_path and isinstance(value, str) else value)
     return recipe, untrusted
+
+
+def _method_defaults(values: dict[str, Raw]) -> Mapping[str, Any]:
+    """Return the values that the method's name stands for, which lie under what the sources set."""
+    method = values.get("method")
+    return method_class(method.text).defaults if isinstance(method, Written) and method.text in METHODS else {}
 
 
 def _nearest_key(key: str) -> str | None:

@@ -14,6 +14,7 @@ METHODS = {
     "control": "relora_ds.methods.control:Control",
     "lora": "relora_ds.methods.lora:LoRA",
     "relora": "relora_ds.methods.relora:ReLoRA",
+    "galore": "relora_ds.methods.galore:GaLore",
 }
 
 

@@ -18,7 +18,7 @@ class ReLoRA(LowRank):
         """Yield why a run is not what it looks like."""
         relora = self.relora
         if relora.restart_every is None:
-            yield "relora.restart_every: null means no restart: this run is LoRA on a frozen W, not ReLoRA"
+            yield f"relora.restart_every: null means no restart: this run is LoRA on a frozen W, not {type(self).__name__}"
         elif not self.num_restarts:
             yield (
                 f"relora.restart_every: {relora.restart_every} is not below the {self.low_rank_steps} low-rank steps: "
@@ -29,9 +29,15 @@ class ReLoRA(LowRank):
                 "relora.optimizer_reset: magnitude prunes the two moments by different masks, which can take steps of "
                 "exp_avg/eps after a restart; for reproduction only, use magnitude_joint"
             )
-        if relora.optimizer_reset in ("zero", "none") and relora.reset_ratio != type(relora).reset_ratio:
+        if relora.optimizer_reset in ("zero", "none", "rotate") and relora.reset_ratio != type(relora).reset_ratio:
             yield (
                 f"relora.reset_ratio: {relora.reset_ratio} has no effect with optimizer_reset {relora.optimizer_reset}"
+            )
+
+        if relora.restart_init != "gradient" and relora.gradient_estimate != type(relora).gradient_estimate:
+            yield (
+                f"relora.gradient_estimate: {relora.gradient_estimate} has no effect with restart_init "
+                f"{relora.restart_init}"
             )
 
     def after_step(self, engine: "ReLoRAEngine") -> None:

@@ -31,6 +31,7 @@ from relora_ds.zero.frozen_master import FrozenWeights, assign_owners
 from relora_ds.zero.moments import prune_moments, rotate_moments
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.subspaces import Subspaces
+from relora_ds.zero.traffic import count_traffic
 from relora_ds.zero.verify_ranks import checksum, verify
 
 _COPIES = 5  # of a layer's W in fp32: what `_merged` has alive at once, the stored copy among it
@@ -58,6 +59,7 @@ class RestartReport:
         update_norms: ‖s·B·A‖, what was merged into W, by layer name (Frobenius).
         relative_update_norms: ‖s·B·A‖ / ‖W before the merge‖, by layer name.
         restart_s: seconds, the drift's two forwards not counted.
+        subspace_s, subspace_bytes: seconds and payload of the new A's and of the turning of moments; part of the whole.
         checksum: over W, A and B, equal on all ranks.
     """
 
@@ -71,6 +73,8 @@ class RestartReport:
     update_norms: dict[str, float]
     relative_update_norms: dict[str, float]
     restart_s: float
+    subspace_s: float
+    subspace_bytes: int
     checksum: str
 
 
@@ -102,10 +106,13 @@ def restart(
     started = _now(device)
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
+    merged = _now(device)
     rotates = config.optimizer_reset == "rotate"
-    turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact), with_turns=rotates)
-    if rotates:
-        rotate_moments(shards, turns, frozen.owners)
+    with count_traffic() as traffic:
+        turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact), with_turns=rotates)
+        if rotates:
+            rotate_moments(shards, turns, frozen.owners)
+    subspace_seconds = _now(device) - merged
     fraction_m, fraction_v = prune_moments(
         shards,
         [n for n in shards.names if is_lora_parameter(n)],
@@ -132,6 +139,8 @@ def restart(
         updates,
         relative,
         seconds,
+        subspace_seconds,
+        int(traffic.payload),
         common,
     )
 

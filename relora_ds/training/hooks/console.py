@@ -70,9 +70,11 @@ class Console(Hook):
 
     def on_restart(self, run: RunState, report: RestartReport) -> None:
         drift = "" if report.merge_drift is None else f", drift of the function {report.merge_drift:.1e}"
+        sent = human_bytes(report.subspace_bytes)
+        subspaces = f" ({report.subspace_s:.2f} s and {sent} sent for the subspaces)" if report.subspace_bytes else ""
         self._terminal.line(
             f"step {run.step}  restart {report.restarts}: merged, {100 * report.prune_fraction_m:.2f} % of the moments "
-            f"pruned{drift}, {report.restart_s:.2f} s, verified on all ranks"
+            f"pruned{drift}, {report.restart_s:.2f} s{subspaces}, verified on all ranks"
         )
 
     def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
