@@ -143,7 +143,9 @@ def _refuse_section(key: str, raw: Raw, problems: list[str]) -> None:
 
 
 def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[str]]:
-    """Return (the recipe: its defaults, what its method stands for, and `values` over both; the keys whose value could not be used).
+    """Return (the recipe, the keys whose value could not be used).
+
+    The recipe has its defaults, over them what its method's name stands for, and over both `values`.
 
     Unknown keys and wrong types are appended to `problems`; those fields keep their default.
     """

@@ -58,7 +58,15 @@ class LowRank(TrainingMethod):
         """What is computed beside the frozen weights, and how these are stored."""
         relora = self.relora
         warm = warm_start_of(self.recipe).speed_key if self.full_rank_steps else []
-        return [self.name, relora.r, relora.target_modules, relora.trainable_modules, relora.frozen_dtype, warm]
+        return [
+            self.name,
+            relora.r,
+            relora.target_modules,
+            relora.trainable_modules,
+            relora.frozen_dtype,
+            relora.trains,
+            warm,
+        ]
 
     def problems(self, model: "nn.Module") -> list[str]:
         """Return why the low-rank updates do not fit `model`."""

@@ -18,7 +18,7 @@ class ReLoRA(LowRank):
         """Yield why a run is not what it looks like."""
         relora = self.relora
         if relora.restart_every is None:
-            yield f"relora.restart_every: null means no restart: this run is LoRA on a frozen W, not {type(self).__name__}"
+            yield "relora.restart_every: null means no restart: this run is LoRA on a frozen W"
         elif not self.num_restarts:
             yield (
                 f"relora.restart_every: {relora.restart_every} is not below the {self.low_rank_steps} low-rank steps: "
