@@ -86,6 +86,9 @@ class TrainConfig:
 class OptimConfig:
     """AdamW and the learning-rate schedule."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps Adam's moments in 8 bit, by bitsandbytes: 2 bytes a weight instead of 8. Those of embeddings,
+    and of partitions below 4096 elements, stay in fp32."""
     lr: Annotated[float, Number("above 0")] = 1e-3
     """Peak learning rate."""
     warm_start_lr: Annotated[float | None, Number("above 0", example=0.001)] = None

@@ -9,9 +9,15 @@ from transformers import Trainer, TrainingArguments
 from relora_ds.config import ReLoRAConfig
 from relora_ds.config.curve import Names
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.zero import ds_config, ds_types
+from relora_ds.zero import ds_config, ds_types, optimizers
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# Those of TrainingArguments.optim that are ours.
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+}
 # What a Trainer's user calls the values that a DeepSpeed configuration may contradict.
 NAMES = {
     name: f"TrainingArguments.{field}"
@@ -22,6 +28,7 @@ NAMES = {
         "batch_size": "per_device_train_batch_size",
         "accumulation": "gradient_accumulation_steps",
         "max_grad_norm": "max_grad_norm",
+        "optimizer": "optim",
         "lr": "learning_rate",
         "betas": "adam_beta1, adam_beta2",
         "eps": "adam_epsilon",
@@ -94,6 +101,8 @@ def _argument_problems(args: TrainingArguments) -> list[str]:
             f"TrainingArguments.optim: {getattr(args.optim, 'value', args.optim)} {args.optim_args or ''} is not "
             f"supported; use {' or '.join(OPTIMIZERS)} without optim_args"
         )
+    elif reason := optimizers.unavailable(OPTIMIZERS[args.optim]):
+        found.append(f"TrainingArguments.optim: {reason}")
     for field in ("auto_find_batch_size", "torch_compile"):
         if getattr(args, field):
             found.append(f"TrainingArguments.{field}: True is not supported with ReLoRA; leave it out")
@@ -111,6 +120,7 @@ def _deepspeed_problems(trainer: Trainer) -> list[str]:
         micro_batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         max_grad_norm=args.max_grad_norm,
+        optimizer=OPTIMIZERS.get(args.optim),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from relora_ds.config.curve import ScheduleConfig
-from relora_ds.interop.hf_checks import CURVE_NAMES, curve_of
+from relora_ds.interop.hf_checks import CURVE_NAMES, OPTIMIZERS, curve_of
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.zero import ds_config
 from relora_ds.zero.engine import ReLoRAEngine
@@ -135,6 +135,7 @@ class ReLoRATraining(Trainer):
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
+            optimizer=OPTIMIZERS[args.optim],
             precision=precision,
             micro_batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,

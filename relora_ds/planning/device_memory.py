@@ -9,10 +9,11 @@ weights, `e` bytes for one that trains, `f` bytes for one that is frozen (see `l
     stage 3     (eT + fF)/n weights, 12T/n masters and moments, eT/n gradients, one reduce bucket, small parameters
                 whole; fF where frozen weights are replicated
 
+With `optim.name: adamw_8bit` moments are 2T and a 32nd of that, instead of 8T, but for embeddings.
 Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from relora_ds.planning.network import Shapes
 from relora_ds.planning.planned_storage import ELEMENT_SIZE, PlannedStorage, gathered_by_stage_3, storage_of
 from relora_ds.zero import ds_keys, ds_resolve
 from relora_ds.zero.frozen_master import assign_owners
+from relora_ds.zero.optimizers import moment_bytes
 
 MASTER, MOMENTS = 4, 8  # bytes per element: fp32, and exp_avg with exp_avg_sq
 
@@ -122,7 +124,7 @@ def _stage_0(shapes: Shapes, storage: PlannedStorage, e: int) -> list[Item]:
     return [
         *_weights(e * trainable, storage.num_bytes, DEVICE),
         Item("fp32 masters of what trains", MASTER * trainable * below_fp32),
-        Item("Adam's moments", MOMENTS * trainable),
+        Item("Adam's moments", _moments(shapes, shapes.groups)),
         Item("gradients", e * trainable, when=BACKWARD),
         Item("gradients", e * trainable, when=OPTIMIZER),
         Item("fp32 copies of the gradients", MASTER * trainable * below_fp32, when=OPTIMIZER),
@@ -139,7 +141,7 @@ def _stage_1_and_2(
     whole = e * trainable if zero["stage"] == 1 and accumulation > 1 else 0
     items = [
         *_weights(e * trainable, storage.num_bytes, DEVICE),
-        *_optimizer_state(mine, HOST if offloaded else DEVICE),
+        *_optimizer_state(mine, _moments(shapes, [[size] for size in groups]), HOST if offloaded else DEVICE),
         Item("gradients", whole or (0 if offloaded else e * mine), when=BACKWARD),
         Item("reduce buckets", e * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1), when=BACKWARD),
     ]
@@ -160,8 +162,8 @@ def _stage_1_and_2(
 
 
 def _stage_3(shapes: Shapes, storage: PlannedStorage, zero: dict, e: int, world_size: int) -> list[Item]:
-    trainable = [size for group in shapes.groups for size in group]
-    mine = sum(share(size, world_size) for size in trainable)
+    groups = [sum(share(size, world_size) for size in group) for group in shapes.groups]
+    mine = sum(groups)
     frozen = sum(s.element_size * share(s.numel, world_size) for s in storage.all if s.sharded)
     gathered = gathered_by_stage_3(shapes, storage, zero, e)
     # What may be alive at once is counted in elements, of one byte or of several.
@@ -174,7 +176,7 @@ def _stage_3(shapes: Shapes, storage: PlannedStorage, zero: dict, e: int, world_
         *_weights(e * mine, frozen, weights),
         Item("frozen weights", storage.num_bytes - storage.sharded_bytes),
         Item("small parameters, whole", gathered.small_bytes),
-        *_optimizer_state(mine, optimizer),
+        *_optimizer_state(mine, _moments(shapes, [[size] for size in groups]), optimizer),
         Item("gradients", e * mine, optimizer),
         Item("reduce bucket", e * zero["reduce_bucket_size"]),
         Item("gathered weights", int(live * gathered.num_bytes), when=BACKWARD),
@@ -188,8 +190,18 @@ def _weights(trainable: int, frozen: int, where: str) -> list[Item]:
     return [Item("weights that train", trainable, where), Item("frozen weights", frozen, where)]
 
 
-def _optimizer_state(mine: int, where: str) -> list[Item]:
-    return [Item("fp32 masters of what trains", MASTER * mine, where), Item("Adam's moments", MOMENTS * mine, where)]
+def _optimizer_state(mine: int, moments: int, where: str) -> list[Item]:
+    return [Item("fp32 masters of what trains", MASTER * mine, where), Item("Adam's moments", moments, where)]
+
+
+def _moments(shapes: Shapes, flats: Sequence[Sequence[int]]) -> int:
+    """Return the bytes of Adam's moments. flats: of each group, the sizes of the tensors that the optimizer steps."""
+    in_8_bit = shapes.in_8_bit or (False,) * len(flats)
+    return sum(
+        moment_bytes(size) if short else MOMENTS * size
+        for group, short in zip(flats, in_8_bit, strict=True)
+        for size in group
+    )
 
 
 def _device_of(zero: dict, key: str) -> str:

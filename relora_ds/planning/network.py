@@ -17,6 +17,7 @@ from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.models.loading import load_config
+from relora_ds.zero.optimizers import groups_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Shapes:
         bases: elements of the `lora_A` that are frozen, by layer: all of them, or none.
         repeated, repeated_merged: what trains, and the layers of `merged`, in all decoder layers but the last. Where
             activations are checkpointed, ZeRO-3 gathers these for the repetition too; the last layer is still there.
+        in_8_bit: of each of `groups`, whether its moments are; () where none are.
         looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
     """
 
@@ -42,6 +44,7 @@ class Shapes:
     repeated: tuple[int, ...] = ()
     repeated_merged: frozenset[str] = frozenset()
     looked_up: tuple[int, int] = (0, 0)
+    in_8_bit: tuple[bool, ...] = ()
 
     @property
     def num_trainable(self) -> int:
@@ -102,8 +105,10 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     embedding = cast(Tensor, model.get_input_embeddings().weight)
     head = model.get_output_embeddings()
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
+    groups = groups_for(method.recipe.optim.name, method.param_groups(model), model)
     return Shapes(
-        groups=tuple(tuple(p.numel() for p in group["params"]) for group in method.param_groups(model)),
+        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        in_8_bit=tuple(group.get("optim_bits") == 8 for group in groups),
         merged={name: layer.weight_shape for name, layer in layers.items()},
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in of_layers),
         factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in layers.values()),

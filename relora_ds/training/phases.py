@@ -113,6 +113,7 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         gradient_accumulation_steps=plan.accumulation,
         max_grad_norm=recipe.optim.max_grad_norm,
         weight_decay=recipe.optim.weight_decay,
+        optimizer=recipe.optim.name,
         param_groups=phase.method.param_groups(model),
         seed=phase.method.recipe.seed,
         after_step=phase.method.after_step,

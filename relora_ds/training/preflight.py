@@ -35,7 +35,7 @@ from relora_ds.models.build import build_config, meta_model
 from relora_ds.training.epochs import short_corpus
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
-from relora_ds.zero import accelerator, ds_config, ds_types
+from relora_ds.zero import accelerator, ds_config, ds_types, optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,8 @@ def resolve(
     if recipe.precision == "auto":
         precision = ds_config.precision_of(settings) or precision
     problems += storage_problems(recipe.relora, precision)
+    if reason := optimizers.unavailable(recipe.optim.name):
+        problems.append(f"optim.name: {reason}")
     problems += accelerator.precision_problems(precision) if to_run else []
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
@@ -218,6 +220,7 @@ def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[di
         micro_batch_size=recipe.train.micro_batch_size,
         accumulation=accumulation or None,
         max_grad_norm=recipe.optim.max_grad_norm,
+        optimizer=recipe.optim.name,
         lr=recipe.optim.lr,
         betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
         eps=recipe.optim.eps,

@@ -5,6 +5,7 @@ any stage, reads the ranges that it needs (`zero.restore`).
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from relora_ds.lowrank.wrap import full_shape, lowrank_layers
 from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import assign_owners
 from relora_ds.zero.frozen_state import frozen_state
-from relora_ds.zero.pinned import HostCopies
+from relora_ds.zero.pinned import HostCopies, Lazy
 from relora_ds.zero.plain_model import own_generation_config, persistent_buffers
+from relora_ds.zero.shards import Shard
 
 # Of a model's configuration: what changes nothing that it computes.
 _ELSEWHERE = ("dtype", "torch_dtype", "transformers_version", "use_cache", "architectures", "name_or_path")
@@ -63,20 +65,27 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
     owners = {}
     if not shards.partitioned:
         owners = assign_owners({shard.name: shard.numel for shard in shards}, len(peers))
-    trained: dict[str, Tensor] = {}
+    trained: dict[str, Tensor | Lazy] = {}
     ranges: Ranges = {}
     for shard in shards:
         if shard.start < shard.stop and peers[owners.get(shard.name, peers.index(rank))] == rank:
             ranges[shard.name] = (shard.start, shard.stop)
-            trained |= {f"{part}/{shard.name}": shard.read(part) for part in PARTS}
-    trained = (copies or HostCopies(pinned=engine.device.type == "cuda")).take(trained)
+            trained |= {f"{part}/{shard.name}": _tensor_or_read(shard, part) for part in PARTS}
+    copied = (copies or HostCopies(pinned=engine.device.type == "cuda")).take(trained)
     if rank == 0:
-        trained |= {
+        copied |= {
             BUFFER + name: buffer.to("cpu", copy=True) for name, buffer in persistent_buffers(engine.module).items()
         }
     return Captured(
-        trained, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine), description(engine)
+        copied, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine), description(engine)
     )
+
+
+def _tensor_or_read(shard: Shard, part: str) -> Tensor | Lazy:
+    """Return a part of a shard, or how to read it where that makes a copy, which is not to be one of many."""
+    if part == "master" or shard.moment(part).is_view:
+        return shard.read(part)
+    return Lazy(shard.stop - shard.start, functools.partial(shard.read, part))
 
 
 def description(engine) -> dict:

@@ -1,4 +1,4 @@
-"""The `optimizer` section of a DeepSpeed configuration: it may be AdamW's, and give its values."""
+"""The `optimizer` section of a DeepSpeed configuration: it may be AdamW's, also in 8 bit, and give its values."""
 
 import math
 from collections.abc import Mapping
@@ -6,21 +6,25 @@ from typing import Any
 
 from relora_ds.zero.ds_keys import ABSENT, AUTO, get, show
 
+_TYPES = {"adam": "adamw", "adamw": "adamw", "adamw8bit": "adamw_8bit", "adamw_8bit": "adamw_8bit"}
+
 
 def problems(config: dict) -> list[str]:
     """Return what of the section cannot be, or be said so, one message each, `optimizer.<key>: ...`."""
     optimizer = config.get("optimizer")
     if optimizer is None:
         return []
-    kind = get(config, "optimizer.type")
-    if str(kind).lower() not in ("adam", "adamw"):
+    kind, name = get(config, "optimizer.type"), name_in(config)
+    if name is None:
         return [
-            f"optimizer.type: {show(kind)} is not available; only AdamW is (its states are pruned at a restart); "
-            "remove the block"
+            f"optimizer.type: {show(kind)} is not available; only AdamW and AdamW8bit are (their states are pruned at "
+            "a restart); remove the block"
         ]
     if kind in ("Adam", "adam") and get(config, "optimizer.params.adam_w_mode", True) is False:
         return ["optimizer.params.adam_w_mode: false is not available (L2 instead of weight decay); remove it"]
-    ignored = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused")
+    ignored: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay")
+    if name == "adamw":
+        ignored += ("torch_adam", "adam_w_mode", "fused")
     params = get(config, "optimizer.params", {})
     if not isinstance(params, dict):
         return [f"optimizer.params: {show(params)} is not an object; remove it"]
@@ -30,6 +34,11 @@ def problems(config: dict) -> list[str]:
         if key not in ignored and (key, value) not in (("amsgrad", False), ("bias_correction", True))
     ]
     return found + [f"optimizer.params.{message}" for message in value_problems(values_in(config))]
+
+
+def name_in(config: dict) -> str | None:
+    """Return which of our optimizers the section asks for; None where there is none, or it is not available."""
+    return _TYPES.get(str(get(config, "optimizer.type")).lower())
 
 
 def value_problems(values: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ RECIPE_NAMES = {
     "batch_size": "the recipe's batch of",
     "accumulation": "the recipe's accumulation",
     "max_grad_norm": "optim.max_grad_norm",
+    "optimizer": "optim.name",
     "lr": "optim.lr",
     "betas": "optim.betas",
     "eps": "optim.eps",
@@ -112,6 +113,7 @@ def problems(
     micro_batch_size: int | None = None,
     accumulation: int | None = None,
     max_grad_norm: float | None = None,
+    optimizer: str | None = None,
     lr: float | None = None,
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
@@ -139,6 +141,7 @@ def problems(
         *_precision_problems(config, precision, names["precision"]),
         *_zero_problems(config),
         *adamw.problems(config),
+        *_optimizer_problems(config, optimizer, names["optimizer"]),
         *_conflicts(config, {key: (names[name], wanted) for key, (name, wanted) in expected.items()}),
     ]
     return [f"{names['config']} {message}" for message in found]
@@ -207,6 +210,21 @@ def _zero_problems(config: dict) -> list[str]:
                 f"zero_optimization.{key}.device: cpu has no effect at stage {stage}; use "
                 f"{'a higher stage' if least == 1 else 'stage 3'}, or remove it"
             )
+    return found
+
+
+def _optimizer_problems(config: dict, optimizer: str | None, name: str) -> list[str]:
+    found, given = [], adamw.name_in(config)
+    if optimizer is not None and given not in (None, optimizer):
+        found.append(
+            f"optimizer.type: {show(get(config, 'optimizer.type'))} contradicts {name} {optimizer}; remove it, or make "
+            "them equal"
+        )
+    if (optimizer or given) == "adamw_8bit" and get(config, "zero_force_ds_cpu_optimizer") is True:
+        found.append(
+            "zero_force_ds_cpu_optimizer: true asks for DeepSpeed's CPU Adam, whose moments are in fp32; remove it, or "
+            f"use adamw as {name}"
+        )
     return found
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -22,7 +21,7 @@ from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.words import for_everyone
 from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
-from relora_ds.zero import accelerator, ds_adamw, ds_config, ds_types
+from relora_ds.zero import accelerator, ds_adamw, ds_config, ds_types, optimizers
 from relora_ds.zero.allocate import allocate, nothing_broadcast
 from relora_ds.zero.checkpoints import EngineCheckpoints
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
@@ -30,6 +29,7 @@ from relora_ds.zero.ds_resolve import resolve
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.fill import fill
 from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.optimizers import make_optimizer
 from relora_ds.zero.randomness import drops_values_only
 from relora_ds.zero.scheduler import ReLoRAScheduler
 from relora_ds.zero.shards import ShardView
@@ -56,6 +56,7 @@ def initialize(
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float | None = None,
+    optimizer: str | None = None,
     precision: str | None = None,
     micro_batch_size: int | None = None,
     gradient_accumulation_steps: int | None = None,
@@ -80,6 +81,8 @@ def initialize(
             `restart_every`, `engine.step()` restarts.
         lr, betas, eps, weight_decay: AdamW's. None = what `config["optimizer"]["params"]` says, else (0.9, 0.999),
             1e-8 and 0; `lr` has no default.
+        optimizer: "adamw", or "adamw_8bit" for moments in 8 bit. None = what `config["optimizer"]["type"]` says
+            ("AdamW", "AdamW8bit"), else "adamw".
         total_steps, warmup_steps, min_lr_ratio, schedule, decay_steps: the learning rate's curve, see
             `relora_ds.lr_multiplier`; steps are applied optimizer steps, counted from here.
         precision: "fp32", "bf16" or "fp16". None = what `config` enables, else bf16 on GPUs that have it, else fp32.
@@ -117,11 +120,17 @@ def initialize(
     passed: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
     _refuse(
-        _argument_problems(passed, settings)
+        _argument_problems(passed, optimizer, settings)
         + _schedule_problems(curve)
         + (
             ds_config.problems(
-                settings, precision=precision, max_grad_norm=max_grad_norm, **passed, **batch, names=ARGUMENT_NAMES
+                settings,
+                precision=precision,
+                max_grad_norm=max_grad_norm,
+                optimizer=optimizer,
+                **passed,
+                **batch,
+                names=ARGUMENT_NAMES,
             )
             or ds_types.problems(settings, ARGUMENT_NAMES["config"])
         )
@@ -131,6 +140,7 @@ def initialize(
     _refuse(
         accelerator.precision_problems(precision) + (storage_problems(relora, precision) if relora is not None else [])
     )
+    optimizer = optimizer or ds_adamw.name_in(settings) or "adamw"
     adamw = {**_ADAMW_DEFAULTS, **ds_adamw.values_in(settings), **_given(passed)}
     settings = resolve(
         settings,
@@ -154,9 +164,9 @@ def initialize(
 
     groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])
     with nothing_broadcast():
-        engine, optimizer, loader, scheduler = deepspeed.initialize(
+        engine, stepped, loader, scheduler = deepspeed.initialize(
             model=model,
-            optimizer=torch.optim.AdamW(groups, fused=True, **{**adamw, "betas": tuple(adamw["betas"])}),
+            optimizer=make_optimizer(optimizer, groups, model, **{**adamw, "betas": tuple(adamw["betas"])}),
             config=settings,
             training_data=training_data,
             collate_fn=collate_fn,
@@ -178,7 +188,7 @@ def initialize(
     engine.exact_gradients = None
     engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
-    return engine, optimizer, loader, scheduler
+    return engine, stepped, loader, scheduler
 
 
 def _carried_config(model: nn.Module, relora: ReLoRAConfig | None) -> ReLoRAConfig | None:
@@ -205,9 +215,13 @@ def _differences(carried: ReLoRAConfig, other: ReLoRAConfig) -> str:
     )
 
 
-def _argument_problems(passed: dict[str, Any], settings: dict) -> list[str]:
-    """Return what is wrong with the values of AdamW that were passed, one message each."""
+def _argument_problems(passed: dict[str, Any], optimizer: str | None, settings: dict) -> list[str]:
+    """Return what is wrong with the optimizer and the values of it that were passed, one message each."""
     found = ds_adamw.value_problems(_given(passed))
+    if optimizer is not None and optimizer not in optimizers.NAMES:
+        found.append(f"optimizer: {optimizer!r} is not available; use {' or '.join(map(repr, optimizers.NAMES))}")
+    elif reason := optimizers.unavailable(optimizer or ds_adamw.name_in(settings) or "adamw"):
+        found.append(f"optimizer: {reason}")
     if passed["lr"] is None and "lr" not in ds_adamw.values_in(settings):
         found.append("lr: not given, and config has no optimizer.params.lr; pass for instance lr=1e-3")
     return found

@@ -43,6 +43,10 @@ def prune_moments(
     for shard, mask_m, mask_v in zip(mine, masks_m, masks_v, strict=True):
         shard.exp_avg.keep(mask_m)
         shard.exp_avg_sq.keep(mask_v)
+        if how != "magnitude" and not shard.exp_avg.is_view:
+            # In 8 bit a small second moment is 0. Directly after a restart, when A has no gradient to refill it, the
+            # step would be exp_avg / eps long.
+            shard.exp_avg.keep(shard.exp_avg_sq.read() > 0)
         pruned += torch.stack([(~mask_m).sum(), (~mask_v).sum()]).to(device)
     if shards.partitioned:
         dist.all_reduce(pruned)
@@ -81,8 +85,8 @@ def max_update_over_lr(
 ) -> float:
     """max |Δp| / lr of the last Adam step, weight decay not counted, over the named parameters. Collective.
 
-    Computed from the moments after the step. About 1 in ordinary training; it is where a reset that kept
-    m and zeroed v shows (10⁵ was seen), before the loss does.
+    Computed from the moments after the step (in 8 bit, where the second one is not rounded to 0). About 1 in ordinary
+    training; it is where a reset that kept m and zeroed v shows (10⁵ was seen), before the loss does.
     """
     steps = shards.adam_steps()
     step = steps.get("lora", max(steps.values(), default=0))
@@ -93,7 +97,10 @@ def max_update_over_lr(
             if shard.exp_avg.numel():
                 m = shard.exp_avg.read() / (1 - betas[0] ** step)
                 v = shard.exp_avg_sq.read() / (1 - betas[1] ** step)
-                largest = torch.maximum(largest, (m / (v.sqrt() + eps)).abs().max().to(device))
+                update = m / (v.sqrt() + eps)
+                if not shard.exp_avg_sq.is_view:  # rounded to 0 after the step, which it does not tell of then
+                    update = torch.where(v > 0, update, 0.0)
+                largest = torch.maximum(largest, update.abs().max().to(device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 

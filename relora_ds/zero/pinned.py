@@ -9,7 +9,8 @@ page, and gone with the last tensor that lies in it.
 import mmap
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,6 +68,14 @@ class _Memory(mmap.mmap):
                 unpin_memory(self._address)
 
 
+@dataclass(frozen=True)
+class Lazy:
+    """An fp32 tensor `[numel]` that is made only to be copied."""
+
+    numel: int
+    make: Callable[[], Tensor]
+
+
 class HostCopies:
     """fp32 copies on the host, in one block that is used again for the next ones.
 
@@ -77,25 +86,34 @@ class HostCopies:
     def __init__(self, *, pinned: bool):
         self._pinned, self._block = pinned, torch.empty(0)
 
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take(self, tensors: Mapping[str, Tensor | Lazy]) -> dict[str, Tensor]:
         """Return copies of contiguous 1-D fp32 tensors, which stay as they are until the next call.
 
-        Views that lie side by side, as those of ZeRO's flat partitions do, are copied at once.
+        Views that lie side by side, as those of ZeRO's flat partitions do, are copied at once; what has to be made
+        first, one after the other.
         """
-        stretches = _stretches(tensors)
-        total = sum(stretch.numel() for stretch, _ in stretches)
+        views = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+        made = {name: value for name, value in tensors.items() if isinstance(value, Lazy)}
+        stretches = _stretches(views)
+        sizes = [stretch.numel() for stretch, _ in stretches] + [value.numel for value in made.values()]
+        total = sum(sizes)
         if self._block.numel() < total:
             self._block = host_block(total, pinned=self._pinned)
+        places = self._block[:total].split(sizes)
         found: dict[str, Tensor] = {}
-        for (stretch, names), copy in zip(
-            stretches, self._block[:total].split([s.numel() for s, _ in stretches]), strict=True
-        ):
+        devices = {stretch.device for stretch, _ in stretches}
+        for (stretch, names), copy in zip(stretches, places[: len(stretches)], strict=True):
             copy.copy_(stretch, non_blocking=True)
             for name in names:
-                at = tensors[name].storage_offset() - stretch.storage_offset()
-                found[name] = copy[at : at + tensors[name].numel()]
-        for device in {stretch.device for stretch, _ in stretches if stretch.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+                at = views[name].storage_offset() - stretch.storage_offset()
+                found[name] = copy[at : at + views[name].numel()]
+        for (name, lazy), copy in zip(made.items(), places[len(stretches) :], strict=True):
+            tensor = lazy.make()
+            devices.add(tensor.device)
+            found[name] = copy.copy_(tensor, non_blocking=True)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
         return {name: found[name] for name in tensors}
 
 

@@ -71,6 +71,8 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
             restore_frozen_state(engine, saved.read, storage)
         shards.drop_gathered_copies()
         parts = PARTS if optimizer else PARTS[:1]
+        if optimizer:
+            shards.zero_moments()
         for shard in shards:
             for part in parts:
                 shard.write(part, saved.read_range(part, shard.name, shard.start, shard.stop), shard.start)

@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from relora_ds.zero.adam_state import MOMENTS, DenseMoment, Moment
+from relora_ds.zero.adam_state import MOMENTS, DenseMoment, Moment, adam_state
 
 PIECE = 1 << 20  # elements that are sent at a time where no rank but one needs the whole tensor
 
@@ -70,7 +70,7 @@ class Shard:
 
     def read(self, what: str) -> Tensor:
         """Return "master", "exp_avg" or "exp_avg_sq" in fp32, 1-D, not to be written to."""
-        return self.master if what == "master" else self._moment(what).read()
+        return self.master if what == "master" else self.moment(what).read()
 
     def write(self, what: str, piece: Tensor, start: int) -> None:
         """Set what this rank has of a 1-D piece of the tensor, which begins at element `start`. what: as in `read`."""
@@ -79,9 +79,10 @@ class Shard:
             return
         first, stop = max(self.start, start), min(self.stop, start + piece.numel())
         if first < stop:
-            self._moment(what).write(piece[first - start : stop - start], first - self.start)
+            self.moment(what).write(piece[first - start : stop - start], first - self.start)
 
-    def _moment(self, what: str) -> Moment:
+    def moment(self, what: str) -> Moment:
+        """Return "exp_avg" or "exp_avg_sq"."""
         assert what in MOMENTS
         return getattr(self, what)
 
@@ -264,6 +265,7 @@ class ShardView:
     def __init__(self, engine: DeepSpeedEngine):
         self._adapter = _adapter(engine)
         self._device = engine.device
+        self._state = adam_state(self._adapter.inner)
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
     @property
@@ -283,16 +285,13 @@ class ShardView:
         parameter = self._parameters[name]
         at = self._adapter.locate(parameter)
         if at.flat is None or at.start == at.stop:
-            master, *moments = [torch.empty(0, device=self._device)] * 3
+            master = torch.empty(0, device=self._device)
+            moments: list[Moment] = [DenseMoment(master)] * 2
         else:
-            state = self._adapter.inner.state[at.flat]
-            master, *moments = (
-                t.detach().view(-1)[at.offset : at.offset + at.stop - at.start]
-                for t in (at.flat.data, *(state[what] for what in MOMENTS))
-            )
-        return Shard(
-            name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *map(DenseMoment, moments)
-        )
+            first, last = at.offset, at.offset + at.stop - at.start
+            master = at.flat.data.detach().view(-1)[first:last]
+            moments = [self._state.moment(at.flat, what, first, last) for what in MOMENTS]
+        return Shard(name, parameter, self._adapter.shape(parameter), at.start, at.stop, master, *moments)
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
@@ -363,19 +362,18 @@ class ShardView:
 
         Also undoes the step that DeepSpeed's 16-bit wrappers take at construction to allocate the state.
         """
+        for group, flat in self._adapter.flats():
+            self._state.create(flat, group)
+
+    def zero_moments(self) -> None:
+        """Set all moments to 0. Before others are written: in 8 bit, old ones in a block cost new ones precision."""
         for _, flat in self._adapter.flats():
-            state = self._adapter.inner.state[flat]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(self._adapter.inner, flat))
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+            self._state.zero(flat)
 
     def adam_steps(self) -> dict[str, int]:
         """Adam's step count by parameter-group name ("lora", "matrices", "vectors")."""
         groups = self._adapter.inner.param_groups
-        return {
-            groups[i].get("name", str(i)): int(self._adapter.inner.state[flat]["step"])
-            for i, flat in self._adapter.flats()
-        }
+        return {groups[i].get("name", str(i)): self._state.step(flat) for i, flat in self._adapter.flats()}
 
     def betas(self, group: str) -> tuple[float, float]:
         """Return Adam's betas of the parameter group of that name."""
@@ -387,10 +385,4 @@ class ShardView:
         for i, flat in self._adapter.flats():
             name = groups[i].get("name", str(i))
             if name in steps:
-                self._adapter.inner.state[flat]["step"].fill_(steps[name])
-
-
-def _step_device(inner: torch.optim.Optimizer, flat: Tensor) -> torch.device:
-    """Return where torch's Adam keeps `step`: on the host unless it is fused or capturable."""
-    fused = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-    return flat.device if fused else torch.device("cpu")
+                self._state.set_step(flat, steps[name])

@@ -68,6 +68,7 @@ def build(
     relora=None,
     weight_decay=DECAY,
     lr=LR,
+    optimizer=None,
     **model_changes,
 ):
     """An engine on the shared small problem."""
@@ -82,6 +83,7 @@ def build(
         warmup_steps=WARMUP,
         min_lr_ratio=MIN_RATIO,
         weight_decay=weight_decay,
+        optimizer=optimizer,
         precision=precision,
         micro_batch_size=GLOBAL_BATCH // (dist.get_world_size() * accumulation),
         gradient_accumulation_steps=accumulation,

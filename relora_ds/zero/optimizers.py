@@ -1,0 +1,85 @@
+"""The optimizer that an engine steps: AdamW, with moments in fp32 or in 8 bit.
+
+Of the two kept libraries with an 8-bit AdamW, bitsandbytes is used. It steps tensors of any length, on CPUs too, where
+torchao needs a compiler and keeps fp32 moments unless 256 divides the length, which those of ZeRO's partitions seldom
+allow.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora_ds.zero.moment_codes import BLOCK
+
+NAMES = ("adamw", "adamw_8bit")
+_SHORTEST = 4096  # elements that are quantized at least: bitsandbytes' default
+
+
+def unavailable(name: str) -> str | None:
+    """Return why an optimizer cannot be used here, with the remedy; None where it can."""
+    if name != "adamw_8bit":
+        return None
+    remedy = 'pip install ".[quantization]", or use adamw'
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return f"{name} needs bitsandbytes; {remedy}"
+    try:
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib  # noqa: PLC0415
+    except Exception as error:  # whatever a broken installation raises
+        return f"{name} needs bitsandbytes, which cannot be imported ({error}); {remedy}"
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        return f"{name} needs bitsandbytes, whose library cannot be loaded; install the one for this CUDA, or use adamw"
+    return None
+
+
+def groups_for(name: str, groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameter groups as an optimizer gets them.
+
+    In 8 bit, embeddings have groups of their own, under the same names, and keep fp32 moments, as bitsandbytes advises:
+    rows of rare tokens have no gradient in most steps, and where a small second moment has been rounded to 0 such a
+    step would be the first moment / eps long.
+    """
+    if name != "adamw_8bit":
+        return groups
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    split = [
+        {**group, "params": [p for p in group["params"] if (id(p) in looked_up) == whole], "optim_bits": bits}
+        for group in groups
+        for whole, bits in ((True, 32), (False, 8))
+    ]
+    return [group for group in split if group["params"]]
+
+
+def moment_bytes(numel: int) -> int:
+    """Return the bytes of both moments of a tensor of an 8-bit group: codes, and an fp32 scale a block, or fp32."""
+    return 8 * numel if numel < _SHORTEST else 2 * (numel + 4 * -(-numel // BLOCK))
+
+
+def make_optimizer(
+    name: str,
+    groups: list[dict[str, Any]],
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Return the optimizer `name`, one of `NAMES`, of the model's parameter groups."""
+    values: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **values)
+    return _adamw_8bit()(groups_for(name, groups, model), **values)
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    from bitsandbytes.optim import AdamW8bit  # noqa: PLC0415 (an extra)
+
+    class GroupedAdamW8bit(AdamW8bit):
+        """bitsandbytes' AdamW8bit; a group says how many bits its moments have."""
+
+        def get_config(self, gindex, pindex, group):
+            return {**super().get_config(gindex, pindex, group), "optim_bits": group["optim_bits"]}
+
+    return GroupedAdamW8bit

@@ -1,0 +1,167 @@
+"""AdamW with moments in 8 bit, by bitsandbytes, at every ZeRO stage: bytes, losses, restarts, resumes."""
+
+import pytest
+import torch
+
+from relora_ds.zero.optimizers import moment_bytes
+from tests.parity import cases
+from tests.parity.reference import prune
+from tests.ranks import ranks
+
+pytest.importorskip("bitsandbytes", reason="the extra .[quantization]")
+
+# Matrices of more than 4096 elements, below which bitsandbytes keeps fp32; tensors and ranks end within blocks.
+SIZES = {"hidden_size": 72, "intermediate_size": 101, "num_hidden_layers": 2}
+EVERY, SAVED_AT, END = 3, 3, 8
+
+
+def build(stage, precision="fp32", optimizer="adamw_8bit", **how):
+    relora = cases.relora_config(r=64, restart_every=EVERY, restart_warmup_steps=2)
+    return cases.build(stage, precision=precision, relora=relora, optimizer=optimizer, lr=2e-3, **SIZES, **how)
+
+
+def state_bytes(engine) -> tuple[int, int]:
+    """Bytes of this rank's moments, and what they should have: 2 an element and a scale a block, but for embeddings."""
+    held = expected = 0
+    inner = engine.shards._adapter.inner
+    for group, flat in engine.shards._adapter.flats():
+        state = inner.state[flat]
+        held += sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
+        bits = inner.param_groups[group]["optim_bits"]
+        expected += 8 * flat.numel() if bits == 32 else moment_bytes(flat.numel())
+    return held, expected
+
+
+def run(stage, precision, directory: str, **how) -> dict:
+    """Through a restart, which is looked at; saved right after it; on to the next; loaded into a trained engine."""
+    engine = build(stage, precision, **how)
+    seen = {}
+
+    def after_step(engine):
+        if engine.lr_scheduler.restart_due and "before" not in seen:
+            seen["before"] = cases.gathered_state(engine)
+            engine.restart()
+            seen["after"] = cases.gathered_state(engine)
+        else:
+            engine.restart_if_due()
+
+    engine.after_step = after_step
+    losses = [cases.train_step(engine, step) for step in range(SAVED_AT)]
+    engine.save_checkpoint(directory)
+    losses += [cases.train_step(engine, step) for step in range(SAVED_AT, END)]
+    end = cases.gathered_state(engine)
+    held, expected = state_bytes(engine)
+    cases.release(engine)
+    resumed, other = resume(stage, precision, directory, **how)
+    return {
+        "bytes": (held, expected),
+        "losses": losses,
+        "pruned": pruned_exactly(seen["before"], seen["after"]),
+        "resumed": resumed == losses[SAVED_AT:] and all(same(end[what], other[what]) for what in end),
+    }
+
+
+def resume(stage, precision, directory: str, **how) -> tuple[list[float], dict]:
+    engine = build(stage, precision, model_seed=1, **how)
+    cases.train_step(engine, 100)  # moments of its own, which must not be in the way
+    engine.load_checkpoint(directory)
+    losses = [cases.train_step(engine, step) for step in range(SAVED_AT, END)]
+    state = cases.gathered_state(engine)
+    cases.release(engine)
+    return losses, state
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def pruned_exactly(before: dict, after: dict) -> bool:
+    """Kept moments are the same bits; where the second one is 0, the first one is not kept either."""
+    kept = 0
+    for name in before["exp_avg"]:
+        m, v = before["exp_avg"][name].clone(), before["exp_avg_sq"][name].clone()
+        if "lora_" in name:
+            prune(m, v, "magnitude_joint", 0.9)
+            m *= v > 0
+        if not (torch.equal(after["exp_avg"][name], m) and torch.equal(after["exp_avg_sq"][name], v)):
+            return False
+        kept += (m != 0).sum().item()
+    return kept > 0
+
+
+@pytest.mark.parametrize(
+    "stage, precision, how",
+    [
+        (0, "fp32", {}),
+        (0, "bf16", {}),
+        (1, "bf16", {}),
+        (2, "fp32", {}),
+        (3, "fp32", {}),
+        (3, "bf16", {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    ],
+)
+def test_bytes_restart_and_resume(stage, precision, how, tmp_path):
+    for result in ranks(2).run(run, stage, precision, str(tmp_path), **how):
+        held, expected = result["bytes"]
+        assert held == expected
+        assert result["pruned"]
+        assert result["resumed"], "not to the bit"
+
+
+NEAR = 2e-4  # relative; moments that lose their sign, scale or a tenth of their size are beyond 1e-2
+
+
+def train(stage, optimizer, steps=24) -> list[float]:
+    engine = build(stage, optimizer=optimizer)
+    losses = [cases.train_step(engine, step) for step in range(steps)]
+    cases.release(engine)
+    return losses
+
+
+def test_losses_are_near_those_of_adamw_and_of_other_cuts():
+    """Through seven restarts. On one rank, and at stage 3, blocks begin elsewhere: not the same bits, but as near."""
+    plain = ranks(2).run(train, 1, "adamw")[0]
+    for world, stage in ((2, 1), (1, 1), (2, 3)):
+        losses = ranks(world).run(train, stage, "adamw_8bit")[0]
+        assert losses != plain
+        assert losses == pytest.approx(plain, rel=NEAR)
+
+
+def save(stage, optimizer, directory: str) -> dict:
+    engine = build(stage, optimizer=optimizer)
+    for step in range(SAVED_AT - 1):
+        cases.train_step(engine, step)
+    engine.save_checkpoint(directory)
+    state = cases.gathered_state(engine)
+    cases.release(engine)
+    return state
+
+
+def load(stage, optimizer, directory: str) -> tuple[dict, dict, float]:
+    engine = build(stage, optimizer=optimizer, model_seed=1)
+    engine.load_checkpoint(directory)
+    state, steps = cases.gathered_state(engine), engine.shards.adam_steps()
+    loss = cases.train_step(engine, SAVED_AT - 1)
+    cases.release(engine)
+    return state, steps, loss
+
+
+@pytest.mark.parametrize(
+    "saved, loaded, exact",
+    [
+        ((2, 1, "adamw_8bit"), (1, 3, "adamw"), True),
+        ((2, 2, "adamw"), (2, 0, "adamw_8bit"), False),
+        ((2, 3, "adamw_8bit"), (1, 1, "adamw_8bit"), False),
+    ],
+)
+def test_checkpoints_move_between_optimizers_ranks_and_stages(saved, loaded, exact, tmp_path):
+    world, *how = saved
+    before = ranks(world).run(save, *how, str(tmp_path))[0]
+    world, *how = loaded
+    after, steps, loss = ranks(world).run(load, *how, str(tmp_path))[0]
+    assert loss < 4.5 and steps == dict.fromkeys(steps, SAVED_AT - 1)
+    assert same(before["master"], after["master"])
+    for what in ("exp_avg", "exp_avg_sq"):
+        for name, value in before[what].items():
+            nearness = 0.0 if exact else 0.01 * value.abs().max()
+            assert (after[what][name] - value).abs().max() <= nearness, f"{what} of {name}"
