@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -483,6 +484,29 @@ def test_what_cannot_be_made_right_is_refused(tmp_path, changes, message):
         assert message in said_message and "optim." not in said_message.replace("TrainingArguments.optim", "")
         if "Muon" in str(changes):
             assert "Muon" in said_message
+
+
+def trained_in_8_bit(directory: str) -> str:
+    changes = {"optim": "adamw_bnb_8bit", "max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    with made_trainer(directory, 1, **changes) as trainer:
+        trainer.train()
+        return type(trainer.model_wrapped.shards._adapter.inner).__mro__[1].__module__
+
+
+def test_the_trainers_8_bit_adamw_is_ours(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra .[quantization]")
+    assert ranks(1).run(trained_in_8_bit, str(tmp_path)) == ["bitsandbytes.optim.adamw"]
+
+
+def without_bitsandbytes(directory: str) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes", None)
+        return refused(directory, {"optim": "adamw_bnb_8bit"})
+
+
+def test_8_bit_without_its_library_is_refused(tmp_path):
+    for message in ranks(1).run(without_bitsandbytes, str(tmp_path))[0]:
+        assert "TrainingArguments.optim: adamw_8bit needs bitsandbytes; pip install" in message
 
 
 class OwnScheduler(TrainerCallback):

@@ -67,6 +67,18 @@ def test_state_is_what_is_alive(stage, precision, method):
     compare(overrides(stage, precision, method))
 
 
+@pytest.mark.parametrize("stage, precision, method", [(0, "fp32", "full"), (1, "bf16", "full"), (3, "bf16", "relora")])
+def test_state_in_8_bit(stage, precision, method):
+    pytest.importorskip("bitsandbytes", reason="the extra .[quantization]")
+    changes = overrides(stage, precision, method, 1, "optim.name=adamw_8bit")
+    compare(changes)
+    plain, short = (
+        sum(item.size for item in planned(options).items if item.what == "Adam's moments")
+        for options in (overrides(stage, precision, method), changes)
+    )
+    assert 0.25 * plain < short < 0.5 * plain  # embeddings have theirs in fp32
+
+
 @pytest.mark.parametrize(
     "stage, precision, options",
     [

@@ -63,6 +63,13 @@ def test_a_format_without_its_library_or_with_blocks_that_do_not_divide(fails, t
     assert "relora.frozen_dtype: model.layers.0.self_attn.q_proj and 7 more: nf4 stores blocks of 64" in printed
 
 
+def test_an_optimizer_without_its_library(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert 'optim.name: adamw_8bit needs bitsandbytes; pip install ".[quantization]", or use adamw' in fails(
+        "optim.name=adamw_8bit"
+    )
+
+
 def test_restart_interval_against_the_warmup(fails):
     assert "relora.restart_every: 5" in fails("relora.restart_every=5", "optim.warmup_steps=5")
 

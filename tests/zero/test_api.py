@@ -153,6 +153,11 @@ def with_optimizer(**values) -> dict:
             {"config": {"bf16": {"enabled": True}}, "precision": "fp32"},
             ["config bf16.enabled: true contradicts precision fp32"],
         ),
+        ({"optimizer": "adam8"}, ["optimizer: 'adam8' is not available; use 'adamw' or 'adamw_8bit'"]),
+        (
+            {"config": {"optimizer": {"type": "AdamW8bit"}}, "optimizer": "adamw"},
+            ['config optimizer.type: "AdamW8bit" contradicts optimizer adamw; remove it'],
+        ),
         ({"lr": None}, ["lr: not given, and config has no optimizer.params.lr; pass"]),
         ({"lr": -1.0}, ["lr: -1.0 is not a number >= 0"]),
         (

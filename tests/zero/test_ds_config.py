@@ -64,6 +64,10 @@ def test_known_zero_keys_are_deepspeeds():
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true, but"),
         ({"zero_optimization": {"reduce_bukket_size": 1}}, "unknown key (did you mean reduce_bucket_size?)"),
         ({"optimizer": {"type": "Muon"}}, 'optimizer.type: "Muon" is not available; only AdamW is'),
+        (
+            {"optimizer": {"type": "AdamW8bit", "params": {"fused": True}}},
+            "optimizer.params.fused: true is not available",
+        ),
         ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: "OneBitAdam" is not available'),
         ({"optimizer": {"type": "ZeroOneAdam"}}, 'optimizer.type: "ZeroOneAdam" is not available'),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "optimizer.params.lr: 0.1 contradicts optim.lr 0.01"),
@@ -89,6 +93,17 @@ def test_known_zero_keys_are_deepspeeds():
 def test_one_problem_gives_one_message(config, expected):
     found = ds_config.problems(config, **RECIPE, lr=0.01)
     assert len(found) == 1 and expected in found[0] and found[0].startswith("deepspeed "), found
+
+
+def test_the_type_of_the_optimizer_agrees_with_the_recipe():
+    in_8_bit = {"optimizer": {"type": "AdamW8bit", "params": {"betas": [0.9, 0.95]}}}
+    assert ds_config.problems(in_8_bit) == ds_config.problems(in_8_bit, optimizer="adamw_8bit") == []
+    [message] = ds_config.problems(in_8_bit, optimizer="adamw")
+    assert message.startswith('deepspeed optimizer.type: "AdamW8bit" contradicts optim.name adamw; remove it')
+    forced = {"zero_force_ds_cpu_optimizer": True}
+    for config, name in ((forced, "adamw_8bit"), ({**forced, **in_8_bit}, None)):
+        [message] = ds_config.problems(config, optimizer=name)
+        assert message.startswith("deepspeed zero_force_ds_cpu_optimizer: true asks for DeepSpeed's CPU Adam")
 
 
 def test_all_problems_at_once():
