@@ -76,7 +76,7 @@ def test_state_in_8_bit(stage, precision, method):
         sum(item.size for item in planned(options).items if item.what == "Adam's moments")
         for options in (overrides(stage, precision, method), changes)
     )
-    assert 0.25 * plain < short < 0.5 * plain  # embeddings have theirs in fp32
+    assert 0.25 * plain < short < 0.6 * plain  # embeddings have theirs in fp32
 
 
 @pytest.mark.parametrize(

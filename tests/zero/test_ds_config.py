@@ -63,7 +63,7 @@ def test_known_zero_keys_are_deepspeeds():
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients: true, but"),
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true, but"),
         ({"zero_optimization": {"reduce_bukket_size": 1}}, "unknown key (did you mean reduce_bucket_size?)"),
-        ({"optimizer": {"type": "Muon"}}, 'optimizer.type: "Muon" is not available; only AdamW is'),
+        ({"optimizer": {"type": "Muon"}}, 'optimizer.type: "Muon" is not available; only AdamW and AdamW8bit are'),
         (
             {"optimizer": {"type": "AdamW8bit", "params": {"fused": True}}},
             "optimizer.params.fused: true is not available",
