@@ -59,11 +59,13 @@ class LowRankLayer(nn.Module):
         weight: dense at first; `store_weight` puts it into another format.
         initial_seed: decides the values that the factors have when an engine is built, where the model had no values at
             wrapping (on the meta device, or partitioned by ZeRO-3); None: they keep those that they have.
+        decay: ρ, a tensor without dimensions on the CPU: the layer computes with `ρ·W`. None: 1.
         sketch: set it to a `GradientTap`, and every backward adds W's gradient to it (linears, without dropout).
     """
 
     weight: Any  # a parameter, a buffer or None
     lora_dropout: float = 0.0
+    decay: Tensor | None = None
 
     def __init__(
         self,

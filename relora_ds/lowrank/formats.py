@@ -59,13 +59,17 @@ class Format:
         """Return the weight `[..., out, in]` in `dtype`; may share the storage of `stored`."""
         return stored.view(shape).to(dtype)
 
-    def multiply(self, rows: Tensor, stored: Tensor, shape: torch.Size) -> Tensor:
-        """`rows · Wᵀ`: `[n, in]` to `[n, out]`, of the dtype of `rows`."""
-        return rows @ self.dequantize(stored, shape, rows.dtype).t()
+    def multiply(self, rows: Tensor, stored: Tensor, shape: torch.Size, factor: float = 1.0) -> Tensor:
+        """`factor · rows · Wᵀ`: `[n, in]` to `[n, out]`, of the dtype of `rows`, rounded once."""
+        return _scaled_matmul(factor, rows, self.dequantize(stored, shape, rows.dtype).t())
 
-    def multiply_transposed(self, grad: Tensor, stored: Tensor, shape: torch.Size) -> Tensor:
-        """`grad · W`: `[n, out]` to `[n, in]`, the gradient of the input."""
-        return grad @ self.dequantize(stored, shape, grad.dtype)
+    def multiply_transposed(self, grad: Tensor, stored: Tensor, shape: torch.Size, factor: float = 1.0) -> Tensor:
+        """`factor · grad · W`: `[n, out]` to `[n, in]`, the gradient of the input."""
+        return _scaled_matmul(factor, grad, self.dequantize(stored, shape, grad.dtype))
+
+    def multiplies_codes(self, dtype: torch.dtype, shape: torch.Size) -> bool:
+        """Return whether rows of `dtype` are multiplied with the codes themselves, and W is never dequantized."""
+        return False
 
 
 class Packed(Format):
@@ -167,26 +171,29 @@ class FP8(Packed):
         # torch converts e4m3 one by one on a CPU, 10 times slower than by the bits.
         return (_scaled_e4m3_bits if codes.device.type == "cpu" else _scaled)(codes, scale, dtype)
 
-    def multiply(self, rows, stored, shape):
+    def multiply(self, rows, stored, shape, factor=1.0):
         if not self._in_fp8(rows, shape):
-            return super().multiply(rows, stored, shape)
+            return super().multiply(rows, stored, shape, factor)
         codes, scale, _ = self.unpack(stored, shape)
-        return _scaled_product(*_quantized_rows(rows), codes.t(), scale.t(), rows.dtype, fast=True)
+        return _scaled_product(*_quantized_rows(rows), codes.t(), factor * scale.t(), rows.dtype, fast=True)
 
-    def multiply_transposed(self, grad, stored, shape):
+    def multiply_transposed(self, grad, stored, shape, factor=1.0):
         if not self._in_fp8(grad, shape):
-            return super().multiply_transposed(grad, stored, shape)
+            return super().multiply_transposed(grad, stored, shape, factor)
         _, scale, transposed = self.unpack(stored, shape)
         # W's scales belong to the dimension that is summed over: they go to the gradient's columns. Codes of Wᵀ with
         # scales of their own would do without, but be of another W than forward's, and in every step the same other.
-        ones = torch.ones(1, shape[1], device=grad.device)
-        return _scaled_product(*_quantized_rows(grad, scale.t()), transposed.t(), ones, grad.dtype, fast=False)
+        alike = torch.full((1, shape[1]), factor, device=grad.device)
+        return _scaled_product(*_quantized_rows(grad, scale.t()), transposed.t(), alike, grad.dtype, fast=False)
 
     def _keeps_both(self, shape: torch.Size) -> bool:
         return self.both_layouts and len(shape) == 2 and all(size % ALIGNMENT == 0 for size in shape)
 
+    def multiplies_codes(self, dtype, shape):
+        return dtype == torch.bfloat16 and self._keeps_both(shape)
+
     def _in_fp8(self, rows: Tensor, shape: torch.Size) -> bool:
-        return rows.dtype == torch.bfloat16 and len(rows) > 0 and self._keeps_both(shape)
+        return len(rows) > 0 and self.multiplies_codes(rows.dtype, shape)
 
 
 class NF4(Packed):
@@ -274,11 +281,14 @@ class Transposed(Format):
     def dequantize(self, stored, shape, dtype):
         return self.inner.dequantize(stored, _flipped(shape), dtype).mT
 
-    def multiply(self, rows, stored, shape):
-        return self.inner.multiply_transposed(rows, stored, _flipped(shape))
+    def multiply(self, rows, stored, shape, factor=1.0):
+        return self.inner.multiply_transposed(rows, stored, _flipped(shape), factor)
 
-    def multiply_transposed(self, grad, stored, shape):
-        return self.inner.multiply(grad, stored, _flipped(shape))
+    def multiply_transposed(self, grad, stored, shape, factor=1.0):
+        return self.inner.multiply(grad, stored, _flipped(shape), factor)
+
+    def multiplies_codes(self, dtype, shape):
+        return self.inner.multiplies_codes(dtype, _flipped(shape))
 
 
 DENSE = Format()
@@ -324,6 +334,10 @@ def transposed(format: Format) -> Format:
 
 def _flipped(shape: torch.Size) -> torch.Size:
     return torch.Size([*shape[:-2], shape[-1], shape[-2]])
+
+
+def _scaled_matmul(factor: float, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if factor == 1 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=factor)
 
 
 def _aligned(length: int) -> int:

@@ -2,6 +2,8 @@
 
     y = x Wᵀ + s · (x Aᵀ) Bᵀ + b,     s = lora_alpha / r        (paper Eq. 2)
 
+computed so, or as `x (W + s·B·A)ᵀ + b` where that takes less time (`lowrank.folding`).
+
 `lora_A`, `lora_B` and the bias are direct parameters beside the frozen weight, so that the layer's
 state dict is the linear's own plus two entries.
 """
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora_ds.lowrank import folding
 from relora_ds.lowrank.base_layer import LowRankLayer, initial_A, initial_B
 from relora_ds.lowrank.formats import transposed as transposed_format
 from relora_ds.lowrank.kernels import FrozenLinearFunction, lowrank_linear
@@ -24,6 +27,7 @@ class ReLoRALinear(LowRankLayer):
         weight: `[out, in]`, or `[in, out]` with `transposed` (transformers' Conv1D); see `LowRankLayer`.
         bias: taken over and trained, or None.
         lora_dropout: as in PEFT's `LoraConfig`.
+        product: auto, folded or separate, see `ReLoRAConfig`.
         options: those of `LowRankLayer`.
     """
 
@@ -38,11 +42,12 @@ class ReLoRALinear(LowRankLayer):
         *,
         lora_dropout: float = 0.0,
         transposed: bool = False,
+        product: str = "auto",
         **options,
     ):
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         super().__init__(torch.Size(shape), weight, transposed=transposed, **options)
-        self.lora_dropout = lora_dropout
+        self.lora_dropout, self.product = lora_dropout, product
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,8 +55,26 @@ class ReLoRALinear(LowRankLayer):
         if self.training and self.lora_dropout > 0:
             return self._forward_with_dropout(x)
         return lowrank_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self._product_format, self.sketch
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            self.scaling,
+            self._product_format,
+            self.sketch,
+            self.decay,
+            self.folds(x.shape[:-1].numel()),
         )
+
+    def folds(self, tokens: int) -> bool:
+        """Return whether a product with so many rows is made with `W + s·B·A`; while `lora_dropout` acts, none is."""
+        shape = torch.Size([self.out_features, self.in_features])
+        if self.weight is None or self._product_format.multiplies_codes(self.lora_A.dtype, shape):
+            return False
+        if self.product != "auto":
+            return self.product == "folded"
+        return tokens >= folding.folds_from(*shape, trains_A=self.lora_A.requires_grad)
 
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         # Dropout stands on the low-rank branch only (as in PEFT), so its input differs from the dense
@@ -60,7 +83,8 @@ class ReLoRALinear(LowRankLayer):
         update = lowrank_linear(dropped, None, self.lora_A, self.lora_B, self.bias, self.scaling)
         if self.weight is None:
             return update
-        return FrozenLinearFunction.apply(x, self.weight, self.lora_A, self.lora_B, self._product_format.name) + update
+        format = self._product_format.name
+        return FrozenLinearFunction.apply(x, self.weight, self.lora_A, self.lora_B, format, self.decay) + update
 
     @property
     def _product_format(self):

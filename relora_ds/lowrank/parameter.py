@@ -25,7 +25,7 @@ _MADE = "_updated_parameters"  # the sums of the current forward, by name
 class ReLoRAParameter(LowRankLayer):
     """A frozen parameter `[..., rows, columns]` with factors of its own for each of its matrices.
 
-    Calling it gives `W + s·B·A`, in the precision of the factors.
+    Calling it gives `W + s·B·A`, in the precision of the factors; with `decay`, `ρ·W + s·B·A`.
     """
 
     def __init__(self, weight_shape: torch.Size, weight: nn.Parameter | None, **options):
@@ -40,28 +40,30 @@ class ReLoRAParameter(LowRankLayer):
         dense = None
         if self.weight is not None:
             dense = self.format.dequantize(self.weight, self.weight_shape, self.lora_A.dtype)
-        return _Sum.apply(x, dense, self.lora_A, self.lora_B, self.scaling, self.transposed)
+        return _Sum.apply(x, dense, self.lora_A, self.lora_B, self.scaling, self.transposed, self.decay)
 
 
 class _Sum(torch.autograd.Function):
-    """Autograd node of `W + s·B·A` (transposed: `W + s·AᵀBᵀ`) beside an `x` that stays as it is."""
+    """Autograd node of `ρ·W + s·B·A` (transposed: `ρ·W + s·AᵀBᵀ`) beside an `x` that stays as it is."""
 
     @staticmethod
-    def forward(ctx, x, dense, lora_A, lora_B, scaling, transposed):
+    def forward(ctx, x, dense, lora_A, lora_B, scaling, transposed, decay):
         ctx.save_for_backward(lora_A, lora_B)
         ctx.scaling, ctx.transposed = scaling, transposed
         first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
         if dense is None:
             return (first @ second).mul_(scaling), x
-        return (torch.addmm if dense.ndim == 2 else torch.baddbmm)(dense, first, second, alpha=scaling), x
+        added = torch.addmm if dense.ndim == 2 else torch.baddbmm
+        return added(dense, first, second, alpha=scaling, beta=1.0 if decay is None else float(decay)), x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_x):
         lora_A, lora_B = ctx.saved_tensors
         grad = grad.mT if ctx.transposed else grad
-        grad_A, grad_B = (lora_B.mT @ grad).mul_(ctx.scaling), (grad @ lora_A.mT).mul_(ctx.scaling)
-        return grad_x, None, grad_A, grad_B, None, None
+        grad_A = (lora_B.mT @ grad).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
+        grad_B = (grad @ lora_A.mT).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        return grad_x, None, grad_A, grad_B, None, None, None
 
 
 def install(module: nn.Module, leaf: str, layer: ReLoRAParameter) -> None:

@@ -1,11 +1,12 @@
 """Memory of one forward and backward, traced on a network without storage: an estimate, not an account.
 
 The real module runs on fake tensors, which have shapes and no data; every operator's results are counted while they
-are alive. So the figure knows the method (a low-rank layer keeps x and x·Aᵀ), what is computed twice, the attention
-kernel (fused, on the CPU as on GPUs), the fp32 logits of the loss, and the dense copy that a product with a packed
-weight makes. It does not know the allocator's rounding, the workspaces of matrix-multiplication libraries, or what
-other devices' kernels keep. Against the peak that torch's profiler records on a CPU it was off by 1 % (LLaMA of 4
-layers, full rank and ReLoRA, fp32 and bf16); tests/planning/test_activations.py allows 5 %.
+are alive. So the figure knows the method (a low-rank layer keeps x and x·Aᵀ, or x·Aᵀ alone), what is computed twice,
+the attention kernel (fused, on the CPU as on GPUs), the fp32 logits of the loss, and the dense copy that a product with
+a packed weight makes, or a folded product. It does not know the allocator's rounding, the workspaces of
+matrix-multiplication libraries, or what other devices' kernels keep. Against the peak that torch's profiler records on
+a CPU it was off by 1 % (LLaMA of 4 layers, full rank and ReLoRA, fp32 and bf16); tests/planning/test_activations.py
+allows 5 %.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
+from relora_ds.lowrank.kernels import folded_weight
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
 from relora_ds.models import recompute
@@ -107,6 +109,7 @@ class _Product(NamedTuple):
     dtype: torch.dtype
     transposed: bool
     format: str
+    folded_r: int | None  # rank of the product that is folded into W
 
 
 def _product(func, args: tuple) -> _Product | None:
@@ -119,18 +122,26 @@ def _product(func, args: tuple) -> _Product | None:
         rows, shape = named["g"], (named["g"].shape[1], named["lora_A"].shape[1])
     else:
         rows, shape = named["rows"], (named["lora_B"].shape[0], named["rows"].shape[1])
-    return _Product(rows.shape[0], torch.Size(shape), rows.dtype, transposed, named["format"])
+    lora_A, lora_B = named.get("lora_A"), named.get("lora_B")
+    folded_r = None if lora_A is None or lora_B is None else lora_B.shape[1]
+    return _Product(rows.shape[0], torch.Size(shape), rows.dtype, transposed, named["format"], folded_r)
 
 
 @functools.cache
 def _bytes_of(product: _Product) -> int:
     """Peak bytes of what it makes, its result included."""
-    num_rows, shape, dtype, transposed, name = product
+    num_rows, shape, dtype, transposed, name, folded_r = product
     format = format_named(name)
     stored = format.stored_like(shape, dtype, "meta")
-    rows = torch.empty(num_rows, shape[not transposed], dtype=dtype, device="meta")
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+    rows, r = empty(num_rows, shape[not transposed]), folded_r or 0
+    factors = empty(r, shape[1]), empty(shape[0], r)
     with _LiveBytes() as live:
-        (format.multiply_transposed if transposed else format.multiply)(rows, stored, shape)
+        if folded_r is None:
+            (format.multiply_transposed if transposed else format.multiply)(rows, stored, shape)
+        else:
+            dense = folded_weight(stored, *factors, 1.0, format)
+            rows @ (dense if transposed else dense.t())
     return live.peak
 
 

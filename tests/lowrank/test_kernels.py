@@ -17,6 +17,7 @@ from relora_ds.lowrank.linear import ReLoRALinear
 PACKED = ["fp32", "bf16", "fp16", "int8", "fp8", "fp8_both_layouts", "nf4", "nf4_double"]
 FORMATS = ["dense", *PACKED]
 IN, OUT, R = 40, 48, 4  # sides that are no multiples of nf4's blocks
+RHO = 0.93
 
 
 def _stored(name, dtype, seed=0):
@@ -40,8 +41,11 @@ def _three_matmuls(weight, x, lora_A, lora_B, bias=None):
     return y if bias is None else y + bias
 
 
-def _fused(name, stored, x, lora_A, lora_B, bias=None):
-    return lowrank_linear(x, stored, lora_A, lora_B, bias, 0.7, format_named(name))
+def _fused(name, stored, x, lora_A, lora_B, bias=None, **how):
+    return lowrank_linear(x, stored, lora_A, lora_B, bias, 0.7, format_named(name), **how)
+
+
+both_products = pytest.mark.parametrize("folded", [False, True], ids=["separate", "folded"])
 
 
 @pytest.mark.parametrize(
@@ -53,12 +57,14 @@ def _fused(name, stored, x, lora_A, lora_B, bias=None):
         if (name, dtype) != ("fp8_both_layouts", torch.bfloat16)
     ],
 )  # may multiply in fp8, see test_formats.py
-@pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_three_matmuls_with_the_dequantized_weight(name, bias, dtype):
+@pytest.mark.parametrize("bias, rho", [(True, None), (False, None), (True, RHO)])
+@both_products
+def test_values_and_gradients_are_those_of_three_matmuls_with_the_dequantized_weight(name, bias, dtype, rho, folded):
     stored, weight = _stored(name, dtype)
     leaves = _leaves(dtype, bias=bias)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y, want = _fused(name, stored, *leaves), _three_matmuls(weight, *exact)
+    y = _fused(name, stored, *leaves, decay=None if rho is None else torch.tensor(rho), folded=folded)
+    want = _three_matmuls(weight * (rho or 1), *exact)
     upstream = torch.randn(y.shape).to(dtype)
     gradients = torch.autograd.grad(y, leaves, upstream)
     wanted = torch.autograd.grad(want, exact, upstream.double())
@@ -69,10 +75,45 @@ def test_values_and_gradients_are_those_of_three_matmuls_with_the_dequantized_we
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("nf4")])  # bitsandbytes has no fp64
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck(name, bias):
+@pytest.mark.parametrize("bias, rho", [(True, None), (False, RHO)])
+@both_products
+def test_gradcheck(name, bias, rho, folded):
     stored, _ = _stored(name, torch.float64)
-    assert torch.autograd.gradcheck(lambda *leaves: _fused(name, stored, *leaves), _leaves(torch.float64, bias=bias))
+    how = {"decay": None if rho is None else torch.tensor(rho), "folded": folded}
+    leaves = _leaves(torch.float64, rows=(2,), bias=bias)
+    assert torch.autograd.gradcheck(lambda *leaves: _fused(name, stored, *leaves, **how), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("rho", [None, RHO])
+@pytest.mark.parametrize("name", ["dense", "transposed_dense"])
+def test_a_folded_product_is_the_separate_one_in_other_words(name, rho):
+    leaves = _leaves(torch.float64)
+    weight = torch.randn((IN, OUT) if name != "dense" else (OUT, IN), dtype=torch.float64)
+    decay = None if rho is None else torch.tensor(rho, dtype=torch.float64)
+    results = []
+    for folded in (False, True):
+        before = weight.clone()
+        y = _fused(name, weight, *leaves, decay=decay, folded=folded)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        assert torch.equal(weight, before)
+    for separate, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, separate, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(_fused(name, weight, *leaves, decay=decay, folded=True), results[0][0])
+
+
+@both_products
+@pytest.mark.parametrize("name", ["dense", "int8", "nf4"])
+def test_decay_is_finer_than_16_bit(name, folded):
+    rho = 0.998  # bf16 has 0.996 and 1, and x·0.998 is x for every number of bf16
+    stored, weight = _stored(name, torch.bfloat16)
+    leaves = _leaves(torch.bfloat16, rows=(400,), bias=False)
+    leaves[2].data.mul_(0.1)
+    y = _fused(name, stored, *leaves, decay=torch.tensor(rho), folded=folded).detach()
+    update = 0.7 * leaves[0].double() @ leaves[1].double().t() @ leaves[2].double().t()
+    want = (leaves[0].double() @ weight.t()).detach()
+    found = ((y - update) * want).sum() / want.square().sum()  # of 19,200 numbers, each rounded
+    assert found.item() == pytest.approx(rho, abs=3e-4)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -85,10 +126,11 @@ def test_a_second_derivative_is_refused_not_wrong(dropout):
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (), (1,), (2, 3, 4)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_any_number_of_rows(name, shape):
+@both_products
+def test_any_number_of_rows(name, shape, folded):
     stored, weight = _stored(name, torch.float32)
     leaves = _leaves(torch.float32, rows=shape)
-    y = _fused(name, stored, *leaves)
+    y = _fused(name, stored, *leaves, folded=folded)
     want = _three_matmuls(weight.float(), *leaves)
     torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
     for got, true in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
@@ -96,13 +138,15 @@ def test_any_number_of_rows(name, shape):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_inputs_and_gradients_that_are_not_contiguous(name):
+@both_products
+def test_inputs_and_gradients_that_are_not_contiguous(name, folded):
     stored, weight = _stored(name, torch.float32)
     _, lora_A, lora_B, bias = _leaves(torch.float32)
     wide = torch.randn(IN, 3, 2, requires_grad=True)
     factors = (torch.randn(IN, R).t().requires_grad_(), torch.randn(R, OUT).t().requires_grad_())
     for x in (wide.permute(2, 1, 0), wide[:, :1].permute(2, 1, 0).expand(2, 5, IN)):
-        y, want = _fused(name, stored, x, *factors, bias), _three_matmuls(weight.float(), x, *factors, bias)
+        y = _fused(name, stored, x, *factors, bias, folded=folded)
+        want = _three_matmuls(weight.float(), x, *factors, bias)
         torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
         for upstream in (torch.randn(OUT, *y.shape[1::-1]).permute(2, 1, 0), torch.ones(()).expand(y.shape)):
             got = torch.autograd.grad(y, (wide, *factors, bias), upstream, retain_graph=True)
@@ -113,12 +157,13 @@ def test_inputs_and_gradients_that_are_not_contiguous(name):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_not_finite_stays_visible(name, bad):
+@both_products
+def test_what_is_not_finite_stays_visible(name, bad, folded):
     stored, _ = _stored(name, torch.float32)
     leaves = _leaves(torch.float32, rows=(3,))
     with torch.no_grad():
         leaves[0][1, 2] = bad
-    y = _fused(name, stored, *leaves)
+    y = _fused(name, stored, *leaves, folded=folded)
     assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
     upstream = torch.ones_like(y)
     upstream[2, 3] = bad
@@ -209,11 +254,9 @@ class _LiveWeights(TorchDispatchMode):
         return results
 
 
-def _layers(name, dropout=0.0, num_layers=3):
-    layers = [
-        ReLoRALinear(64, 64, nn.Parameter(torch.randn(64, 64) / 8), None, r=2, lora_alpha=2, lora_dropout=dropout)
-        for _ in range(num_layers)
-    ]
+def _layers(name, dropout=0.0, num_layers=3, product="separate"):
+    how = {"r": 2, "lora_alpha": 2, "lora_dropout": dropout, "product": product}
+    layers = [ReLoRALinear(64, 64, nn.Parameter(torch.randn(64, 64) / 8), None, **how) for _ in range(num_layers)]
     for layer in layers:
         nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
         if name != "dense":
@@ -223,17 +266,17 @@ def _layers(name, dropout=0.0, num_layers=3):
     return nn.Sequential(*layers)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout, product", [(0.0, "separate"), (0.5, "separate"), (0.0, "folded")])
 @pytest.mark.parametrize("name", FORMATS)
-def test_one_layers_dense_weight_lives_at_a_time_and_none_between_forward_and_backward(name, dropout):
-    model, x = _layers(name, dropout), torch.randn(4, 64, requires_grad=True)
+def test_one_layers_dense_weight_lives_at_a_time_and_none_between_forward_and_backward(name, dropout, product):
+    model, x = _layers(name, dropout, product=product), torch.randn(4, 64, requires_grad=True)
     with _LiveWeights(64 * 64 * 4) as live:
         y = model(x)
         assert live.alive == set()
         y.sum().backward()
         assert live.alive == set()
-    # Once for each product; where the stored weight already is fp32, nothing is made.
-    assert (live.most, live.num_made) == ((0, 0) if name in ("dense", "fp32") else (1, 6))
+    # Once for each product; where the stored weight already is fp32, nothing is made without folding.
+    assert (live.most, live.num_made) == ((0, 0) if name in ("dense", "fp32") and product != "folded" else (1, 6))
     assert x.grad is not None and all(layer.lora_A.grad is not None for layer in model)
 
 
@@ -257,11 +300,17 @@ def _compiled(model):
     return torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)), graphs
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("name", FORMATS)
-def test_compiled_layers_keep_no_dense_weight_and_a_restart_does_not_recompile(name, dropout):
+@pytest.mark.parametrize(
+    "name, dropout, product",
+    [(name, dropout, "separate") for name in FORMATS for dropout in (0.0, 0.5)]
+    + [("dense", 0.0, "folded"), ("int8", 0.0, "folded")],
+)
+def test_compiled_layers_keep_no_dense_weight_and_a_restart_does_not_recompile(name, dropout, product):
     torch._dynamo.reset()
-    model = _layers(name, dropout, num_layers=2)
+    model = _layers(name, dropout, num_layers=2, product=product)
+    decay = torch.tensor(RHO)
+    for layer in model:
+        layer.decay = decay
     compiled, graphs = _compiled(model)
     x = torch.randn(4, 64, requires_grad=True)
 
@@ -282,6 +331,7 @@ def test_compiled_layers_keep_no_dense_weight_and_a_restart_does_not_recompile(n
                 value = torch.randn(64, 64)
                 layer.weight.copy_(layer.format.quantize(value, torch.float32))
                 layer.lora_A.normal_()
+            decay.mul_(RHO)
     assert len(graphs) == 2  # forward and backward, compiled once
     for graph in graphs:
         made = [
@@ -316,6 +366,11 @@ def test_fake_operators_agree_with_the_real_ones():
         for b in (bias, None):
             opcheck(torch.ops.relora_ds.linear, (x, weight, low, lora_B, b, 0.7, "int8"), test_utils=utils)
         opcheck(torch.ops.relora_ds.linear_input_grad, (g, weight, low, lora_A, "int8"), test_utils=utils)
+    for decay in (None, torch.tensor(RHO)):
+        folded = (x, stored, None, lora_B, bias, 0.7, "int8", None, lora_A, decay)
+        opcheck(torch.ops.relora_ds.linear, folded, test_utils=utils)
+        folded = (g, stored, None, lora_A, "int8", lora_B, 0.7, decay)
+        opcheck(torch.ops.relora_ds.linear_input_grad, folded, test_utils=utils)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -328,6 +383,9 @@ def test_slow_16_bit_products_are_made_in_fp32_and_rounded_once(monkeypatch, dty
     y = torch.ops.relora_ds.linear(x, weight, h, lora_B, bias, 0.5, DENSE.name)
     want = x.float() @ weight.float().t() + 0.5 * h.float() @ lora_B.float().t() + bias.float()
     assert y.dtype == dtype and (y - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+    y = torch.ops.relora_ds.linear(x, weight, None, lora_B, bias, 0.5, DENSE.name, None, lora_A)
+    dense = weight.float() + 0.5 * lora_B.float() @ lora_A.float()
+    torch.testing.assert_close(y, (x.float() @ dense.t() + bias.float()).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
     def dtypes(*tensors):
         seen.extend(t.dtype for t in tensors if isinstance(t, torch.Tensor))

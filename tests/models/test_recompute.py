@@ -34,13 +34,24 @@ def mixtral(**changes):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def prepared(model, mode: str, *, relora: ReLoRAConfig | None, base: bool = True, format: Format = DENSE):
+def prepared(
+    model,
+    mode: str,
+    *,
+    relora: ReLoRAConfig | None,
+    base: bool = True,
+    format: Format = DENSE,
+    product: str = "separate",
+    trains_A: bool = True,
+):
     """Wrapped, with B other than 0, stored in `format` and checkpointed."""
     if relora is not None:
         wrap(model, relora, base=base)
         generator = torch.Generator().manual_seed(1)
         for layer in lowrank_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1, generator=generator)
+            layer.product = product
+            layer.lora_A.requires_grad_(trains_A)
             if format is not DENSE:
                 layer.store_weight(format.quantize(layer.weight.detach(), torch.float32), format, as_buffer=False)
     return recompute.apply(model.train(), mode)
@@ -99,6 +110,12 @@ def test_with_quantized_weights(format, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product, trains_A", [("folded", True), ("folded", False), ("separate", False)])
+def test_folded_products_and_one_sided_layers(product, trains_A, mode):
+    assert_same(FAMILIES["llama"], mode, relora=ReLoRAConfig(r=4), product=product, trains_A=trains_A)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_mixture_of_experts(mode):
     assert_same(mixtral, mode, relora=ReLoRAConfig(r=4))
 
@@ -115,13 +132,13 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def repeated(mode: str, relora: ReLoRAConfig | None) -> tuple[Counter, int]:
+def repeated(mode: str, relora: ReLoRAConfig | None, **how) -> tuple[Counter, int]:
     """What backward executes with checkpointing and not without it, and the number of layers."""
     counts = []
     for each in ("none", mode):
         model = FAMILIES["llama"]()
         model.set_attn_implementation("sdpa")
-        model = prepared(model, each, relora=relora)
+        model = prepared(model, each, relora=relora, **how)
         tokens = batch(0, 3)
         loss = model(input_ids=tokens, labels=tokens).loss
         with Executed() as executed:
@@ -141,6 +158,11 @@ def test_what_is_repeated(mode, products, attention, relora, product):
     assert found["aten::silu"] == num_layers and found["aten::rsqrt"] == 2 * num_layers
     if relora is not None:
         assert found["relora_ds::product"] == 7 * num_layers  # the low-rank intermediates, always
+
+
+def test_no_folded_product_is_repeated_where_products_are_kept():
+    found, num_layers = repeated("cheap", ReLoRAConfig(r=4), product="folded")
+    assert (found["relora_ds::linear"], found["relora_ds::product"]) == (0, 7 * num_layers)
 
 
 HIDDEN, FFN, HEADS, TOKENS = 64, 176, 4, 4 * 32
