@@ -42,12 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
         config, vocabulary = network_of(resolved.recipe)
     except ValueError as error:
         raise RecipeError(str(error).splitlines(), recipe_name) from error
-    for lines in (_head(resolved, vocabulary), _calendar(resolved.recipe), _phases(resolved, config)):
+    for lines in (_head(resolved, config, vocabulary), _calendar(resolved.recipe), _phases(resolved, config)):
         print("\n".join(lines))
     return 0
 
 
-def _head(resolved, vocabulary: str) -> list[str]:
+def _head(resolved, config, vocabulary: str) -> list[str]:
     from relora_ds.training.compatibility import model_name
     from relora_ds.training.preflight import machine_problems
     from relora_ds.training.run_directory import early_problems
@@ -68,6 +68,7 @@ def _head(resolved, vocabulary: str) -> list[str]:
         f"{human_count(recipe.total_steps * recipe.tokens_per_step)} tokens",
         *_corpus(recipe),
         vocabulary,
+        *_product(resolved, config),
         *_fp8(resolved),
         *(f"WARNING: {warning}" for warning in warnings),
         "",
@@ -91,6 +92,18 @@ def _corpus(recipe) -> list[str]:
     tokens, most = recipe.total_steps * recipe.tokens_per_step, recipe.data.max_tokens
     least = f"at least {tokens / most:.2f}; " if most and tokens > most else ""
     return [f"epochs: {least}exactly known after the corpus is tokenized"]
+
+
+def _product(resolved, config) -> list[str]:
+    """Return whether the run's low-rank layers fold their product into W."""
+    from relora_ds.methods import method_of
+    from relora_ds.planning.planned_product import product_line
+    from relora_ds.planning.planned_storage import format_here
+
+    method = method_of(resolved.recipe)
+    format = format_here(method.relora, resolved.precision, resolved.stage)
+    line = product_line(resolved.recipe, method, config, format, resolved.precision)
+    return [] if line is None else [line]
 
 
 def _fp8(resolved) -> list[str]:

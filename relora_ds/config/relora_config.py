@@ -11,6 +11,7 @@ from relora_ds.config.rules import Integer, Names, Number, is_int, tenth
 OptimizerReset = Literal["magnitude_joint", "magnitude", "random", "zero", "none", "rotate"]
 RestartInit = Literal["kaiming", "gradient", "random"]
 GradientEstimate = Literal["sketch", "warm_sketch", "exact"]
+Product = Literal["auto", "folded", "separate"]
 FrozenDtype = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4", "fp8"]
 FROZEN_DTYPES: tuple[str, ...] = get_args(FrozenDtype)
 
@@ -66,6 +67,9 @@ class ReLoRAConfig:
     gradient_estimate: GradientEstimate = "sketch"
     """What restart_init `gradient` looks at: a random `sketch` of the gradient; `warm_sketch`, along the directions of
     B's first moment and a few random ones; or the `exact` gradient, gathered layer by layer in host memory."""
+    product: Product = "auto"
+    """How a linear multiplies: `separate` with W, and with A and B beside it; `folded` with `W + s·B·A`, formed anew in
+    forward and in backward; `auto` = folded from as many tokens in a micro-batch on as make that faster."""
     frozen_dtype: FrozenDtype = "auto"
     """How W is stored; `auto` = the precision of the run."""
     frozen_double_quant: bool = False

@@ -13,7 +13,6 @@ writes the output and the input's gradient once more. So time is equal near the 
 tokens again, that folding is faster and not just equal.
 """
 
-PRODUCTS = ("auto", "folded", "separate")  # relora.product
 MARGIN = 3 / 2
 _SIDES = {  # (folded, both factors train) -> multiples of rm and rn for a token
     (False, True): (6, 6),

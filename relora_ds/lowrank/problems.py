@@ -192,7 +192,23 @@ def warnings(model: nn.Module, config: ReLoRAConfig) -> list[str]:
         found.append(
             f"relora.exclude_modules: {config.exclude_modules} has no effect: relora.target_modules names none of them"
         )
+    found += _product_warnings(config, targets)
     return found + _trainable_warnings(model, config, targets) + _frozen_warning(model, config, targets)
+
+
+def _product_warnings(config: ReLoRAConfig, targets: Targets) -> list[str]:
+    """Return a message where no layer multiplies as `product` asks for."""
+    if config.product == "folded" and config.lora_dropout:
+        return [
+            f"relora.product: folded has no effect with relora.lora_dropout {config.lora_dropout:g}, which acts on the "
+            "input of A alone"
+        ]
+    if config.product != "auto" and not targets.linears:
+        return [
+            f"relora.product: {config.product} has no effect: it is for linears, and relora.target_parameters are "
+            "always summed with their updates"
+        ]
+    return []
 
 
 def _trainable_warnings(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:

@@ -142,6 +142,7 @@ def _lowrank_linear(linear: nn.Module, config: ReLoRAConfig, base: bool) -> ReLo
         weight if base else None,
         bias,
         lora_dropout=config.lora_dropout,
+        product=config.product,
         transposed=transposed,
         **_options(config, weight),
     )

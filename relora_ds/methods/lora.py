@@ -12,7 +12,7 @@ from relora_ds.config import Recipe
 from relora_ds.config.methods import warm_start_of
 from relora_ds.methods.lowrank import LowRank
 
-_OF_THE_BASE = ("frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement")
+_OF_THE_BASE = ("product", "frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement")
 
 
 class LoRA(LowRank):

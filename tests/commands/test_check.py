@@ -38,6 +38,7 @@ def test_the_quickstart(capsys):
         "learning rate (peak 0.002)",
         "|             |             ^",
         "seconds at 10 Gbit/s",
+        "product: folded (auto folds from ",
     ):
         assert line in text
 

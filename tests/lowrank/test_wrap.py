@@ -102,6 +102,24 @@ def test_a_module_that_is_to_train_whole_and_is_a_target_is_warned_of(names, exc
     assert not any("has no effect" in message for message in warnings(llama(), left_out))
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"product": "folded", "lora_dropout": 0.1}, "folded has no effect with relora.lora_dropout 0.1"),
+        ({"product": "auto", "lora_dropout": 0.1}, None),
+        ({"product": "folded"}, None),
+    ],
+)
+def test_a_product_that_no_layer_makes_is_warned_of(options, words):
+    found = [text for text in warnings(llama(), ReLoRAConfig(r=4, **options)) if "relora.product" in text]
+    assert len(found) == (words is not None) and all(words in text for text in found)
+
+
+def test_layers_multiply_as_the_config_says():
+    model = wrap(llama(), ReLoRAConfig(r=4, product="folded"))
+    assert all(layer.folds(1) for layer in lowrank_layers(model).values())
+
+
 def test_target_modules_by_suffix():
     model = wrap(llama(), ReLoRAConfig(r=4, restart_every=None, target_modules=["q_proj", "layers.1.mlp.up_proj"]))
     assert [n.removeprefix("model.") for n in lowrank_layers(model)] == [
