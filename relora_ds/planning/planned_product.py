@@ -3,7 +3,7 @@
 from transformers import PretrainedConfig
 
 from relora_ds.config import Recipe
-from relora_ds.lowrank.folding import folds_from
+from relora_ds.lowrank.folding import flops, folds_from
 from relora_ds.lowrank.formats import DTYPES, Format
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.wrap import lowrank_layers
@@ -21,11 +21,8 @@ def product_line(
         format: of the frozen weights.
         precision: of the run: fp32, bf16 or fp16.
     """
-    if method.relora is None:
-        return None
-    found = lowrank_layers(method.prepare(meta_model(config))).values()
-    layers = [layer for layer in found if isinstance(layer, ReLoRALinear) and layer.weight is not None]
-    if not layers:
+    layers = _linears(method, config)
+    if method.relora is None or not layers:
         return None
     if any(format.multiplies_codes(DTYPES[precision], layer.weight_shape) for layer in layers):
         return "product: separate, because weights multiply in fp8"
@@ -43,3 +40,22 @@ def product_line(
     asked = "" if method.relora.product == "auto" else f" by relora.product={method.relora.product}"
     rule = f"auto folds from {rule} tokens per micro-batch on{by_shape}"
     return f"product: {done}{asked} ({rule}; this run has {tokens:,})"
+
+
+def saved_by_folding(method: Method, config: PretrainedConfig, tokens: int) -> float:
+    """Return the FLOPs per token that folding spares a phase with micro-batches of so many tokens."""
+    saved = 0
+    for layer in _linears(method, config):
+        if layer.folds(tokens):
+            shape, trains_A = (layer.out_features, layer.in_features, layer.r, tokens), layer.lora_A.requires_grad
+            separate, folded = (flops(*shape, trains_A=trains_A, folded=each) for each in (False, True))
+            saved += separate - folded
+    return saved / tokens
+
+
+def _linears(method: Method, config: PretrainedConfig) -> list[ReLoRALinear]:
+    """Return the low-rank linears of a phase that have a frozen W."""
+    if method.relora is None:
+        return []
+    found = lowrank_layers(method.prepare(meta_model(config))).values()
+    return [layer for layer in found if isinstance(layer, ReLoRALinear) and layer.weight is not None]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from relora_ds.training.preflight import Plan, Resolved
 
 FULL = "full rank"
+_ONE_SIDED = ("relora.trains=B", "relora.restart_init=random")
 # name -> overrides of the recipe; those of PEFT only choose its rank
 VARIANTS = {
     FULL: ("method=full",),
@@ -35,6 +36,10 @@ VARIANTS = {
     "ours, fp8": ("relora.frozen_dtype=fp8",),
     "ours, nf4": ("relora.frozen_dtype=nf4",),
     "ours, nf4 double": ("relora.frozen_dtype=nf4", "relora.frozen_double_quant=true"),
+    "ours, separate": ("relora.product=separate",),
+    "ours, folded": ("relora.product=folded",),
+    "ours, one-sided, separate": (*_ONE_SIDED, "relora.product=separate"),
+    "ours, one-sided, folded": (*_ONE_SIDED, "relora.product=folded"),
 }
 
 # Of PEFT's, which of ours trains the same.
@@ -177,16 +182,23 @@ def without_corpus(resolved: Resolved, config: PretrainedConfig) -> Plan:
 
 
 def flops_per_token(spec: Spec) -> float:
-    """Return the FLOPs of forward and backward, without recomputed activations; storage formats change nothing."""
+    """Return the FLOPs of forward and backward, without recomputed activations; storage formats change nothing.
+
+    Products that PEFT's layers make separately are counted so.
+    """
     from relora_ds.methods import method_of
     from relora_ds.planning import link
     from relora_ds.planning.network import network_of, shapes_of
+    from relora_ds.planning.planned_product import saved_by_folding
     from relora_ds.training.preflight import resolve
 
+    is_peft = spec.is_peft
     spec = dataclasses.replace(spec, variant=TWINS.get(spec.variant, spec.variant))
     recipe = resolve("tiny", spec.overrides(1), 1, to_run=False).recipe
     config, _ = network_of(recipe)
-    return link.flops_per_token(shapes_of(method_of(recipe), config), config, spec.seq_len)
+    method = method_of(recipe)
+    separate = link.flops_per_token(shapes_of(method, config), config, spec.seq_len)
+    return separate if is_peft else separate - saved_by_folding(method, config, spec.micro_batch_size * spec.seq_len)
 
 
 @dataclasses.dataclass

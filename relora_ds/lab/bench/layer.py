@@ -6,10 +6,12 @@ Timed is what a layer inside a network computes: its output, the gradient of its
     full     nn.Linear that trains
     naive    F.linear(x, W) + s · F.linear(F.linear(x, A), B), W frozen
     peft     PEFT's lora.Linear
-    dense …  ReLoRALinear in that format
+    dense …  ReLoRALinear in that format; or, with --compare products, dense with one of both products, and with A and
+             B or B alone that trains (`lab.bench.layer_products`)
 
-In FLOPs a token costs full rank 6·in·out and a low-rank layer 4·in·out + 6·r·(in + out): W needs no gradient, A and B
-are small. Their quotient is the ceiling of a speed-up over full rank. It is below 1 where r is large beside hidden.
+In FLOPs a token costs full rank 6·in·out and a low-rank layer less: W needs no gradient, A and B are small
+(`lowrank.folding`). Their quotient is the ceiling of a speed-up over full rank. It is below 1 where r is large beside
+hidden.
 
 All layers take turns in every repetition, so that what else a machine does falls on all of them. A speed is the median
 over the repetitions of full rank's time / the layer's.
@@ -26,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora_ds.lab.bench import layer_products
 from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.lowrank import folding
 from relora_ds.lowrank.formats import ALIGNMENT, DENSE, DTYPES, Format, format_of, multiplies_fp8
 from relora_ds.lowrank.kernels import SLOW_ON_CPU
 from relora_ds.lowrank.linear import ReLoRALinear
@@ -54,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of the layer (default: 512 1024 2048)",
     )
     parser.add_argument("--r", type=int, nargs="+", default=[32, 128], metavar="R", help="ranks (default: 32 128)")
+    parser.add_argument("--r-part", type=int, nargs="+", metavar="N", help="ranks hidden / N, instead of --r")
+    parser.add_argument(
+        "--compare",
+        choices=("formats", "products"),
+        default="formats",
+        help="storage formats of W, or both factors and B alone, each separate and folded (default: %(default)s)",
+    )
     parser.add_argument(
         "--rows",
         type=int,
@@ -83,15 +94,9 @@ def run(arguments: argparse.Namespace) -> dict:
         in_fp32 = device.type == "cpu" and DTYPES[precision] in SLOW_ON_CPU
         rows = arguments.rows or (16384 if device.type == "cuda" else 256 if in_fp32 else 2048)
         for hidden in arguments.hidden:
-            for r in arguments.r:
-                times = _times(
-                    _layers(hidden, r, precision, device),
-                    hidden,
-                    rows,
-                    DTYPES[precision],
-                    device,
-                    arguments.repetitions,
-                )
+            for r in arguments.r if arguments.r_part is None else [hidden // part for part in arguments.r_part]:
+                layers = _layers(hidden, r, precision, device, arguments.compare)
+                times = _times(layers, hidden, rows, DTYPES[precision], device, arguments.repetitions)
                 measured.append(
                     {
                         "precision": precision,
@@ -99,23 +104,29 @@ def run(arguments: argparse.Namespace) -> dict:
                         "r": r,
                         "rows": rows,
                         "in_fp32": in_fp32,
-                        "ceiling": ceiling(hidden, hidden, r),
+                        "ceiling": ceiling(hidden, hidden, r, rows),
                         "ms": {name: statistics.median(values) for name, values in times.items()},
                         **{f"over_{other}": _speeds(times, other) for other in OTHERS},
+                        **(layer_products.figures(times, hidden, r, rows) if arguments.compare == "products" else {}),
                     }
                 )
     return {"device": arguments.device, "repetitions": arguments.repetitions, "measured": measured}
 
 
-def ceiling(in_features: int, out_features: int, r: int) -> float:
-    """Full rank's FLOPs / a low-rank layer's, forward and backward."""
-    return 6 * in_features * out_features / (4 * in_features * out_features + 6 * r * (in_features + out_features))
+def ceiling(in_features: int, out_features: int, r: int, rows: int) -> float:
+    """Full rank's FLOPs / a low-rank layer's whose factors both train, forward and backward."""
+    folded = rows >= folding.folds_from(out_features, in_features, trains_A=True)
+    flops = folding.flops(out_features, in_features, r, rows, trains_A=True, folded=folded)
+    return 6 * rows * in_features * out_features / flops
 
 
 def markdown(result: dict) -> str:
     blocks = []
     for precision in dict.fromkeys(entry["precision"] for entry in result["measured"]):
         entries = [entry for entry in result["measured"] if entry["precision"] == precision]
+        if "ceilings" in entries[0]:
+            blocks.append(layer_products.markdown(entries))
+            continue
         blocks += [f"Speed over full rank; {precision}, {entries[0]['rows']} tokens:", _table(entries)]
         formats = [name for name in entries[0]["ms"] if name not in OTHERS]
         for other, named in (("naive", "naive LoRA"), ("peft", "PEFT")):
@@ -163,7 +174,9 @@ class _Naive(nn.Module):
         return F.linear(x, self.weight) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def _layers(hidden: int, r: int, precision: str, device: torch.device) -> dict[str, nn.Module]:
+def _layers(
+    hidden: int, r: int, precision: str, device: torch.device, compare: str = "formats"
+) -> dict[str, nn.Module]:
     dtype = DTYPES[precision]
     torch.manual_seed(0)
     values = {
@@ -177,25 +190,22 @@ def _layers(hidden: int, r: int, precision: str, device: torch.device) -> dict[s
         linear.load_state_dict({"weight": values["weight"]})
         return linear
 
-    def lowrank(format: Format) -> ReLoRALinear:
-        layer = ReLoRALinear(
-            hidden, hidden, nn.Parameter(full().weight), None, r=r, lora_alpha=r, dtype=dtype, device=device
-        )
+    def lowrank(format: Format = DENSE, **how) -> ReLoRALinear:
+        how |= {"r": r, "lora_alpha": r, "dtype": dtype, "device": device}
+        layer = ReLoRALinear(hidden, hidden, nn.Parameter(full().weight), None, **how)
         layer.load_state_dict(values)
         layer.store_weight(format.quantize(values["weight"].to(device), dtype), format, as_buffer=False)
         return layer
 
+    others = {"full": full(), "naive": _Naive(lowrank()), "peft": _peft(full(), r)}
+    if compare == "products":
+        return others | {name: lowrank(**how) for name, how in layer_products.COMPARED.items()}
     asked = [
         format_of(name, precision, double_quant=double, in_fp8=multiplies_fp8(device))
         for name, double in (*((name, False) for name in FROZEN_DTYPES), ("nf4", True))
     ]
     formats = {format.name: format for format in asked if format.unavailable() is None}
-    return {
-        "full": full(),
-        "naive": _Naive(lowrank(DENSE)),
-        "peft": _peft(full(), r),
-        **{name: lowrank(format) for name, format in formats.items()},
-    }
+    return others | {name: lowrank(format) for name, format in formats.items()}
 
 
 def _peft(linear: nn.Linear, r: int) -> nn.Module:

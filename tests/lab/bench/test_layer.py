@@ -32,6 +32,33 @@ def test_a_tiny_run_in_every_precision():
     assert "Lowest speed over naive LoRA: dense " in text and "Lowest speed over PEFT: dense " in text
 
 
+def test_a_tiny_run_of_products():
+    result = bench.run(
+        tiny_arguments("--compare", "products", "--hidden", "64", "--r-part", "16", "4", "--precision", "fp32")
+    )
+    assert [entry["r"] for entry in result["measured"]] == [4, 16]
+    entry = result["measured"][0]
+    names = ["both, separate", "both, folded", "B, separate", "B, folded"]
+    assert list(entry["ms"]) == ["full", "naive", "peft", *names]
+    assert list(entry["ceilings"]) == names and entry["folds"] == {"both": False, "B": False}
+    assert entry["gains"].keys() == {"both", "B"} and min(entry["gains"].values()) > 0
+    text = bench.markdown(result)
+    assert "in parentheses what the FLOPs allow; fp32, 8 tokens:" in text and "| 64 | 16 |" in text
+    assert "`auto` does not fold so few tokens" in text and "lowest" not in text
+    entry["folds"]["B"], entry["gains"]["B"] = True, 1.125
+    assert "Where `auto` folds, lowest separate / folded time: 1.12" in bench.markdown(result)
+
+
+def test_compared_products_are_one_function_and_train_what_their_names_say():
+    layers, x = bench._layers(64, 4, "fp32", torch.device("cpu"), "products"), torch.randn(5, 64)
+    for name, layer in layers.items():
+        if ", " in name:
+            torch.testing.assert_close(layer(x), layers["naive"](x))
+            trained = {key for key, parameter in layer.named_parameters() if parameter.requires_grad}
+            assert trained == ({"lora_B"} if name.startswith("B") else {"lora_A", "lora_B"}), name
+            assert layer.folds(1) is name.endswith("folded")
+
+
 def test_all_low_rank_layers_are_one_function():
     layers = bench._layers(64, 4, "fp32", torch.device("cpu"))
     x = torch.randn(5, 64)
@@ -68,7 +95,7 @@ def test_the_ceiling_is_the_quotient_of_the_flops(hidden, r):
         with FlopCounterMode(display=False) as counter:
             layers[name](x).sum().backward()
         flops[name] = counter.get_total_flops()
-    assert bench.ceiling(hidden, hidden, r) == pytest.approx(flops["full"] / flops["naive"])
+    assert bench.ceiling(hidden, hidden, r, rows=2) == pytest.approx(flops["full"] / flops["naive"])
 
 
 def test_layers_take_turns_and_the_first_turn_does_not_count(monkeypatch):

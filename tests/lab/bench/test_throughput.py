@@ -60,11 +60,15 @@ def counted_flops(variant: str) -> tuple[float, float]:
 
 
 def linear_flops(rows, weight, h, lora_B, *_, **__) -> int:  # torch passes shapes
-    return 2 * rows[0] * (lora_B[0] * rows[1] + lora_B[0] * lora_B[1])
+    out_features, r = lora_B
+    product = r * out_features * (rows[1] if h is None else rows[0])  # B·A, or h·Bᵀ
+    return 2 * (rows[0] * out_features * rows[1] + product)
 
 
 def input_grad_flops(g, weight, gB, lora_A, *_, **__) -> int:
-    return 2 * g[0] * (g[1] * lora_A[1] + lora_A[0] * lora_A[1])
+    r, in_features = lora_A
+    product = r * in_features * (g[1] if gB is None else g[0])  # B·A, or gB·A
+    return 2 * (g[0] * g[1] * in_features + product)
 
 
 LAYER = {
@@ -74,7 +78,18 @@ LAYER = {
 }
 
 
-@pytest.mark.parametrize("variant", ["full rank", "ours, dense", "ours, LoRA alone", "PEFT, same modules train"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "full rank",
+        "ours, dense",
+        "ours, LoRA alone",
+        "PEFT, same modules train",
+        "ours, folded",
+        "ours, one-sided, separate",
+        "ours, one-sided, folded",
+    ],
+)
 def test_flops_are_what_torch_counts(variant):
     counted, formula = ranks(1).run(counted_flops, variant)[0]
     # The formula takes vectors, which nothing is multiplied with, for matrices, and has the first layer pass a gradient
