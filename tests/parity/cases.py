@@ -26,6 +26,7 @@ def relora_config(**changes) -> ReLoRAConfig:
                 restart_warmup_steps=REWARM,
                 optimizer_reset="magnitude_joint",
                 reset_ratio=0.9,
+                product="separate",  # as the reference multiplies
             ),
             **changes,
         }

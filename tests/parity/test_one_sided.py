@@ -20,6 +20,11 @@ def test_losses_equal_plain_pytorch(stage, reset):
     assert results[0]["losses"] == results[1]["losses"]
 
 
+def test_folded_products():
+    relora = cases.one_sided_config(product="folded")
+    _compare(ranks(2).run(cases.train_case, stage=3, relora=relora)[0], reference_losses("rotate"), 1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_with_gradient_accumulation(stage):
     result = ranks(2).run(cases.train_case, stage=stage, accumulation=4, relora=cases.one_sided_config())[0]

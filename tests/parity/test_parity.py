@@ -35,6 +35,13 @@ def test_with_gradient_accumulation(stage):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+def test_folded_products(stage):
+    """Another order of the same products: a rounding more in each layer and step."""
+    relora = cases.relora_config(product="folded")
+    _compare(ranks(2).run(cases.train_case, stage=stage, relora=relora)[0], reference_losses("magnitude_joint"), 1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_with_the_optimizer_on_cpu(stage):
     _compare(ranks(2).run(cases.train_case, stage=stage, offload=True)[0], reference_losses("magnitude_joint"), 1e-6)
 
