@@ -9,11 +9,14 @@ import importlib.util
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
+from relora_ds.utils.versions import version_of
 from relora_ds.zero.moment_codes import BLOCK
 
 NAMES = ("adamw", "adamw_8bit")
+OLDEST = "0.50"  # bitsandbytes' first version that steps 8-bit moments on CPUs: those of an offloaded optimizer
 _SHORTEST = 4096  # elements that are quantized at least: bitsandbytes' default
 
 
@@ -24,6 +27,8 @@ def unavailable(name: str) -> str | None:
     remedy = 'pip install ".[quantization]", or use adamw'
     if importlib.util.find_spec("bitsandbytes") is None:
         return f"{name} needs bitsandbytes; {remedy}"
+    if Version(installed := version_of("bitsandbytes") or "0") < Version(OLDEST):
+        return f"{name} needs bitsandbytes {OLDEST} or newer, and {installed} is installed; {remedy}"
     try:
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib  # noqa: PLC0415
     except Exception as error:  # whatever a broken installation raises

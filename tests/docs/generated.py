@@ -22,7 +22,7 @@ PURPOSES = {
     "docs": "this site",
     "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
     "peft": "baselines of `relora bench`, loading of PEFT exports",
-    "quantization": "`relora.frozen_dtype=nf4`",
+    "quantization": "`relora.frozen_dtype=nf4`, `optim.name=adamw_8bit`",
     "liger": "`model.use_liger_kernel=true`",
     "loggers": "`log.to`, see [Metrics, loggers, hooks](logging.md)",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
@@ -55,6 +55,32 @@ def fixed_keys() -> str:
         "  the files themselves);\n"
         "- `warm_start_steps`, where the checkpoint is past the old or the new end of the warm start;\n"
         "- `train.steps` or `train.tokens`, where the run would end before the checkpoint."
+    )
+
+
+def moments() -> str:
+    """Return what Adam's moments take in both phases of a recipe, in fp32 and in 8 bit."""
+    from relora_ds.planning.cost import cost
+    from relora_ds.planning.device_memory import peak
+    from relora_ds.planning.network import network_of
+    from relora_ds.training.phases import phases_of
+    from relora_ds.training.preflight import resolve
+    from relora_ds.utils.text import human_bytes
+
+    rows: dict[str, list[str]] = {}
+    for name in ("adamw", "adamw_8bit"):
+        changes = ["deepspeed=zero1", "precision=bf16", f"optim.name={name}"]
+        resolved = resolve("llama_350m_relora", changes, 1, to_run=False)
+        for phase in phases_of(resolved.recipe):
+            items = cost(resolved, phase.method, network_of(resolved.recipe)[0]).items
+            held = sum(item.size for item in items if item.what == "Adam's moments")
+            rows.setdefault(phase.name, []).extend([human_bytes(held), human_bytes(peak(items))])
+    return "\n".join(
+        [
+            "| `llama_350m_relora`, bf16, ZeRO-1, one GPU | moments, `adamw` | peak | moments, `adamw_8bit` | peak |",
+            "|---|---:|---:|---:|---:|",
+            *(f"| `{phase}` | {' | '.join(cells)} |" for phase, cells in rows.items()),
+        ]
     )
 
 
@@ -91,6 +117,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("guides/install.md", "extras"): extras,
     ("guides/logging.md", "events"): events,
     ("guides/logging.md", "arguments"): arguments,
+    ("guides/memory.md", "moments"): moments,
     ("guides/resume.md", "fixed keys"): fixed_keys,
     ("reference/recipe.md", "keys"): keys.markdown,
     ("reference/cli.md", "commands"): cli.markdown,

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from relora_ds.train import main
+from relora_ds.zero import optimizers
 
 
 @pytest.fixture
@@ -68,6 +69,11 @@ def test_an_optimizer_without_its_library(fails, monkeypatch):
     assert 'optim.name: adamw_8bit needs bitsandbytes; pip install ".[quantization]", or use adamw' in fails(
         "optim.name=adamw_8bit"
     )
+
+
+def test_an_optimizer_with_an_old_library(fails, monkeypatch):
+    monkeypatch.setattr(optimizers, "version_of", lambda distribution: "0.49.2")
+    assert "adamw_8bit needs bitsandbytes 0.50 or newer, and 0.49.2 is installed; pip" in fails("optim.name=adamw_8bit")
 
 
 def test_restart_interval_against_the_warmup(fails):
