@@ -11,6 +11,7 @@ from tests.cuda.gpus import WORLD_SIZES, needs, on_gpus, real_gpu
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import llama
+from tests.zero import test_eight_bit as eight_bit
 from tests.zero.test_nonfinite import everything, spoiled_step
 
 STEPS, EVERY = 20, 3
@@ -62,6 +63,16 @@ def test_formats(stage, frozen_dtype):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_optimizer_on_the_host(stage):
     check(1, stage=stage, offload=True)
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (3, False), (3, True)])
+def test_moments_in_8_bit(stage, offload, tmp_path):
+    check(1, "bf16", stage=stage, offload=offload, optimizer="adamw_8bit")
+    (found,) = on_gpus(1, eight_bit.run, stage, "bf16", str(tmp_path), offload=offload)
+    held, expected = found["bytes"]
+    assert held == expected
+    assert found["pruned"]
 
 
 def test_parameters_on_the_host():

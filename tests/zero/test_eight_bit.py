@@ -7,12 +7,13 @@ import relora_ds
 from relora_ds.zero.moment_codes import BLOCK
 from relora_ds.zero.moments import max_update_over_lr, prune_moments
 from relora_ds.zero.optimizers import moment_bytes
+from tests.cuda.gpus import needs
 from tests.parity import cases
 from tests.parity.reference import prune
 from tests.ranks import ranks
 from tests.small_models import llama
 
-pytest.importorskip("bitsandbytes", reason="the extra .[quantization]")
+pytestmark = needs("bitsandbytes")
 
 # Matrices of more than 4096 elements, below which bitsandbytes keeps fp32; tensors and ranks end within blocks.
 SIZES = {"vocab_size": 127, "hidden_size": 72, "intermediate_size": 101, "num_hidden_layers": 2}
