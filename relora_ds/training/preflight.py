@@ -143,6 +143,8 @@ def resolve(
     problems += storage_problems(recipe.relora, precision)
     if reason := optimizers.unavailable(recipe.optim.name):
         problems.append(f"optim.name: {reason}")
+    elif not problems:
+        problems += _partition_problems(recipe, settings, world_size)
     problems += accelerator.precision_problems(precision) if to_run else []
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
@@ -250,6 +252,18 @@ def machine_problems(recipe: Recipe) -> list[str]:
 def _phases_problems(recipe: Recipe, model: PreTrainedModel) -> list[str]:
     """Return why a phase's method cannot train `model`, each reason once."""
     return list(dict.fromkeys(problem for method in methods_of(recipe) for problem in method.problems(model)))
+
+
+def _partition_problems(recipe: Recipe, settings: dict, world_size: int) -> list[str]:
+    """Return why the optimizer cannot step what a rank would have of the network, each reason once."""
+    name, zero = recipe.optim.name, settings.get("zero_optimization", {})
+    if name == "adamw":
+        return []
+    found = []
+    for method in methods_of(recipe):
+        groups = method.param_groups(method.prepare(_guessed_model(recipe)))
+        found.append(optimizers.partition_problem(name, groups, zero, world_size))
+    return [f"optim.name: {reason}" for reason in dict.fromkeys(found) if reason]
 
 
 def _proof(recipe: Recipe, precision: str, method: Method) -> Proof:

@@ -8,7 +8,6 @@ from torch import Tensor
 from relora_ds.zero.moment_codes import BLOCK, decode, encode
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_LARGEST = 2**31 - 1  # that bitsandbytes' CUDA kernels can count
 _BLOCKS = 4096  # that are written at a time
 
 
@@ -137,11 +136,6 @@ class AdamState8bit(AdamState):
     _NAMES = dict(zip(MOMENTS, ("state1", "state2"), strict=True))
 
     def create(self, flat: Tensor, group: int) -> None:
-        if flat.is_cuda and flat.numel() > _LARGEST:
-            raise ValueError(
-                f"optimizer: adamw_8bit steps tensors of {_LARGEST:,} elements at most, and this rank's partition has "
-                f"{flat.numel():,}; use more ranks, ZeRO stage 3, or adamw"
-            )
         settings = self._optimizer.param_groups[group]
         held, settings["params"] = settings["params"], [flat]  # ZeRO-3 leaves the groups empty between steps
         try:

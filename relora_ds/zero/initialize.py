@@ -163,6 +163,8 @@ def initialize(
     allocate(model, settings, DTYPES[precision], device)
 
     groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])
+    reason = optimizers.partition_problem(optimizer, groups, settings["zero_optimization"], dist.get_world_size())
+    _refuse([f"optimizer: {reason}"] if reason else [])
     with nothing_broadcast():
         engine, stepped, loader, scheduler = deepspeed.initialize(
             model=model,

@@ -12,11 +12,13 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from relora_ds.lowrank.inventory import full_shape
 from relora_ds.utils.versions import version_of
 from relora_ds.zero.moment_codes import BLOCK
 
 NAMES = ("adamw", "adamw_8bit")
 OLDEST = "0.50"  # bitsandbytes' first version that steps 8-bit moments on CPUs: those of an offloaded optimizer
+LARGEST = 2**31 - 1  # elements that bitsandbytes' CUDA kernels can count
 _SHORTEST = 4096  # elements that are quantized at least: bitsandbytes' default
 
 
@@ -36,6 +38,25 @@ def unavailable(name: str) -> str | None:
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
         return f"{name} needs bitsandbytes, whose library cannot be loaded; install the one for this CUDA, or use adamw"
     return None
+
+
+def partition_problem(name: str, groups: list[dict[str, Any]], zero: dict[str, Any], world_size: int) -> str | None:
+    """Return why an optimizer cannot step a rank's partitions; None where it can.
+
+    Args:
+        groups: the model's parameter groups.
+        zero: the `zero_optimization` section of a DeepSpeed configuration.
+    """
+    if name != "adamw_8bit":
+        return None
+    sizes, stage = [[full_shape(p).numel() for p in group["params"]] for group in groups], zero.get("stage", 0)
+    largest = max(map(max, sizes)) if stage == 0 else max(map(sum, sizes)) // world_size
+    if stage == 3 or largest <= LARGEST:  # at stage 3 DeepSpeed cuts what a rank has into pieces of 1e9 elements
+        return None
+    return (
+        f"{name} steps {LARGEST:,} elements at once at most, and at ZeRO stage {stage} a partition on each of "
+        f"{world_size} rank(s) has {largest:,}; use stage 3, more ranks, or adamw"
+    )
 
 
 def groups_for(name: str, groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:

@@ -76,6 +76,21 @@ def test_an_optimizer_with_an_old_library(fails, monkeypatch):
     assert "adamw_8bit needs bitsandbytes 0.50 or newer, and 0.49.2 is installed; pip" in fails("optim.name=adamw_8bit")
 
 
+def test_partitions_that_8_bit_cannot_count(fails, tmp_path):
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    model = ["model.preset=null", f"model.name_or_path={tmp_path / 'config.json'}", "method=full", "precision=bf16"]
+    printed = fails("optim.name=adamw_8bit", *model, "warm_start_steps=0", "deepspeed=zero2")
+    assert "optim.name: adamw_8bit steps 2,147,483,647 elements at once at most, and at ZeRO stage 2 a part" in printed
+
+
 def test_restart_interval_against_the_warmup(fails):
     assert "relora.restart_every: 5" in fails("relora.restart_every=5", "optim.warmup_steps=5")
 
