@@ -24,6 +24,7 @@ class Method:
         sections: of the recipe, that this method alone reads.
         relora: the configuration of the low-rank layers; None for a model without any.
         has_base: whether frozen weights lie under the low-rank updates.
+        is_chain: whether it merges its updates at restarts, so that another such method can go on from one.
         can_warm_start: whether another method can continue from the weights that it leaves.
         defaults: recipe keys and the values that the method's name stands for.
     """
@@ -32,6 +33,7 @@ class Method:
     sections: tuple[str, ...] = ()
     relora: ReLoRAConfig | None = None
     has_base: bool = True
+    is_chain: bool = False
     can_warm_start: bool = True
     defaults: Mapping[str, Any] = MappingProxyType({})
 

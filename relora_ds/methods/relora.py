@@ -13,6 +13,7 @@ class ReLoRA(LowRank):
     """`W + s·B·A` with W frozen; every `relora.restart_every` steps B·A is merged into W and starts anew."""
 
     name = "relora"
+    is_chain = True
 
     def recipe_warnings(self) -> Iterator[str]:
         """Yield why a run is not what it looks like."""

@@ -7,7 +7,7 @@ from typing import Any
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.manifest import Manifest
 from relora_ds.config import Recipe, fields
-from relora_ds.config.methods import own_keys
+from relora_ds.config.methods import METHODS, method_class, own_keys
 from relora_ds.training.phases import WARM_START
 from relora_ds.training.preflight import Plan
 
@@ -57,7 +57,11 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
             "its weights: init_from=PATH"
         )
     then, now = saved.run["recipe"], _flat(plan)
-    found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in _FIXED if then.get(name) != now.get(name)]
+    found = [
+        f"{name} was {then.get(name)}, is {now.get(name)}"
+        for name in _FIXED
+        if then.get(name) != now.get(name) and not (name == "method" and _both_are_chains(then, now))
+    ]
     old, new = then["warm_start_steps"], now["warm_start_steps"]
     if old != new and saved.step > min(old, new):
         found.append(f"warm_start_steps was {old}, is {new}, and the checkpoint is after step {saved.step}")
@@ -73,6 +77,11 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
         found.append(f"train.steps is {plan.recipe.total_steps}, and the checkpoint is after step {saved.step}")
     if found:
         raise ResumeError("resume: " + "; ".join(found) + ". Change it back, or begin a new run with init_from")
+
+
+def _both_are_chains(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether one method can go on from a restart of the other; the engine sees to it that there was one."""
+    return all(flat["method"] in METHODS and method_class(flat["method"]).is_chain for flat in (then, now))
 
 
 def _flat(plan: Plan) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from relora_ds.training.hooks.saving import Checkpoints
 from relora_ds.training.hooks.step_traffic import Traffic
 from relora_ds.training.hooks.watchdog import Watching
 from relora_ds.training.owned_directory import OwnedDirectory
-from relora_ds.training.phases import Phase, build_engine, hand_over, phases_of
+from relora_ds.training.phases import WARM_START, Phase, build_engine, hand_over, phases_of
 from relora_ds.training.preflight import Plan
 from relora_ds.training.probe import drift_probe
 from relora_ds.training.results import summary_of, write_results
@@ -115,7 +115,8 @@ class Trainer:
         if checkpoint is None:
             self._begin(None)
         else:
-            phases = phases[[phase.name for phase in phases].index(checkpoint.manifest.run["phase"]) :]
+            # After the warm start it may be another method, which goes on from a restart.
+            phases = phases if checkpoint.manifest.run["phase"] == WARM_START else phases[-1:]
         for phase in phases:
             self._build(phase, checkpoint, engine)
             if checkpoint is not None:  # one that is refused leaves everything as it was

@@ -16,6 +16,7 @@ from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import PIECE, ShardView, write_partition
+from relora_ds.zero.subspaces import write_initial_A
 from relora_ds.zero.together import together
 from relora_ds.zero.weights import (
     OwnedWeights,
@@ -88,11 +89,7 @@ class _Unfilled:
         for name, layer in lowrank_layers(self.module).items():
             if (seed := layer.initial_seed) is None:
                 continue
-            if layer.one_sided:  # decompositions differ in their bits between kinds of processors: its owner's counts
-                mine = self.frozen.owners[name] == dist.get_rank()
-                self.frozen.publish_A(name, layer.initial_A(name, seed=seed, restart=0) if mine else None)
-            else:
-                self.shards.write(f"{name}.lora_A", layer.initial_A(name, seed=seed, restart=0))
+            write_initial_A(self.shards, self.frozen, name, layer, seed=seed, number=0)
             self.shards.write(f"{name}.lora_B", layer.initial_B(name, seed=seed))
             layer.initial_seed = None
 

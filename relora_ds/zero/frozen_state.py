@@ -48,11 +48,12 @@ def frozen_state(engine) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
+def restore_frozen_state(engine, read: Read, saved: Storage, *, with_bases: bool = True) -> None:
     """Take over what `frozen_state` returned, in an engine that may store it otherwise. Collective.
 
     Args:
         saved: how the weights were stored. Without fp32 values it must be as they are stored now.
+        with_bases: also the A's of one-sided layers.
     """
     frozen = engine.frozen
     engine.shards.drop_gathered_copies()
@@ -72,7 +73,7 @@ def restore_frozen_state(engine, read: Read, saved: Storage) -> None:
         if saved.rounds_like(frozen.storage):  # else what was lost then is not what is lost now
             ledger.intended.copy_(read(INTENDED + name))
             ledger.lost.copy_(read(LOST + name))
-    for name in frozen.one_sided:
+    for name in frozen.one_sided if with_bases else ():
         mine = frozen.owners[name] == dist.get_rank()
         frozen.publish_A(name, read(f"{OTHER}{name}.lora_A") if mine else None)
     for name, parameter in other_parameters(engine):  # rank 0 reads them

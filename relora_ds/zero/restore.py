@@ -10,19 +10,26 @@ import torch.distributed as dist
 from relora_ds.checkpoint.contents import BUFFER, OTHER, PARTS, STORED
 from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
 from relora_ds.checkpoint.tensors import SavedTensors
+from relora_ds.lowrank.inventory import is_lora_parameter
 from relora_ds.lowrank.storage import Storage
 from relora_ds.zero.capture import description
 from relora_ds.zero.engine_state import restore_engine_state
 from relora_ds.zero.frozen_state import other_parameters, restore_frozen_state
 from relora_ds.zero.plain_model import persistent_buffers
+from relora_ds.zero.subspaces import begin_chain
 
 
 def problems(manifest: Manifest, engine) -> list[str]:
     """Return why an engine cannot resume from a checkpoint: another network, or a format that cannot be converted."""
     found, now = [], json.loads(json.dumps(description(engine)))
     saved = manifest.model
+    changes_chain = _changes_chain(manifest, engine)
+    if changes_chain and (reason := _chain_problem(manifest, engine)):
+        found.append(reason)
     for what in ("parameters", "layers"):
         old, new = saved[what], now[what]
+        if changes_chain:
+            old, new = _without_chain(old), _without_chain(new)
         stored = {f"{name}.weight" for name in engine.frozen.layers}  # flat, where it is packed; see the layers' shapes
         differ = [name for name in sorted({*old, *new} - stored) if old.get(name) != new.get(name)]
         if differ:
@@ -45,6 +52,34 @@ def problems(manifest: Manifest, engine) -> list[str]:
     return found
 
 
+def _changes_chain(manifest: Manifest, engine) -> bool:
+    """Return whether the checkpoint and the engine differ in which factors train (`relora.trains`)."""
+    was = any(layer.get("one_sided", False) for layer in manifest.model["layers"].values())
+    return bool(engine.frozen.layers) and was != bool(engine.frozen.one_sided)
+
+
+def _chain_problem(manifest: Manifest, engine) -> str | None:
+    """Return why another kind of chain cannot begin from a checkpoint: an update of the old one is not merged yet."""
+    t, restarts = (manifest.engine["scheduler"][key] for key in ("t", "restarts"))
+    if t in (0, *restarts[-1:]):
+        return None
+    was, now = ("both", "B") if engine.frozen.one_sided else ("B", "both")
+    last = restarts[-1] if restarts else 0
+    return (
+        f"relora.trains was {was}, is {now}, which can change directly after a restart only; resume from step "
+        f"{manifest.step - t + last}"
+    )
+
+
+def _without_chain(described: dict[str, dict]) -> dict[str, dict]:
+    """Return parameters or layers without what depends on which factors train."""
+    return {
+        name: {key: value for key, value in about.items() if key != "one_sided"}
+        for name, about in described.items()
+        if not is_lora_parameter(name)
+    }
+
+
 @torch.no_grad()
 def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = True, schedule: bool = True) -> None:
     """Put a checkpoint into an engine that `problems` finds nothing wrong with. Collective.
@@ -53,14 +88,17 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         optimizer: with Adam's moments, its steps and the loss scale.
         schedule: with the steps and the restarts so far.
 
+    Where the engine trains other factors, these begin as they do after a restart, without moments.
+
     Raises:
         DamagedError: on every rank, where one of them does not see a file that it needs. Nothing has been changed then.
     """
     shards, storage = engine.shards, Storage(**manifest.model["frozen"])
+    begins_chain = _changes_chain(manifest, engine)
     with ExitStack() as stack:
         try:
             saved = SavedTensors(directory, manifest, stack)
-            lack = _lack(saved, engine)
+            lack = _lack(saved, engine, begins_chain)
         except (DamagedError, UnreadableError) as error:  # the other ranks wait for word
             lack = str(error)
         lacking = [lack] * dist.get_world_size()
@@ -68,32 +106,40 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         if any(lacking):
             raise DamagedError(next(filter(None, lacking)))
         if engine.frozen.layers or any(not p.requires_grad for p in engine.module.parameters()):
-            restore_frozen_state(engine, saved.read, storage)
+            restore_frozen_state(engine, saved.read, storage, with_bases=not begins_chain)
         shards.drop_gathered_copies()
         parts = PARTS if optimizer else PARTS[:1]
         if optimizer:
             shards.zero_moments()
         for shard in shards:
+            if begins_chain and is_lora_parameter(shard.name):
+                continue
             for part in parts:
                 shard.write(part, saved.read_range(part, shard.name, shard.start, shard.stop), shard.start)
         for name, buffer in persistent_buffers(engine.module).items():
             value = saved.read(BUFFER + name).to(buffer.device) if dist.get_rank() == 0 else torch.empty_like(buffer)
             dist.broadcast(value.contiguous().reshape(-1).view(torch.uint8), 0)
             buffer.copy_(value)
+    if begins_chain:
+        begin_chain(shards, engine.frozen, engine.seed, len(manifest.engine["scheduler"]["restarts"]))
     for name in shards.names:  # what forward reads, from masters that are all in place now
         shards.write(name, shards.gather([name])[name])
     restore_engine_state(engine, manifest.engine, optimizer=optimizer, schedule=schedule)
+    if begins_chain:
+        shards.set_adam_steps({"lora": 0})
 
 
-def _lack(saved: SavedTensors, engine) -> str | None:
+def _lack(saved: SavedTensors, engine, begins_chain: bool) -> str | None:
     """Return what this rank's part of an engine needs and this host does not see; None where it sees everything."""
     for shard in engine.shards:
+        if begins_chain and is_lora_parameter(shard.name):
+            continue
         if not saved.has_range(shard.name, shard.start, shard.stop):
             return saved.reason(shard.name, TRAINED)
     for name in engine.frozen.owned():
         if not (saved.has(f"{name}.weight") or saved.has(f"{STORED}{name}.weight")):
             return saved.reason(f"{name}.weight", FROZEN)
-        if name in engine.frozen.one_sided and not saved.has(f"{OTHER}{name}.lora_A"):
+        if name in engine.frozen.one_sided and not begins_chain and not saved.has(f"{OTHER}{name}.lora_A"):
             return saved.reason(f"{name}.lora_A", FROZEN)
     if dist.get_rank() == 0:
         others = [OTHER + name for name, _ in other_parameters(engine)]

@@ -14,8 +14,10 @@ from torch import Tensor
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.reinit import GradientSketch, dominant_rows, random_basis, warm_rows
+from relora_ds.zero.adam_state import MOMENTS
 from relora_ds.zero.exact_gradients import ExactGradients
 from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.shards import ShardView
 
 
 def watch_gradients(engine, due: bool) -> None:
@@ -100,6 +102,29 @@ class Subspaces:
 
     def _initial(self, name: str, layer: LowRankLayer) -> Tensor:
         return layer.initial_A(name, seed=self.seed, restart=self.number)
+
+
+@torch.no_grad()
+def begin_chain(shards: ShardView, frozen: FrozenWeights, seed: int, number: int) -> None:
+    """Give the factors what they begin with, without moments. Collective. number: of the restarts so far."""
+    for name, layer in frozen.layers.items():
+        write_initial_A(shards, frozen, name, layer, seed=seed, number=number)
+        shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape))
+        for factor in ("lora_B",) if layer.one_sided else ("lora_A", "lora_B"):
+            shard = shards[f"{name}.{factor}"]
+            for what in MOMENTS:
+                moment = getattr(shard, what)
+                moment.write(torch.zeros(moment.numel()))
+
+
+def write_initial_A(
+    shards: ShardView, frozen: FrozenWeights, name: str, layer: LowRankLayer, *, seed: int, number: int
+) -> None:
+    """Give a layer the A that a chain begins with; nothing is sent where it is Kaiming's. number: of the restarts."""
+    if not layer.one_sided:
+        shards.write(f"{name}.lora_A", layer.initial_A(name, seed=seed, restart=number))
+    else:  # its owner's counts: decompositions differ in their bits between kinds of processors
+        frozen.publish_A(name, layer.initial_A(name, seed=seed, restart=number) if _is_mine(frozen, name) else None)
 
 
 def _is_mine(frozen: FrozenWeights, name: str) -> bool:

@@ -12,6 +12,7 @@ from relora_ds.checkpoint.tensors import SavedTensors
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero.test_nonfinite import everything
+from tests.zero.test_restart import fingerprint
 
 EVERY, SAVED_AT, END = 4, 6, 11  # restarts at 4 and 8; three steps after the second
 STAGES = [0, 1, 2, 3]
@@ -201,3 +202,62 @@ def test_a_model_that_rank_0_cannot_write_is_an_error_on_every_rank(tmp_path):
     (tmp_path / "file").write_text("")
     for message in ranks(2).run(save_merged_into_a_file, str(tmp_path)):
         assert message.startswith("save_merged: ") and "file/model: rank 0: " in message
+
+
+ONE_SIDED = dict(trains="B", restart_init="random", optimizer_reset="none")
+
+
+def saved_after(steps: int, stage: int, directory: str, **frozen) -> None:
+    engine = build(stage, "fp32", frozen=frozen)
+    train(engine, 0, steps)
+    engine.save_checkpoint(directory)
+    cases.release(engine)
+
+
+def in_another_chain(steps: int, stage: int, directory: str, **frozen) -> dict:
+    """The losses of the plain model in the checkpoint, and of an engine that trains other factors; its next steps."""
+    engine = build(stage, "fp32", frozen=frozen, model_seed=1)
+    train(engine, 100, 102)
+    try:
+        engine.load_checkpoint(directory)
+    except ValueError as error:
+        cases.release(engine)
+        return {"refused": str(error)}
+    before = engine.collect_merged()
+    state = cases.gathered_state(engine)
+    factors = [name for name in state["master"] if name.endswith(("lora_A", "lora_B"))]
+    result = {
+        "merged": fingerprint(before),
+        "moments": sum(state[what][name].abs().sum().item() for what in ("exp_avg", "exp_avg_sq") for name in factors),
+        "adam_steps": engine.shards.adam_steps()["lora"],
+        "losses": train(engine, steps, steps + 6),
+        "restarts": list(engine.restarts),
+    }
+    cases.release(engine)
+    return result
+
+
+def merged_in(directory: str, stage: int, **frozen) -> str:
+    engine = build(stage, "fp32", frozen=frozen, model_seed=2)
+    engine.load_checkpoint(directory)
+    found = fingerprint(engine.collect_merged())
+    cases.release(engine)
+    return found
+
+
+@pytest.mark.parametrize(("stage", "before", "after"), [(1, {}, ONE_SIDED), (3, ONE_SIDED, {})])
+def test_another_kind_of_chain_begins_at_a_restart(stage, before, after, tmp_path):
+    ranks(2).run(saved_after, EVERY, stage, str(tmp_path), **before)
+    merged = ranks(2).run(merged_in, str(tmp_path), stage, **before)[0]
+    result = ranks(2).run(in_another_chain, EVERY, stage, str(tmp_path), **after)[0]
+    assert result["merged"] == merged and result["moments"] == result["adam_steps"] == 0
+    assert result["restarts"] == [4, 8] and result["losses"][-1] < result["losses"][0] + 0.1
+
+
+def test_another_kind_of_chain_is_refused_within_a_cycle(tmp_path):
+    ranks(2).run(saved_after, SAVED_AT, 1, str(tmp_path))
+    refused = ranks(2).run(in_another_chain, SAVED_AT, 1, str(tmp_path), **ONE_SIDED)
+    assert all(
+        "trains was both, is B, which can change directly after a restart only" in one["refused"] for one in refused
+    ), refused
+    assert all("resume from step 4" in one["refused"] for one in refused)
