@@ -58,6 +58,8 @@ class Figures:
         after = " and ".join(f"{step:,}" for step in self.restarts[-2:])
         after = ", ".join([*(f"{step:,}" for step in self.restarts[:-2]), after])
         restarts = f"restarts after {after}" if self.restarts else "no restart"
+        if len(self.restarts) > 12:
+            restarts = f"{len(self.restarts):,} restarts, the first after {self.restarts[0]:,}"
         return (
             f"Figures: {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.tokens:,} in all; {warm}, "
             f"{restarts}; {self.trainable:,} of {self.total:,} parameters train."
@@ -79,7 +81,7 @@ def figures(name: str) -> Figures:
     warm = method.warm_start_steps
     restarts = (
         [warm + t for t in scheduled_restarts(method.low_rank_steps, recipe.relora.restart_every)]
-        if recipe.method == "relora"
+        if method.num_restarts
         else []
     )
     trainable, total = count_parameters(method_of(recipe).prepare(meta_model(network(recipe))))

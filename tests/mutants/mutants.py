@@ -13,6 +13,7 @@ GUARD = "tests/training/test_guard.py"
 RESUME = "tests/training/test_resume.py::test_resume_is_exact"
 FORMATS = "tests/zero/test_formats.py"
 RESTART = "tests/zero/test_restart.py::test_invariants"
+REFRESH = "tests/zero/test_one_sided_refresh.py::test_the_second_refresh"
 MOMENTS = "tests/zero/test_moments.py::test_split_moments_are_pruned_as_whole_ones"
 NONFINITE = "tests/zero/test_nonfinite.py::test_one_bad_rank"
 
@@ -74,6 +75,14 @@ MUTANTS = [
     Mutant("full_reset_keeps_some", (f"{MOMENTS}[1-zero]",), "AssertionError: model.layers."),
     Mutant("pruning_keeps_one_less", ("tests/lowrank/test_pruning.py",), "num_kept"),
     Mutant("pruning_keeps_all_ties", ("tests/lowrank/test_pruning.py",), "magnitude_mask"),
+    # One-sided chains.
+    Mutant("basis_of_each_rank", (f"{REFRESH}[1-bf16-none]",), "the ranks do not agree on"),
+    Mutant("basis_not_rounded_before_the_merge", (f"{REFRESH}[1-bf16-none]",), "- merged).abs().max()"),
+    Mutant(
+        "moments_of_a_chain_dropped",
+        ("tests/parity/test_one_sided_engine.py::test_the_vectors_of_galore[1-1]",),
+        "not close",
+    ),
     # Schedule and merge on one counter.
     Mutant("restart_off_by_one", (f"{NONFINITE}[0-fp32-nan]",), "[3, 7] == [4]"),
     Mutant("trough_one_step_early", (f"{RESTART}[0-fp32]",), "assert engine.get_lr() =="),
