@@ -40,15 +40,26 @@ class _Inside(TorchDispatchMode):
         return self.KERNELS.get(func, func)(*args, **(kwargs or {}))
 
 
+def _counted() -> FlopCounterMode:
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
 @one_sided
 @pytest.mark.parametrize("product", ["separate", "folded"])
 def test_the_flops_of_a_layer_are_those_that_the_rule_counts(product, trains_A):
     layer, x = _layer(product, trains_A=trains_A), torch.randn(TOKENS, IN, requires_grad=True)
-    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counted, _Inside():
+    with _counted() as counted, _Inside():
         layer(x).sum().backward()
     want = folding.flops(OUT, IN, R, TOKENS, trains_A=trains_A, folded=product == "folded")
     assert counted.get_total_flops() == want
+
+
+def test_evaluation_computes_nothing_for_gradients():
+    layer, x = _layer("folded"), torch.randn(TOKENS, IN)
+    with torch.no_grad(), _counted() as counted, _Inside():
+        layer(x)
+    assert counted.get_total_flops() == 2 * (TOKENS + R) * OUT * IN
 
 
 @one_sided

@@ -95,6 +95,18 @@ def test_one_dense_copy_of_a_packed_weight_at_a_time(precision, name):
     assert dense < traced <= dense + largest
 
 
+def test_one_folded_weight_at_a_time():
+    sizes, traced = ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"], {}
+    for product in ("separate", "folded"):
+        recipe = load_recipe("tiny", [*sizes, f"relora.product={product}"])
+        config, _ = network_of(recipe)
+        method = phases_of(recipe)[-1].method
+        traced[product] = activation_bytes(method, config, precision="fp32", checkpointing="full", **SIZES)
+        assert traced[product] == pytest.approx(measured(method, config, "fp32", "full"), rel=0.02)
+    largest = config.hidden_size * config.intermediate_size * 4
+    assert traced["separate"] < traced["folded"] <= traced["separate"] + largest
+
+
 def test_activations_grow_with_the_micro_batch_and_shrink_with_the_control():
     recipe = load_recipe("tiny", ["method=control", "model.preset=llama_20m", "relora.r=16"])
     config, _ = network_of(recipe)
