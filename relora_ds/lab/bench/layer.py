@@ -20,15 +20,12 @@ over the repetitions of full rank's time / the layer's.
 import argparse
 import importlib.util
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relora_ds.lab.bench import layer_products
+from relora_ds.lab.bench import layer_products, layer_timing
 from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lowrank import folding
 from relora_ds.lowrank.formats import ALIGNMENT, DENSE, DTYPES, Format, format_of, multiplies_fp8
@@ -96,7 +93,9 @@ def run(arguments: argparse.Namespace) -> dict:
         for hidden in arguments.hidden:
             for r in arguments.r if arguments.r_part is None else [hidden // part for part in arguments.r_part]:
                 layers = _layers(hidden, r, precision, device, arguments.compare)
-                times = _times(layers, hidden, rows, DTYPES[precision], device, arguments.repetitions)
+                times = layer_timing.times_in_turns(
+                    layers, hidden, rows, DTYPES[precision], device, arguments.repetitions
+                )
                 measured.append(
                     {
                         "precision": precision,
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> dict:
                         "in_fp32": in_fp32,
                         "ceiling": ceiling(hidden, hidden, r, rows),
                         "ms": {name: statistics.median(values) for name, values in times.items()},
-                        **{f"over_{other}": _speeds(times, other) for other in OTHERS},
+                        **{f"over_{other}": layer_timing.speeds(times, other) for other in OTHERS},
                         **(layer_products.figures(times, hidden, r, rows) if arguments.compare == "products" else {}),
                     }
                 )
@@ -214,54 +213,3 @@ def _peft(linear: nn.Linear, r: int) -> nn.Module:
     model = nn.ModuleDict({"linear": linear})
     inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["linear"]), model)
     return model["linear"]
-
-
-def _times(
-    layers: dict[str, nn.Module], hidden: int, rows: int, dtype: torch.dtype, device: torch.device, repetitions: int
-) -> dict[str, list[float]]:
-    """Milliseconds of a forward and backward, for every layer as many as there are repetitions."""
-    x = torch.randn(rows, hidden, device=device).to(dtype).requires_grad_()
-    upstream = torch.randn(rows, hidden, device=device).to(dtype)
-    timed = _timed_on_cuda if device.type == "cuda" else _timed_on_cpu
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    for repetition in range(1 + repetitions):  # the first warms up
-        for name, layer in layers.items():
-            leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-            elapsed = timed(partial(_forward_and_backward, layer, x, leaves, upstream))
-            if repetition:
-                times[name].append(elapsed)
-    return times
-
-
-def _forward_and_backward(layer: nn.Module, x: Tensor, leaves: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(layer(x), leaves, upstream)
-
-
-def _timed_on_cpu(call: Callable[[], object]) -> float:
-    """By a single thread's own clock, which stands still while other programs have its core; of several by the wall's.
-
-    The CPU's part of a backward runs in the thread that calls it.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    call()
-    return 1e3 * (clock() - start)
-
-
-def _timed_on_cuda(call: Callable[[], object], num_calls: int = 10) -> float:
-    """Events on the stream, around several calls: one may be shorter than its launch."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(num_calls):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / num_calls
-
-
-def _speeds(times: dict[str, list[float]], other: str) -> dict[str, float]:
-    """Return for every layer the median of `other`'s time / its own, measured one after the other."""
-    return {
-        name: statistics.median(theirs / own for theirs, own in zip(times[other], values, strict=True))
-        for name, values in times.items()
-    }

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from relora_ds.lab.bench import layer as bench
+from relora_ds.lab.bench import layer_timing
 from relora_ds.lowrank.formats import NF4
 
 
@@ -106,12 +107,12 @@ def test_layers_take_turns_and_the_first_turn_does_not_count(monkeypatch):
         assert [gradient is not None for gradient in call()] == [True, True]
         return next(values)
 
-    monkeypatch.setattr(bench, "_timed_on_cpu", timed)
+    monkeypatch.setattr(layer_timing, "_timed_on_cpu", timed)
     layers = {name: torch.nn.Linear(4, 4, bias=False) for name in ("full", "naive")}
-    times = bench._times(layers, 4, 2, torch.float32, torch.device("cpu"), 3)
+    times = layer_timing.times_in_turns(layers, 4, 2, torch.float32, torch.device("cpu"), 3)
     assert order == [*layers.values()] * 4
     assert times == {"full": [4.0, 8.0, 6.0], "naive": [2.0, 2.0, 1.0]}
-    assert bench._speeds(times, "full") == {"full": 1.0, "naive": 4.0}
+    assert layer_timing.speeds(times, "full") == {"full": 1.0, "naive": 4.0}
 
 
 def test_cuda_is_timed_by_events_on_the_stream(monkeypatch):
@@ -131,7 +132,7 @@ def test_cuda_is_timed_by_events_on_the_stream(monkeypatch):
             return 30.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert bench._timed_on_cuda(lambda: calls.append(1), num_calls=3) == 10.0
+    assert layer_timing._timed_on_cuda(lambda: calls.append(1), num_calls=3) == 10.0
     assert events == [0, 3, "synchronized"]
 
 
