@@ -107,6 +107,24 @@ def test_both_products_of_a_layer_compute_the_same(trains_A, dropout, training):
     torch.testing.assert_close(folded, separate, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("product, dropout", [("separate", 0.0), ("folded", 0.0), ("auto", 0.5)])
+def test_decay_takes_its_part_of_w_from_the_output_and_the_inputs_gradient(product, dropout, transposed):
+    weight = torch.randn((IN, OUT) if transposed else (OUT, IN))
+    how = {"r": R, "lora_alpha": R, "lora_dropout": dropout, "product": product, "transposed": transposed}
+    layer = ReLoRALinear(IN, OUT, nn.Parameter(weight), None, **how)
+    nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
+    x, found = torch.randn(TOKENS, IN, requires_grad=True), []
+    for decay in (None, torch.tensor(0.75)):
+        layer.decay = decay
+        torch.manual_seed(0)  # of the mask
+        y = layer(x)
+        found.append((y, *torch.autograd.grad(y.sum(), x)))
+    plain = weight.t() if transposed else weight
+    torch.testing.assert_close(found[0][0] - found[1][0], 0.25 * x @ plain.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0][1] - found[1][1], 0.25 * plain.sum(0).expand(TOKENS, IN), rtol=1e-4, atol=1e-4)
+
+
 def kept_bytes(layer: ReLoRALinear, x: torch.Tensor) -> int:
     """Bytes that autograd saves for backward, the layer's own tensors left out."""
     own = {t.untyped_storage().data_ptr() for t in layer.parameters()}
