@@ -24,7 +24,7 @@ class Method:
         sections: of the recipe, that this method alone reads.
         relora: the configuration of the low-rank layers; None for a model without any.
         has_base: whether frozen weights lie under the low-rank updates.
-        is_chain: whether it merges its updates at restarts, so that another such method can go on from one.
+        is_chain: whether it merges its updates at restarts, so that another such method can continue from one.
         can_warm_start: whether another method can continue from the weights that it leaves.
         defaults: recipe keys and the values that the method's name stands for.
     """

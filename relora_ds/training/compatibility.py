@@ -80,7 +80,7 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
 
 
 def _both_are_chains(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Return whether one method can go on from a restart of the other; the engine sees to it that there was one."""
+    """Return whether one method can continue from a restart of the other; the engine sees to it that there was one."""
     return all(flat["method"] in METHODS and method_class(flat["method"]).is_chain for flat in (then, now))
 
 

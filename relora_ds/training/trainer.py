@@ -115,7 +115,7 @@ class Trainer:
         if checkpoint is None:
             self._begin(None)
         else:
-            # After the warm start it may be another method, which goes on from a restart.
+            # After the warm start it may be another method, which continues from a restart.
             phases = phases if checkpoint.manifest.run["phase"] == WARM_START else phases[-1:]
         for phase in phases:
             self._build(phase, checkpoint, engine)

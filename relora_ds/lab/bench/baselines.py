@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FULL = "full rank"
 _ONE_SIDED = ("relora.trains=B", "relora.restart_init=random")
+_FROM_GRADIENT = ("relora.trains=B", "relora.restart_init=gradient")
 # name -> overrides of the recipe; those of PEFT only choose its rank
 VARIANTS = {
     FULL: ("method=full",),
@@ -40,6 +41,10 @@ VARIANTS = {
     "ours, folded": ("relora.product=folded",),
     "ours, one-sided, separate": (*_ONE_SIDED, "relora.product=separate"),
     "ours, one-sided, folded": (*_ONE_SIDED, "relora.product=folded"),
+    "ours, one-sided, random": _ONE_SIDED,
+    "ours, one-sided, sketch": _FROM_GRADIENT,
+    "ours, one-sided, warm sketch": (*_FROM_GRADIENT, "relora.gradient_estimate=warm_sketch"),
+    "ours, one-sided, exact": (*_FROM_GRADIENT, "relora.gradient_estimate=exact"),
 }
 
 # Of PEFT's, which of ours trains the same.

@@ -1,6 +1,7 @@
 """How long a restart stops training: by size of the network, ZeRO stage, storage format and place of the masters.
 
-A step is taken before every restart, so that there is something to merge. The pause is all that `engine.restart()`
+A step is taken before every restart, so that there is something to merge, and a second one that takes along what the
+next subspace is chosen from; the second is not timed. The pause is all that `engine.restart()`
 takes, the drift's two forwards included, as the trainer measures it. Beside it stands one step of a whole batch: the
 micro-steps that a rank would take, each as long as the one that was timed, and the reductions that its stage makes.
 """
@@ -145,8 +146,9 @@ def time_restarts(spec: Spec, tokens_per_step: int, restarts: int) -> dict:
     engine.drift_probe = drift_probe(
         engine, np.zeros(SEQUENCES * spec.seq_len), seq_len=spec.seq_len, micro_batch_size=SEQUENCES
     )
-    pauses, own, steps = [], [], []
-    step(engine, spec, 0)
+    pauses, own, subspaces, steps = [], [], [], []
+    engine.after_step = lambda engine: None  # restarts are made here
+    _step_before_a_restart(engine, spec, 0)
     with count_traffic() as traffic:
         engine.restart()
     for number in range(1, restarts + 1):
@@ -154,18 +156,32 @@ def time_restarts(spec: Spec, tokens_per_step: int, restarts: int) -> dict:
             parts = step(engine, spec, number, lambda: synchronized() - sum(spent().values()))
             communicated = sum(spent().values()) * (1 if spec.stage < 2 else micro_steps)
             steps.append(micro_steps * (parts.forward + parts.backward) + parts.optimizer + communicated)
+        _step_before_a_restart(engine, spec, number)
         dist.barrier()
         started = time.perf_counter()
         report = engine.restart()
         pauses.append(_slowest(synchronized() - started))
         own.append(_slowest(report.restart_s))
+        subspaces.append(_slowest(report.subspace_s))
     release(engine)
     return {
         "pauses_s": pauses,
         "without_drift_s": own,
+        "subspaces_s": subspaces,
+        "subspace_bytes": report.subspace_bytes,
         "wire": traffic.wire,
         "step_s": _slowest(statistics.median(steps)),
     }
+
+
+def _step_before_a_restart(engine, spec: Spec, number: int) -> None:
+    """Take a step as one that a scheduled restart follows."""
+    scheduled = engine.lr_scheduler.is_scheduled
+    engine.lr_scheduler.is_scheduled = lambda t: True
+    try:
+        step(engine, spec, number)
+    finally:
+        engine.lr_scheduler.is_scheduled = scheduled
 
 
 def _slowest(seconds: float) -> float:
@@ -188,6 +204,7 @@ def markdown(result: dict) -> str:
             "pause p50",
             "p99",
             "without the drift",
+            "subspaces",
             "one step",
             "pause / step",
             *(f"share at {every:,}" for every in EVERY),
@@ -206,6 +223,7 @@ def markdown(result: dict) -> str:
                 _seconds(pause),
                 _seconds(worst),
                 _seconds(statistics.median(row["without_drift_s"])),
+                _subspaces(row),
                 _seconds(row["step_s"]),
                 f"{pause / row['step_s']:.2f}",
                 *(f"{100 * pause / (pause + every * row['step_s']):.4f} %" for every in EVERY),
@@ -219,6 +237,13 @@ def markdown(result: dict) -> str:
         f"{len(result['rows'][0]['pauses_s'])} restarts of each, of which p99 is nearly the longest\n\n"
         f"{rows_as_markdown(rows)}"
     )
+
+
+def _subspaces(row: dict) -> str:
+    """Return seconds and bytes of the new A's; nothing of a result from before they were measured."""
+    if "subspaces_s" not in row:
+        return ""
+    return f"{_seconds(statistics.median(row['subspaces_s']))}, {row['subspace_bytes'] / 1e6:.1f} MB"
 
 
 def _seconds(value: float) -> str:

@@ -10,8 +10,8 @@ def measured() -> dict:
     return restart_time.measure(
         argparse.Namespace(
             presets=["llama_9m"],
-            variants=["ours, bf16"],
-            masters=["cpu", "none"],
+            variants=["ours, bf16", "ours, one-sided, warm sketch"],
+            masters=["cpu"],
             stages=[1],
             r=8,
             vocab_size=1000,
@@ -26,10 +26,11 @@ def measured() -> dict:
 
 def test_pauses():
     result, _ = ranks(2).run(measured)
-    assert [row["master"] for row in result["rows"]] == ["cpu", "none"]
+    assert [row["subspace_bytes"] > 0 for row in result["rows"]] == [False, True]
     for row in result["rows"]:
         assert len(row["pauses_s"]) == 3 and row["world_size"] == 2
         assert all(0 < own < pause for own, pause in zip(row["without_drift_s"], row["pauses_s"], strict=True))
         assert row["wire"] > 1e6  # the merged weights are broadcast
-    (one,) = restart_time.markdown(result).splitlines()[4:5]
-    assert one.startswith("| llama_9m | 2 | 1 | bf16 | cpu |")
+    one, other = restart_time.markdown(result).splitlines()[4:6]
+    assert one.startswith("| llama_9m | 2 | 1 | bf16 | cpu |") and "0.0 MB" in one
+    assert other.startswith("| llama_9m | 2 | 1 | one-sided, warm sketch | cpu |") and "0.0 MB" not in other
