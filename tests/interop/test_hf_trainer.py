@@ -236,6 +236,7 @@ def num_before(step: int, accumulation: int) -> int:
 
 
 INT8, NF4 = {"frozen_dtype": "int8"}, {"frozen_dtype": "nf4"}
+ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "warm_sketch", "optimizer_reset": "rotate"}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,7 @@ INT8, NF4 = {"frozen_dtype": "int8"}, {"frozen_dtype": "nf4"}
         ("callback", 0, "fp32", 1, 0.0, None),
         ("subclass", 1, "fp32", 2, 0.3, None),
         ("callback", 2, "fp32", 1, 0.0, None),
+        ("callback", 2, "fp32", 2, 0.0, ONE_SIDED),
         ("callback", 3, "fp32", 2, 0.0, None),
         ("callback", 1, "bf16", 1, 0.0, None),
         ("subclass", 3, "bf16", 1, 0.0, None),
@@ -253,6 +255,7 @@ INT8, NF4 = {"frozen_dtype": "int8"}, {"frozen_dtype": "nf4"}
             pytest.param(*how, marks=pytest.mark.slow)
             for how in [
                 ("callback", 0, "fp32", 2, 0.0, None),
+                ("subclass", 3, "bf16", 1, 0.0, ONE_SIDED),
                 ("callback", 1, "fp32", 1, 0.0, None),
                 ("callback", 2, "fp32", 2, 0.0, None),
                 ("callback", 3, "fp32", 1, 0.0, None),
