@@ -10,8 +10,8 @@ set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# Two files at a time: ranks wait for each other and for imports, and leave a quarter of two cores idle.
-options=(-m "not slow" -n 2 --dist loadfile)
+# Three files at a time: ranks wait for each other and for imports, and would leave a part of two cores idle.
+options=(-m "not slow" -n 3 --dist loadfile)
 arguments=()
 for argument in "$@"; do
     case $argument in
