@@ -108,3 +108,13 @@ def test_one_warm_start_has_both_leads_larger_than_the_spread_of_the_losses(hori
 def test_what_trains_all_the_time_gains_on_it(horizon, other):
     found = [statistics.mean(by_seed) for by_seed in leads(horizon, other)]
     assert found == sorted(found, reverse=True)
+
+
+def test_galore_is_ahead_of_full_rank_at_first_and_ends_behind():
+    found = {row.row.name: row.results[0] for row in results.measured("tiny", "galore")[2]}
+    full, galore = found["full rank"], found["exact, carried, r 16"]
+    gaps = [ours - theirs for (_, ours), (_, theirs) in zip(galore["train_curve"], full["train_curve"], strict=True)]
+    assert max(gaps[:10]) < 0 and min(gaps[25:]) > 0
+    assert full["val_loss"] < min(found[f"{name}, r 16"]["val_loss"] for name in ("ReLoRA", "LoRA, warm start"))
+    assert galore["val_loss"] > max(found[f"{name}, r 16"]["val_loss"] for name in ("ReLoRA", "LoRA, warm start"))
+    assert galore["spectrum"]["numerical_rank"] >= full["spectrum"]["numerical_rank"] - 1
