@@ -29,6 +29,8 @@ done
 small=(--preset llama_20m --vocab-size 8192)
 bench throughput "${small[@]}" --repeats 9 --out $out/step_20m_formats.json
 bench throughput "${small[@]}" --micro-batch-size 1 2 4 8 --variants "${baselines[@]}" --out $out/step_20m_sizes.json
+OMP_NUM_THREADS=1 bench layer --compare products --r-part 16 4 --rows 4096 --repetitions 5 \
+  --out $out/layer_products.json
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
 
 bench host-memory --vocab-size 54000 --out $out/host_memory_168m.json

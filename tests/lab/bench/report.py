@@ -35,6 +35,7 @@ def block(record: dict) -> str:
 
     made = dict(record["conditions"])
     device, cores = made.pop("device"), made.pop("cores")
+    made.pop("commit", None)  # in the record
     made.pop("threads")  # of the process that collects; what measures has its own, in the table's first line
     versions = ", ".join(f"{library} {version}" for library, version in made.items())
     module = importlib.import_module(f"relora_ds.lab.bench.{BENCHMARKS[record['bench']][0]}")

@@ -85,6 +85,17 @@ def test_the_fused_layer_is_near_its_ceiling_and_no_format_slower_than_others():
             assert min(entry["over_naive"][name], entry["over_peft"][name]) >= 0.99, (entry["hidden"], entry["r"], name)
 
 
+def test_folding_is_never_slower_where_the_rule_folds_and_one_sided_layers_are_faster_than_full_rank():
+    measured = MEASURED["layer_products"]["measured"]
+    assert {(entry["hidden"], entry["hidden"] // entry["r"]) for entry in measured} == {
+        (hidden, part) for hidden in (512, 1024, 2048) for part in (16, 4)
+    }
+    for entry in measured:
+        assert all(gain >= 1 for trains, gain in entry["gains"].items() if entry["folds"][trains])
+        assert entry["over_full"]["B, folded"] > 1
+        assert (entry["over_full"]["both, folded"] > 1) is (entry["hidden"] // entry["r"] == 16)
+
+
 STEPS = [name for name in MEASURED if name.startswith("step_")]
 
 
