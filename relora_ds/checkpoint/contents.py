@@ -26,6 +26,8 @@ BUFFER = "buffer/"
 STORED, INTENDED, LOST, OTHER = "stored/", "intended/", "lost/", "frozen/"
 RANGES = "ranges"  # key of a file's metadata: JSON, {parameter: [start, stop]}
 
+DECAY = "decay"  # key of the engine's state: ρ, what weight decay has left of the frozen weights since the last merge
+
 Ranges = dict[str, tuple[int, int]]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.contents import BUFFER, OTHER, STORED
+from relora_ds.checkpoint.contents import BUFFER, DECAY, OTHER, STORED
 from relora_ds.checkpoint.manifest import Manifest, is_needed
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.lowrank.frozen import merge_, plain_name
@@ -26,6 +26,7 @@ class Contents:
         t, restarts: applied steps of the engine, and the steps after which it restarted.
         relora: the fields of its `ReLoRAConfig`, or None for a plain model.
         layers: `{name: LowRankLayer.about()}` of the low-rank layers.
+        decay: ρ, what weight decay has left of the frozen weights since they were written.
         matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a low-rank
             layer that of the plain weight, however it is stored and whether it has a base or not.
     """
@@ -35,6 +36,7 @@ class Contents:
     restarts: list[int]
     relora: dict | None
     layers: dict[str, dict]
+    decay: float
     matrices: dict[str, torch.Size]
 
 
@@ -54,16 +56,20 @@ class OpenModel:
     read: Callable[[str], Tensor]
 
     def base(self, name: str) -> Tensor:
-        """Return the weight of a low-rank layer without its current update; 0 where it has none."""
+        """Return the weight of a low-rank layer without its current update, `ρ·W`; 0 where it has none."""
         layer = self.contents.layers[name]
-        return self.read(f"{name}.weight") if layer["base"] else torch.zeros(layer["shape"])
+        if not layer["base"]:
+            return torch.zeros(layer["shape"])
+        weight, decay = self.read(f"{name}.weight"), self.contents.decay
+        return weight if decay == 1 else weight * decay
 
     def merged(self, name: str) -> Tensor:
-        """Return the weight of one of `contents.matrices`, of a low-rank layer `W + s·B·A`; a new tensor."""
+        """Return the weight of one of `contents.matrices`, of a low-rank layer `ρ·W + s·B·A`; a new tensor."""
         layer = self.contents.layers.get(name)
         if layer is None:
             return self.read(f"{name}.weight").clone()
-        return merged_weight(layer, self.read(f"{name}.weight") if layer["base"] else None, *self.factors(name))
+        weight = self.read(f"{name}.weight") if layer["base"] else None
+        return merged_weight(layer, weight, *self.factors(name), self.contents.decay)
 
     def update(self, name: str) -> Tensor:
         """`s·B·A` of a low-rank layer, in the shape of its weight: what the current cycle adds to its `W`."""
@@ -135,10 +141,10 @@ def open_model(directory: Path) -> Iterator[OpenModel]:
         yield _opened(about, SavedTensors(directory, about, stack))
 
 
-def merged_weight(layer: dict, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Return `W + s·B·A`, fp32, a new tensor; of a `weight` None, `s·B·A`. layer: of `Contents.layers`."""
+def merged_weight(layer: dict, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, decay: float = 1.0) -> Tensor:
+    """Return `ρ·W + s·B·A`, fp32, a new tensor; of a `weight` None, `s·B·A`. layer: of `Contents.layers`; decay: ρ."""
     start = torch.zeros(layer["shape"]) if weight is None else weight.clone()
-    return merge_(layer, start, lora_A, lora_B)
+    return merge_(layer, start, lora_A, lora_B, decay)
 
 
 def plain_shapes(about: dict, buffers: dict[str, torch.Size]) -> dict[str, torch.Size]:
@@ -164,7 +170,8 @@ def _contents(about: Manifest) -> Contents:
         if name.endswith(ending) and len(p["shape"]) == 2
     }
     matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items() if len(layer["shape"]) == 2}
-    return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices)
+    decay = about.engine.get(DECAY, 1.0)
+    return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, decay, matrices)
 
 
 def _opened(about: Manifest, saved: SavedTensors) -> OpenModel:

@@ -111,9 +111,12 @@ class OptimConfig:
     eps: Annotated[float, Number("above 0")] = 1e-8
     """Adam's epsilon."""
     weight_decay: Annotated[float, Number("0 or more")] = 0.0
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; norms and biases have none. In low-rank layers it acts on `W + s·B·A` as a
+    whole: B decays, and so does the frozen W, through a factor that forward reads and a restart merges. A does not."""
     max_grad_norm: Annotated[float, Number("0 (no clipping) or more")] = 1.0
-    """Clip the gradient's norm to this; 0 = no clipping."""
+    """Clip the gradient's norm to this; 0 = no clipping. It is the norm over all that trains: low-rank factors,
+    embeddings, head and norms. Of B it is that of `s·G·Aᵀ`, G being W's gradient, so values that suit full rank mean
+    something else here."""
 
 
 @dataclass(kw_only=True)
@@ -231,7 +234,8 @@ class Recipe:
     """Steps of the warm start before the low-rank phase."""
     warm_start_method: Annotated[str, OneOf(lambda: METHODS)] = "full"
     """How the warm start trains. By a low-rank method, no step of the run holds Adam's state of every weight; what
-    stands in `relora` is then read by both phases, but for the values that the method's name itself stands for.
+    stands in `relora` is then read by both phases, but for the values that the method's name itself stands for
+    (`galore`: its basis, and a restart every 200 steps).
     `lora` trains on the initial weights. The updates are merged when the warm start ends."""
     carry_moments: bool = False
     """Take Adam's moments of what trains in both phases over from the warm start, by name: those of embeddings, head

@@ -134,6 +134,15 @@ class LowRankLayer(nn.Module):
         """Add `s·B·A` to `base`, of the weight's shape, in place, and return it. All fp32."""
         return merge_(self.about(), base, lora_A, lora_B)
 
+    def merge_(self, base: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """Make `base`, the weight, `ρ·base + s·B·A`, in place, and return it. All fp32."""
+        return merge_(self.about(), base, lora_A, lora_B, self.rho)
+
+    @property
+    def rho(self) -> float:
+        """What weight decay has left of W since W was last written."""
+        return 1.0 if self.decay is None else float(self.decay)
+
     def store_weight(self, stored: Tensor, format: Format, *, as_buffer: bool) -> None:
         """Replace the frozen weight by one that `format` has quantized.
 
@@ -159,12 +168,12 @@ class LowRankLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """Return `W + s·B·A` in fp32, in the shape of the plain weight; a new tensor."""
+        """Return `ρ·W + s·B·A` in fp32, in the shape of the plain weight; a new tensor."""
         update = torch.zeros(self.weight_shape, device=self.lora_A.device)
         self.add_update_(update, self.lora_A.float(), self.lora_B.float())
         if self.weight is None:
             return update
-        return update.add_(self.format.dequantize(self.weight, self.weight_shape, torch.float32))
+        return update.add_(self.format.dequantize(self.weight, self.weight_shape, torch.float32), alpha=self.rho)
 
     def extra_repr(self) -> str:
         return (

@@ -25,8 +25,10 @@ def add_update_(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *,
         return (base.addmm_ if base.ndim == 2 else base.baddbmm_)(first, second, alpha=scaling)
 
 
-def merge_(about: dict, base: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Add a low-rank layer's update to its weight, in place. about: `LowRankLayer.about()`. fp32."""
+def merge_(about: dict, base: Tensor, lora_A: Tensor, lora_B: Tensor, decay: float = 1.0) -> Tensor:
+    """Make a low-rank layer's weight `ρ·W + s·B·A`, in place. about: `LowRankLayer.about()`; decay: ρ. fp32."""
+    if decay != 1:
+        base.mul_(decay)
     return add_update_(base, lora_A, lora_B, about["scaling"], transposed=about.get("transposed", False))
 
 

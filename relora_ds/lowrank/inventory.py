@@ -32,14 +32,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
     """Optimizer groups: LoRA factors, other matrices, and norms and biases (no weight decay).
 
+    Decoupled weight decay of `ρ·W + s·B·A` scales ρ, which the engine does, and B; not A as well, or the update would
+    decay twice. With weight decay A so has a group of its own.
+
     The LoRA factors have groups of their own because Adam's step is one scalar per ZeRO partition.
     Groups without parameters are left out (an empty one breaks DeepSpeed's scheduler).
     """
-    members: dict[str, list[nn.Parameter]] = {"lora": [], "matrices": [], "vectors": []}
+    decay = {"lora": weight_decay, "lora_A": 0.0, "matrices": weight_decay, "vectors": 0.0}
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in decay}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[_group_of(name, parameter)].append(parameter)
-    decay = {"lora": weight_decay, "matrices": weight_decay, "vectors": 0.0}
+            group = _group_of(name, parameter)
+            members["lora_A" if weight_decay and name.endswith(".lora_A") else group].append(parameter)
     return [
         {"name": group, "params": params, "weight_decay": decay[group]} for group, params in members.items() if params
     ]

@@ -25,18 +25,16 @@ class LowRank(TrainingMethod):
     def of_warm_start(cls, recipe: Recipe) -> "LowRank":
         """Return the method of a run that is as long as the warm start.
 
-        What the run's method stands for in `relora` is not read, but how often it restarts; what this one stands for
-        is. Its seed is another one: else A would become in the later phase what it has been in this one.
+        Of `relora`, what the run's method stands for is not read (but how often it restarts), and what this method
+        stands for holds. Its seed is another one: else A would become in the later phase what it has been in this one.
         """
-        run, relora = (
-            method_class(recipe.method),
-            copy.copy(recipe.relora),
-        )  # unchecked: the recipe's own checks name what is wrong
-        theirs, ours = ({key.removeprefix("relora."): value for key, value in of.defaults.items()} for of in (run, cls))
-        for name in theirs.keys() - {"restart_every"}:
-            setattr(relora, name, getattr(type(relora), name))
-        for name, value in ours.items():
-            setattr(relora, name, value)
+        relora = copy.copy(recipe.relora)  # unchecked: the recipe's own checks name what is wrong
+        for key, value in method_class(recipe.method).defaults.items():
+            name = key.removeprefix("relora.")
+            if name != "restart_every" and getattr(relora, name) == value:
+                setattr(relora, name, getattr(type(relora), name))
+        for key, value in cls.defaults.items():
+            setattr(relora, key.removeprefix("relora."), value)
         return cls(
             dataclasses.replace(
                 recipe,

@@ -154,7 +154,7 @@ def hand_over(engine: ReLoRAEngine, plan: Plan, phase: Phase) -> HandOver:
             if p.requires_grad and name in engine.shards.names and not is_lora_parameter(name)
         }
         moments = {what: collect_moments(engine.shards, what, trains) for what in MOMENTS}
-        steps = {group: step for group, step in engine.shards.adam_steps().items() if group != "lora"}
+        steps = {group: step for group, step in engine.shards.adam_steps().items() if not group.startswith("lora")}
     weights = collect_owned(engine.module, engine.shards, engine.frozen, device=engine.device, owners=owners)
     release(engine)
     return HandOver(weights, moments, steps)

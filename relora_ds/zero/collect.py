@@ -135,7 +135,7 @@ def _merged(
         base = torch.zeros(layer.weight_shape, device=device) if factors else None
     if base is not None:
         assert factors is not None
-        layer.add_update_(base, *factors)
+        layer.merge_(base, *factors)
     if name not in frozen.layers:
         return base
     if dst is None or owner != dst:

@@ -33,11 +33,13 @@ class ReLoRAEngine(DeepSpeedEngine):
         drift_probe: set it to a callable that returns logits of a fixed batch, and every restart measures
             by how much the function changed.
         last_restart: the `RestartReport` of the newest restart, or None.
+        decayed_group: the index of the parameter group of `lora_B` where that has weight decay, which acts on W then.
         num_accumulated: backward passes since the last step at an accumulation boundary.
         exact_gradients: what a step before a scheduled restart takes along, with `gradient_estimate: exact`.
     """
 
     exact_gradients: ExactGradients | None
+    decayed_group: int | None
 
     @property
     def t(self) -> int:
@@ -73,11 +75,21 @@ class ReLoRAEngine(DeepSpeedEngine):
         """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""
         if self.is_gradient_accumulation_boundary():
             self.num_accumulated = 0
+        left = self._left_by_decay()  # from here on, the learning rate is the next step's
         super().step(lr_kwargs)
         if self.was_step_applied():
+            if self.frozen.decay is not None:
+                self.frozen.decay.mul_(left)
             if self.t == 1:
                 warn_of_untrained(self)
             self.after_step(self)
+
+    def _left_by_decay(self) -> float:
+        """Return what the next step's decoupled weight decay leaves of W, as of B: `1 - lr·weight_decay`."""
+        if self.decayed_group is None:
+            return 1.0
+        group = self.lr_scheduler.optimizer.param_groups[self.decayed_group]
+        return 1 - group["lr"] * group["weight_decay"]
 
     def _backward_epilogue(self):
         # Our own count: DeepSpeed's micro_steps is not restored by a load, and counts calls of step(), which a loop

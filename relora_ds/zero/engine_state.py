@@ -3,6 +3,8 @@
 It says nothing about ZeRO stages or ranks: an engine of another stage and world size can resume from it.
 """
 
+from relora_ds.checkpoint.contents import DECAY
+
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -15,6 +17,7 @@ def engine_state(engine) -> dict:
         "adam_steps": engine.shards.adam_steps(),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+        **({} if engine.frozen.decay is None else {DECAY: float(engine.frozen.decay)}),
     }
 
 
@@ -25,6 +28,8 @@ def restore_engine_state(engine, state: dict, *, optimizer: bool = True, schedul
         optimizer: with Adam's steps and the loss scale.
         schedule: with the scheduler and the counters of steps.
     """
+    if (decay := state.get(DECAY, 1.0)) != 1 or engine.frozen.decay is not None:
+        engine.frozen.set_decay(decay)
     if schedule:
         engine.lr_scheduler.load_state_dict(state["scheduler"])
         for name in _COUNTERS:

@@ -57,6 +57,8 @@ class FrozenWeights:
         dtype: that computes.
         with_masters: there are fp32 masters. Without them the stored copy is all there is: exact where it is
             fp32; at a merge rounded stochastically where it is bf16, and quantized to nearest otherwise.
+        decay: ρ, one for all layers, which compute with `ρ·W`; None: nothing decays. It changes at every step, and W at
+            merges only.
         masters: of the weights that this rank owns, fp32.
         ledgers: of the weights that this rank owns.
 
@@ -77,6 +79,7 @@ class FrozenWeights:
         self.layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
         self.owners = frozen_owners(self.layers)
         self.dtype, self.device = DTYPES[precision], device
+        self.decay: Tensor | None = None
         replicated = stage == 3 and not is_sharded(relora, stage)
         self.format = format_at(relora, precision, stage, in_fp8=_all_ranks_multiply_fp8(device))
         if found := shape_problems({name: layer.weight_shape for name, layer in self.layers.items()}, self.format):
@@ -102,6 +105,14 @@ class FrozenWeights:
             layer.store_weight(empty, self.format, as_buffer=replicated)
             if layer.one_sided and replicated:
                 layer.freeze_A_in_buffer(torch.empty(layer.shape_of_A, dtype=self.dtype, device=device))
+
+    def set_decay(self, value: float) -> None:
+        """Have all layers compute with `value·W`. In fp64 on the CPU: in bf16, 0.998 would be 1."""
+        if self.decay is None:
+            self.decay = torch.ones((), dtype=torch.float64)
+            for layer in self.layers.values():
+                layer.decay = self.decay
+        self.decay.fill_(value)
 
     def owned(self) -> list[str]:
         """Return the layers whose weights this rank owns, in model order."""

@@ -165,10 +165,12 @@ def initialize(
     groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])
     reason = optimizers.partition_problem(optimizer, groups, settings["zero_optimization"], dist.get_world_size())
     _refuse([f"optimizer: {reason}"] if reason else [])
+    inner = make_optimizer(optimizer, groups, model, **{**adamw, "betas": tuple(adamw["betas"])})
+    decayed_group = _decayed_group(inner.param_groups, frozen)
     with nothing_broadcast():
         engine, stepped, loader, scheduler = deepspeed.initialize(
             model=model,
-            optimizer=make_optimizer(optimizer, groups, model, **{**adamw, "betas": tuple(adamw["betas"])}),
+            optimizer=inner,
             config=settings,
             training_data=training_data,
             collate_fn=collate_fn,
@@ -187,6 +189,9 @@ def initialize(
     engine.drift_probe = None
     engine.last_restart = None
     engine.num_accumulated = 0
+    engine.decayed_group = decayed_group
+    if decayed_group is not None:
+        frozen.set_decay(1.0)
     engine.exact_gradients = None
     engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
@@ -215,6 +220,22 @@ def _differences(carried: ReLoRAConfig, other: ReLoRAConfig) -> str:
         for name, value in dataclasses.asdict(carried).items()
         if now.get(name) != value
     )
+
+
+def _decayed_group(groups: list[dict], frozen: FrozenWeights) -> int | None:
+    """Return the index of the group whose weight decay acts on the frozen weights, that of `lora_B`; None without.
+
+    Raises:
+        ValueError: the groups do not agree on one.
+    """
+    factors = {id(layer.lora_B) for layer in frozen.layers.values()}
+    found = [i for i, group in enumerate(groups) if any(id(p) in factors for p in group["params"])]
+    if len({(groups[i]["lr"], groups[i]["weight_decay"]) for i in found}) > 1:
+        raise ValueError(
+            f"param_groups: lora_B is in {len(found)} groups of different lr or weight_decay, and the frozen weights "
+            "decay as one; put all lora_B into one group"
+        )
+    return next((i for i in found if groups[i]["weight_decay"]), None)
 
 
 def _argument_problems(passed: dict[str, Any], optimizer: str | None, settings: dict) -> list[str]:

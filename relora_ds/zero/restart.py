@@ -1,6 +1,6 @@
 """The restart, as one exact transaction over all shards (paper section 3, Algorithm 1).
 
-    merge         W <- W + s·B·A, in fp32, on the rank that owns W, which broadcasts the rounded copy
+    merge         W <- ρ·W + s·B·A, ρ <- 1, in fp32, on the rank that owns W, which broadcasts the rounded copy
     reinitialise  A <- Kaiming from (seed, restart number, name), or another basis (`zero.subspaces`), B <- 0: masters
                   and forward's copies
     prune         Adam moments of A and B, per tensor over all ranks; or turn B's into the new basis
@@ -106,6 +106,8 @@ def restart(
     started = _now(device)
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
+    if frozen.decay is not None:
+        frozen.set_decay(1.0)
     merged = _now(device)
     rotates = config.optimizer_reset == "rotate"
     with count_traffic() as traffic:
@@ -125,9 +127,9 @@ def restart(
     common = verify(shards, frozen, sent, device=device)
     seconds = _now(device) - started
     drift = _relative_change(before, probe(), device) if probe and before is not None else None
-    updates = {name: math.sqrt(update) for name, (_, update, *_) in squares.items()}
-    relative = {name: _ratio(update, weight) for name, (_, update, weight, *_) in squares.items()}
-    lost, intended, _, lost_so_far, intended_so_far = (sum(column) for column in zip(*squares.values(), strict=True))
+    updates = {name: math.sqrt(update) for name, (_, _, update, *_) in squares.items()}
+    relative = {name: _ratio(update, weight) for name, (_, _, update, weight, *_) in squares.items()}
+    lost, intended, _, _, lost_so_far, intended_so_far = (sum(column) for column in zip(*squares.values(), strict=True))
     return RestartReport(
         t,
         number,
@@ -166,13 +168,13 @@ def _merge(
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Merge in rounds: every owner one of its layers, at the same time, which are then broadcast one after the other.
 
-    Returns `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the first two over all
-    restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
+    Returns `[‖stored ΔW − intended ΔW‖², ‖intended ΔW‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the
+    first two over all restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
     rounds = _rounds(frozen)
     kept = _require_finite(shards, frozen, rounds, device)
 
-    squares = torch.zeros(len(frozen.layers), 5, dtype=torch.float64, device=device)  # a row is filled by its owner
+    squares = torch.zeros(len(frozen.layers), 6, dtype=torch.float64, device=device)  # a row is filled by its owner
     rows = dict(zip(frozen.layers, squares, strict=True))
     sent: dict[str, Tensor] = {}
     samples: dict[str, Tensor] = {}
@@ -182,7 +184,7 @@ def _merge(
         for name in names:
             if (base := frozen.read(name, device)) is None:
                 continue
-            merged, stored[name], rows[name][:3], samples[name] = _merged(
+            merged, stored[name], rows[name][:4], samples[name] = _merged(
                 frozen, name, base, *factors.pop(name), f"{seed}/{number}/{name}.weight"
             )
             frozen.keep(name, merged)
@@ -192,7 +194,7 @@ def _merge(
             frozen.publish(name, stored.pop(name, None), device)
     frozen.masters.settle()
     for name, sums in _add_to_ledgers(frozen, samples).items():
-        rows[name][3:] = sums
+        rows[name][4:] = sums
     dist.all_reduce(squares)
     return dict(zip(frozen.layers, squares.tolist(), strict=True)), sent
 
@@ -210,19 +212,24 @@ def _merged(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge one layer on its owner, changing nothing but `base`, which is used up. key: of the rounding at random.
 
-    Returns the merged weight, its stored copy, `[‖stored ΔW − s·B·A‖², ‖s·B·A‖², ‖W‖²]`, and the ledger's samples of
-    s·B·A and of what of it was lost, `[2, n]`. `peak_bytes` counts the fp32 tensors of its size that are alive at once.
+    Returns the merged weight, its stored copy, `[‖stored ΔW − intended ΔW‖², ‖intended ΔW‖², ‖s·B·A‖², ‖W‖²]`, and the
+    ledger's samples of the intended ΔW (s·B·A, and what weight decay takes) and of what of it was lost, `[2, n]`.
+    `peak_bytes` counts the fp32 tensors of its size that are alive at once.
     """
     weight = _square(base)
     before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
-    intended = frozen.layers[name].add_update_(torch.zeros_like(base), lora_A, lora_B)
+    layer = frozen.layers[name]
+    intended = layer.add_update_(torch.zeros_like(base), lora_A, lora_B)
     update = _square(intended)
+    if layer.decay is not None:
+        intended.add_(base, alpha=layer.rho - 1)
     merged = base.add_(intended) if frozen.with_masters else base + intended
     stored = frozen.quantize(merged, None if frozen.with_masters else keyed_generator(key, base.device))
     lost = torch.sub(frozen.dequantize(name, stored), before, out=before).sub_(intended)
+    change = _square(intended)
     samples = torch.stack([*map(frozen.ledgers[name].sample, (intended, lost))])
     del intended
-    return merged, stored, torch.stack([_square(lost), update, weight]), samples
+    return merged, stored, torch.stack([_square(lost), change, update, weight]), samples
 
 
 def _square(value: Tensor) -> Tensor:
@@ -293,7 +300,7 @@ def _can_merge(
     """Return whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
     if with_all:
         return frozen.can_store(_merged(frozen, name, base, lora_A, lora_B, "")[0])
-    return frozen.can_store(frozen.layers[name].add_update_(base, lora_A, lora_B))
+    return frozen.can_store(frozen.layers[name].merge_(base, lora_A, lora_B))
 
 
 def _reinitialise(

@@ -371,7 +371,7 @@ class ShardView:
             self._state.zero(flat)
 
     def adam_steps(self) -> dict[str, int]:
-        """Adam's step count by parameter-group name ("lora", "matrices", "vectors")."""
+        """Adam's step count by parameter-group name ("lora", "lora_A", "matrices", "vectors")."""
         groups = self._adapter.inner.param_groups
         return {groups[i].get("name", str(i)): self._state.step(flat) for i, flat in self._adapter.flats()}
 
@@ -384,5 +384,7 @@ class ShardView:
         groups = self._adapter.inner.param_groups
         for i, flat in self._adapter.flats():
             name = groups[i].get("name", str(i))
+            if name == "lora_A" and name not in steps:  # one group with B where there was no weight decay
+                name = "lora"
             if name in steps:
                 self._state.set_step(flat, steps[name])

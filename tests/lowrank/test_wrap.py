@@ -145,9 +145,10 @@ def test_lora_without_base_has_no_weight_and_both_factors_random():
 
 def test_groups_have_no_decay_on_vectors_and_lora_of_its_own():
     groups = {g["name"]: g for g in parameter_groups(wrap(FAMILIES["gpt_neox"](), CONFIG), weight_decay=0.1)}
-    assert {n: g["weight_decay"] for n, g in groups.items()} == {"lora": 0.1, "matrices": 0.1, "vectors": 0.0}
+    decays = {"lora": 0.1, "lora_A": 0.0, "matrices": 0.1, "vectors": 0.0}
+    assert {n: g["weight_decay"] for n, g in groups.items()} == decays
     assert all(p.ndim == 1 for p in groups["vectors"]["params"])
-    assert len(groups["lora"]["params"]) == 24
+    assert len(groups["lora"]["params"]) == len(groups["lora_A"]["params"]) == 12
     assert [g["name"] for g in parameter_groups(llama(), weight_decay=0.1)] == ["matrices", "vectors"]
 
 

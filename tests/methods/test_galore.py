@@ -3,6 +3,7 @@
 import pytest
 
 from relora_ds.config import RecipeError, load_recipe, method_of, no_effect
+from relora_ds.config.methods import warm_start_of
 
 SETTINGS = dict(trains="B", restart_every=200, restart_warmup_steps=0, restart_init="gradient", optimizer_reset="none")
 RECIPE = "method: galore\nmodel: {preset: llama_20m}\ntrain: {steps: 2000, batch_sequences: 8}\n"
@@ -61,3 +62,12 @@ def test_what_it_cannot_be(write, override, message):
 def test_rotating_needs_a_frozen_basis(write):
     with pytest.raises(RecipeError, match="relora.optimizer_reset: rotate turns B's moments"):
         load_recipe(write(RECIPE.replace("galore", "relora")), ["relora.optimizer_reset=rotate"])
+
+
+def test_a_warm_start_by_it_and_of_it():
+    before = warm_start_of(load_recipe("tiny", ["warm_start_method=galore"])).relora
+    assert (before.trains, before.restart_init, before.restart_every, before.r) == ("B", "gradient", 200, 4)
+    settings = ["method=galore", "warm_start_method=relora", "relora.restart_every=10"]
+    before = warm_start_of(load_recipe("tiny", [*settings, "relora.restart_warmup_steps=1"])).relora
+    assert (before.trains, before.restart_init, before.optimizer_reset) == ("both", "kaiming", "magnitude_joint")
+    assert (before.restart_every, before.restart_warmup_steps) == (10, 1)

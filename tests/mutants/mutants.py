@@ -44,6 +44,11 @@ MUTANTS = [
     ),
     # Merging.
     Mutant("unscaled_merge", (f"{RESTART}[0-fp32]",), "assert (masters[name] - intended)"),
+    Mutant(
+        "decay_of_the_factors_only",
+        ("tests/zero/test_weight_decay.py::test_the_merged_weights_decay_as_in_plain_pytorch[1-True]",),
+        "W does not decay",
+    ),
     Mutant("repeated_rounding", (f"{RESTART}[1-bf16]",), "assert (masters[name] - intended)"),
     Mutant("masters_not_kept", (f"{RESTART}[1-bf16]",), "(masters[name] - intended).abs().max()"),
     Mutant(

@@ -137,7 +137,12 @@ def train_case(steps=STEPS, **how) -> dict:
 
 
 def make_reference(
-    optimizer_reset: str, family: str = "llama", reset_ratio: float = 0.9, one_sided: bool = False, **model_changes
+    optimizer_reset: str,
+    family: str = "llama",
+    reset_ratio: float = 0.9,
+    one_sided: bool = False,
+    weight_decay: float = DECAY,
+    **model_changes,
 ) -> Reference:
     model = FAMILIES[family](0, **model_changes)
     drawn = _random_A if one_sided else _drawn_A
@@ -147,7 +152,7 @@ def make_reference(
         SCALING,
         lambda name, n: drawn(model.get_submodule(name).lora_A, n, name),
         LR,
-        DECAY,
+        weight_decay,
         CLIP,
         jagged_cosine(STEPS, WARMUP, EVERY, REWARM, MIN_RATIO),
         optimizer_reset,

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 
 class ReferenceLinear(nn.Module):
-    """`y = x Wᵀ + b + s (x Aᵀ) Bᵀ`, three plain matmuls."""
+    """`y = ρ x Wᵀ + b + s (x Aᵀ) Bᵀ`, three plain matmuls; ρ is what weight decay has left of W in this cycle."""
+
+    left = 1.0
 
     def __init__(self, linear, r, scaling):
         super().__init__()
@@ -24,7 +26,8 @@ class ReferenceLinear(nn.Module):
         self.scaling = scaling
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.scaling * (x @ self.lora_A.t()) @ self.lora_B.t()
+        dense = self.left * F.linear(x, self.weight) + (0 if self.bias is None else self.bias)
+        return dense + self.scaling * (x @ self.lora_A.t()) @ self.lora_B.t()
 
 
 class ReferenceConv1D(ReferenceLinear):
@@ -37,11 +40,13 @@ class ReferenceConv1D(ReferenceLinear):
         self.weight = nn.Parameter(conv1d.weight.detach().clone(), requires_grad=False)
 
     def forward(self, x):
-        return x @ self.weight + self.bias + self.scaling * (x @ self.lora_A.t()) @ self.lora_B.t()
+        return self.left * (x @ self.weight) + self.bias + self.scaling * (x @ self.lora_A.t()) @ self.lora_B.t()
 
 
 class ReferenceStack(nn.Module):
     """One matrix `[out, in]` for each expert, with a pair of factors each."""
+
+    left = 1.0
 
     def __init__(self, parameter, r, scaling):
         super().__init__()
@@ -53,7 +58,7 @@ class ReferenceStack(nn.Module):
 
     def forward(self, x, expert):
         update = (x @ self.lora_A[expert].t()) @ self.lora_B[expert].t()
-        return F.linear(x, self.weight[expert]) + self.scaling * update
+        return self.left * F.linear(x, self.weight[expert]) + self.scaling * update
 
 
 class ReferenceExperts(nn.Module):
@@ -108,8 +113,9 @@ class Reference:
             layer.lora_A.data.copy_(new_A(name, 0))
             layer.lora_A.requires_grad_(not one_sided)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        decayed = [p for n, p in trainable if p.ndim >= 2]
-        plain = [p for n, p in trainable if p.ndim < 2]
+        self.weight_decay, self.left = weight_decay, 1.0
+        decayed = [p for n, p in trainable if p.ndim >= 2 and "lora_A" not in n]  # of B·A one factor, and W below
+        plain = [p for n, p in trainable if p.ndim < 2 or "lora_A" in n]
         self.adam = torch.optim.AdamW(
             [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)],
             lr=lr,
@@ -130,6 +136,9 @@ class Reference:
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         for group in self.adam.param_groups:
             group["lr"] = self.lr * self.schedule(self.t)
+        self.left *= 1 - self.lr * self.schedule(self.t) * self.weight_decay
+        for layer in self.layers.values():  # by a number that is rounded nowhere: W rounded anew is another path
+            layer.left = self.left
         self.adam.step()
         self.adam.zero_grad()
         self.t += 1
@@ -140,6 +149,8 @@ class Reference:
         self.restarts += 1
         for name, layer in self.layers.items():
             update = layer.scaling * layer.lora_B @ layer.lora_A
+            layer.weight *= layer.left
+            self.left = layer.left = 1.0
             layer.weight += update.t() if isinstance(layer, ReferenceConv1D) else update
             old_A = layer.lora_A.clone()
             layer.lora_A.copy_(self.new_A(name, self.restarts))

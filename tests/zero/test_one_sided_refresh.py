@@ -30,7 +30,7 @@ def second_refresh(stage, precision, reset) -> str:
 
     def watched(engine):
         if engine.t == 2 * EVERY:
-            seen["before"] = state(engine)
+            seen["before"], seen["rho"] = state(engine), float(engine.frozen.decay)
         engine.restart_if_due()
 
     engine.after_step = watched
@@ -41,7 +41,7 @@ def second_refresh(stage, precision, reset) -> str:
     for name in before["W"]:
         A, B = before["A"][name], before["B"][name]
         assert torch.equal(A, A.to(dtype).float()), "forward cannot hold this basis"
-        merged = before["W"][name].double() + cases.SCALING * B.double() @ A.double()
+        merged = seen["rho"] * before["W"][name].double() + cases.SCALING * B.double() @ A.double()
         assert B.norm() > 1e-3 and (after["W"][name] - merged).abs().max() <= 1e-6 * merged.abs().max()
         assert not after["B"][name].any()
         new = after["A"][name]

@@ -1,6 +1,7 @@
 """The invariants of a restart, at every stage and precision, on two ranks."""
 
 import hashlib
+import math
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def restart_by_hand(
     )
     engine = cases.build(stage, precision=precision, relora=relora, **how)
     dtype = DTYPES[precision]
+    rates = []
     for step in range(6):
+        rates.append(engine.get_lr()[0])
         cases.train_step(engine, step)
     layers = lowrank_layers(engine.module)
     before, stored_before, masters_before = (
@@ -80,6 +83,8 @@ def restart_by_hand(
     probe = cases.batch(999, 4).to(engine.device)
     engine.drift_probe = lambda: engine.module(input_ids=probe).logits.clone()
     logits_before = cases.logits(engine)
+    rho = float(engine.frozen.decay)
+    assert rho == pytest.approx(math.prod(1 - lr * cases.DECAY for lr in rates), abs=1e-15) and rho < 0.9999
     if not after_evaluation:
         engine.empty_partition_cache()
     report = engine.restart()
@@ -91,7 +96,7 @@ def restart_by_hand(
     for name in layers:
         A, B = before["master"][f"{name}.lora_A"], before["master"][f"{name}.lora_B"]
         assert B.norm() > 1e-3, "nothing to merge: the test would show nothing"
-        intended = masters_before[name].double() + cases.SCALING * B.double() @ A.double()
+        intended = rho * masters_before[name].double() + cases.SCALING * B.double() @ A.double()
         if frozen_master != "none":
             assert (masters[name] - intended).abs().max() <= 1e-6 * intended.abs().max()
             quantized = engine.frozen.quantize(masters[name].to(engine.device)).cpu()
@@ -100,7 +105,7 @@ def restart_by_hand(
             assert (stored[name].double() - intended).abs().max() <= 2**-7 * intended.abs().max()
         else:
             W, B, A = (value.to(engine.device) for value in (masters_before[name], B, A))
-            merged = W + torch.zeros_like(W).addmm_(B, A, alpha=cases.SCALING)
+            merged = W + torch.zeros_like(W).addmm_(B, A, alpha=cases.SCALING).add_(W, alpha=rho - 1)
             assert torch.equal(stored[name], engine.frozen.quantize(merged).cpu())
         assert not torch.equal(stored[name], stored_before[name])
     drift = ((logits_after - logits_before).norm() / logits_before.norm()).item()
