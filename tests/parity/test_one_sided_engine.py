@@ -74,6 +74,14 @@ def test_the_engines_own_bases(stage, moments):
     close(run(1, stage, **how), expected, 1e-4)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weight_decay_acts_on_the_whole_weight(stage):
+    """Of AdamW, before each update; on B alone it would decay what the current cycle has learned."""
+    expected = one_step_behind("carry", weight_decay=0.5)
+    assert (expected - one_step_behind("carry")).abs().max() > 1e-2
+    close(run(2, stage, gradient_estimate="exact", weight_decay=0.5, **settings()), expected, 1e-4)
+
+
 @pytest.mark.parametrize("name", ["right", "square", "right_torch_adam"])
 def test_given_gradients(name):
     given = next(given for given in vectors("given_gradients")["cases"] if given["name"] == name)
