@@ -247,15 +247,15 @@ def step(engine, spec: Spec, number: int, clock: Callable[[], float] = time.perf
     return found
 
 
-def seconds_of_steps(engine, spec: Spec, number: int, count: int) -> float:
+def seconds_of_steps(engine, spec: Spec, number: int, count: int, clock: Callable[[], float] = synchronized) -> float:
     """Return the seconds of one of `count` optimizer steps in a row. Waits for the device once, after the last."""
     batches = [tokens for i in range(count) for tokens in _micro_batches(spec, number + i, engine.device)]
-    started = synchronized()
+    started = clock()
     for tokens in batches:
         loss = engine(input_ids=tokens, labels=tokens).loss
         engine.backward(loss)
         engine.step()
-    return (synchronized() - started) / count
+    return (clock() - started) / count
 
 
 def _micro_batches(spec: Spec, number: int, device: torch.device) -> list[Tensor]:

@@ -3,7 +3,8 @@
 Every variant is timed at every micro-batch size. On a CPU, whose clock and neighbours change, all of them are in
 memory and take their steps in turns; on CUDA one after the other is measured, alone in memory, several steps at a time:
 the device is waited for at their end, as in training where a step is logged. Peak memory is that of these steps. At
-stage 3 gathers run beside compute: what is waited for them is a part of forward and backward.
+stage 3 gathers run beside compute: what is waited for them is a part of forward and backward. One rank with one thread
+on a CPU is timed by its process's own clock, which stands still while other programs have its core.
 
     speed       full rank's seconds / this one's, at the same micro-batch: the median over pairs of steps, on a CPU of
                 the same turn
@@ -141,7 +142,7 @@ class TimedVariant:
         """Return the seconds of one of some steps in a row."""
         count = STEPS_AT_A_TIME[_device()]
         self._number += count
-        return seconds_of_steps(self._engine, self.spec, self._number, count)
+        return seconds_of_steps(self._engine, self.spec, self._number, count, _clock())
 
     def close(self) -> None:
         if self._engine is not None:
@@ -203,12 +204,22 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _is_alone() -> bool:
+    """Return whether a step is the work of one CPU thread."""
+    return _device() == "cpu" and dist.get_world_size() == 1 and torch.get_num_threads() == 1
+
+
+def _clock() -> Callable[[], float]:
+    return time.process_time if _is_alone() else synchronized
+
+
 def _parts(variant: TimedVariant) -> dict[str, float]:
     """Return the seconds of the parts of a step that waits for every part and every collective of DeepSpeed."""
     from relora_ds.zero.traffic import time_collectives
 
     with time_collectives() as spent:  # with a clock that stands still in collectives
-        found = variant.step(lambda: synchronized() - sum(spent().values()))
+        clock = _clock()
+        found = variant.step(clock if _is_alone() else lambda: clock() - sum(spent().values()))
         reduce = sum(seconds for name, seconds in spent().items() if "reduce" in name)
         return {**vars(found), "reduce": reduce, "gather": sum(spent().values()) - reduce}
 

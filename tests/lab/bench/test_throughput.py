@@ -1,6 +1,7 @@
 """The parts of a step add up, speeds are quotients of what was timed in turns, and FLOPs are those that are done."""
 
 import argparse
+import time
 
 import pytest
 import torch
@@ -95,3 +96,14 @@ def test_flops_are_what_torch_counts(variant):
     # The formula takes vectors, which nothing is multiplied with, for matrices, and has the first layer pass a gradient
     # on to embeddings that are frozen: less than 3 % even here.
     assert counted == pytest.approx(formula, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("threads", "world_size", "device", "own"),
+    [(1, 1, "cpu", True), (2, 1, "cpu", False), (1, 2, "cpu", False), (1, 1, "cuda", False)],
+)
+def test_one_thread_alone_on_a_cpu_is_timed_by_its_own_clock(threads, world_size, device, own, monkeypatch):
+    monkeypatch.setattr(throughput, "_device", lambda: device)
+    monkeypatch.setattr(throughput.dist, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert (throughput._clock() is time.process_time) is own
