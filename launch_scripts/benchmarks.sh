@@ -31,6 +31,9 @@ bench throughput "${small[@]}" --repeats 9 --out $out/step_20m_formats.json
 bench throughput "${small[@]}" --micro-batch-size 1 2 4 8 --variants "${baselines[@]}" --out $out/step_20m_sizes.json
 OMP_NUM_THREADS=1 bench layer --compare products --r-part 16 4 --rows 4096 --repetitions 5 \
   --out $out/layer_products.json
+OMP_NUM_THREADS=1 bench throughput --preset llama_60m --vocab-size 2048 --r 128 --micro-batch-size 6 --repeats 3 \
+  --variants "PEFT, same modules train" "ours, separate" "ours, folded" "ours, one-sided, separate" \
+  "ours, one-sided, folded" --out $out/step_60m_products.json
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
 
 bench host-memory --vocab-size 54000 --out $out/host_memory_168m.json

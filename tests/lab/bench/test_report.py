@@ -96,6 +96,13 @@ def test_folding_is_never_slower_where_the_rule_folds_and_one_sided_layers_are_f
         assert (entry["over_full"]["both, folded"] > 1) is (entry["hidden"] // entry["r"] == 16)
 
 
+def test_folded_steps_are_faster_than_separate_ones_and_than_full_rank():
+    rows = MEASURED["step_60m_products"]["rows"]
+    speed = {row["variant"]: speed_of(row, rows) for row in rows}
+    for kind in ("ours", "ours, one-sided"):
+        assert speed[f"{kind}, folded"] > max(1, speed[f"{kind}, separate"])
+
+
 STEPS = [name for name in MEASURED if name.startswith("step_")]
 
 
