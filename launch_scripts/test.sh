@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # Three files at a time: ranks wait for each other and for imports, and would leave a part of two cores idle.
-options=(-m "not slow" -n 3 --dist loadfile)
+options=(-m "not slow" -n 3 --dist loadfile --no-loadscope-reorder)
 arguments=()
 for argument in "$@"; do
     case $argument in

@@ -20,3 +20,12 @@ def no_rank():
             os.environ.pop(name, None)
     distributed = sys.modules.get("torch.distributed")
     assert distributed is None or not distributed.is_initialized(), "what needs a process group uses tests.ranks"
+
+
+# Rooms whose files have few long tests: launchers, whole runs, benchmarks.
+_LONG = ("faults", "launch", "examples", "lab", "training", "commands", "checkpoint", "parity", "interop")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the long files: every worker takes one at a time, and the last ones should be short."""
+    items.sort(key=lambda item: not set(_LONG) & set(item.path.parts))

@@ -26,9 +26,9 @@ class Contents:
         t, restarts: applied steps of the engine, and the steps after which it restarted.
         relora: the fields of its `ReLoRAConfig`, or None for a plain model.
         layers: `{name: LowRankLayer.about()}` of the low-rank layers.
-        decay: ρ, what weight decay has left of the frozen weights since they were written.
         matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a low-rank
             layer that of the plain weight, however it is stored and whether it has a base or not.
+        decay: ρ, what weight decay has left of the frozen weights since they were written.
     """
 
     step: int
@@ -36,8 +36,8 @@ class Contents:
     restarts: list[int]
     relora: dict | None
     layers: dict[str, dict]
-    decay: float
     matrices: dict[str, torch.Size]
+    decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _contents(about: Manifest) -> Contents:
     }
     matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items() if len(layer["shape"]) == 2}
     decay = about.engine.get(DECAY, 1.0)
-    return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, decay, matrices)
+    return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices, decay)
 
 
 def _opened(about: Manifest, saved: SavedTensors) -> OpenModel:

@@ -221,12 +221,10 @@ def _merged(
     layer = frozen.layers[name]
     intended = layer.add_update_(torch.zeros_like(base), lora_A, lora_B)
     update = _square(intended)
-    if layer.decay is not None:
-        intended.add_(base, alpha=layer.rho - 1)
+    change = update if layer.decay is None else _square(intended.add_(base, alpha=layer.rho - 1))
     merged = base.add_(intended) if frozen.with_masters else base + intended
     stored = frozen.quantize(merged, None if frozen.with_masters else keyed_generator(key, base.device))
     lost = torch.sub(frozen.dequantize(name, stored), before, out=before).sub_(intended)
-    change = _square(intended)
     samples = torch.stack([*map(frozen.ledgers[name].sample, (intended, lost))])
     del intended
     return merged, stored, torch.stack([_square(lost), change, update, weight]), samples

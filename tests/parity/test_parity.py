@@ -71,6 +71,8 @@ def follow_each_cycle(stage: int) -> float:
         worst = max(worst, abs(ours - theirs) / theirs)
         if engine.restarts and engine.restarts[-1] == engine.t:
             reference.restarts += 1
+            for decayed in (reference, *reference.layers.values()):
+                decayed.left = 1.0  # what decay took of W is merged
             state, stored = cases.gathered_state(engine), cases.stored_weights(engine)
             with torch.no_grad():
                 for name, parameter in reference.model.named_parameters():
