@@ -50,6 +50,7 @@ def run(directory: Path, script: str, *arguments: str, ranks: int = 0) -> str:
     return output_of(start(command, directory))
 
 
+@pytest.mark.slow
 def test_own_loop_and_its_resume_on_more_ranks(tmp_path):
     printed = run(tmp_path, "own_loop.py", "--steps", "30")
     assert "trainable params: " in printed and "1 restarts" in printed

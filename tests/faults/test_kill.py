@@ -20,8 +20,11 @@ def whole(tmp_path_factory):
             (None, "a restart: before the broadcast", 5),
             (1, "a restart: before the ranks agree", 1),
         ],
-        [(0, "a save: before the rename", 2), (1, "the switch: building", 1), (0, "a save: before latest", 2)],
-        [(None, None, 0.4), (0, None, 0.8), (1, None, 1.2)],
+        pytest.param(
+            [(0, "a save: before the rename", 2), (1, "the switch: building", 1), (0, "a save: before latest", 2)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([(None, None, 0.4), (0, None, 0.8), (1, None, 1.2)], marks=pytest.mark.slow),
     ],
     ids=["restart", "switch", "instants"],
 )

@@ -160,7 +160,7 @@ EXPERTS = ["relora.target_parameters=[gate_up_proj,experts.down_proj]", "relora.
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gpt2", "mixtral"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_export_has_the_runs_loss(tmp_path, family, tied):
     shapes = {"gpt2": {"n_positions": 64}, "mixtral": {"max_position_embeddings": 64}}.get(family, SHAPES)
     FAMILIES[family](**shapes, vocab_size=512, tie_word_embeddings=tied).config.save_pretrained(tmp_path / "shape")

@@ -244,10 +244,7 @@ ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "wa
     [
         ("callback", 0, "fp32", 1, 0.0, None),
         ("subclass", 1, "fp32", 2, 0.3, None),
-        ("callback", 2, "fp32", 1, 0.0, None),
         ("callback", 2, "fp32", 2, 0.0, ONE_SIDED),
-        ("callback", 3, "fp32", 2, 0.0, None),
-        ("callback", 1, "bf16", 1, 0.0, None),
         ("subclass", 3, "bf16", 1, 0.0, None),
         ("callback", 1, "bf16", 1, 0.0, INT8),
         ("subclass", 3, "fp32", 1, 0.0, NF4),
@@ -255,6 +252,9 @@ ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "wa
             pytest.param(*how, marks=pytest.mark.slow)
             for how in [
                 ("callback", 0, "fp32", 2, 0.0, None),
+                ("callback", 2, "fp32", 1, 0.0, None),
+                ("callback", 3, "fp32", 2, 0.0, None),
+                ("callback", 1, "bf16", 1, 0.0, None),
                 ("subclass", 3, "bf16", 1, 0.0, ONE_SIDED),
                 ("callback", 1, "fp32", 1, 0.0, None),
                 ("callback", 2, "fp32", 2, 0.0, None),
@@ -290,7 +290,8 @@ def test_losses_resume_and_models(tmp_path, kind, stage, precision, accumulation
     assert plain_loss(tmp_path / "merged") == pytest.approx(run["eval"][STEPS], rel=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["subclass", pytest.param("callback", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["subclass", "callback"])
 def test_a_run_goes_on_at_another_stage_on_other_ranks(tmp_path, kind):
     """The same 6 rows a step. Saved after the second restart of three, and the third one follows the resume."""
     how = dict(directory=str(tmp_path), kind=kind, data=batch(0, 6 * MICROS))
@@ -350,7 +351,7 @@ def best_run(directory: str, stage: int) -> dict:
         }
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_best_model_is_loaded_whole(tmp_path, stage):
     found = ranks(2).run(best_run, str(tmp_path), stage)[0]
     assert found["t"] == found["best"] < STEPS

@@ -33,6 +33,7 @@ def test_a_bad_recipe_is_said_once_and_ends_with_2(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_script_ends_every_rank_with_its_state_saved(tmp_path):
     script = start(
         "bash",

@@ -5,6 +5,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.launch.scripts import ROOT, start
 from tests.training.runs import losses, run, status
 
@@ -23,6 +25,7 @@ def process_of(rank: int, run_dir: Path) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
+@pytest.mark.slow
 def test_it_goes_on_by_itself(tmp_path):
     torchrun = start(
         "torchrun",

@@ -34,7 +34,7 @@ def test_folded_products():
     )
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_with_gradient_accumulation(stage):
     result = ranks(2).run(cases.train_case, **PLAIN, stage=stage, accumulation=4, relora=cases.one_sided_config())[0]
     _compare(result, reference_losses("rotate"), TOLERANCE["rotate"])

@@ -29,7 +29,7 @@ def test_losses_equal_plain_pytorch(stage, reset):
     assert results[0]["losses"] == results[1]["losses"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
 def test_with_gradient_accumulation(stage):
     _compare(ranks(2).run(cases.train_case, stage=stage, accumulation=4)[0], reference_losses("magnitude_joint"), 1e-6)
 

@@ -45,6 +45,7 @@ def board(observed):
 # -- evaluations -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluations_within_a_phase_may_take_a_part_of_the_tokens(observed, tmp_path):
     run(tmp_path / "part", *SETTINGS, "eval.max_tokens=100")
     whole = len(data.prepare(load_recipe(str(observed / "recipe.yaml")).data).validation) - 1

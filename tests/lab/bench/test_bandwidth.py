@@ -49,6 +49,7 @@ def test_nothing_is_unexplained(argv):
         assert by["ours, dense", 1, "auto"] == by["PEFT, same modules train", 1, "auto"] < by["full rank", 1, "auto"]
 
 
+@pytest.mark.slow
 def test_pefts_step_and_ours_send_the_same_bytes():
     result = bench("--stages", "1", "--accumulation", "2", "--variants", "PEFT, same modules train", "ours, dense")
     pefts, ours = sorted(result["rows"], key=lambda row: row["variant"])

@@ -2,11 +2,14 @@
 
 import argparse
 
+import pytest
+
 from relora_ds.lab.bench import host_memory
 
 MOST = 1.3  # fp32 copies of the network on a host, besides the engines
 
 
+@pytest.mark.slow
 def test_a_host_holds_one_copy_at_most_however_many_ranks_it_has():
     result = host_memory.run(
         argparse.Namespace(preset="llama_20m", vocab_size=32_000, r=64, precision="fp32", stages=[3], ranks=[2])

@@ -270,6 +270,7 @@ def test_bad_input(words, message, capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_real_run_is_measured_trained_and_kept(capsys, tmp_path):
     words = [
         "reproduce",
