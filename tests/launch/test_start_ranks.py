@@ -85,7 +85,7 @@ print('ready', os.getppid())
 parent = os.getppid()
 while os.getppid() == parent: time.sleep(0.1)
 time.sleep(2)
-print('saved')""",
+print('saved', flush=True)""",
     )
     launch = f"set -eu; ROOT={ROOT}; PYTHON={sys.executable}; ranks=1; . {SCRIPTS}/launch.sh; launch_here none {orphan}"
     process = start("bash", "-c", launch)
