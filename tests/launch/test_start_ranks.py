@@ -81,11 +81,11 @@ def test_the_launch_scripts_wait_for_the_ranks_of_one_that_was_killed(tmp_path):
     orphan = script(
         tmp_path,
         """
-print('ready', os.getppid())
-parent = os.getppid()
+parent = os.getppid()  # before the test is told, which ends it
+print('ready', parent)
 while os.getppid() == parent: time.sleep(0.1)
 time.sleep(2)
-print('saved', flush=True)""",
+print('saved')""",
     )
     launch = f"set -eu; ROOT={ROOT}; PYTHON={sys.executable}; ranks=1; . {SCRIPTS}/launch.sh; launch_here none {orphan}"
     process = start("bash", "-c", launch)
