@@ -22,10 +22,10 @@ def no_rank():
     assert distributed is None or not distributed.is_initialized(), "what needs a process group uses tests.ranks"
 
 
-# Rooms whose files have few long tests: launchers, whole runs, benchmarks.
-_LONG = ("faults", "launch", "examples", "lab", "training", "commands", "checkpoint", "parity", "interop")
+# Folders whose files take seconds. In the others there are files of minutes: whole runs, launchers, engines.
+_SHORT = ("tests", "config", "cuda", "data", "docs", "lowrank", "mutants", "utils")
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the long files: every worker takes one at a time, and the last ones should be short."""
-    items.sort(key=lambda item: not set(_LONG) & set(item.path.parts))
+    items.sort(key=lambda item: item.path.parent.name in _SHORT)

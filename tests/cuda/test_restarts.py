@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cuda.gpus import WORLD_SIZES, needs, on_gpus
-from tests.zero.test_restart import BLOCKS, restart_by_hand
+from tests.zero.restarts import BLOCKS, restart_by_hand
 
 FORMATS = ["int8", "fp8", pytest.param("nf4", marks=needs("bitsandbytes"))]
 

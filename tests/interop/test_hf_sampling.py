@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.interop.test_hf_trainer import MICRO, MICROS, SAVED_AT, STEPS, TRAIN_ROWS, trainers_run
+from tests.interop.trainers import MICRO, MICROS, SAVED_AT, STEPS, TRAIN_ROWS, trainers_run
 from tests.ranks import ranks
 
 

@@ -19,7 +19,7 @@ from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import llama
 from tests.training.runs import lines, losses, run
-from tests.zero.test_restart import frozen_masters
+from tests.zero.restarts import frozen_masters
 
 CPU = torch.device("cpu")
 # Cycles end after steps 20, 30, 40 and 50; on schedule are evaluations after steps 25 and 50.

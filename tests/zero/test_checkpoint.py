@@ -11,8 +11,8 @@ import torch.distributed as dist
 from relora_ds.checkpoint.tensors import SavedTensors
 from tests.parity import cases
 from tests.ranks import ranks
+from tests.zero.restarts import fingerprint
 from tests.zero.test_nonfinite import everything
-from tests.zero.test_restart import fingerprint
 
 EVERY, SAVED_AT, END = 4, 6, 11  # restarts at 4 and 8; three steps after the second
 STAGES = [0, 1, 2, 3]

@@ -8,7 +8,7 @@ from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import llama, qwen2
 from tests.zero import filled
-from tests.zero.test_restart import BLOCKS
+from tests.zero.restarts import BLOCKS
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.checkpoint.weights import weights_in
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.zero import test_checkpoint
-from tests.zero.test_restart import BLOCKS, frozen_masters
+from tests.zero.restarts import BLOCKS, frozen_masters
 
 FORMATS = ["int8", "fp8", "nf4"]
 PLACES = [(0, "auto"), (1, "auto"), (2, "auto"), (3, "sharded"), (3, "replicated")]

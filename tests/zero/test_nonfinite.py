@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.parity import cases
 from tests.ranks import ranks
-from tests.zero.test_restart import fingerprint
+from tests.zero.restarts import fingerprint
 
 GOOD_BEFORE, EVERY, STEPS = 3, 4, 7  # the bad batch stands where the first restart would be due, were it counted
 

@@ -6,7 +6,7 @@ import torch
 from tests.parity import cases
 from tests.parity.one_sided import rotated
 from tests.ranks import ranks
-from tests.zero.test_restart import DTYPES, fingerprint, frozen_masters
+from tests.zero.restarts import DTYPES, fingerprint, frozen_masters
 
 EVERY = 4
 

@@ -4,10 +4,10 @@ import pytest
 
 from tests.parity import cases
 from tests.ranks import ranks
+from tests.zero.restarts import BLOCKS
 from tests.zero.test_checkpoint import build, train
 from tests.zero.test_formats import FORMATS, PLACES
 from tests.zero.test_nonfinite import everything
-from tests.zero.test_restart import BLOCKS
 
 AT_A_REFRESH, WITHIN_A_CYCLE, END = 4, 6, 9  # restarts at 4 and 8
 ONE_SIDED = dict(trains="B", restart_init="gradient", optimizer_reset="rotate")

@@ -10,7 +10,7 @@ from relora_ds.zero import restart, verify_ranks
 from tests.parity import cases
 from tests.peak_bytes import PeakBytes
 from tests.ranks import ranks
-from tests.zero.test_restart import fingerprint
+from tests.zero.restarts import fingerprint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 LARGEST = 4 * 256 * 512  # bytes in fp32
