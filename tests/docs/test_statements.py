@@ -13,11 +13,13 @@ import yaml
 from relora_ds.config import load_recipe, recipe_names
 from relora_ds.config.schema import ALIASES
 from relora_ds.data.gutenberg import NUM_BOOKS
+from relora_ds.lab.bench import checkpoint_cost
 from relora_ds.planning.network import network_of
 from relora_ds.zero.traffic import expected_step
-from tests.docs import keys
+from tests.docs import keys, tiny_runs
 from tests.docs.generated import fixed_keys
 from tests.docs.pages import DOCS, PAGES, ROOT, fenced, name_of
+from tests.lab.bench import report
 from tests.lab.experiments import results
 from tests.small_models import llama
 
@@ -60,6 +62,24 @@ def test_the_leads_at_toy_size():
     assert sentence in text_of("docs/concepts/comparison.md")
     assert all(max(rows["ReLoRA"].differences(rows[other])) < 0 for other in ("LoRA, warm start", "Control"))
     assert "ReLoRA ends below LoRA on the same warm start and below" in text_of("README.md")
+
+
+def test_the_costs_of_masks_and_of_merges_without_a_master():
+    """As docs/concepts/restart.md tells them."""
+    pruned = {ratio: tiny_runs.lead("reset", "ReLoRA", f"magnitude, reset ratio {ratio}") for ratio in (0.99, 0.9)}
+    sentence = f"separate masks cost {pruned[0.99]:.2f} nats at a ratio of 0.99 and {pruned[0.9]:.2f} at 0.9"
+    assert sentence in text_of("docs/concepts/restart.md")
+    series = report.measurements("quantization")["requantization"]["result"]["series"]
+    lost = {one["format"]: 100 * one["others"]["lost"][-1] for one in series if one["size"] == 0.1}
+    sentence = f"make up 10 % of W, {lost['int8']:.1f} %, {lost['fp8']:.0f} % and {lost['nf4']:.0f} %"
+    assert sentence in text_of("docs/concepts/restart.md")
+
+
+def test_the_cost_of_checkpoints_is_that_of_its_file():
+    record = report.measurements("checkpoints")["cost_130m"]["result"]
+    rows = checkpoint_cost.markdown(record).splitlines()[4:]
+    page = (DOCS / "concepts/checkpoints.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == len(record["rows"]) and set(rows) <= set(page)
 
 
 def test_the_broadcast_of_W_belongs_to_the_merge():

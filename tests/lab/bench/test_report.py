@@ -54,13 +54,17 @@ def test_a_card_has_a_line_and_its_tables(tmp_path, monkeypatch):
     assert "| NVIDIA H200 | 1 | 1 | 1 |" in text and "### h200" in text and "| ours, dense | llama_350m |" in text
 
 
-def test_bits_of_a_weight():
+def test_bits_and_rounding_errors_of_a_weight():
     text = (report.DOCS / "quantization.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+) \|", text, re.MULTILINE))
-    shape = torch.Size([1024, 1024])
-    for name, bits in rows.items():
-        assert 8 * format_named(name).num_bytes(shape) / shape.numel() == pytest.approx(float(bits), abs=0.006), name
-    assert set(rows) == {"bf16", "int8", "fp8", "nf4", "nf4_double"}
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+) \| ([\d.]+) % \|", text, re.MULTILINE)
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    for name, bits, error in rows:
+        form = format_named(name)
+        assert 8 * form.num_bytes(weight.shape) / weight.numel() == pytest.approx(float(bits), abs=0.006), name
+        stored = form.dequantize(form.quantize(weight, torch.float32), weight.shape, torch.float32)
+        found = 100 * float((stored - weight).norm() / weight.norm())
+        assert f"{found:.{len(error.partition('.')[2])}f}" == error, name
+    assert {name for name, *_ in rows} == {"bf16", "int8", "fp8", "nf4", "nf4_double"}
 
 
 def test_a_quantized_base_learns_as_well():
