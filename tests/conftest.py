@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from tests.devices import hide_gpus
+from tests.selection import covering, repetitions
 
 hide_gpus()  # before a test imports torch
 
@@ -26,6 +27,13 @@ def no_rank():
 _SHORT = ("tests", "config", "cuda", "data", "docs", "lowrank", "mutants", "utils")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items):
-    """Begin with the long files: every worker takes one at a time, and the last ones should be short."""
+    """Leave combinations to the slow tests (`each_value_once`), and begin with the long files.
+
+    Every worker takes one file at a time, and the last ones should be short.
+    """
+    for group in repetitions(items, "each_value_once"):
+        for item in set(group) - set(covering(group)):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.parent.name in _SHORT)

@@ -42,7 +42,7 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, pytest.param(flip, marks=pytest.mark.slow), Path.unlink])
 def test_every_file_of_the_newest_checkpoint(whole, tmp_path, damage):
     names = sorted(path.name for path in (whole / "checkpoints" / "step_00000024").iterdir())
     assert {

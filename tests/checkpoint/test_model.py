@@ -67,6 +67,7 @@ def check(directory: Path, world_size=2, **how) -> dict:
     return result
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision",
     [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")],

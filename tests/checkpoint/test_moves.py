@@ -19,7 +19,7 @@ def unmoved(tmp_path_factory):
     "legs",
     [
         # (after step, ranks, stage): through the warm start, the switch at 10 and the restarts after 20 and 30
-        [(0, 2, 1), (6, 1, 1), (18, 2, 1)],
+        pytest.param([(0, 2, 1), (6, 1, 1), (18, 2, 1)], marks=pytest.mark.slow),
         [(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)],
         [(0, 1, 0), (6, 2, 3), (24, 1, 2)],
     ],
@@ -69,7 +69,7 @@ def test_another_micro_batch_format_or_precision(unmoved, tmp_path, changed):
         assert loss == pytest.approx(losses(unmoved)[step], rel=1e-4 if exact else 0.02)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "mixtral"])
 def test_other_layouts_of_weights_move_too(tmp_path, family):
     longest = {"gpt2": {"n_positions": 64}, "mixtral": {"max_position_embeddings": 64}}[family]
     FAMILIES[family](**longest, vocab_size=512).config.save_pretrained(tmp_path / "shape")

@@ -48,6 +48,7 @@ def saved(tmp_path_factory):
     return directory, ranks(2).run(unmoved, str(directory))[0]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("stage", "world_size", "precision", "frozen", "tolerance"),
     [

@@ -177,13 +177,14 @@ MANIFEST, DIRECTORY, LATEST = 4, 5, 6
 OLD_ONE, NEW_ONE = 5, 6  # under a name that is used again
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("tags", "call", "left"),
     [
         (["first", "last"], MANIFEST, 1),
-        (["first", "last"], DIRECTORY, 1),
-        (["first", "last"], LATEST, 1),
-        (["last", "last"], OLD_ONE, 1),
+        pytest.param(["first", "last"], DIRECTORY, 1, marks=pytest.mark.slow),
+        pytest.param(["first", "last"], LATEST, 1, marks=pytest.mark.slow),
+        pytest.param(["last", "last"], OLD_ONE, 1, marks=pytest.mark.slow),
         (["last", "last"], NEW_ONE, 1),
     ],
     ids=["manifest", "directory", "latest", "same_name_old_one", "same_name_new_one"],

@@ -15,9 +15,14 @@ CASES = {
     "int8, replicated": dict(stage=3, relora=dict(frozen_dtype="int8", frozen_placement="replicated")),
     "fp8, which multiplies": dict(stage=1, relora=dict(frozen_dtype="fp8", frozen_master="device")),
 }
+REPEATED = ("stage 1", "stage 3, A random", "int8, replicated")  # what the others do, in other combinations
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(CASES[name], marks=[pytest.mark.slow] * (name in REPEATED)) for name in CASES],
+    ids=CASES,
+)
 def test_an_engine_from_its_building_to_its_release(case):
     results = emulated_ranks().run(engines.live_and_let_go, **case)
     for result in results:

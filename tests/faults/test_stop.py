@@ -46,7 +46,11 @@ def train_and_signal(overrides: list[str], number: int, rank: int, step: int) ->
 
 @pytest.mark.parametrize(
     ("number", "rank", "step"),
-    [(signal.SIGTERM, 1, 16), (signal.SIGUSR1, 0, 10), pytest.param(signal.SIGTERM, 0, 3, marks=pytest.mark.slow)],
+    [
+        pytest.param(signal.SIGTERM, 1, 16, marks=pytest.mark.slow),
+        (signal.SIGUSR1, 0, 10),
+        pytest.param(signal.SIGTERM, 0, 3, marks=pytest.mark.slow),
+    ],
     ids=["cycle", "switch", "warm_start"],
 )
 def test_one_rank_hears_and_all_stop_at_the_same_step(tmp_path, number, rank, step):
@@ -96,7 +100,11 @@ def train_and_die(overrides: list[str], rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, ", which keeps the store that the ranks met at, does not answer"), (1, " does not answer")]
+    ("rank", "words"),
+    [
+        (0, ", which keeps the store that the ranks met at, does not answer"),
+        pytest.param(1, " does not answer", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_dies_is_named(tmp_path, rank, words):
     """Rank 0 takes the store with it, of which the others ask who is silent."""

@@ -159,7 +159,16 @@ def test_dtype(checkpoints, tmp_path, dtype, checkpoint):
 EXPERTS = ["relora.target_parameters=[gate_up_proj,experts.down_proj]", "relora.trainable_modules=[gate,norms,head]"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("llama", marks=pytest.mark.slow),
+        pytest.param("gpt_neox", marks=pytest.mark.slow),
+        "qwen2",
+        "gpt2",
+        "mixtral",
+    ],
+)
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_export_has_the_runs_loss(tmp_path, family, tied):
     shapes = {"gpt2": {"n_positions": 64}, "mixtral": {"max_position_embeddings": 64}}.get(family, SHAPES)
@@ -206,6 +215,7 @@ def own_loop(directory: str, family: str, tied: bool, stage: int) -> dict:
     return {"logits": logits, "single": single}
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "family, tied, stage",
     [

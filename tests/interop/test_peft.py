@@ -63,8 +63,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     "family, stage, changes, base",
     [
-        ("llama", 2, {}, True),
-        ("gpt_neox", 1, {}, True),
+        pytest.param("llama", 2, {}, True, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", 1, {}, True, marks=pytest.mark.slow),
         ("qwen2", 3, {}, True),
         ("llama", 1, {"target_modules": ["q_proj", "layers.1.mlp.up_proj"], "lora_alpha": 5.5, "r": 3}, True),
         ("llama", 0, {}, False),

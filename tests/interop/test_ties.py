@@ -56,6 +56,7 @@ def trained(kind: str, directory: str, stage: int) -> float:
     return loss
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_export_is_the_live_model(kind, stage, tmp_path):

@@ -300,6 +300,7 @@ def _compiled(model):
     return torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)), graphs
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "name, dropout, product",
     [(name, dropout, "separate") for name in FORMATS for dropout in (0.0, 0.5)]

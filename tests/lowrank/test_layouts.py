@@ -148,6 +148,7 @@ def qwen3_moe():
     return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
 @pytest.mark.parametrize("family", [mixtral, qwen3_moe, gpt_oss])
 def test_every_implementation_of_experts_sees_the_update(family, implementation):

@@ -41,12 +41,12 @@ CONFIG = ReLoRAConfig(r=4, lora_alpha=8, restart_every=10, restart_warmup_steps=
     [
         (LlamaConfig(), "sdpa"),
         (Qwen2Config(tie_word_embeddings=True), "sdpa"),
-        (FalconConfig(), "sdpa"),
+        pytest.param(FalconConfig(), "sdpa", marks=pytest.mark.slow),
         (MambaConfig(), "eager"),
         (MixtralConfig(), "sdpa"),
-        (GPT2Config(), "sdpa"),
+        pytest.param(GPT2Config(), "sdpa", marks=pytest.mark.slow),
         (OPTConfig(layerdrop=0.2), "sdpa"),
-        (BertConfig(is_decoder=True), "sdpa"),
+        pytest.param(BertConfig(is_decoder=True), "sdpa", marks=pytest.mark.slow),
         (BloomConfig(), "eager"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -61,6 +61,7 @@ def test_what_trains_is_not_refused(config, attention):
 EXPERTS = dataclasses.replace(CONFIG, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("frozen", ["auto", "int8", "nf4", "fp8"])
 @pytest.mark.parametrize(
     "config, relora",

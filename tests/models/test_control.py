@@ -24,6 +24,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", [0.3, 0.7, 0.99])
 def test_within_one_percent_and_runs(family, part):

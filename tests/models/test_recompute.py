@@ -79,6 +79,7 @@ def assert_same(make, mode: str, **how) -> None:
         assert torch.equal(gradient, gradients_then[name]), name
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)

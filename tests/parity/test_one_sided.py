@@ -16,6 +16,7 @@ PLAIN = {"weight_decay": 0.0}
 reference_losses = functools.cache(functools.partial(cases.reference_losses, one_sided=True, **PLAIN))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("stage", "reset"), [(0, "rotate"), (1, "rotate"), (2, "none"), (3, "rotate"), (3, "none"), (1, "magnitude_joint")]
 )

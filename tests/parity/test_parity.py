@@ -21,6 +21,7 @@ def _compare(result: dict, expected: list[float], tolerance: float) -> None:
     assert result["losses"][-1] < result["losses"][0] - 0.1
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reset", ["zero", "magnitude_joint", "none"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_losses_equal_plain_pytorch(stage, reset):
@@ -34,23 +35,24 @@ def test_with_gradient_accumulation(stage):
     _compare(ranks(2).run(cases.train_case, stage=stage, accumulation=4)[0], reference_losses("magnitude_joint"), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_folded_products(stage):
     """Another order of the same products: a rounding more in each layer and step."""
     relora = cases.relora_config(product="folded")
     _compare(ranks(2).run(cases.train_case, stage=stage, relora=relora)[0], reference_losses("magnitude_joint"), 1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_with_the_optimizer_on_cpu(stage):
     _compare(ranks(2).run(cases.train_case, stage=stage, offload=True)[0], reference_losses("magnitude_joint"), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_three_ranks(stage):
     _compare(ranks(3).run(cases.train_case, stage=stage)[0], reference_losses("magnitude_joint"), 1e-6)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, family",
     [(1, "gpt_neox"), (3, "qwen2"), *((stage, family) for family in ("gpt2", "mixtral") for stage in range(4))],
@@ -87,7 +89,9 @@ def follow_each_cycle(stage: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_authors_magnitude_pruning_between_restarts(stage):
     """Its masks flip on rounding: test_restart compares the state at a restart, this one the losses between them."""
     assert max(ranks(2).run(follow_each_cycle, stage)) <= 1e-5

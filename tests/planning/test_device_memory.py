@@ -60,6 +60,7 @@ def compare(changes: list[str]) -> None:
             assert size == pytest.approx(kept, rel=0.05), moment
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("method", ["full", "relora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -79,18 +80,19 @@ def test_state_in_8_bit(stage, precision, method):
     assert 0.25 * plain < short < 0.6 * plain  # embeddings have theirs in fp32
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, options",
     [
-        (0, "fp32", dict(frozen_dtype="int8")),
+        pytest.param(0, "fp32", dict(frozen_dtype="int8"), marks=pytest.mark.slow),
         (0, "bf16", dict(frozen_dtype="nf4", frozen_master="device")),
-        (1, "fp32", dict(frozen_dtype="nf4")),
+        pytest.param(1, "fp32", dict(frozen_dtype="nf4"), marks=pytest.mark.slow),
         (1, "fp32", dict(frozen_dtype="fp8", frozen_master="none")),
-        (3, "fp32", dict(frozen_dtype="int8")),
+        pytest.param(3, "fp32", dict(frozen_dtype="int8"), marks=pytest.mark.slow),
         (3, "bf16", dict(frozen_dtype="nf4", frozen_double_quant=True)),
         (3, "fp32", dict(frozen_dtype="nf4", frozen_placement="replicated", frozen_master="none")),
         (3, "bf16", dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device")),
-        (1, "bf16", dict(trains="B", restart_init="random")),
+        pytest.param(1, "bf16", dict(trains="B", restart_init="random"), marks=pytest.mark.slow),
         (3, "bf16", dict(trains="B", restart_init="random")),
         (3, "bf16", dict(trains="B", restart_init="random", frozen_placement="replicated")),
     ],

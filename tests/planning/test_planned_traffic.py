@@ -36,6 +36,7 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
     return {"step": (a_step.payload, a_step.wire), "restart": (a_restart.payload, a_restart.wire)}
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, more",
     [

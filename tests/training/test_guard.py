@@ -238,6 +238,7 @@ def refuse(spoil, frozen_dtype="auto", **how) -> tuple:
     return said, changed
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_merge_that_is_not_finite_is_refused(stage, precision):

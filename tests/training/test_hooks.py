@@ -118,7 +118,7 @@ def train_with_a_mistake(overrides: list[str], rank: int, out: Path) -> None:
     os._exit(code)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_in_a_hook_ends_the_run_on_all_ranks_with_its_traceback(tmp_path, rank):
     pair, started = Mortal(2), time.monotonic()
     pair._mourning, pair._until = 120, lambda: all(process.exitcode is not None for process, _ in pair._workers)

@@ -196,6 +196,7 @@ def norms_of_a_restart(stage: int, precision: str) -> list[dict[str, float]]:
     return [done.update_norms, done.relative_update_norms]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_update_norms_are_those_of_the_dense_product(stage, precision):

@@ -91,6 +91,7 @@ def expected_bytes(stage, precision) -> int:
     return total(items, DEVICE, KEPT) + total(items, HOST, KEPT)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 )

@@ -197,7 +197,13 @@ def test_it_says_how_weights_are_stored_and_warns_once(tmp_path):
 
 @pytest.mark.parametrize(
     "stage, precision",
-    [("zero0", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"), ("zero1_offload", "fp32"), ("zero3_offload", "bf16")],
+    [
+        ("zero0", "bf16"),
+        pytest.param("zero2", "bf16", marks=pytest.mark.slow),
+        ("zero3", "bf16"),
+        ("zero1_offload", "fp32"),
+        pytest.param("zero3_offload", "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_every_stage_runs(tmp_path, stage, precision):
     summary = run(tmp_path / "r", f"deepspeed={stage}", f"precision={precision}", "train.steps=22")

@@ -61,6 +61,7 @@ def expected() -> list[list[float]]:
     return of_all(1, 0, seed=5)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_same_seed_gives_the_same_losses(expected, world_size, stage):

@@ -97,6 +97,7 @@ def pruned_exactly(before: dict, after: dict) -> bool:
     return kept > 0
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, how",
     [

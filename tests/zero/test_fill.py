@@ -11,6 +11,7 @@ from tests.zero import filled
 from tests.zero.restarts import BLOCKS
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, how",
     [

@@ -79,6 +79,7 @@ def test_twenty_restarts_with_and_without_masters(frozen_dtype):
     assert lost["total"][0] == pytest.approx(lost["merge_loss"][0])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
 @pytest.mark.parametrize("stage, placement", PLACES)
 def test_resume_is_exact_through_the_next_restart(stage, placement, frozen_dtype, tmp_path):
@@ -129,14 +130,16 @@ def converted(stage: int, directory: str, before: dict, after: dict) -> dict:
 
 
 CONVERSIONS = [
-    (1, dict(frozen_dtype="nf4"), dict(frozen_dtype="int8")),
-    (2, dict(frozen_dtype="int8"), dict(frozen_dtype="fp32")),
+    pytest.param(1, dict(frozen_dtype="nf4"), dict(frozen_dtype="int8"), marks=pytest.mark.slow),
+    pytest.param(2, dict(frozen_dtype="int8"), dict(frozen_dtype="fp32"), marks=pytest.mark.slow),
     (0, dict(frozen_dtype="bf16"), dict(frozen_dtype="nf4", frozen_master="none")),
     (1, dict(frozen_dtype="auto"), dict(frozen_dtype="int8", frozen_master="device")),
-    (3, dict(frozen_dtype="nf4"), dict(frozen_dtype="fp8")),
+    pytest.param(3, dict(frozen_dtype="nf4"), dict(frozen_dtype="fp8"), marks=pytest.mark.slow),
     (3, dict(frozen_dtype="int8", frozen_placement="replicated"), dict(frozen_dtype="int8")),
     (3, dict(frozen_dtype="int8"), dict(frozen_dtype="nf4", frozen_placement="replicated")),
-    (3, dict(frozen_dtype="fp32", frozen_placement="replicated"), dict(frozen_dtype="nf4")),
+    pytest.param(
+        3, dict(frozen_dtype="fp32", frozen_placement="replicated"), dict(frozen_dtype="nf4"), marks=pytest.mark.slow
+    ),
 ]
 
 

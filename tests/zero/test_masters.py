@@ -80,6 +80,7 @@ def trained(stage: int, precision: str, kind: str, by_hand: bool) -> dict[str, t
     return found
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, kind",
     [

@@ -38,6 +38,7 @@ def prune_tied_moments(stage, reset) -> tuple[int, bool]:
     return kept, split
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reset", ["magnitude_joint", "magnitude", "zero"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_split_moments_are_pruned_as_whole_ones(stage, reset):

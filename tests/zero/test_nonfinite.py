@@ -76,6 +76,7 @@ def check(spoil: str, **how) -> None:
         assert result["end"] == expected[rank]["end"]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("spoil", ["nan", "inf"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -83,12 +84,14 @@ def test_one_bad_rank(stage, precision, spoil):
     check(spoil, stage=stage, precision=precision)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_in_the_first_of_two_micro_steps(stage, precision):
     check("nan", stage=stage, precision=precision, accumulation=2)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_with_the_optimizer_on_cpu(stage, precision):

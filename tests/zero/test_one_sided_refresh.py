@@ -60,6 +60,7 @@ def second_refresh(stage, precision, reset) -> str:
     return fingerprint(after)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("stage", "precision", "reset"),
     [(0, "bf16", "rotate"), (1, "bf16", "none"), (2, "fp32", "rotate"), (3, "bf16", "rotate"), (3, "fp32", "none")],

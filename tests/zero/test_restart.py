@@ -8,18 +8,21 @@ from tests.ranks import ranks
 from tests.zero.restarts import STAGES, check, restart_by_hand
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_invariants(stage, precision):
     check(ranks(2).run(restart_by_hand, stage, precision))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("reset", ["magnitude", "zero", "none"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_reset(stage, reset):
     check(ranks(2).run(restart_by_hand, stage, "fp32", reset=reset))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_with_the_optimizer_on_cpu(stage, precision):

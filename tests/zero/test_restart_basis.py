@@ -48,6 +48,7 @@ def full_gradients(weights, step) -> dict:
     return {name: module.weight.grad for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("stage", "accumulation", "relora", "least"),
     [

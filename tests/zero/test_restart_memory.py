@@ -35,6 +35,7 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     return min(found)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "world_size, stage, precision, relora",
     [

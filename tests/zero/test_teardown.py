@@ -44,6 +44,7 @@ def build_and_release(stage, precision, offload=False, within_a_step=False, **re
     return [name for name, reference in watched.items() if reference() is not None], before, after
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, offload",
     [

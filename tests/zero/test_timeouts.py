@@ -124,7 +124,7 @@ leave()
 """
 
 
-@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("restarted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ranks_that_do_not_come_are_waited_for_as_long_as_deepspeed_says(restarted):
     """On both ways to a process group: DeepSpeed's, and the one after torchrun has started the ranks again."""
     port = free_port()

@@ -124,6 +124,7 @@ def counted(*args, **kwargs) -> tuple[list[tuple[str, int]], float]:
     return result
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", BYTES)
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -132,6 +133,7 @@ def test_a_step_moves_what_trains_and_nothing_else(stage, accumulation, precisio
     check(calls, step_bytes(stage, LOW_RANK, FROZEN, BYTES[precision], accumulation))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (4, "fp32")])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_one_sided_step_moves_r_elements_for_each_output(stage, accumulation, precision):
@@ -208,6 +210,7 @@ def restart_calls(stage: int, precision: str) -> list[tuple[str, int]]:
     return traffic.calls
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", BYTES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_restart_moves_each_factor_once_and_each_frozen_weight_once(stage, precision):
@@ -319,7 +322,17 @@ def of_frozen(variants: list[tuple[int, str, dict, int]]) -> list[tuple[list, li
     return found
 
 
-@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "fp8", "nf4", "nf4_double"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        "fp32",
+        "bf16",
+        "int8",
+        pytest.param("fp8", marks=pytest.mark.slow),
+        pytest.param("nf4", marks=pytest.mark.slow),
+        "nf4_double",
+    ],
+)
 def test_stage_3_gathers_frozen_weights_as_they_are_stored(format):
     """Packed ones as bytes, also where it decides what is small; replicated ones never."""
     # 48x48 weights in nf4, and at 2,400 in fp32 too (elements), are below the threshold; in int8 and bf16 they are not.
