@@ -108,7 +108,7 @@ def _product(resolved, config) -> list[str]:
 
 def _fp8(resolved) -> list[str]:
     """Return whether the products of fp8 weights are in fp8, as far as this machine can tell."""
-    from relora_ds.lowrank.formats import FP8
+    from relora_ds.lowrank.fp8 import FP8
     from relora_ds.methods import method_of
     from relora_ds.planning.planned_storage import format_here
 

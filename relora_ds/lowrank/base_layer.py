@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_ds.lowrank.formats import DENSE, Format
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DENSE
 from relora_ds.lowrank.frozen import merge_, plain_name
 from relora_ds.lowrank.reinit import ROW_NORM, GradientTap, random_basis
 from relora_ds.lowrank.seeding import keyed_generator

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.autograd.function import once_differentiable
 
-from relora_ds.lowrank.formats import DENSE, Format, format_named
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DENSE, format_named
 from relora_ds.lowrank.reinit import GradientTap
 
 _library = torch.library.Library("relora_ds", "DEF")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DTYPES, Format, format_named, format_of
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DTYPES, format_named, format_of
 
 # What 20 merges without masters lose of updates that make up 10 % of W, in per cent: docs/results/quantization.md.
 _LOST_WITHOUT_MASTER = {"int8": 0.1, "fp8": 32, "nf4": 98}

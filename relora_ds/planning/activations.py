@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DENSE, DTYPES, format_named
 from relora_ds.lowrank.kernels import folded_weight
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method

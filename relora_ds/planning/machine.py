@@ -120,7 +120,7 @@ def _version_problem(name: str, version: str | None, wanted: str) -> str | None:
 def _devices(found: Findings) -> None:
     import torch
 
-    from relora_ds.lowrank.formats import multiplies_fp8
+    from relora_ds.lowrank.fp8 import multiplies_fp8
     from relora_ds.zero import accelerator
 
     found.facts.append(("devices", "CUDA of torch", str(torch.version.cuda)))

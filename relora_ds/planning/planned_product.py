@@ -3,8 +3,9 @@
 from transformers import PretrainedConfig
 
 from relora_ds.config import Recipe
+from relora_ds.lowrank.base_format import Format
 from relora_ds.lowrank.folding import flops, folds_from
-from relora_ds.lowrank.formats import DTYPES, Format
+from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method

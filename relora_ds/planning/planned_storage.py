@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.formats import DENSE, DTYPES, Format, multiplies_fp8
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DENSE, DTYPES
+from relora_ds.lowrank.fp8 import multiplies_fp8
 from relora_ds.lowrank.storage import format_at, has_masters, is_sharded
 from relora_ds.planning.network import Shapes
 

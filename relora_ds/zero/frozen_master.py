@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.base_layer import LowRankLayer
-from relora_ds.lowrank.formats import DTYPES, multiplies_fp8
+from relora_ds.lowrank.formats import DTYPES
+from relora_ds.lowrank.fp8 import multiplies_fp8
 from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.storage import Storage, format_at, has_masters, is_sharded, shape_problems
 from relora_ds.zero.pinned import MasterStore

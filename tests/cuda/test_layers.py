@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relora_ds.lab.bench import layer as bench
-from relora_ds.lowrank.formats import DTYPES, FP8, format_named, multiplies_fp8
+from relora_ds.lowrank.formats import DTYPES, format_named
+from relora_ds.lowrank.fp8 import FP8, multiplies_fp8
 from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.reinit import GradientSketch
 from tests.cuda.gpus import needs, on_gpus

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora_ds.lowrank import formats, kernels
-from relora_ds.lowrank.formats import DENSE, FP8, Packed, format_named, format_of, multiplies_fp8
+from relora_ds.lowrank import fp8, kernels, nf4
+from relora_ds.lowrank.base_format import Packed, scaled
+from relora_ds.lowrank.formats import DENSE, format_named, format_of
+from relora_ds.lowrank.fp8 import FP8, multiplies_fp8
 from relora_ds.lowrank.linear import ReLoRALinear
 from tests.emulated_cuda.rules import check_scaled_mm
 
@@ -98,7 +100,7 @@ def test_both_ways_to_read_e4m3_agree(dtype):
     """One is for CPUs, the other for what converts e4m3 itself."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
     scale = torch.rand(16, 1) + 0.01
-    ours, torchs = (way(codes, scale, dtype) for way in (formats._scaled_e4m3_bits, formats._scaled))
+    ours, torchs = (way(codes, scale, dtype) for way in (fp8._scaled_e4m3_bits, scaled))
     finite = torch.isfinite(codes.float())  # a stored weight has no NaN
     assert torch.equal(ours[finite], torchs[finite]) and finite.sum() == 254
 
@@ -187,7 +189,7 @@ def test_a_broken_library_is_said(monkeypatch):
     def broken():
         raise ImportError("libcudart.so.12: cannot open shared object file")
 
-    monkeypatch.setattr(formats, "_bitsandbytes", broken)
+    monkeypatch.setattr(nf4, "_bitsandbytes", broken)
     assert "cannot be imported (libcudart.so.12" in format_named("nf4").unavailable()
 
 

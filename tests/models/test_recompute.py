@@ -10,7 +10,8 @@ from torch.utils.checkpoint import SelectiveCheckpointContext, checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from relora_ds import ReLoRAConfig, wrap
-from relora_ds.lowrank.formats import DENSE, Format, format_named
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DENSE, format_named
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.models import recompute
 from relora_ds.planning.activations import _LiveBytes

@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from relora_ds.config import load_recipe
 from relora_ds.lowrank import kernels
-from relora_ds.lowrank.formats import DENSE, DTYPES, Format, format_named
+from relora_ds.lowrank.base_format import Format
+from relora_ds.lowrank.formats import DENSE, DTYPES, format_named
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.models import recompute
 from relora_ds.models.build import build_model

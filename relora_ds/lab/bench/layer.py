@@ -28,7 +28,9 @@ from torch.nn import functional as F
 from relora_ds.lab.bench import layer_products, layer_timing
 from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lowrank import folding
-from relora_ds.lowrank.formats import ALIGNMENT, DENSE, DTYPES, Format, format_of, multiplies_fp8
+from relora_ds.lowrank.base_format import ALIGNMENT, Format
+from relora_ds.lowrank.formats import DENSE, DTYPES, format_of
+from relora_ds.lowrank.fp8 import multiplies_fp8
 from relora_ds.lowrank.kernels import SLOW_ON_CPU
 from relora_ds.lowrank.linear import ReLoRALinear
 

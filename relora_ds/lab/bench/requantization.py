@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from relora_ds.lab.bench.environment import rows_as_markdown
-from relora_ds.lowrank.formats import ALIGNMENT, Format, format_named
+from relora_ds.lowrank.base_format import ALIGNMENT, Format
+from relora_ds.lowrank.formats import format_named
 from relora_ds.lowrank.frozen import add_update_
 
 FORMATS = ("bf16", "int8", "fp8", "nf4", "nf4_double")

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relora_ds.lab.bench import layer as bench
 from relora_ds.lab.bench import layer_timing
-from relora_ds.lowrank.formats import NF4
+from relora_ds.lowrank.nf4 import NF4
 
 
 def tiny_arguments(*given):
