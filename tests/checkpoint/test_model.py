@@ -96,7 +96,7 @@ def test_groups_that_zero_3_cuts_into_pieces(tmp_path):
     check(tmp_path, stage=3, precision="bf16", settings={"zero_optimization": {"stage": 3, "sub_group_size": 500}})
 
 
-@pytest.mark.parametrize("family, stage", [("gpt_neox", 1), ("qwen2", 3)])
+@pytest.mark.parametrize("family, stage", [pytest.param("gpt_neox", 1, marks=pytest.mark.slow), ("qwen2", 3)])
 def test_biases_and_tied_embeddings(tmp_path, family, stage):
     check(tmp_path, stage=stage, precision="bf16", family=family)
 

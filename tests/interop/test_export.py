@@ -90,9 +90,11 @@ def test_every_directory_has_the_files_that_other_programs_read(checkpoints, tmp
 @pytest.mark.parametrize(
     "stage, options",
     [
-        (1, ["frozen_dtype=int8"]),
+        pytest.param(1, ["frozen_dtype=int8"], marks=pytest.mark.slow),
         (3, ["frozen_dtype=nf4", "frozen_double_quant=true"]),
-        (3, ["frozen_dtype=int8", "frozen_placement=replicated", "frozen_master=none"]),
+        pytest.param(
+            3, ["frozen_dtype=int8", "frozen_placement=replicated", "frozen_master=none"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_packed_weights_are_exported_as_the_weights_they_stand_for(tmp_path, stage, options):

@@ -9,7 +9,9 @@ from tests.ranks import ranks
 
 
 # In a later epoch than the first, transformers 5.24 itself resumes "group_by_length" with the order of the first.
-@pytest.mark.parametrize("strategy, saved_at", [("random", SAVED_AT), ("group_by_length", 5)])
+@pytest.mark.parametrize(
+    "strategy, saved_at", [pytest.param("random", SAVED_AT, marks=pytest.mark.slow), ("group_by_length", 5)]
+)
 def test_every_row_comes_once_an_epoch_also_after_a_resume(tmp_path, strategy, saved_at):
     how = dict(stage=1, lora_dropout=0.2, train_sampling_strategy=strategy, save_steps=saved_at)
     again = saved_at == SAVED_AT  # in the same process, whose generators the first run has used

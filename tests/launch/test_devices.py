@@ -58,7 +58,7 @@ def test_the_cores_of_a_machine_are_shared_by_its_slots(tmp_path):
     assert code != 0 and "node 1 of 2: 2 rank(s); node 0 is first:29500" in printed, printed
 
 
-@pytest.mark.parametrize("name", ["single_node.sh", "quickstart.sh"])
+@pytest.mark.parametrize("name", ["single_node.sh", pytest.param("quickstart.sh", marks=pytest.mark.slow)])
 def test_devices_that_are_not_supported_are_refused_by_name(name, tmp_path):
     code, printed = run(
         "bash", SCRIPTS / name, *(["tiny"] if name == "single_node.sh" else []), cwd=tmp_path, DS_ACCELERATOR="xpu"

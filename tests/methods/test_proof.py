@@ -212,7 +212,7 @@ def test_what_cannot_be_tried_is_refused_or_said(monkeypatch):
     assert "no copy of this one" in warning
 
 
-@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+@pytest.mark.parametrize("family", ["gemma4_text", pytest.param("gemma3n_text", marks=pytest.mark.slow)])
 def test_a_family_that_amplifies_rounding_is_not_refused(family):
     assert prove(CONFIG_MAPPING[family](), CONFIG).problems == []
 

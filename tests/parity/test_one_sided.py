@@ -41,7 +41,7 @@ def test_with_gradient_accumulation(stage):
     _compare(result, reference_losses("rotate"), TOLERANCE["rotate"])
 
 
-@pytest.mark.parametrize(("stage", "family"), [(1, "gpt2"), (3, "mixtral")])
+@pytest.mark.parametrize(("stage", "family"), [pytest.param(1, "gpt2", marks=pytest.mark.slow), (3, "mixtral")])
 def test_other_layouts(stage, family):
     relora = cases.one_sided_config(family)
     result = ranks(2).run(cases.train_case, **PLAIN, stage=stage, family=family, relora=relora)[0]

@@ -80,7 +80,13 @@ def test_what_is_computed_twice_is_not_kept(checkpointing):
 
 
 @pytest.mark.parametrize(
-    "precision, name", [("fp32", "int8"), ("fp32", "nf4_double"), ("fp32", "bf16"), ("bf16", "nf4")]
+    "precision, name",
+    [
+        pytest.param("fp32", "int8", marks=pytest.mark.slow),
+        ("fp32", "nf4_double"),
+        pytest.param("fp32", "bf16", marks=pytest.mark.slow),
+        ("bf16", "nf4"),
+    ],
 )
 def test_one_dense_copy_of_a_packed_weight_at_a_time(precision, name):
     """With checkpointing, so that the peak is where the copy is."""

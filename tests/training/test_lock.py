@@ -29,7 +29,7 @@ def contents(directory) -> dict:
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("how", ["resume=auto", "overwrite=true"])
+@pytest.mark.parametrize("how", [pytest.param("resume=auto", marks=pytest.mark.slow), "overwrite=true"])
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path, how):
     directory = tmp_path / "run"
     run(directory, "train.steps=20", "checkpoint.every=10")

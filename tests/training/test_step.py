@@ -42,7 +42,7 @@ def logits_alive(overrides: list[str]) -> list[int]:
     return hook.alive
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_logits_are_gone_before_the_next_ones_are_made(stage, tmp_path):
     """In steps, evaluations, samples and the drift's probe."""
     (alive,) = ranks(1).run(logits_alive, [f"run_dir={tmp_path / 'run'}", f"deepspeed={stage}", *SETTINGS])

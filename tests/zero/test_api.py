@@ -55,7 +55,7 @@ def own_loop(directory, stage) -> dict:
     return result
 
 
-@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 2))])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2))])
 def test_own_loop(tmp_path, stage):
     result = ranks(2).run(own_loop, str(tmp_path), stage)[0]
     assert result["t"] == 8 and result["restarts"] == [4, 6, 8]

@@ -15,7 +15,6 @@ from tests.zero.restarts import fingerprint
 from tests.zero.test_nonfinite import everything
 
 EVERY, SAVED_AT, END = 4, 6, 11  # restarts at 4 and 8; three steps after the second
-STAGES = [0, 1, 2, 3]
 
 
 def build(stage, precision, lora_dropout=0.0, frozen=None, **how):
@@ -77,7 +76,9 @@ def check(stage, precision, directory: str, own_steps: tuple[int, ...] = (0,), *
                 assert result[what] == value, f"rank {rank}, after {steps_before} steps of its own: {what} differs"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_resume_is_exact_through_the_next_restart(stage, tmp_path):
     check(stage, "fp32", str(tmp_path))
 

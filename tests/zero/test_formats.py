@@ -87,7 +87,14 @@ def test_resume_is_exact_through_the_next_restart(stage, placement, frozen_dtype
     test_checkpoint.check(stage, "fp32", str(tmp_path), frozen=frozen, **BLOCKS)
 
 
-@pytest.mark.parametrize("stage, placement", [(1, "auto"), (3, "sharded"), (3, "replicated")])
+@pytest.mark.parametrize(
+    "stage, placement",
+    [
+        pytest.param(1, "auto", marks=pytest.mark.slow),
+        (3, "sharded"),
+        pytest.param(3, "replicated", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_without_masters_is_exact(stage, placement, tmp_path):
     frozen = dict(frozen_dtype="nf4", frozen_placement=placement, frozen_master="none")
     test_checkpoint.check(stage, "fp32", str(tmp_path), frozen=frozen, **BLOCKS)

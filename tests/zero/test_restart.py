@@ -34,7 +34,7 @@ def test_directly_after_an_evaluation(stage):
     check(ranks(2).run(restart_by_hand, stage, "bf16", after_evaluation=True))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_persistent_small_parameters_and_none(stage):
     """ZeRO-3 keeps small parameters gathered, by default all of this model's; here none, and here all."""
     for threshold in (0, 10**6):
