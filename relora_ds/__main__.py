@@ -21,11 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0].startswith("--local_rank="):  # the DeepSpeed launcher's; LOCAL_RANK says the same
         argv = argv[1:]
     name = argv[0] if argv else None
+    prog = "relora" if Path(sys.argv[0]).name == "relora" else "python -m relora_ds"
     if name == "train":
         from relora_ds.train import main as train
 
-        return train(argv[1:])
-    prog = "relora" if Path(sys.argv[0]).name == "relora" else "python -m relora_ds"
+        return train(argv[1:], f"{prog} train")
     parser = argparse.ArgumentParser(prog=prog, description="ReLoRA pre-training on DeepSpeed ZeRO.")
     parser.add_argument("--version", action="version", version=f"relora_ds {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")

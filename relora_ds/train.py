@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from relora_ds.config import RecipeError, load_recipe, recipe_names
+from relora_ds.config import RecipeError, load_recipe
+from relora_ds.config.command_line import add_recipe, recipe_of
 from relora_ds.training import exit_codes
 from relora_ds.training.exit_codes import GuardError, Preempted
 from relora_ds.zero.launchers import set_rank
@@ -20,39 +21,32 @@ if TYPE_CHECKING:
     from relora_ds.training.trainer import Trainer
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line: a recipe and its overrides."""
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Return the parser of a command line: a recipe and its overrides."""
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog=program,
         description="Pre-train a language model with ReLoRA on DeepSpeed ZeRO.",
-        epilog="Examples:  deepspeed --num_gpus 2 train.py --config quickstart relora.r=32 train.steps=1000   |   "
-        "torchrun --nproc_per_node 2 train.py --config my.yaml   |   python train.py --config tiny",
+        epilog="Examples:  deepspeed --num_gpus 2 train.py quickstart relora.r=32 train.steps=1000   |   "
+        "torchrun --nproc_per_node 2 train.py --config my.yaml   |   relora train tiny",
     )
-    parser.add_argument(
-        "--config",
-        default="quickstart",
-        metavar="RECIPE",
-        help=f"a YAML file, or a shipped recipe: {', '.join(recipe_names())} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="override any key of the recipe; text is taken as it is",
-    )
+    add_recipe(parser, default="quickstart")
     # The DeepSpeed launcher appends it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None, program: str = "train.py") -> int:
+    """Run the recipe of a command line on this rank; returns the exit code."""
+    parser = parser_of(program)
     arguments, rest = parser.parse_known_intermixed_args(argv)
     unknown = [a for a in rest if a.startswith("-")]
     if unknown:
         parser.error(f"unknown option {unknown[0]}; recipe keys are given as section.key=value")
-    return arguments
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the recipe of a command line on this rank; returns the exit code."""
-    arguments = parse_arguments(argv)
-    return run(arguments.config, arguments.overrides)
+    try:
+        recipe, overrides = recipe_of(arguments)
+    except RecipeError as error:
+        parser.error("; ".join(error.problems))
+    return run(recipe, overrides)
 
 
 def run(config: str, overrides: Sequence[str] = (), hooks: Iterable[Hook] = ()) -> int:

@@ -2,14 +2,8 @@
 
 import argparse
 
-from relora_ds.commands.recipes import (
-    add_recipe,
-    planned_bf16,
-    precision_as_text,
-    recipe_of,
-    require_ranks,
-    rows_as_text,
-)
+from relora_ds.commands.recipes import checked_recipe, planned_bf16, precision_as_text, require_ranks, rows_as_text
+from relora_ds.config.command_line import add_recipe
 
 LINKS = (1, 10, 100)  # Gbit/s
 MANY_EVENTS = 16
@@ -23,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe_name, overrides = recipe_of(arguments)
+    recipe_name, overrides = checked_recipe(arguments)
     require_ranks(arguments.world_size)
     from relora_ds.training.terminal import quieten_libraries
 

@@ -4,14 +4,8 @@ import argparse
 import dataclasses
 import json
 
-from relora_ds.commands.recipes import (
-    add_recipe,
-    planned_bf16,
-    precision_as_text,
-    recipe_of,
-    require_ranks,
-    rows_as_text,
-)
+from relora_ds.commands.recipes import checked_recipe, planned_bf16, precision_as_text, require_ranks, rows_as_text
+from relora_ds.config.command_line import add_recipe
 
 DOUBLE = "nf4 double_quant"  # relora.frozen_double_quant
 
@@ -79,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe_name, overrides = recipe_of(arguments)
+    recipe_name, overrides = checked_recipe(arguments)
     require_ranks(*arguments.world_size)
     require_ranks(arguments.ranks_per_host, option="--ranks-per-host")
     from relora_ds.training.terminal import quieten_libraries

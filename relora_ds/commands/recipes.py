@@ -1,37 +1,19 @@
-"""What `check` and `estimate` have in common: naming a recipe on the command line, its precision, and tables."""
+"""What `check` and `estimate` have in common: the recipe of a command line, its precision, and tables."""
 
 import argparse
 
-from relora_ds.config import load_recipe, recipe_names
+from relora_ds.config import command_line, load_recipe
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """`RECIPE [section.key=value …]`, or `--config RECIPE` as for training."""
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="RECIPE [section.key=value ...]",
-        help=f"a YAML file, or a shipped recipe ({', '.join(recipe_names())}), and overrides of its keys",
-    )
-    parser.add_argument("--config", metavar="RECIPE", help="the recipe, as it is given to train.py")
-
-
-def recipe_of(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+def checked_recipe(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """Return `(recipe, overrides)`, whose values are in order; torch is not imported for that.
 
     Raises:
-        ValueError: there is no recipe, or more than one.
-        RecipeError: every value that is wrong.
+        RecipeError: there is no recipe, or more than one; or every value that is wrong.
     """
-    names = [word for word in arguments.words if "=" not in word] + ([arguments.config] if arguments.config else [])
-    if len(names) != 1:
-        raise ValueError(
-            f"one recipe is wanted, and {', '.join(names) or 'none'} was given; e.g. quickstart, followed "
-            "by overrides such as train.steps=1000"
-        )
-    overrides = [word for word in arguments.words if "=" in word]
-    load_recipe(names[0], overrides)
-    return names[0], overrides
+    name, overrides = command_line.recipe_of(arguments)
+    load_recipe(name, overrides)
+    return name, overrides
 
 
 def require_ranks(*numbers: int | None, option: str = "--world-size") -> None:

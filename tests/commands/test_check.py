@@ -124,9 +124,9 @@ def test_a_tokenizer_on_the_hub_is_not_loaded(capsys):
 
 
 def test_no_recipe_and_two_recipes(capsys):
-    assert check(capsys)[0] == 1
+    assert check(capsys)[0] == 2
     code, text = check(capsys, "tiny", "quickstart")
-    assert code == 1 and "tiny, quickstart" in text
+    assert code == 2 and "tiny and quickstart" in text
 
 
 def test_a_recipe_that_does_not_exist(capsys):

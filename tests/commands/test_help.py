@@ -20,7 +20,7 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["bench", "--help"], ["check", "--help"], ["--version"]], ids=" ".join
+    "arguments", [["--help"], *([name, "--help"] for name in ("bench", "check", "train")), ["--version"]], ids=" ".join
 )
 def test_it_imports_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", HELP, *arguments], capture_output=True, text=True, check=True)
@@ -32,9 +32,10 @@ def test_it_imports_nothing_heavy(arguments):
 )
 def test_it_names_the_command_as_it_was_called(monkeypatch, capsys, program, name):
     monkeypatch.setattr(sys, "argv", [program])
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
+    for command, named in (([], name), (["train"], f"{name} train"), (["check"], f"{name} check")):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {named} [-h]")
 
 
 def test_it_tells_its_version(capsys):

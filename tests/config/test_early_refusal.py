@@ -19,7 +19,7 @@ print(code, sorted(set({heavy!r}) & set(sys.modules)))
 
 @pytest.mark.parametrize(
     "command",
-    [["check", "quickstart"], ["estimate", "quickstart"], ["train", "--config", "quickstart"]],
+    [["check", "quickstart"], ["estimate", "quickstart"], ["train", "quickstart"]],
     ids=lambda command: command[0],
 )
 def test_a_typing_error_costs_no_import_of_torch(command):

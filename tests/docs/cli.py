@@ -2,8 +2,8 @@
 
 import argparse
 import importlib
-from unittest import mock
 
+from relora_ds import train
 from relora_ds.__main__ import COMMANDS
 from relora_ds.config import recipe_names
 from relora_ds.lab.commands.bench import BenchmarkParser
@@ -17,26 +17,11 @@ def markdown() -> str:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command."""
     if name == "train":
-        return _train_parser()
+        return train.parser_of("relora train")
     what, module = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"relora {name}", description=what)
     importlib.import_module(module).add_arguments(parser)
     return parser
-
-
-def _train_parser() -> argparse.ArgumentParser:
-    """Return the parser that relora_ds.train makes for itself."""
-    from relora_ds.train import parse_arguments
-
-    caught = []
-
-    def catch(parser, *_):
-        caught.append(parser)
-        return argparse.Namespace(), []
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_known_intermixed_args", catch):
-        parse_arguments([])
-    return caught[0]
 
 
 def _section(name: str, parser: argparse.ArgumentParser) -> str:
