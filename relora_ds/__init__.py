@@ -12,6 +12,7 @@ _HOMES = {
     "load_run": "relora_ds.interop.loaded_run",
     "ReLoRATrainer": "relora_ds.interop.hf_trainer",
     "ReLoRACallback": "relora_ds.interop.hf_trainer",
+    "Hook": "relora_ds.training.hooks",
 }
 __version__ = "0.2.0"
 __all__ = [*_HOMES, "__version__"]

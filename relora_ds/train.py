@@ -58,7 +58,7 @@ def run(config: str, overrides: Sequence[str] = (), hooks: Iterable[Hook] = ()) 
     Args:
         config: a YAML file, or the name of a shipped recipe.
         overrides: `section.key=value`.
-        hooks: called beside the trainer's own, see `training.hooks.hook.Hook`.
+        hooks: called beside the trainer's own, see `relora_ds.Hook`.
 
     Returns:
         The exit code, see `training.exit_codes`; what went wrong is printed and stands in status.json.

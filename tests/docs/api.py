@@ -55,7 +55,8 @@ def _signature(name: str, thing) -> str:
     if inspect.isclass(thing) and (
         "__init__" not in vars(thing) or any(one.kind is one.VAR_POSITIONAL for one in parameters)
     ):
-        return f"class {name}({thing.__base__.__name__})"  # with the arguments of its base
+        base = f"({thing.__base__.__name__})" if thing.__base__ is not object else ""
+        return f"class {name}{base}"  # with the arguments of its base
     parameters = [one for one in parameters if one.name != "self"]
     shown = [_short(str(one.replace(annotation=_plain(one.annotation)))) for one in parameters]
     if (first := next((i for i, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY), None)) is not None:
@@ -67,7 +68,8 @@ def _signature(name: str, thing) -> str:
 
 
 def _short(parameter: str) -> str:
-    """Return a parameter without the modules of its types; torch's are named as they are imported."""
+    """Return a parameter without the modules and quotes of its types; torch's are named as they are imported."""
+    parameter = re.sub(r": '([^']*)'", r": \1", parameter)
     parameter = parameter.replace("torch.nn.modules.module.", "torch.nn.")
     return re.sub(r"\b(?:relora_ds(?:\.\w+)*|typing|collections\.abc|pathlib)\.(?=[A-Z])", "", parameter)
 

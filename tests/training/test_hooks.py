@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from relora_ds import train
+from relora_ds import Hook, train
 from relora_ds.config import RecipeError
 from relora_ds.training import exit_codes
-from relora_ds.training.hooks import Hook
 from relora_ds.training.hooks.hook import EVENTS
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
@@ -86,7 +85,7 @@ class Misspelt(Hook):
 @pytest.mark.parametrize(
     ("hook", "words"),
     [
-        ("console", "hooks: 'console' is no hook; pass an instance of a subclass of relora_ds.training.hooks.Hook"),
+        ("console", "hooks: 'console' is no hook; pass an instance of a subclass of relora_ds.Hook"),
         (Listener, "hooks: Listener is a class; pass an instance, Listener()"),
         (Misspelt(), r"hooks: Misspelt.on_evaluation is no event \(did you mean on_eval.*; the events are on_start, "),
     ],

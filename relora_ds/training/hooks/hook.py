@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class Hook:
     """Something that happens beside training. Subclass it, and override the events that you need:
 
-        class Shout(Hook):
+        import relora_ds.train
+
+        class Shout(relora_ds.Hook):
             def on_restart(self, run, report):
                 print(f"restart {report.restarts} after step {run.step}")
 
@@ -96,7 +98,7 @@ def _problems(hook: object) -> list[str]:
     if isinstance(hook, type) and issubclass(hook, Hook):
         return [f"hooks: {hook.__name__} is a class; pass an instance, {hook.__name__}()"]
     if not isinstance(hook, Hook):
-        return [f"hooks: {hook!r} is no hook; pass an instance of a subclass of relora_ds.training.hooks.Hook"]
+        return [f"hooks: {hook!r} is no hook; pass an instance of a subclass of relora_ds.Hook"]
     known = ", ".join(EVENTS)
     return [
         f"hooks: {type(hook).__name__}.{name} is no event{nearest(name, EVENTS)}; the events are {known}"
