@@ -186,4 +186,5 @@ def test_a_run_is_loaded(checkout):
     """As docs/guides/export.md does; the README's quickstart has been run before."""
     (block,) = fenced(DOCS / "guides/export.md", "python")
     (checkout / "load.py").write_text(block)
-    assert float(run("python load.py", checkout)) > 0
+    said = run("python load.py", checkout)  # DeepSpeed may warn of the device
+    assert float(said.splitlines()[-1]) > 0
