@@ -34,36 +34,36 @@ class ReLoRAParameter(LowRankLayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return `W + s·B·A`, of the shape of the plain parameter, and `x`.
 
-        x: any input of what reads the sum. It is passed through for ZeRO-3, which frees the weights that it gathered
-            for a module's backward once backward has come to the module's inputs.
+        x: the input of what reads the sum, for ZeRO-3 alone: it frees the weights that it gathered for a module's
+            backward when backward has come to the module's inputs, so the module needs one that is used afterwards.
         """
         dense = None
         if self.weight is not None:
             dense = self.format.dequantize(self.weight, self.weight_shape, self.lora_A.dtype)
-        return _Sum.apply(x, dense, self.lora_A, self.lora_B, self.scaling, self.transposed, self.decay)
+        return _Sum.apply(dense, self.lora_A, self.lora_B, self.scaling, self.transposed, self.decay), x
 
 
 class _Sum(torch.autograd.Function):
-    """Autograd node of `ρ·W + s·B·A` (transposed: `ρ·W + s·AᵀBᵀ`) beside an `x` that stays as it is."""
+    """Autograd node of `ρ·W + s·B·A` (transposed: `ρ·W + s·AᵀBᵀ`)."""
 
     @staticmethod
-    def forward(ctx, x, dense, lora_A, lora_B, scaling, transposed, decay):
+    def forward(ctx, dense, lora_A, lora_B, scaling, transposed, decay):
         ctx.save_for_backward(lora_A, lora_B)
         ctx.scaling, ctx.transposed = scaling, transposed
         first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
         if dense is None:
-            return (first @ second).mul_(scaling), x
+            return (first @ second).mul_(scaling)
         added = torch.addmm if dense.ndim == 2 else torch.baddbmm
-        return added(dense, first, second, alpha=scaling, beta=1.0 if decay is None else float(decay)), x
+        return added(dense, first, second, alpha=scaling, beta=1.0 if decay is None else float(decay))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, grad_x):
+    def backward(ctx, grad):
         lora_A, lora_B = ctx.saved_tensors
         grad = grad.mT if ctx.transposed else grad
-        grad_A = (lora_B.mT @ grad).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
-        grad_B = (grad @ lora_A.mT).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
-        return grad_x, None, grad_A, grad_B, None, None, None
+        grad_A = (lora_B.mT @ grad).mul_(ctx.scaling) if ctx.needs_input_grad[1] else None
+        grad_B = (grad @ lora_A.mT).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
+        return None, grad_A, grad_B, None, None, None
 
 
 def install(module: nn.Module, leaf: str, layer: ReLoRAParameter) -> None:
