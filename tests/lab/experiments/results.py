@@ -2,7 +2,8 @@
 
 A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, one with few columns between
 `<!-- short SCALE SUITE -->` and its end. It has the rows whose recipes are what the shipped recipes say today: a recipe
-that changes takes its rows from the pages until they are trained again.
+that changes takes its rows from the pages until they are trained again. The variants of `levers` stand between
+`<!-- levers -->` and its end.
 """
 
 import re
@@ -14,10 +15,12 @@ from relora_ds.lab.experiments import suite_report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
 from relora_ds.utils.text import human_count
+from tests.lab.experiments.levers import results as levers
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
 PAGES = (ROOT / "docs" / "results" / "training.md", ROOT / "README.md")
+LEVERS = re.compile(r"^<!-- levers -->\n.*?^<!-- end of levers -->$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -57,7 +60,8 @@ def filled(text: str) -> str:
         name = f"{found[1] or ''}{found[2]} {found[3]}"
         return f"<!-- {name} -->\n\n{(short if found[1] else block)(found[2], found[3])}\n\n<!-- end of {name} -->"
 
-    return TABLE.sub(fill, text)
+    text = TABLE.sub(fill, text)
+    return LEVERS.sub(f"<!-- levers -->\n\n{levers.table()}\n\n<!-- end of levers -->", text)
 
 
 if __name__ == "__main__":
