@@ -1,5 +1,6 @@
 """`log.to`: every logger gets the numbers of metrics.jsonl, none of them can stop a run, and only rank 0 writes."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -11,8 +12,12 @@ import pytest
 
 from relora_ds.config import LogConfig, Recipe, RecipeError, load_recipe
 from relora_ds.training import run_contents
+from relora_ds.training.hooks import Hook
 from relora_ds.training.hooks.loggers import LOGGERS, loggers_of
 from relora_ds.training.metrics_log import MetricsLog, scalars_of
+from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
+from relora_ds.zero.teardown import release
 from tests.ranks import ranks
 from tests.training.runs import lines, status, train
 
@@ -206,3 +211,44 @@ def test_only_rank_0_logs_and_a_run_needs_none_of_them(tmp_path):
     assert ranks(2).run(train_with_loggers, overrides) == [True, False]
     assert status(tmp_path / "run")["state"] == "done" and len(lines(tmp_path / "run", "train")) == 12
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+class Mistake(Hook):
+    """Fails on every rank in the middle of a run."""
+
+    def on_step(self, run, step):
+        if run.step == 6:
+            raise KeyError("a mistake of the user")
+
+
+def calls_of_packages(overrides: list[str], fails: bool) -> list[str]:
+    """On a rank: train, to the end or not; returns the packages' starts and finishes of runs."""
+    calls = []
+
+    def package(name: str) -> types.SimpleNamespace:
+        def init(*_, **__) -> FakeRun:
+            calls.append(f"{name}.init")
+            run = FakeRun()
+            run.finish = lambda: calls.append(f"{name}.finish")
+            run.log = lambda values, step=None: None
+            return run
+
+        return types.SimpleNamespace(init=init, Settings=dict)
+
+    trainer = Trainer(check("tiny", overrides), [Mistake()] if fails else [])
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyError):
+        patch.setenv("TRACKIO_DIR", "")  # the logger sets it
+        for name in ("wandb", "trackio"):
+            patch.setitem(sys.modules, name, package(name))
+        trainer.fit()
+    if fails:
+        release(trainer.run.engine)
+    return calls
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_rank_0_finishes_each_logger_once_however_the_run_ends(tmp_path, fails):
+    overrides = [f"run_dir={tmp_path / 'run'}", *SETTINGS, "log.to=[wandb,trackio]"]
+    first, second = ranks(2).run(calls_of_packages, overrides, fails)
+    assert first == ["wandb.init", "trackio.init", "wandb.finish", "trackio.finish"] and second == []
+    assert len(lines(tmp_path / "run", "train")) == (6 if fails else 12)
