@@ -8,7 +8,7 @@ prints; the work itself is in the other rooms. ValueError and OSError become one
 # name -> what it does, one line. `train` is relora_ds/train.py; `relora_ds.lab.commands` has more.
 COMMANDS = {
     "train": "train a recipe; the same as train.py",
-    "check": "resolve a recipe without training: its calendar, T, memory and bytes per step",
+    "check": "resolve a recipe without training: its calendar, trainable parameters, memory and bytes per step",
     "estimate": "memory and bytes per GPU of a recipe, and memory per host, by ZeRO stage and world size",
     "doctor": "versions, devices and backends of this machine; --link measures the link between the ranks",
     "prepare": "tokenize a recipe's corpus into a directory that other machines can train from",

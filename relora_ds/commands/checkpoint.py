@@ -18,7 +18,7 @@ ACTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(f"{name:<8}{what}" for name, what in ACTIONS.items())
-    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("--keep-last", type=int, metavar="N", help="prune: how many of the newest stay (at least 1)")
     parser.add_argument("--keep-every", type=int, metavar="STEPS", help="prune: those at its multiples stay")

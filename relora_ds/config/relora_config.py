@@ -65,11 +65,12 @@ class ReLoRAConfig:
     """What A becomes at a restart: `kaiming` noise (the paper's), a `random` orthonormal basis, or `gradient`, a basis
     of the dominant row space of W's gradient in the step before."""
     gradient_estimate: GradientEstimate = "sketch"
-    """What restart_init `gradient` looks at: a random `sketch` of the gradient; `warm_sketch`, along the directions of
-    B's first moment and a few random ones; or the `exact` gradient, gathered layer by layer in host memory."""
+    """From what `restart_init: gradient` computes the basis: a random `sketch` of the gradient; `warm_sketch`, along
+    the directions of B's first moment and a few random ones; or the `exact` gradient, gathered layer by layer in host
+    memory."""
     product: Product = "auto"
     """How a linear multiplies: `separate` with W, and with A and B beside it; `folded` with `W + s·B·A`, formed anew in
-    forward and in backward; `auto` = folded from as many tokens in a micro-batch on as make that faster."""
+    forward and in backward; `auto` = folded where a micro-batch has enough tokens to make that faster."""
     frozen_dtype: FrozenDtype = "auto"
     """How W is stored; `auto` = the precision of the run."""
     frozen_double_quant: bool = False

@@ -50,7 +50,7 @@ class ModelConfig:
     name_or_path: Annotated[str | None, FilePath()] = None
     """A model of the Hugging Face hub, a directory, or the JSON file of a configuration."""
     init: Literal["random", "pretrained"] = "random"
-    """What the weights begin as: random, or those of `name_or_path`."""
+    """First weights: random, or those of `name_or_path`."""
     attn_implementation: Attention | str = "sdpa"
     """The implementation of attention in transformers, or `org/name` of a kernel on the hub."""
     use_liger_kernel: bool = False
@@ -68,7 +68,7 @@ class LoRAConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How much. Exactly one of steps/tokens and exactly one of batch_sequences/batch_tokens."""
+    """Length and batch. Exactly one of `steps` and `tokens`, and one of `batch_sequences` and `batch_tokens`."""
 
     steps: Annotated[int | None, Integer(1, example=8)] = None
     """Optimizer steps of the whole run, warm start included."""
@@ -98,12 +98,12 @@ class OptimConfig:
     warm_start_warmup_steps: Annotated[int | None, Integer(0, example=500)] = None
     """Steps of the warm start's warm-up; null = `warmup_steps`."""
     schedule: Schedule = "cosine"
-    """The curve after the warm-up, below which every restart ramps: `cosine` and `linear` fall to `min_lr_ratio` at
-    the end, `wsd` (warm-up, stable, decay) stays at the peak and falls linearly over the last `decay_steps`, `constant`
-    stays at the peak. The warm start's curve spans the whole run and is cut at the transition: under `wsd` it has no
-    decay."""
+    """The curve after the warm-up, to which the learning rate climbs again after every restart: `cosine` and `linear`
+    fall to `min_lr_ratio` at the end, `wsd` (warm-up, stable, decay) stays at the peak and falls linearly over the last
+    `decay_steps`, `constant` stays at the peak. The warm start's curve spans the whole run and is cut at the
+    transition: under `wsd` it has no decay."""
     decay_steps: Annotated[int | None, Integer(1, example=500)] = None
-    """Steps of the decay at the end of `wsd`, after the last restart's ramp; null = a tenth of the last phase."""
+    """Steps of the decay at the end of `wsd`, after the last restart's warm-up; null = a tenth of the last phase."""
     min_lr_ratio: Annotated[float, Number("inside [0, 1]")] = 0.1
     """Where the curve ends, as a part of the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -115,8 +115,8 @@ class OptimConfig:
     whole: B decays, and so does the frozen W, through a factor that forward reads and a restart merges. A does not."""
     max_grad_norm: Annotated[float, Number("0 (no clipping) or more")] = 1.0
     """Clip the gradient's norm to this; 0 = no clipping. It is the norm over all that trains: low-rank factors,
-    embeddings, head and norms. Of B it is that of `s·G·Aᵀ`, G being W's gradient, so values that suit full rank mean
-    something else here."""
+    embeddings, head and norms. B's gradient is `s·G·Aᵀ`, where G is W's, so a value that suits full rank does not carry
+    over."""
 
 
 @dataclass(kw_only=True)
@@ -124,10 +124,10 @@ class DataConfig:
     """Corpus and tokenizer."""
 
     source: Annotated[DataSource | str, FilePath()] = "wikitext2"
-    """`wikitext2`, `pydocs` and `gutenberg` need nothing else; `c4` is streamed until `max_tokens`, from the hub or
-    from shards in the directory `path`; `text` reads `path`; `pretokenized` trains from the directory `path` that
-    `relora prepare` wrote, with the tokenizer inside. Anything with a slash is what
-    `datasets.load_dataset` takes: streamed with `max_tokens`, loaded without."""
+    """The corpus. `wikitext2`, `pydocs` and `gutenberg` need nothing else; `c4` is streamed until `max_tokens`, from
+    the hub or from shards in the directory `path`; `text` reads `path`; `pretokenized` trains from the directory `path`
+    that `relora prepare` wrote, with the tokenizer inside. Anything with a slash is what `datasets.load_dataset` takes:
+    streamed with `max_tokens`, loaded without."""
     path: Annotated[str | None, FilePath()] = None
     """For `text`: a file, directory or glob of text (one document per file), JSON lines or parquet (one per record).
     For `c4` and `pretokenized`: a directory."""
@@ -141,7 +141,7 @@ class DataConfig:
     """A path, or the fraction of the documents to hold out; null = the corpus' own validation split, else 0.05. Of a
     stream it is bounded too, by a twentieth of `max_tokens` and 10 M tokens."""
     max_tokens: Annotated[int | None, Integer(1, most=MAX_TOKENS, example=1_000_000)] = None
-    """Training tokens to stop reading the corpus at; null = all of it."""
+    """Training tokens after which no more of the corpus is read; null = all of it."""
     tokenizer: Annotated[str | None, FilePath()] = None
     """A tokenizer of the hub or a directory; null = train a sentencepiece BPE on the corpus."""
     vocab_size: Annotated[int, Integer(1, most=MAX_VOCABULARY)] = 8192
@@ -158,17 +158,17 @@ class DataConfig:
 class EvalConfig:
     """When the validation loss is computed, and how many texts the network writes each time.
 
-    There is always an evaluation at the end of each phase (so also of the run), and one at the end of each cycle,
-    directly after its restart, that had none.
+    There is always an evaluation at the end of each phase, so also of the run. A cycle without one has it directly
+    after its restart.
     """
 
     every: Annotated[int | None, Integer(1, example=500)] = None
     """Steps between evaluations beside these; null = only these."""
     max_tokens: Annotated[int | None, Integer(2, most=MAX_TOKENS, example=1_000_000)] = None
-    """Validation tokens, about, of an evaluation within a phase, spread over the split; null = all. Those at a phase's
-    end take all."""
+    """About how many validation tokens an evaluation within a phase takes, spread over the split; null = all. An
+    evaluation at a phase's end takes all."""
     samples: Annotated[int, Integer(0, most=1000)] = 1
-    """Continuations of the beginnings of so many validation documents to show with each evaluation."""
+    """Number of validation documents whose beginnings the network continues, shown with each evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -180,7 +180,7 @@ class CheckpointConfig:
     keep_last: Annotated[int, Integer(1)] = 2
     """Newest checkpoints to keep."""
     keep_every: Annotated[int | None, Integer(1, example=5000)] = None
-    """Never delete checkpoints at multiples of so many steps; null = all but the newest go."""
+    """Checkpoints at multiples of this number of steps are never deleted; null = only the newest are kept."""
 
 
 @dataclass(kw_only=True)
@@ -195,24 +195,25 @@ class LogConfig:
 
 @dataclass(kw_only=True)
 class GuardConfig:
-    """When the run gives up, or goes back."""
+    """When the run stops by itself, or goes back to a checkpoint."""
 
     max_bad_steps: Annotated[int, Integer(1)] = 10
-    """Consecutive non-finite steps before the run gives up."""
+    """Consecutive non-finite steps after which the run stops."""
     watchdog_seconds: Annotated[int, Integer(1)] = 1800
-    """Seconds without a step before the run is called stuck."""
+    """Seconds without a step after which the run is stopped as hanging."""
     spike_zscore: Annotated[float, Number("above 0")] = 8.0
     """Robust standard deviations above the median of the last losses that make a loss spike."""
     on_spike: Literal["report", "skip", "rollback"] = "report"
-    """Report a spike only, do not apply the step, or go back to the newest checkpoint and on with later data."""
+    """Report a spike only, skip the step, or go back to the newest checkpoint and continue with later data."""
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """One run."""
+    """Keys without a section."""
 
     method: Annotated[str, OneOf(lambda: METHODS)] = "relora"
-    """How the network is trained."""
+    """How the network is trained: at full rank (`full`), by a smaller network of as many parameters as `relora` would
+    train (`control`), or by low-rank updates (`lora`, `relora`, `galore`)."""
     seed: Annotated[int, Integer(0, most=2**64 - 1)] = 0
     """Decides the initial weights, the order of the data and what A becomes at restarts."""
     run_dir: Annotated[str | None, FilePath()] = None
@@ -233,10 +234,9 @@ class Recipe:
     warm_start_steps: Annotated[int, Integer(0)] = 0
     """Steps of the warm start before the low-rank phase."""
     warm_start_method: Annotated[str, OneOf(lambda: METHODS)] = "full"
-    """How the warm start trains. By a low-rank method, no step of the run holds Adam's state of every weight; what
-    stands in `relora` is then read by both phases, but for the values that the method's name itself stands for
-    (`galore`: its basis, and a restart every 200 steps).
-    `lora` trains on the initial weights. The updates are merged when the warm start ends."""
+    """How the warm start trains. With a low-rank method no step of the run holds Adam's state of every weight. Both
+    phases then read section `relora`, except for the values that the method itself sets (`galore`: its basis, and a
+    restart every 200 steps). `lora` trains on the initial weights. The updates are merged when the warm start ends."""
     carry_moments: bool = False
     """Take Adam's moments of what trains in both phases over from the warm start, by name: those of embeddings, head
     and norms. Low-rank factors begin anew."""

@@ -18,7 +18,7 @@ TRAINER_STATE = "trainer_state.json"  # the Hugging Face Trainer's, in each of i
 
 
 def load_run(path: str | Path, checkpoint: str | None = None, *, trust_remote_code: bool = False) -> "Run":
-    """Open what a training left behind. Nothing is loaded yet.
+    """Open a run, a checkpoint or an exported model. Nothing is loaded yet.
 
     Args:
         path: a run directory of the trainer, one of its checkpoints or its export; a directory that
@@ -29,7 +29,8 @@ def load_run(path: str | Path, checkpoint: str | None = None, *, trust_remote_co
         trust_remote_code: whether code that comes with a model may run.
 
     Returns:
-        A `Run`: `.merged()`, `.tokenizer()`, `.recipe`, `.metrics`, `.summary`, `.status`, `.step`.
+        A `Run`. `.merged()` and `.tokenizer()` load the transformers objects, on the CPU. `.recipe`, `.metrics`,
+        `.summary` and `.status` read the files of a run directory; `.step` is the step of the weights.
 
     Raises:
         ValueError: there is none of them at `path`, or no such checkpoint.

@@ -60,12 +60,12 @@ class RunState:
 
     Attributes:
         plan: the checked recipe and its data.
-        hooks: in the order in which they hear of an event.
+        hooks: all hooks, in the order in which they are called.
         totals: steps, tokens, seconds and bytes so far.
         resumed: the checkpoint that this phase was resumed from, also after a rollback; None if it began anew.
         loader, losses: set when the run directory is open (`Hook.on_begin`).
         phase, engine, clock, flops_per_token: set when a phase begins (`Hook.on_phase`).
-        step_bytes: of the newest step.
+        step_bytes: bytes of the newest step.
         history: (step, phase, Evaluation) of all evaluations.
     """
 

@@ -17,11 +17,11 @@ class Step:
 
     Attributes:
         loss: of this rank, nats per token, `[]` fp64 on the device; to read it is to wait for the device.
-        lr: learning rate that it was taken with.
-        applied: False where no rank applied it: a loss or gradient was not finite, or a spike was refused.
-        spike: for which it was refused.
+        lr: learning rate of the step.
+        applied: whether the ranks applied it; none does where a loss or gradient is not finite, or a spike is refused.
+        spike: the loss spike for which the step was refused; None without one.
         restarted: whether a restart followed it.
-        figures: what metrics.jsonl has of it; None for a step that is not logged.
+        figures: the fields of metrics.jsonl; None for a step that is not logged.
     """
 
     loss: Tensor

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 
 from relora_ds import train
 from relora_ds.__main__ import COMMANDS
@@ -44,8 +45,15 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
 
 def _usage(name: str, parser: argparse.ArgumentParser) -> str:
     """Return the usage in one line; argparse's own differs between versions of Python."""
-    positionals = [str(one.metavar or one.dest) for one in parser._actions if not one.option_strings]
+    positionals = [_positional(one) for one in parser._actions if not one.option_strings]
     return f"```text\n{' '.join(['relora', name, '[options]', *positionals])}\n```"
+
+
+def _positional(action: argparse.Action) -> str:
+    name = str(action.metavar or action.dest)
+    if "..." in name:
+        return name
+    return {"*": f"[{name} ...]", "+": f"{name} ..."}.get(str(action.nargs), name)
 
 
 def _options(parser: argparse.ArgumentParser) -> str:
@@ -60,7 +68,10 @@ def _options(parser: argparse.ArgumentParser) -> str:
 
 def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     text = parser._get_formatter()._expand_help(action) if action.help else ""
-    choices = f"one of {', '.join(f'`{choice}`' for choice in action.choices)}" if action.choices else ""
+    choices = ""
+    about, _, _ = text.partition("(default")
+    if action.choices and not all(re.search(rf"\b{re.escape(str(choice))}\b", about) for choice in action.choices):
+        choices = f"one of {', '.join(f'`{choice}`' for choice in action.choices)}"
     default = ""
     if action.default not in (None, False, argparse.SUPPRESS, []) and "default" not in text:
         shown = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default

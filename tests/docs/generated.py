@@ -16,23 +16,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PURPOSES = {
-    "test": "`launch_scripts/test.sh`",
-    "lint": "`ruff`, `codespell` and `mypy` alone",
-    "docs": "this site",
+PURPOSES = {  # in the order of the table: those that a run needs first
     "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
     "peft": "baselines of `relora bench`, loading of PEFT exports",
     "quantization": "`relora.frozen_dtype=nf4`, `optim.name=adamw_8bit`",
     "liger": "`model.use_liger_kernel=true`",
     "loggers": "`log.to`, see [Metrics, loggers, hooks](logging.md)",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
+    "docs": "this site",
+    "lint": "`ruff`, `codespell` and `mypy` alone",
+    "test": "`launch_scripts/test.sh`",
 }
 
 
 def extras() -> str:
     """Return the table of the extras."""
     rows = ["| extra | brings | for |", "|---|---|---|"]
-    for name, requirements in extras_of_setup().items():
+    for name, requirements in sorted(extras_of_setup().items(), key=lambda item: [*PURPOSES].index(item[0])):
         brings = ", ".join(f"`{re.split('[<>=; ]', one)[0]}`" for one in requirements)
         rows.append(f"| `pip install '.[{name}]'` | {brings} | {PURPOSES[name]} |")
     return "\n".join(rows)
@@ -107,7 +107,10 @@ def arguments() -> str:
         entries = api.entries(kind, "Attributes")
         entries |= {key: inspect.getdoc(value) for key, value in vars(kind).items() if isinstance(value, property)}
         lines += [f"| `{name}` | |", "|---|---|"]
-        lines += [f"| {', '.join(f'`{one}`' for one in key.split(', '))} | {about} |" for key, about in entries.items()]
+        lines += [
+            f"| {', '.join(f'`{one}`' for one in key.split(', '))} | {about[0].lower()}{about[1:]} |"
+            for key, about in entries.items()
+        ]
         lines.append("")
     return "\n".join(lines[:-1])
 

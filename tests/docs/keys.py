@@ -9,6 +9,22 @@ from functools import cache
 from relora_ds.config import Recipe, rules, spelling
 from relora_ds.config.fields import Field, fields_of
 
+# section -> the page that explains it
+EXPLAINED = {
+    "": "[Training a recipe](../guides/train.md)",
+    "model": "[Models](../guides/models.md)",
+    "relora": "[ReLoRA](../concepts/relora.md), [Restart](../concepts/restart.md), [Memory](../guides/memory.md)",
+    "lora": "[Methods](../guides/train.md#methods)",
+    "train": "[Shipped recipes](recipes.md)",
+    "optim": "[Phases of a run](../concepts/relora.md#phases-of-a-run), "
+    "[Weight decay and clipping](../concepts/restart.md#weight-decay-and-clipping)",
+    "data": "[Data](../guides/data.md)",
+    "eval": "[Metrics](run_directory.md#eval)",
+    "checkpoint": "[Resume](../guides/resume.md), [Checkpoints](../concepts/checkpoints.md)",
+    "log": "[Metrics, loggers, hooks](../guides/logging.md)",
+    "guard": "[Fault tolerance](../guides/faults.md)",
+}
+
 
 def markdown() -> str:
     """Return a table of the keys of every section, the recipe's own first."""
@@ -44,7 +60,7 @@ def _section(name: str, kind: type) -> str:
             rows.append(f"| `{field.key}` | {_value(field)} | `{_default(field.default)}` | {meaning} |")
     title = f"## {name}" if name else "## Top level"
     about = inspect.cleandoc(kind.__doc__).split("\n\nRaises:")[0]
-    return f"{title}\n\n{about}\n\n" + "\n".join(rows)
+    return f"{title}\n\n{about} See {EXPLAINED[name]}.\n\n" + "\n".join(rows)
 
 
 def _value(field: Field) -> str:

@@ -1,5 +1,7 @@
 """What the code decides stands in the documentation as the code says it."""
 
+import re
+
 import pytest
 
 from tests.docs import generated, keys
@@ -10,6 +12,29 @@ from tests.docs.pages import DOCS
 def test_the_generated_parts_are_those_of_the_code(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     assert generated.filled(page) == text, f"docs/{page} is stale: python -m tests.docs.generated"
+
+
+def test_every_argument_has_a_meaning():
+    """A cell with a default alone does not say what it is the default of."""
+    text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if re.search(r"\| (\(default|one of|default:|\|$)", line)] == []
+
+
+def test_an_argument_that_may_be_left_out_or_repeated_is_shown_so():
+    text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
+    for usage in (
+        "doctor [options] [section.key=value ...]",
+        "plot [options] RUN ...",
+        "export [options] RUN_OR_CHECKPOINT DIR",
+    ):
+        assert f"\nrelora {usage}\n" in text, usage
+
+
+def test_every_section_of_keys_leads_to_the_page_that_explains_it():
+    text = (DOCS / "reference/recipe.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert len(sections) == len(keys.EXPLAINED)
+    assert [one.partition("\n")[0] for one in sections if not re.search(r"See \[", one)] == []
 
 
 def test_every_key_has_an_entry():

@@ -23,7 +23,9 @@ FORMATS = ("ours, bf16", "ours, int8", "ours, fp8", "ours, nf4", "ours, nf4 doub
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="llama_60m", help="the network's shape (default: %(default)s)")
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=range(4),
         default=[0, 1, 2, 3],
         metavar="STAGE",
-        help="(default: 0 1 2 3)",
+        help="ZeRO stages (default: 0 1 2 3)",
     )
     parser.add_argument(
         "--accumulation", nargs="+", type=int, default=[1, 4], metavar="N", help="micro-steps in a step (default: 1 4)"

@@ -18,7 +18,9 @@ from relora_ds.lab.bench.environment import rows_as_markdown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="llama_130m", help="the network's shape (default: %(default)s)")
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], default="bf16", help="of the run (default: %(default)s)"
     )

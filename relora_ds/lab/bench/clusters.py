@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shapes, with the batch of llama_1b_relora (default: llama_1b_aligned llama_7b)",
     )
     parser.add_argument(
-        "--gpus", type=int, nargs="+", default=[8, 64, 512, 4096], metavar="N", help="(default: 8 64 512 4096)"
+        "--gpus",
+        type=int,
+        nargs="+",
+        default=[8, 64, 512, 4096],
+        metavar="N",
+        help="numbers of GPUs (default: 8 64 512 4096)",
     )
     parser.add_argument(
         "--network",
@@ -39,9 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GBIT",
         help="Gbit/s that a host sends (default: 10 25 100 400)",
     )
-    parser.add_argument("--network-latency", type=float, default=20, metavar="US", help="(default: %(default)s)")
-    parser.add_argument("--inside", type=float, default=2400, metavar="GBIT", help="(default: %(default)s)")
-    parser.add_argument("--inside-latency", type=float, default=5, metavar="US", help="(default: %(default)s)")
+    parser.add_argument(
+        "--network-latency",
+        type=float,
+        default=20,
+        metavar="US",
+        help="microseconds from one host to the next (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inside",
+        type=float,
+        default=2400,
+        metavar="GBIT",
+        help="Gbit/s that a GPU sends to its neighbour in the host (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inside-latency", type=float, default=5, metavar="US", help="microseconds between them (default: %(default)s)"
+    )
     parser.add_argument(
         "--tflops",
         type=float,

@@ -33,9 +33,13 @@ FP32 = 4  # bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="llama_130m", help="the network's shape (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the run (default: %(default)s)"
+    )
     parser.add_argument(
         "--stages",
         nargs="+",

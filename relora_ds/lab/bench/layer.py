@@ -39,7 +39,12 @@ FROZEN_DTYPES = ("auto", "fp32", "bf16", "int8", "fp8", "nf4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to measure",
+    )
     parser.add_argument(
         "--precision",
         nargs="+",

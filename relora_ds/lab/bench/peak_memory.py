@@ -35,7 +35,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="llama_130m", help="the network's shape (default: %(default)s)")
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
     parser.add_argument(
         "--micro-batch-size", type=int, default=2, metavar="N", help="sequences in a step (default: %(default)s)"
     )
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default here: %(default)s)",
+        help="where to measure (default here: %(default)s)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
     parser.add_argument(

@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="the sum of all updates, relative to W (default: 0.01 0.03 0.1 0.3)",
     )
-    parser.add_argument("--restarts", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--restarts", type=int, default=20, metavar="N", help="merges (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=512, metavar="N", help="sides of W (default: %(default)s)")
     parser.add_argument("--r", type=int, default=32, metavar="R", help="rank of an update (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all values (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict:

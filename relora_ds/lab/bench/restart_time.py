@@ -59,9 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of ZeRO (default: 0 1 3)",
     )
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
     parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=4, metavar="N", help="sequences of a forward (default: %(default)s)"
+    )
     parser.add_argument(
         "--tokens-per-step",
         type=int,
@@ -69,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the batch that a pause is compared with, over all ranks (default: %(default)s, the paper's at 60M)",
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16", help="of the run (default: %(default)s)"
+    )
     parser.add_argument("--restarts", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument(
         "--ranks",

@@ -29,8 +29,10 @@ STAGES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="tiny", metavar="RECIPE", help="(default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--config", default="tiny", metavar="RECIPE", help="a YAML file, or a shipped recipe (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of ranks (default: %(default)s)")
     parser.add_argument(
         "--repeats",
         type=int,

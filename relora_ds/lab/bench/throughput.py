@@ -62,12 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the network's shape; also wide_2, two layers of width 2048 (default: %(default)s)",
     )
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
     parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of a row (default: %(default)s)")
     parser.add_argument(
         "--micro-batch-size", type=int, nargs="+", default=[4], metavar="N", help="sizes to try (default: 4)"
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16", help="of the run (default: %(default)s)"
+    )
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO (default: %(default)s)")
     parser.add_argument(
         "--variants",

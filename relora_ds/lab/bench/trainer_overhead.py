@@ -59,7 +59,12 @@ class TakingTurns(Hook):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="quickstart", metavar="RECIPE", help="(default: %(default)s)")
+    parser.add_argument(
+        "--config",
+        default="quickstart",
+        metavar="RECIPE",
+        help="a YAML file, or a shipped recipe (default: %(default)s)",
+    )
     parser.add_argument("--blocks", type=int, default=9, metavar="N", help="of each kind (default: %(default)s)")
     parser.add_argument(
         "--ranks",

@@ -61,15 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(map(repr, VARIANTS))} (default: those without a storage format)",
     )
     parser.add_argument("--r", type=int, default=64, help="rank of the updates (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="tokens of the vocabulary (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=1, metavar="N", help="sequences of a forward (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=64, metavar="N", help="tokens of a sequence (default: %(default)s)"
+    )
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO (default: %(default)s)")
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="(default: %(default)s: CPUs without units for bf16 would compute full rank slowly)",
+        help="of the run (default: %(default)s: CPUs without units for bf16 would compute full rank slowly)",
     )
     parser.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="medians are of so many steps (default: %(default)s)"

@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SUITE [section.key=value ...]",
         help=f"of {', '.join(suite_names())}; and overrides for all runs, such as checkpoint.every=500",
     )
-    parser.add_argument("--scale", choices=SCALES, default="tiny", help="(default: %(default)s)")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="tiny",
+        help="tokens and networks of the suites: for two CPU cores, one GPU or eight (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each row (default: the suite's)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument(

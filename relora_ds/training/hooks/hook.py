@@ -36,13 +36,13 @@ class Hook:
     """
 
     def on_start(self, run: RunState) -> None:
-        """Handle the meeting of the ranks. Nothing is written yet, and the run may still be refused."""
+        """Act when all ranks have met. Nothing is written yet, and the run may still be refused."""
 
     def on_begin(self, run: RunState) -> None:
-        """Handle the opening of the run directory; `run.resumed` is the checkpoint. Again after a rollback."""
+        """Act when the run directory is open; `run.resumed` is the checkpoint. Called again after a rollback."""
 
     def on_phase(self, run: RunState) -> None:
-        """Handle the begin of a phase, or its resume: `run.phase` and `run.engine` are new."""
+        """Act when a phase begins or is resumed: `run.phase` and `run.engine` are new."""
 
     def around_step(self, run: RunState) -> AbstractContextManager[object]:
         """Return a context in which a step is taken: forward, backward, optimizer, restart."""
@@ -70,10 +70,10 @@ class Hook:
         """
 
     def on_phase_end(self, run: RunState) -> None:
-        """Handle the end of a phase, or a rollback: `run.engine` is about to be released."""
+        """Act before `run.engine` is released, at the end of a phase or a rollback."""
 
     def on_end(self, run: RunState, summary: dict[str, Any]) -> None:
-        """Handle the end of a complete run: the model is exported."""
+        """Act when the run is complete and the model exported."""
 
     def close(self, run: RunState) -> None:
         """Free what the hook holds. Called last, once, whatever has happened."""
