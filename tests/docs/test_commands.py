@@ -28,7 +28,10 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
 NAVIGATION = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Loader)["nav"]
 (GUIDES,) = (section["Guides"] for section in NAVIGATION if "Guides" in section)
-READ = [README, *(DOCS / path for guide in GUIDES for path in guide.values())]
+READ = [
+    README,
+    *(DOCS / path for group in GUIDES for pages in group.values() for page in pages for path in page.values()),
+]
 
 # A command of ours at the beginning of a line, after launchers and variables: its name and the rest.
 CALL = re.compile(r"^(?: {4})?(?:[\w=/.-]+ )*?(?:-m relora_ds|--module relora_ds|relora) (\w+) ?(.*)$", re.MULTILINE)
@@ -52,6 +55,7 @@ SMALLER = [
 # What cannot run here, and the test that runs the same script.
 ELSEWHERE = {
     "pip install": "tests/test_new_user.py",
+    "deepspeed --num_gpus 8 my_loop.py": "tests/docs/test_commands.py",  # test_the_loop_of_your_own_runs
     "bash launch_scripts/multi_node.sh": "tests/launch/test_two_nodes.py",
     "sbatch": "tests/launch/test_slurm.py",
     "tensorboard": "tests/training/test_observability.py",
@@ -137,7 +141,8 @@ def test_every_command_runs(page, checkout, done):
         if "my_train.py" in command:
             (checkout / "my_train.py").write_text(next(iter(fenced(page, "python"))))
         if "example.py" in command:
-            (checkout / "example.py").write_text(next(b for b in fenced(page, "python") if "ReLoRATrainer(model" in b))
+            train, resume, *_ = fenced(page, "python")
+            (checkout / "example.py").write_text(train + resume)
         if elsewhere(command) is None and command not in done:
             print(command)
             run(smaller(command), checkout)

@@ -17,7 +17,7 @@ def test_links_files_tests_and_recipes_exist(path):
     for target in re.findall(r"\]\(([^)]+)\)", text):
         file, _, anchor = target.partition("#")
         if not target.startswith("https://"):
-            linked = path.parent / file
+            linked = path.parent / file if file else path
             assert linked.is_file(), target
             assert not anchor or anchor in anchors(linked), target
     for file in re.findall(r"`((?:relora_ds|tests|launch_scripts)/[\w/.]+)`", text):

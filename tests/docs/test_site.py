@@ -1,5 +1,7 @@
 """The site is built without a warning: every page in the navigation, every link and every anchor leading somewhere."""
 
+import html
+import json
 import os
 import re
 import shutil
@@ -96,6 +98,16 @@ def test_nothing_is_loaded_from_other_servers(site):
 def test_the_search_knows_the_pages(site):
     index = (site / "search/search_index.json").read_text(encoding="utf-8")
     assert "guides/resume.html" in index and "magnitude_joint" in index
+
+
+def test_the_search_finds_names_within_a_line_of_code(site):
+    index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
+    texts = {page["location"]: html.unescape(page["text"]) for page in index["docs"]}
+    for page, name in (
+        ("guides/hf_trainer.html#resume", "resume_from_checkpoint"),  # trainer.train(resume_from_checkpoint=True)
+        ("guides/memory.html", "zero3"),  # deepspeed=zero3
+    ):
+        assert name in re.split(index["config"]["separator"], texts[page]), name
 
 
 def test_a_broken_link_fails_the_build(checkout, tmp_path):

@@ -88,7 +88,7 @@ def test_the_broadcast_of_W_belongs_to_the_merge():
     summary = {line.split()[0]: line for line in source.split('"""')[1].splitlines() if line.startswith("    ")}
     assert "broadcast" in summary["merge"] and "broadcast" not in summary["agree"]
     diagram = (DOCS / "concepts/restart.md").read_text(encoding="utf-8").split("```")[1]
-    assert diagram.index("1 merge") < diagram.index("broadcast stored W1") < diagram.index("2 reinitialise")
+    assert diagram.index("1 merge") < diagram.index("broadcast stored W1") < diagram.index("2 reinit")
     assert "broadcast(" not in (ROOT / "relora_ds/zero/verify_ranks.py").read_text(encoding="utf-8")
 
 
