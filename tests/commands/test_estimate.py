@@ -137,7 +137,7 @@ def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
         (["tiny", "--world-size", "0"], "--world-size"),
         (["tiny", "--ranks-per-host", "0"], "--ranks-per-host: 0"),
         (["tiny", "relora.r=0"], "relora.r"),
-        ([], "one recipe"),
+        ([], "recipe: none is given"),
         (["tiny", "--cluster", "8"], "'8' is no cluster"),
         (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
         (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0"),
