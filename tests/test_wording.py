@@ -16,7 +16,8 @@ SOURCES = sorted((ROOT / "relora_ds").rglob("*.py"))
 TEXTS = [
     *SOURCES,
     *sorted((ROOT / "relora_ds/recipes").glob("*.yaml")),
-    *(path for path in sorted(DOCS.rglob("*.md")) if path.parent.name != "results"),  # names of rows that were measured
+    *sorted((ROOT / "relora_ds/lab/experiments/suites").glob("*.yaml")),
+    *sorted(DOCS.rglob("*.md")),
     *(
         path
         for folder in ("examples", "launch_scripts")

@@ -195,7 +195,7 @@ def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> li
 
 def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]:
     from relora_ds.planning.device_memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, peak, total
-    from relora_ds.planning.host import HOST_MOMENTS
+    from relora_ds.planning.host import HOST_MOMENTS, moment_name
     from relora_ds.utils.text import human_bytes
 
     rows = []
@@ -208,7 +208,7 @@ def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]
         rows.append(
             [f"{head}, kept between steps", *(human_bytes(total(costs[name].items, where, KEPT)) for name in names)]
         )
-        labels = {KEPT: "", **{when: f" ({when})" for when in (BACKWARD, OPTIMIZER, *HOST_MOMENTS)}}
+        labels = {KEPT: "", **{when: f" ({moment_name(when)})" for when in (BACKWARD, OPTIMIZER, *HOST_MOMENTS)}}
         for what, when in sorted(kinds, key=lambda kind: list(labels).index(kind[1])):
             sizes = [
                 sum(i.size for i in costs[name].items if (i.what, i.when, i.where) == (what, when, where))

@@ -247,8 +247,10 @@ def _as_text(resolved, names: list[str], vocabulary: str, activations: dict, ent
 
 def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[str]:
     """Return what all ranks of a host hold in its memory, by moment."""
+    from relora_ds.planning.host import moment_name
+
     own = [entry for entry in entries if entry["method"] == name]
-    rows = [["stage", "ranks", *own[0]["host_bytes"]]]
+    rows = [["stage", "ranks", *map(moment_name, own[0]["host_bytes"])]]
     rows += [
         [str(entry["stage"]), str(entry["world_size"]), *map(_bytes, entry["host_bytes"].values())] for entry in own
     ]
@@ -257,7 +259,7 @@ def _host_as_text(name: str, entries: list[dict], ranks_per_host: int) -> list[s
         f"{name}: memory of a host, its ranks (at most {ranks_per_host}) together",
         *rows_as_text(rows, num_left=2),
         "",
-        "  kept: between steps. build, switch from a warm start, restart, checkpoint: the peak then;",
+        "  kept: between steps. build, phase transition, restart, checkpoint: the peak then;",
         "  restart: at worst, while a checkpoint is still being written",
         "  libraries, data and pretrained weights that have to be converted come on top",
     ]

@@ -11,9 +11,14 @@ from relora_ds.planning.network import Shapes
 from relora_ds.planning.planned_storage import PlannedStorage
 
 BUILD = "build"  # of an engine
-SWITCH = "switch"  # from the warm start
+TRANSITION = "switch"  # from the warm start; the word is a key of `estimate --json`
 CHECKPOINT = "checkpoint"  # from the first one on, what is trained; until it is written, what is frozen
-HOST_MOMENTS = (BUILD, SWITCH, RESTART, CHECKPOINT)
+HOST_MOMENTS = (BUILD, TRANSITION, RESTART, CHECKPOINT)
+
+
+def moment_name(moment: str) -> str:
+    """Return what a moment is called in tables."""
+    return "phase transition" if moment == TRANSITION else moment
 
 
 def moments(
@@ -31,8 +36,8 @@ def moments(
     if after_warm_start:
         weights = shapes.num_trainable - sum(shapes.trained_factors) + shapes.num_frozen - sum(shapes.bases.values())
         items += [
-            Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, SWITCH),
-            Item("a whole tensor as it is read", MASTER * largest, HOST, SWITCH),
+            Item("fp32 weights of the warm start", share(MASTER * weights, world_size), HOST, TRANSITION),
+            Item("a whole tensor as it is read", MASTER * largest, HOST, TRANSITION),
         ]
     if relora is not None and relora.restart_init == "gradient" and relora.gradient_estimate == "exact":
         gradients = most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())

@@ -18,7 +18,7 @@ from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import FAMILIES
 
-# Between restarts, directly after one, after it again. Without a restart of its own, step 0 is the switch.
+# Between restarts, directly after one, after it again. Without a restart of its own, step 0 is the phase transition.
 RELORA = cases.relora_config(restart_every=4, restart_warmup_steps=2)
 SAVED_AT = (0, 2, 4, 6)
 

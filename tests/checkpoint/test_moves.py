@@ -18,7 +18,7 @@ def unmoved(tmp_path_factory):
 @pytest.mark.parametrize(
     "legs",
     [
-        # (after step, ranks, stage): through the warm start, the switch at 10 and the restarts after 20 and 30
+        # (after step, ranks, stage): through the warm start, the transition at 10 and the restarts after 20 and 30
         pytest.param([(0, 2, 1), (6, 1, 1), (18, 2, 1)], marks=pytest.mark.slow),
         [(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)],
         [(0, 1, 0), (6, 2, 3), (24, 1, 2)],

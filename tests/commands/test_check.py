@@ -33,6 +33,7 @@ def test_the_quickstart(capsys):
     assert rows["trainable (T)"][-2:] == ["5.26M", "2.41M"]
     for line in (
         "memory of a rank, device, kept between steps",
+        "fp32 weights of the warm start (phase transition)",
         "bytes per step, payload",
         "bytes per restart, payload",
         "learning rate (peak 0.002)",

@@ -1,6 +1,7 @@
 """`estimate`: a row for each stage and world size."""
 
 import json
+import re
 
 import pytest
 
@@ -59,6 +60,7 @@ def test_the_memory_of_a_host(capsys):
     _, text = estimate(capsys, *changes, "--world-size", "16", "--stages", "1", "--ranks-per-host", "4")
     (row,) = (line.split() for line in text.split("memory of a host")[1].splitlines() if line.startswith("  1 "))
     assert row[:4] == ["1", "16", "1.23", "GB"]  # of 4 of the 16 ranks
+    assert "build  phase transition  restart" in re.sub(" {3,}", "  ", text)
 
 
 def test_clusters(capsys):

@@ -194,7 +194,7 @@ def gains_over_frozen() -> tuple[float, ...]:
 
 def variants() -> list[str]:
     full, lora, relora = gains_over_frozen()
-    other_ways = ("A from the gradient", "moments carried over the switch", "ReLoRA, ramp 1", "ReLoRA, ramp 10")
+    other_ways = ("A from the gradient", "moments carried over the transition", "ReLoRA, ramp 1", "ReLoRA, ramp 10")
     by_warm_start = [
         lead("variants", f"ReLoRA, warm start {steps}", f"{LORA}, warm start {steps}")
         for steps in (250, 500, 1000, 2000, 4000)

@@ -26,7 +26,7 @@ def whole(tmp_path_factory):
         ),
         pytest.param([(None, None, 0.4), (0, None, 0.8), (1, None, 1.2)], marks=pytest.mark.slow),
     ],
-    ids=["restart", "switch", "instants"],
+    ids=["restart", "transition", "instants"],
 )
 def test_killed_again_and_again(whole, tmp_path, kills):
     for number, (rank, place, after) in enumerate(kills):

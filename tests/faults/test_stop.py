@@ -51,7 +51,7 @@ def train_and_signal(overrides: list[str], number: int, rank: int, step: int) ->
         (signal.SIGUSR1, 0, 10),
         pytest.param(signal.SIGTERM, 0, 3, marks=pytest.mark.slow),
     ],
-    ids=["cycle", "switch", "warm_start"],
+    ids=["cycle", "transition", "warm_start"],
 )
 def test_one_rank_hears_and_all_stop_at_the_same_step(tmp_path, number, rank, step):
     run(tmp_path / "whole", *SETTINGS)

@@ -202,7 +202,7 @@ def train_recipe(overrides: list[str]) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_a_recipe_with_a_warm_start(tmp_path):
-    """Warm start, switch, restart, evaluation, samples and export."""
+    """Warm start, phase transition, restart, evaluation, samples and export."""
 
     def train(name: str, *overrides: str):
         return ranks(2).run(train_recipe, [f"run_dir={tmp_path / name}", *RECIPE, *overrides])[0]

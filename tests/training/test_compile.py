@@ -241,7 +241,7 @@ def train_recipe(overrides: list[str]) -> tuple[int, float]:
 
 @pytest.mark.slow
 def test_a_recipe_that_is_compiled(tmp_path):
-    """Generated code through warm start, switch, restart, evaluation, samples and export: one graph for each phase."""
+    """Generated code through warm start, transition, restart, evaluation, samples, export: one graph for each phase."""
 
     def train(name: str, *overrides: str):
         return ranks(1).run(train_recipe, [f"run_dir={tmp_path / name}", *RECIPE, *overrides], timeout=600)[0]

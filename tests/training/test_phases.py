@@ -1,4 +1,4 @@
-"""The switch from the warm start: weights, moments and memory."""
+"""The phase transition after the warm start: weights, moments and memory."""
 
 import math
 
@@ -37,7 +37,7 @@ def _train(engine, plan, steps):
         engine.step()
 
 
-def switch(stage, precision, carry, *more) -> dict:
+def transition(stage, precision, carry, *more) -> dict:
     plan = check("tiny", [*overrides(stage, precision, carry), *more])
     before = live_bytes()
     warm, low = phases_of(plan.recipe)
@@ -96,20 +96,20 @@ def expected_bytes(stage, precision) -> int:
     "stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 )
 def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
-    for result in ranks(2).run(switch, stage, precision, False):
+    for result in ranks(2).run(transition, stage, precision, False):
         assert result["measured"] == pytest.approx(expected_bytes(stage, precision), rel=0.05)
         assert result["measured"] < 0.85 * result["full"]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_moments_can_be_carried_over(stage):
-    ranks(2).run(switch, stage, "bf16", True)
+    ranks(2).run(transition, stage, "bf16", True)
 
 
 @pytest.mark.parametrize(("stage", "method"), [(1, "lora"), (3, "galore")])
 def test_a_low_rank_warm_start_hands_over_merged_weights(stage, method):
     settings = [f"warm_start_method={method}", "relora.frozen_dtype=int8", "optim.weight_decay=0.1"]
-    ranks(2).run(switch, stage, "bf16", True, *settings)
+    ranks(2).run(transition, stage, "bf16", True, *settings)
 
 
 def test_warm_start_has_a_curve_over_the_whole_run():

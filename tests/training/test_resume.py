@@ -1,4 +1,4 @@
-"""A resumed run is the run that would have been: in the warm start, at the switch, through restarts."""
+"""A resumed run is the run that would have been: in the warm start, at the phase transition, through restarts."""
 
 import shutil
 
@@ -45,7 +45,7 @@ def _compare(directory, whole, first_step):
 def test_resume_is_exact(tmp_path, settings):
     whole = tmp_path / "whole"
     run(whole, "checkpoint.every=5", "checkpoint.keep_last=99", *settings)
-    for step in (5, 10, 15, 20, 25):  # warm start, the switch, before and exactly at a restart, after it
+    for step in (5, 10, 15, 20, 25):  # warm start, the transition, before and exactly at a restart, after it
         directory = tmp_path / f"from-{step}"
         run(directory, f"resume={whole}/checkpoints/step_{step:08d}", *settings)
         _compare(directory, whole, step + 1)

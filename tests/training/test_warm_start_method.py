@@ -48,7 +48,7 @@ def test_no_step_sends_what_full_rank_would(whole):
     assert summary["bytes_wire"] < 0.6 * summary["full_rank_bytes_wire"]
 
 
-@pytest.mark.parametrize("step", [8, 12], ids=["cycle", "switch"])
+@pytest.mark.parametrize("step", [8, 12], ids=["cycle", "transition"])
 def test_resume_is_exact(whole, tmp_path, step):
     directory, _ = whole
     run(tmp_path / "r", f"resume={directory}/checkpoints/step_{step:08d}", *SETTINGS)

@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> dict:
             )
         )
         print(
-            f"stage {stage}, {num_ranks} ranks: build {_gigabytes(rows[-1]['build']['peak_bytes'])}, switch "
-            f"{_gigabytes(rows[-1]['switch']['peak_bytes'])}",
+            f"stage {stage}, {num_ranks} ranks: build {_gigabytes(rows[-1]['build']['peak_bytes'])}, phase "
+            f"transition {_gigabytes(rows[-1]['switch']['peak_bytes'])}",
             file=sys.stderr,
             flush=True,
         )
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     def build() -> None:
         engines.append(build_engine(plan, phases[0]))
 
-    def switch() -> None:
+    def transition() -> None:
         handover = hand_over(engines.pop(), plan, phases[1])
         engines.append(build_engine(plan, phases[1], handover))
 
@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "stage": arguments.stage,
         "world_size": dist.get_world_size(),
         "build": _watched(build, base),
-        "switch": _watched(switch, base),
+        "switch": _watched(transition, base),
     }
 
 

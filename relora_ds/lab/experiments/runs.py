@@ -196,7 +196,7 @@ def result_of(run: Run, directory: Path) -> dict:
     restarts = [line for line in lines if line["kind"] == "restart"]
     tokens_per_step = summary["tokens"] / summary["step"]
     method = method_of(run.recipe)
-    switch = method.warm_start_steps if method.low_rank_steps else None
+    transition = method.warm_start_steps if method.low_rank_steps else None
     phases = {line["phase"] for line in train}
     speeds = {phase: sorted(line["tokens_per_s"] for line in train if line["phase"] == phase) for phase in phases}
     return {
@@ -226,7 +226,7 @@ def result_of(run: Run, directory: Path) -> dict:
         },
         "r": None if method.relora is None else method.relora.r,
         "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
-        "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == switch), None),
+        "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == transition), None),
         # Of the whole validation split: a part of it has another loss (`eval.max_tokens`).
         "curve": [
             [tokens_per_step * line["step"], line["val_loss"]]
@@ -239,21 +239,21 @@ def result_of(run: Run, directory: Path) -> dict:
         "restart_steps": [line["step"] for line in restarts],
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
         "first_updates": _first_updates(train),
-        "spectrum": _spectrum(directory, switch),
+        "spectrum": _spectrum(directory, transition),
         "conditions": {key: value for key, value in environment_info().items() if key != "threads"},
     }  # of this process
 
 
-def _spectrum(directory: Path, switch: int | None) -> dict | None:
+def _spectrum(directory: Path, transition: int | None) -> dict | None:
     """Return the spectrum of the update since the warm start, or since the oldest checkpoint that is kept.
 
-    None where there is none, or none that leaves out the warm start, which ends at step `switch`.
+    None where there is none, or none that leaves out the warm start, which ends at step `transition`.
     """
     try:
         found = update_spectra.measure([directory])["runs"][0]
     except ValueError:
         return None
-    if switch is not None and found["start"] < switch:
+    if transition is not None and found["start"] < transition:
         return None
     kinds = {
         kind: {name: value for name, value in one.items() if name != "singular_values"}

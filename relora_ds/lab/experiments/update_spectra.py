@@ -97,8 +97,8 @@ def window_of(source: Path, before: str | None = None) -> Window:
         return Window(after, contents, _named(before, after))
     kept = store.directories(after.parent)
     earlier = [path for path in kept[: kept.index(after)] if is_checkpoint(path)] if after in kept else []
-    switch = _end_of_warm_start(after)
-    if (begun := after.with_name(tag_of(switch))) in earlier:
+    transition = _end_of_warm_start(after)
+    if (begun := after.with_name(tag_of(transition))) in earlier:
         return Window(after, contents, begun)
     has_base = all(layer["base"] for layer in contents.layers.values())
     if contents.layers and not contents.restarts and (has_base or not earlier):
@@ -107,7 +107,7 @@ def window_of(source: Path, before: str | None = None) -> Window:
         return Window(after, contents, earlier[0], OLDEST)
     raise ValueError(
         f"{after}: no earlier checkpoint of its run is kept, so what training added is unknown; train "
-        f"with checkpoint.every={switch or 'STEPS'} checkpoint.keep_every={switch or 'STEPS'}, or name a "
+        f"with checkpoint.every={transition or 'STEPS'} checkpoint.keep_every={transition or 'STEPS'}, or name a "
         "checkpoint of the same network with --before STEP_OR_PATH"
     )
 

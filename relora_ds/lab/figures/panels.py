@@ -152,14 +152,14 @@ def _draw_loss(axes: Axes, runs: Sequence[RunRecord | None], theme: Theme, scale
 
 
 def _mark(axes: Axes, runs: list[RunRecord], theme: Theme) -> None:
-    """Restarts and switches: lines through a single run's figure; of several runs, ticks along its lower edge."""
+    """Draw restarts and phase transitions: lines through a single run's figure, ticks along that of several runs."""
     axes.set_xlabel("step")
     axes.set_xlim(0, 1.01 * max(run.train["step"][-1] for run in runs))
     for i, run in enumerate(runs):
         if len(runs) == 1:
             for step in run.restarts:
                 axes.axvline(step, color=theme.ink, linestyle=":", linewidth=0.9, alpha=0.6, zorder=1)
-            for step in run.switches:
+            for step in run.transitions:
                 axes.axvline(step, color=theme.ink, linestyle="-", linewidth=0.9, alpha=0.6, zorder=1)
         else:
             axes.plot(
@@ -181,7 +181,7 @@ def _legend(
     """Below the axes: colours name the runs (a single one is named in the title), signs say what is drawn.
 
     Args:
-        marks: whether `_mark` has drawn restarts and switches here.
+        marks: whether `_mark` has drawn restarts and phase transitions here.
     """
     entries: list[tuple[str, dict[str, Any]]] = [
         (run.name, {"color": colour(theme, i), "linestyle": dash(i), "linewidth": 2.4})
@@ -196,7 +196,7 @@ def _legend(
             else {"marker": "|", "markersize": 7, "markeredgewidth": 1.6, "linewidth": 0}
         )
         entries.append(("restart", {"color": theme.ink, **sign}))
-    if marks and len(runs) == 1 and runs[0].switches:
+    if marks and len(runs) == 1 and runs[0].transitions:
         entries.append(("end of the warm start", {"color": theme.ink, "linewidth": 0.9}))
     if not entries:
         return

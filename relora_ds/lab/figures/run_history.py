@@ -26,7 +26,7 @@ class RunRecord:
         train: columns of the logged training steps, fp64, NaN for what was not finite.
         evaluations: columns `step`, `val_loss`, and `tokens` and `total_bytes_wire` at that step.
         restarts: the steps after which there was one.
-        switches: the steps at which a phase took over from another one.
+        transitions: the steps at which a phase took over from another one.
         trainable, total: parameters of the last phase.
         samples: (prompt, text) pairs of the last evaluation.
     """
@@ -39,7 +39,7 @@ class RunRecord:
     train: dict[str, np.ndarray]
     evaluations: dict[str, np.ndarray]
     restarts: list[int]
-    switches: list[int]
+    transitions: list[int]
     trainable: int
     total: int
     samples: list[tuple[str, str]]
@@ -82,7 +82,7 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         train=train,
         evaluations=evaluations,
         restarts=[line["step"] for line in lines.get("restart", [])],
-        switches=[
+        transitions=[
             after["step"]
             for before, after in zip(phases, phases[1:], strict=False)
             if before["phase"] != after["phase"]

@@ -33,8 +33,8 @@ SMALL = (
     "checkpoint.keep_every=4",
 )
 TINY = load_recipe("tiny_relora")
-SWITCH, STEPS = TINY.warm_start_steps, TINY.total_steps
-RESTARTS = [SWITCH + TINY.relora.restart_every * i for i in (1, 2)]
+TRANSITION, STEPS = TINY.warm_start_steps, TINY.total_steps
+RESTARTS = [TRANSITION + TINY.relora.restart_every * i for i in (1, 2)]
 RELORA = (
     "warm_start_steps=4",
     "relora.r=4",
@@ -95,7 +95,7 @@ def leave_a_run(run: Run, directory, loss: float = 3.0) -> None:
         {
             "kind": "train",
             "step": step,
-            "phase": "warm_start" if step <= SWITCH else run.recipe.method,
+            "phase": "warm_start" if step <= TRANSITION else run.recipe.method,
             "tokens": tokens * step // STEPS,
             "loss": 5 - step / STEPS,
             "tokens_per_s": 100.0,
@@ -105,7 +105,7 @@ def leave_a_run(run: Run, directory, loss: float = 3.0) -> None:
     ]
     lines += [
         {"kind": "eval", "step": step, "phase": "x", "val_loss": 4.0 + step / STEPS, "val_tokens": tokens}
-        for step, tokens in ((SWITCH, 1000), (SWITCH + 1, 100), (STEPS, 1000))
+        for step, tokens in ((TRANSITION, 1000), (TRANSITION + 1, 100), (STEPS, 1000))
     ]
     lines += [{"kind": "restart", "step": step, "phase": "x", "merge_loss_total": 0.5} for step in RESTARTS]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -152,8 +152,8 @@ def test_what_is_kept_of_a_run(tmp_path):
     (run,) = runs_of("ReLoRA")
     leave_a_run(run, tmp_path)
     kept = result_of(run, tmp_path)
-    assert kept["loss_at_switch"] == 4 + SWITCH / STEPS
-    assert kept["curve"] == [[run.tokens * SWITCH / STEPS, kept["loss_at_switch"]], [run.tokens, 5.0]]
+    assert kept["loss_at_switch"] == 4 + TRANSITION / STEPS
+    assert kept["curve"] == [[run.tokens * TRANSITION / STEPS, kept["loss_at_switch"]], [run.tokens, 5.0]]
     assert kept["first_updates"] == 10 and kept["restart_steps"] == RESTARTS
     assert kept["tokens_per_s"] == {"warm_start": 100, "relora": 100}
     assert len(kept["train_curve"]) == 100 and kept["train_curve"][-1][0] == run.tokens
@@ -173,7 +173,7 @@ def test_the_table(tmp_path):
         next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("full rank", "ReLoRA")
     )
     assert "3.9100 ± 0.0100" in full and "+0.3000 (+0.3000 to +0.3000)" in full and "33.81" in full
-    assert "reference" in relora and f"{4 + SWITCH / STEPS:.3f}" in relora and "| LoRA |" not in text
+    assert "reference" in relora and f"{4 + TRANSITION / STEPS:.3f}" in relora and "| LoRA |" not in text
     assert [figure.name for figure in figures] == ["main_loss.png", "main_differences.png"]
     assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert "<td>3.9100 ± 0.0100</td>" in html.read_text() and html.read_text().count("data:image/png") == 4
@@ -293,7 +293,7 @@ def test_one_real_run_is_measured_trained_and_kept(capsys, tmp_path):
     assert found["restarts"] == 2 and found["tokens"] == 12 * 4 * 64 and found["first_updates"] > 0
     assert set(found["tokens_per_s"]) == {"warm_start", "relora"}
     assert found["spectrum"]["start"] == 4 and 4 < found["spectrum"]["numerical_rank"] <= 12
-    assert _spectrum(tmp_path / "runs" / found["name"], switch=5) is None, "full-rank steps would be in it"
+    assert _spectrum(tmp_path / "runs" / found["name"], transition=5) is None, "full-rank steps would be in it"
     written = {path.name for path in (tmp_path / "kept").iterdir()}
     assert {"main.md", "main.html", "main_loss.png", "main_singular_values.png"} <= written
     text = capsys.readouterr().out

@@ -13,7 +13,7 @@ from tests.lab.figures.runs import RESTARTS, write_run
 def test_a_finished_run(tmp_path):
     (run,) = read_runs([write_run(tmp_path / "mine")])
     assert (run.name, run.method, run.state, run.verdict) == ("mine", "relora", "done", "relora ended well.")
-    assert run.restarts == list(RESTARTS) and run.switches == [40] and (run.trainable, run.total) == (600, 1200)
+    assert run.restarts == list(RESTARTS) and run.transitions == [40] and (run.trainable, run.total) == (600, 1200)
     assert run.train["step"].tolist() == list(range(1, 201))
     assert run.evaluations["step"].tolist() == [40, 80, 120, 160, 200]
     assert run.evaluations["tokens"].tolist() == [64 * step for step in (40, 80, 120, 160, 200)]
@@ -64,7 +64,7 @@ def test_a_resume_is_no_switch(tmp_path):
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     again = next(line for line in lines if '"phase"' in line and '"step": 40' in line and '"kind": "phase"' in line)
     (directory / "metrics.jsonl").write_text("\n".join([*lines, again]) + "\n")
-    assert read_runs([directory])[0].switches == [40]
+    assert read_runs([directory])[0].transitions == [40]
 
 
 def test_names_tell_runs_apart(tmp_path):
