@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from relora_ds.lowrank.base_format import Format
 from relora_ds.lowrank.formats import DENSE
 from relora_ds.lowrank.frozen import merge_, plain_name
+from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.reinit import ROW_NORM, GradientTap, random_basis
 from relora_ds.lowrank.seeding import keyed_generator
 
@@ -62,6 +63,7 @@ class LowRankLayer(nn.Module):
             wrapping (on the meta device, or partitioned by ZeRO-3); None: they keep those that they have.
         decay: ρ, a tensor without dimensions on the CPU: the layer computes with `ρ·W`. None: 1.
         sketch: set it to a `GradientTap`, and every backward adds W's gradient to it (linears, without dropout).
+        gradient_sum: the same, for experts too.
     """
 
     weight: Any  # a parameter, a buffer or None
@@ -90,6 +92,7 @@ class LowRankLayer(nn.Module):
         self.one_sided, self.transposed, self.is_parameter = one_sided, transposed, is_parameter
         self.format: Format = DENSE
         self.sketch: GradientTap | None = None
+        self.gradient_sum: GradientSum | None = None
         self.initial_seed: int | None = None
         if weight is not None:
             weight.requires_grad_(False)
@@ -104,6 +107,16 @@ class LowRankLayer(nn.Module):
             return random_basis(self.shape_of_A, f"{seed}/{restart}/{name}")
         rows = self.experts.numel() * self.r
         return initial_A(rows, self.in_features, seed=seed, restart=restart, name=name).view(self.shape_of_A)
+
+    @property
+    def taps(self) -> tuple[GradientTap, ...]:
+        """What every backward adds W's gradient to."""
+        return tuple(tap for tap in (self.sketch, self.gradient_sum) if tap is not None)
+
+    @property
+    def shape_of_gradient(self) -> torch.Size:
+        """`[..., out, in]`, in whatever layout the weight is."""
+        return torch.Size((*self.experts, self.out_features, self.in_features))
 
     @property
     def shape_of_A(self) -> torch.Size:

@@ -193,7 +193,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         format: str,
-        sketch: GradientTap | None,
+        taps: tuple[GradientTap, ...],
         decay: Tensor | None,
         folded: bool,
     ) -> Tensor:
@@ -202,9 +202,9 @@ class LowRankLinearFunction(torch.autograd.Function):
         h = product(rows, lora_A.t())
         given, folds = (None, lora_A) if folded else (h, None)
         y = linear(rows, weight, given, lora_B, bias, scaling, format, _shape_of_result(x, lora_B), folds, decay)
-        keeps_rows = ctx.needs_input_grad[2] or sketch is not None
+        keeps_rows = ctx.needs_input_grad[2] or len(taps) > 0
         ctx.save_for_backward(rows if keeps_rows else None, h, weight, lora_A, lora_B, decay)
-        ctx.scaling, ctx.format, ctx.sketch, ctx.folded = scaling, format, sketch, folded
+        ctx.scaling, ctx.format, ctx.taps, ctx.folded = scaling, format, taps, folded
         ctx.x_shape = x.shape
         return y
 
@@ -214,8 +214,8 @@ class LowRankLinearFunction(torch.autograd.Function):
         rows, h, weight, lora_A, lora_B, decay = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         g = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.sketch is not None:
-            ctx.sketch.add(g, rows)
+        for tap in ctx.taps:
+            tap.add(g, rows)
 
         grad_x = grad_A = grad_B = grad_bias = gB = None
         if needs_A or (needs_x and not ctx.folded):
@@ -264,7 +264,7 @@ def lowrank_linear(
     bias: Tensor | None,
     scaling: float,
     format: Format = DENSE,
-    sketch: GradientTap | None = None,
+    taps: tuple[GradientTap, ...] = (),
     decay: Tensor | None = None,
     folded: bool = False,
 ) -> Tensor:
@@ -277,7 +277,7 @@ def lowrank_linear(
         lora_B: `[out_features, r]`.
         bias: `[out_features]` or None.
         scaling: `s = lora_alpha / r`.
-        sketch: takes W's gradient along in backward.
+        taps: take W's gradient along in backward.
         decay: ρ, a tensor without dimensions on the CPU, wherever W is: its number is read without waiting for a
             device, and a compiled step takes other values without being compiled again. None for 1.
         folded: multiply with `ρ W + s B A` instead of with its parts; needs a weight.
@@ -288,4 +288,4 @@ def lowrank_linear(
     if folded and not torch.is_grad_enabled():  # nobody asks for x Aᵀ
         rows, shape = x.reshape(-1, x.shape[-1]), _shape_of_result(x, lora_B)
         return linear(rows, weight, None, lora_B, bias, scaling, format.name, shape, lora_A, decay)
-    return LowRankLinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, format.name, sketch, decay, folded)
+    return LowRankLinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, format.name, taps, decay, folded)

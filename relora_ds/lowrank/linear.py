@@ -62,7 +62,7 @@ class ReLoRALinear(LowRankLayer):
             self.bias,
             self.scaling,
             self._product_format,
-            self.sketch,
+            self.taps,
             self.decay,
             self.folds(x.shape[:-1].numel()),
         )

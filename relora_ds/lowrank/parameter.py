@@ -40,16 +40,17 @@ class ReLoRAParameter(LowRankLayer):
         dense = None
         if self.weight is not None:
             dense = self.format.dequantize(self.weight, self.weight_shape, self.lora_A.dtype)
-        return _Sum.apply(dense, self.lora_A, self.lora_B, self.scaling, self.transposed, self.decay), x
+        options = self.scaling, self.transposed, self.decay, self.gradient_sum
+        return _Sum.apply(dense, self.lora_A, self.lora_B, *options), x
 
 
 class _Sum(torch.autograd.Function):
     """Autograd node of `ρ·W + s·B·A` (transposed: `ρ·W + s·AᵀBᵀ`)."""
 
     @staticmethod
-    def forward(ctx, dense, lora_A, lora_B, scaling, transposed, decay):
+    def forward(ctx, dense, lora_A, lora_B, scaling, transposed, decay, gradient_sum):
         ctx.save_for_backward(lora_A, lora_B)
-        ctx.scaling, ctx.transposed = scaling, transposed
+        ctx.scaling, ctx.transposed, ctx.gradient_sum = scaling, transposed, gradient_sum
         first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
         if dense is None:
             return (first @ second).mul_(scaling)
@@ -61,9 +62,11 @@ class _Sum(torch.autograd.Function):
     def backward(ctx, grad):
         lora_A, lora_B = ctx.saved_tensors
         grad = grad.mT if ctx.transposed else grad
+        if ctx.gradient_sum is not None:
+            ctx.gradient_sum.add_gradient(grad)
         grad_A = (lora_B.mT @ grad).mul_(ctx.scaling) if ctx.needs_input_grad[1] else None
         grad_B = (grad @ lora_A.mT).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
-        return None, grad_A, grad_B, None, None, None
+        return None, grad_A, grad_B, None, None, None, None
 
 
 def install(module: nn.Module, leaf: str, layer: ReLoRAParameter) -> None:

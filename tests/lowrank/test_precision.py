@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_ds.lowrank.frozen import add_update_
+from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.linear import ReLoRALinear
+from relora_ds.lowrank.orthogonal import orthogonalized
 from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.reinit import GradientSketch
 
@@ -27,7 +29,7 @@ class Products(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().removeprefix("aten::") in ("mm", "addmm", "addmm_"):
+        if func.name().removeprefix("aten::") in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             self.seen.append((choices(), {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}))
         return func(*args, **(kwargs or {}))
 
@@ -75,12 +77,31 @@ def sketch() -> None:
     GradientSketch(2, 5, "key").add(torch.randn(3, 7, dtype=torch.bfloat16), torch.randn(3, 5, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("multiply", [merge, add_update, sketch])
+def gradient_sum() -> None:
+    GradientSum(torch.Size((7, 5))).add(torch.randn(3, 7), torch.randn(3, 5))
+
+
+def orthogonal() -> None:
+    orthogonalized(torch.randn(7, 5))
+
+
+@pytest.mark.parametrize("multiply", [merge, add_update, sketch, gradient_sum, orthogonal])
 @pytest.mark.parametrize("under_autocast", [False, True])
 def test_what_is_merged_is_multiplied_in_fp32(multiply, under_autocast, chosen):
     with Products() as products, torch.autocast("cpu", enabled=under_autocast, dtype=torch.bfloat16):
         multiply()
     assert products.are_exact()
+    assert choices() == chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bit_may_be_in_tf32_on_cuda_which_keeps_their_bits(dtype, chosen):
+    g, rows = torch.randn(3, 7).to(dtype), torch.randn(3, 5).to(dtype)
+    for value in (g, rows):  # TF32 has 10 bits behind the first one
+        assert not (value.float().view(torch.int32) & 0x1FFF).any()
+    with Products() as products:
+        GradientSum(torch.Size((7, 5))).add(g, rows)
+    assert products.seen == [({"cuda": "tf32", "mkldnn": "ieee"}, {torch.float32})]
     assert choices() == chosen
 
 

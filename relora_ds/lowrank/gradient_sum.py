@@ -1,0 +1,28 @@
+"""The whole gradient of a low-rank layer's W, summed up where it is computed."""
+
+import torch
+from torch import Tensor
+
+from relora_ds.lowrank.precision import exact_products
+
+
+class GradientSum:
+    """`G = gᵀ·x`, `[..., out, in]` in fp32, over backward passes (a `GradientTap`).
+
+    Costs what the gradient of a weight that trains costs: one product, and a tensor of the weight's size.
+
+    Args:
+        shape: `[..., out, in]`, whatever the layout of the weight.
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device | str = "cpu"):
+        self.values = torch.zeros(shape, device=device)
+
+    def add(self, g: Tensor, rows: Tensor) -> None:
+        """Add one backward of a linear. g: `[n, out]`; rows: `[n, in]`, its input."""
+        with exact_products(of_16_bit=g.dtype != torch.float32):
+            self.values.addmm_(g.float().t(), rows.float())
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add one backward of a parameter, `[..., out, in]`."""
+        self.values.add_(gradient)
