@@ -4,6 +4,8 @@ In `trained_RANK.safetensors`, whose metadata have the ranges of the flattened p
 
     master/NAME, exp_avg/NAME, exp_avg_sq/NAME      1-D, fp32
     buffer/NAME                                     persistent buffers, of rank 0
+    residual/NAME                                   gradients of a frozen weight, summed up within a period, `[out, in]`
+                                                    in fp32, of its owner
 
 In `frozen_RANK.safetensors`, whole tensors by their owners:
 
@@ -28,6 +30,9 @@ RANGES = "ranges"  # key of a file's metadata: JSON, {parameter: [start, stop]}
 
 DECAY = "decay"  # key of the engine's state: ρ, what weight decay has left of the frozen weights since the last merge
 
+RESIDUAL = "residual"  # key of the engine's state: {"steps": of the period so far, "count": of the updates so far}
+RESIDUAL_SUM = "residual/"
+
 Ranges = dict[str, tuple[int, int]]
 
 
@@ -36,7 +41,7 @@ class Captured:
     """What this rank writes: tensors on the CPU that training does not change.
 
     Attributes:
-        trained: `PART/NAME`, 1-D, fp32; on rank 0 also `buffer/NAME`.
+        trained: `PART/NAME`, 1-D, fp32; on rank 0 also `buffer/NAME`; `residual/NAME` of owned weights.
         ranges: `{NAME: (start, stop)}` of `trained` in the flattened parameters.
         frozen: whole tensors; None where they are what was written before.
         engine, model: for the manifest.
@@ -74,7 +79,7 @@ class Source(Protocol):
 
     @property
     def cycle(self) -> int:
-        """Return a number that changes whenever frozen weights do: the restarts so far."""
+        """Return a number that changes whenever frozen weights do: the restarts and other updates of them so far."""
 
     def capture(self, peers: list[int], with_frozen: bool) -> Captured:
         """Copy this rank's part of the state to the CPU. Collective.

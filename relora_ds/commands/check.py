@@ -251,6 +251,12 @@ def _traffic(names: list[str], costs: dict) -> list[list[str]]:
             ["  sent by each rank in a ring", *("-" if r is None else human_bytes(r[1]) for r in restarts)],
             [f"  seconds at {LINKS[0]} Gbit/s", *("-" if r is None else _seconds(r[1], LINKS[0]) for r in restarts)],
         ]
+    residuals = [costs[name].residual for name in names]
+    if any(residuals):
+        rows += [
+            ["bytes per residual update, payload", *("-" if r is None else human_bytes(r[0]) for r in residuals)],
+            ["  sent by each rank in a ring", *("-" if r is None else human_bytes(r[1]) for r in residuals)],
+        ]
     return rows
 
 

@@ -177,6 +177,7 @@ def _entry(
     result = cost(resolved, method, config, stage=stage, world_size=world_size)
     payload, wire = result.step or (None, None)
     restart_payload, restart_wire = result.restart or (None, None)
+    residual_payload, residual_wire = result.residual or (None, None)
     return {
         "method": name,
         "stage": stage,
@@ -195,6 +196,8 @@ def _entry(
         "step_wire_bytes": wire,
         "restart_payload_bytes": restart_payload,
         "restart_wire_bytes": restart_wire,
+        "residual_payload_bytes": residual_payload,
+        "residual_wire_bytes": residual_wire,
         "items": [vars(item) for item in result.items],
     }
 

@@ -6,7 +6,7 @@ from dataclasses import InitVar, dataclass
 from typing import Annotated, Literal, get_args
 
 from relora_ds.config import fields
-from relora_ds.config.rules import Integer, Names, Number, is_int, tenth
+from relora_ds.config.rules import Integer, Names, Number, either, is_int, nearest_multiples, tenth
 
 OptimizerReset = Literal["magnitude_joint", "magnitude", "random", "zero", "none", "rotate"]
 RestartInit = Literal["kaiming", "gradient", "random"]
@@ -68,6 +68,12 @@ class ReLoRAConfig:
     """From what `restart_init: gradient` computes the basis: a random `sketch` of the gradient; `warm_sketch`, along
     the directions of B's first moment and a few random ones; or the `exact` gradient, gathered layer by layer in host
     memory."""
+    residual_every: Annotated[int | None, Integer(1, example=20)] = None
+    """Applied optimizer steps between updates of W by what a one-sided chain leaves out of its gradient: each rank adds
+    it up in fp32 on its device, and the owners of the weights get the sum, orthogonalise it as Muon does and apply it.
+    null = never."""
+    residual_lr: Annotated[float, Number("above 0")] = 0.02
+    """Peak learning rate of these updates; it follows the curve of `optim.lr`."""
     product: Product = "auto"
     """How a linear multiplies: `separate` with W, and with A and B beside it; `folded` with `W + s·B·A`, formed anew in
     forward and in backward; `auto` = folded where a micro-batch has enough tokens to make that faster."""
@@ -129,8 +135,30 @@ class ReLoRAConfig:
                 f"{prefix}restart_init: gradient needs the layer's own input, and {prefix}lora_dropout "
                 f"{self.lora_dropout} hides it; use {prefix}lora_dropout=0"
             )
+        yield from self._residual_conflicts(prefix)
         if self.target_modules == [] and not self.target_parameters:
             yield (
                 f"{prefix}target_modules: [] names nothing, and {prefix}target_parameters is not set; use e.g. "
                 "all-linear or [q_proj, v_proj]"
+            )
+
+    def _residual_conflicts(self, prefix: str) -> Iterator[str]:
+        residual, restart = self.residual_every, self.restart_every
+        if residual is None:
+            return
+        if self.trains != "B":
+            yield (
+                f"{prefix}residual_every: {residual} is for what a one-sided chain leaves out of the gradient; with "
+                f"{prefix}trains {self.trains} there is none; use {prefix}trains=B, or {prefix}residual_every=null"
+            )
+        if self.lora_dropout:
+            yield (
+                f"{prefix}residual_every: {residual} needs the layer's own input, and {prefix}lora_dropout "
+                f"{self.lora_dropout} hides it; use {prefix}lora_dropout=0"
+            )
+        if is_int(residual) and is_int(restart) and residual >= 1 and restart % residual:
+            near = nearest_multiples(restart, residual)
+            yield (
+                f"{prefix}restart_every: {restart} is not a multiple of {prefix}residual_every {residual}, so the "
+                f"basis would change within a period; use {either(f'{prefix}restart_every', near)}"
             )

@@ -52,7 +52,7 @@ class Storage:
 
 
 def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
-    """Return why frozen weights cannot be stored as asked for in a run of `precision`, one message each."""
+    """Return why frozen weights cannot be stored or updated as asked for in a run of `precision`, one message each."""
     found = []
     format = format_of(config.frozen_dtype, precision, double_quant=config.frozen_double_quant)
     if reason := format.unavailable():
@@ -61,6 +61,11 @@ def storage_problems(config: ReLoRAConfig, precision: str) -> list[str]:
         found.append(
             "relora.frozen_master: none needs weights stored in bf16 or fp32, where they can be rounded "
             "without bias, or in 8 or 4 bits; use frozen_master=cpu"
+        )
+    if config.residual_every is not None and precision == "fp16":
+        found.append(
+            f"relora.residual_every: {config.residual_every} adds up gradients over several steps, between which the "
+            "loss scale of fp16 changes; use precision=bf16 or precision=fp32"
         )
     return found
 

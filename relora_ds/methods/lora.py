@@ -25,13 +25,14 @@ class LoRA(LowRank):
         super().__init__(recipe)
         self.relora = copy.copy(recipe.relora)  # unchecked: the recipe's own checks name what is wrong
         self.relora.restart_every = None
+        self.relora.residual_every = None
         self.has_base = recipe.lora.base != "none"
 
     @classmethod
     def of_warm_start(cls, recipe: Recipe) -> LowRank:
         """Return LoRA on the initial weights: without a base it would leave weights of rank r."""
         relora = copy.copy(recipe.relora)
-        relora.restart_every = None
+        relora.restart_every = relora.residual_every = None
         return super().of_warm_start(
             dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, base="random"), relora=relora)
         )
@@ -76,5 +77,7 @@ class LoRA(LowRank):
                 if (value := getattr(relora, name)) != getattr(type(relora), name):
                     yield f"relora.{name}: {value} has no effect with lora.base none, which has no W"
         warm = warm_start_of(recipe).relora if self.warm_start_steps else None
+        if relora.residual_every is not None and (warm is None or warm.residual_every is None):
+            yield f"relora.residual_every: {relora.residual_every} has no effect with method lora, whose W stays"
         if relora.restart_every is not None and (warm is None or warm.restart_every is None):
             yield f"relora.restart_every: {relora.restart_every} has no effect with method lora, which never restarts"

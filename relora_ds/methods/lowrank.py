@@ -35,6 +35,8 @@ class LowRank(TrainingMethod):
                 setattr(relora, name, getattr(type(relora), name))
         for key, value in cls.defaults.items():
             setattr(relora, key.removeprefix("relora."), value)
+        if relora.trains != "B":  # what goes with a one-sided chain alone
+            relora.residual_every = None
         return cls(
             dataclasses.replace(
                 recipe,
@@ -64,6 +66,7 @@ class LowRank(TrainingMethod):
             relora.frozen_dtype,
             relora.trains,
             warm,
+            *([] if relora.residual_every is None else [relora.residual_every]),
         ]
 
     def problems(self, model: "nn.Module") -> list[str]:

@@ -41,6 +41,9 @@ class ReLoRA(LowRank):
                 f"{relora.restart_init}"
             )
 
+        if relora.residual_every is None and relora.residual_lr != type(relora).residual_lr:
+            yield f"relora.residual_lr: {relora.residual_lr} has no effect without relora.residual_every"
+
     def after_step(self, engine: "ReLoRAEngine") -> None:
         """Restart when the schedule says so."""
         engine.restart_if_due()

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.lowrank.base_format import Format
 from relora_ds.lowrank.formats import DENSE, DTYPES, format_named
+from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.kernels import folded_weight
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.methods import Method
@@ -60,6 +61,8 @@ def activation_bytes(
             model = from_config(config, dtype=DTYPES[precision], attn_implementation=attn_implementation)
             if method.relora is not None:
                 model = cast(PreTrainedModel, store(method.prepare(model), format))
+                if method.relora.residual_every is not None:  # then layers keep x for backward
+                    _sum_gradients(model)
             live = _traced(recompute.apply(model, checkpointing), micro_batch_size, seq_len)
         return max([live.peak, *(alive + _bytes_of(product) for product, alive in live.products.items())])
 
@@ -90,6 +93,11 @@ def store(model: nn.Module, format: Format) -> nn.Module:
             stored = format.stored_like(layer.weight_shape, weight.dtype, weight.device)
             layer.store_weight(stored, format, as_buffer=False)
     return model
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    for layer in lowrank_layers(model).values():
+        layer.gradient_sum = GradientSum(layer.shape_of_gradient)
 
 
 def _traced(model: nn.Module, micro_batch_size: int, seq_len: int) -> "_LiveBytes":

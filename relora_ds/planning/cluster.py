@@ -127,9 +127,12 @@ def predict_step(
         accumulation=found.accumulation,
         world_size=cluster.world_size,
     )
-    wire = found.step[1]
+    wire, relora = found.step[1], method.relora
     tokens = recipe.batch_sequences * recipe.data.seq_len
     flops = flops_per_token(shapes, config, recipe.data.seq_len)
+    if found.residual is not None and relora is not None and relora.residual_every is not None:
+        wire += found.residual[1] / relora.residual_every
+        flops += 2 * sum(shape.numel() for shape in shapes.merged.values())  # their gradients
     if recipe.activation_checkpointing == "full":
         flops += forward_flops_per_token(shapes, config, recipe.data.seq_len)
     compute = tokens / cluster.world_size * flops / device_flops

@@ -10,8 +10,9 @@ from relora_ds.planning import device_memory, host
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
 from relora_ds.planning.planned_storage import format_here, storage_of
-from relora_ds.planning.planned_traffic import restart_bytes, step_bytes
+from relora_ds.planning.planned_traffic import residual_bytes, restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
+from relora_ds.zero.owner_updates import COPIES
 from relora_ds.zero.restart import peak_bytes
 
 
@@ -25,6 +26,7 @@ class Cost:
         items: see `memory.state` and `host.moments`.
         step: of one optimizer step; None where `accumulation` is.
         restart: of one restart; None for a method that merges nothing.
+        residual: of one update by what a one-sided chain leaves out; None without such.
     """
 
     stage: int
@@ -34,6 +36,7 @@ class Cost:
     items: list[device_memory.Item]
     step: tuple[float, float] | None
     restart: tuple[float, float] | None
+    residual: tuple[float, float] | None = None
 
 
 def cost(
@@ -71,7 +74,7 @@ def cost(
         world_size=world_size,
         after_warm_start=method.warm_start_steps > 0,
     )
-    step = restart = None
+    step = restart = residual = None
     if accumulation is not None:
         step = step_bytes(
             shapes,
@@ -86,7 +89,13 @@ def cost(
         merge = peak_bytes(shapes.merged, method.relora.r, stage=stage, world_size=world_size)
         items.append(device_memory.Item("a merge", merge, when=device_memory.RESTART))
         restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
-    return Cost(stage, world_size, accumulation, shapes, items, step, restart)
+    if method.relora is not None and method.relora.residual_every is not None and shapes.merged:
+        residual = residual_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
+        if restart is None:  # that needs more, at another time
+            largest = max(shape.numel() for shape in shapes.merged.values())
+            size = device_memory.MASTER * COPIES * largest
+            items.append(device_memory.Item("a residual update", size, when=device_memory.RESTART))
+    return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual)
 
 
 def activations_of(

@@ -10,7 +10,8 @@ weights, `e` bytes for one that trains, `f` bytes for one that is frozen (see `l
                 whole; fF where frozen weights are replicated
 
 With `optim.name: adamw_8bit` moments are 2T and a 32nd of that, instead of 8T, but for embeddings.
-Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device.
+Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device. With
+`relora.residual_every` each rank has sums of all their gradients, 4F.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,6 +114,9 @@ def state(
                 HOST if relora.frozen_master == "cpu" else DEVICE,
             )
         )
+    if relora is not None and relora.residual_every is not None:
+        sums = MASTER * sum(shape.numel() for shape in shapes.merged.values())
+        items.append(Item("sums of the frozen weights' gradients", sums))
     ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))
     items.append(Item("ledgers of the merges", ledgers, HOST))
     return [item for item in items if item.size]

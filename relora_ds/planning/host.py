@@ -42,6 +42,9 @@ def moments(
     if relora is not None and relora.restart_init == "gradient" and relora.gradient_estimate == "exact":
         gradients = most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())
         items += [Item("exact gradients of the frozen weights", gradients, HOST, RESTART)]
+    if relora is not None and relora.residual_every is not None:
+        sums = most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())
+        items += [Item("sums of the frozen weights' gradients", sums, HOST, CHECKPOINT)]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
     if masters and relora is not None and relora.frozen_master == "cpu":
         items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))

@@ -88,6 +88,29 @@ def restart_bytes(
     return one_way + both_ways, (one_way + 2 * both_ways) * share
 
 
+def residual_bytes(
+    shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision: str, world_size: int
+) -> tuple[float, float]:
+    """`(payload, wire)` of one update of the frozen weights by what a one-sided chain leaves out.
+
+    Every sum of gradients is reduced to the owner in fp32, and every frozen weight is broadcast as it is stored. ZeRO-3
+    gathers the bases first and, without masters, the frozen weights, unless they are replicated; and once more the
+    small parameters that it keeps whole, which the update lets go of.
+
+    zero: a resolved `zero_optimization` section.
+    """
+    stage = zero["stage"]
+    storage = storage_of(shapes, relora, precision=precision, stage=stage)
+    payload = 4 * sum(shape.numel() for shape in shapes.merged.values())
+    payload += sum(stored.num_bytes for stored in storage.merged.values())
+    payload += sum(base.num_bytes for base in storage.bases.values() if base.sharded)
+    if stage == 3:
+        payload += gathered_by_stage_3(shapes, storage, zero, ELEMENT_SIZE[precision]).small_bytes
+        if not storage.with_masters:
+            payload += sum(stored.num_bytes for stored in storage.merged.values() if stored.sharded)
+    return payload, payload * (world_size - 1) / world_size
+
+
 def _subspace_bytes(shapes: Shapes, storage: PlannedStorage, relora: ReLoRAConfig, stage: int) -> int:
     """Return what is sent one way, in the restart, to choose the next A's, to store them and to turn moments.
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from relora_ds.lowrank.wrap import count_parameters, full_shape
+from relora_ds.lowrank.wrap import count_parameters, full_shape, lowrank_layers
 from relora_ds.models.flops import flops_per_token, has_experts, peak_flops
 from relora_ds.training.state import RunState
 from relora_ds.training.step import Step
@@ -33,6 +33,8 @@ def figures_of(run: RunState, step: Step) -> dict[str, Any] | None:
         return None
     tokens_per_s = run.recipe.tokens_per_step / run.clock.mean_seconds()
     extra = {"max_update_over_lr": _max_update_over_lr(run)} if after_restart else {}
+    if engine.residual is not None:
+        extra |= {"residual_updates": engine.residual.count, "residual_s": engine.residual.seconds}
     return {
         "loss": run.collect_losses(),
         "lr": step.lr,
@@ -73,6 +75,8 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> float | None:
     if head is None or head.weight is not embedding:  # it is looked up and not multiplied
         size = full_shape(embedding).numel()
         trainable, total = trainable - size * embedding.requires_grad, total - size
+    layers = lowrank_layers(model).values()
+    trainable += sum(layer.weight_shape.numel() for layer in layers if layer.gradient_sum is not None)
     return flops_per_token(trainable, total - trainable, config, seq_len)
 
 

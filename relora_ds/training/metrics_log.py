@@ -39,6 +39,8 @@ TENSORBOARD_TAGS: dict[str, dict[str, str | None]] = {
         "full_rank_bytes_wire": "traffic/total_bytes_wire_of_full_rank",
         "peak_memory_bytes": "memory/peak_bytes",
         "max_update_over_lr": "restart/max_update_over_lr",
+        "residual_updates": "progress/residual_updates",
+        "residual_s": "speed/residual_s",
     },
     "eval": {
         "val_loss": "loss/validation",

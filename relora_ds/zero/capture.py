@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_ds.checkpoint.contents import BUFFER, PARTS, Captured, Ranges
+from relora_ds.checkpoint.contents import BUFFER, PARTS, RESIDUAL_SUM, Captured, Ranges
 from relora_ds.lowrank.wrap import full_shape, lowrank_layers
 from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import assign_owners
@@ -35,7 +35,7 @@ class EngineSource:
 
     @property
     def cycle(self) -> int:
-        return len(self._engine.restarts)
+        return cycle_of(self._engine)
 
     def capture(self, peers: list[int], with_frozen: bool) -> Captured:
         return capture(self._engine, peers, with_frozen, self._copies)
@@ -49,6 +49,11 @@ class EngineSource:
                 module.generation_config.save_pretrained(directory)
                 written.append("generation_config.json")
         return written
+
+
+def cycle_of(engine) -> int:
+    """Return how often the frozen weights of an engine have changed."""
+    return len(engine.restarts) + (0 if engine.residual is None else engine.residual.count)
 
 
 @torch.no_grad()
@@ -76,6 +81,8 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
         copied |= {
             BUFFER + name: buffer.to("cpu", copy=True) for name, buffer in persistent_buffers(engine.module).items()
         }
+    if engine.residual is not None:
+        copied |= {RESIDUAL_SUM + name: value for name, value in engine.residual.hold().items()}
     return Captured(
         copied, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine), description(engine)
     )

@@ -22,7 +22,7 @@ from relora_ds.checkpoint.sharing import Sharing
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.lowrank.words import for_everyone
-from relora_ds.zero.capture import EngineSource
+from relora_ds.zero.capture import EngineSource, cycle_of
 from relora_ds.zero.restore import problems, restore
 from relora_ds.zero.start import host_group
 from relora_ds.zero.together import together
@@ -60,7 +60,7 @@ def _shared(continues: tuple[Path, Manifest] | None, engine) -> tuple[Path, Mani
     about = continues[1].model
     saved, now = about["frozen"], dataclasses.asdict(engine.frozen.storage)
     in_fp32 = [content["with_masters"] or content["dtype"] == "fp32" for content in (saved, now)]
-    is_same = about["restarts"] == len(engine.restarts) and (all(in_fp32) or saved == now)
+    is_same = about["restarts"] == cycle_of(engine) and (all(in_fp32) or saved == now)
     return continues if is_same else None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.exact_gradients import ExactGradients
+from relora_ds.zero.owner_updates import OwnerUpdates
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
@@ -35,10 +36,12 @@ class ReLoRAEngine(DeepSpeedEngine):
         last_restart: the `RestartReport` of the newest restart, or None.
         decayed_group: the index of the parameter group of `lora_B` where that has weight decay, which acts on W then.
         num_accumulated: backward passes since the last step at an accumulation boundary.
+        residual: `OwnerUpdates` by what a one-sided chain leaves out, with `residual_every`; else None.
         exact_gradients: what a step before a scheduled restart takes along, with `gradient_estimate: exact`.
     """
 
     exact_gradients: ExactGradients | None
+    residual: OwnerUpdates | None
     decayed_group: int | None
 
     @property
@@ -73,7 +76,7 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def step(self, lr_kwargs=None):
         """DeepSpeed's step; after an applied one, the method's hook (ReLoRA: a restart when it is due)."""
-        if self.is_gradient_accumulation_boundary():
+        if at_boundary := self.is_gradient_accumulation_boundary():
             self.num_accumulated = 0
         left = self._left_by_decay()  # from here on, the learning rate is the next step's
         super().step(lr_kwargs)
@@ -82,7 +85,11 @@ class ReLoRAEngine(DeepSpeedEngine):
                 self.frozen.decay.mul_(left)
             if self.t == 1:
                 warn_of_untrained(self)
+            if self.residual is not None:
+                self.residual.after_step(self.t, self.lr_scheduler.last_multiplier)
             self.after_step(self)
+        elif at_boundary and self.residual is not None:
+            self.residual.drop()  # it has gradients that are not finite, on some rank
 
     def _left_by_decay(self) -> float:
         """Return what the next step's decoupled weight decay leaves of W, as of B: `1 - lr·weight_decay`."""
@@ -122,6 +129,8 @@ class ReLoRAEngine(DeepSpeedEngine):
             )
         if self.t in self.restarts:
             raise ValueError(f"restart: there was one at step t={self.t} already; take a step first")
+        if self.residual is not None and self.t:
+            self.residual.apply(self.lr_scheduler.last_multiplier)  # by hand, a period may end early
         self.last_restart = restart(
             self.shards,
             self.frozen,

@@ -3,9 +3,10 @@
 It says nothing about ZeRO stages or ranks: an engine of another stage and world size can resume from it.
 """
 
-from relora_ds.checkpoint.contents import DECAY
+from relora_ds.checkpoint.contents import DECAY, RESIDUAL
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_RESIDUAL = ("steps", "count")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -18,6 +19,7 @@ def engine_state(engine) -> dict:
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
         **({} if engine.frozen.decay is None else {DECAY: float(engine.frozen.decay)}),
+        **({} if engine.residual is None else {RESIDUAL: {key: getattr(engine.residual, key) for key in _RESIDUAL}}),
     }
 
 
@@ -34,6 +36,8 @@ def restore_engine_state(engine, state: dict, *, optimizer: bool = True, schedul
         engine.lr_scheduler.load_state_dict(state["scheduler"])
         for name in _COUNTERS:
             setattr(engine, name, state["counters"][name])
+        if engine.residual is not None:
+            engine.residual.count = state.get(RESIDUAL, {"count": 0})["count"]
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.num_accumulated = 0
     if not optimizer:

@@ -6,6 +6,7 @@ rank. It holds the master, merges into it, quantizes the whole tensor once and b
 that all ranks hold the same bytes by construction.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -119,6 +120,13 @@ class FrozenWeights:
         """Return the layers whose weights this rank owns, in model order."""
         return [name for name, owner in self.owners.items() if owner == dist.get_rank()]
 
+    def rounds(self) -> list[list[str]]:
+        """Return the layers in turns, at most one of each owner, largest first: those of a round take equally long."""
+        by_owner: dict[int, list[str]] = {}
+        for name in sorted(self.layers, key=lambda name: -self.layers[name].weight_shape.numel()):
+            by_owner.setdefault(self.owners[name], []).append(name)
+        return [list(filter(None, names)) for names in itertools.zip_longest(*by_owner.values())]
+
     def read(self, name: str, device: torch.device) -> Tensor | None:
         """Return the fp32 value to merge into: a new tensor on the owner, None elsewhere. Collective."""
         mine = self.owners[name] == dist.get_rank()
@@ -146,6 +154,15 @@ class FrozenWeights:
     def dequantize(self, name: str, stored: Tensor) -> Tensor:
         """Return the fp32 weight `[..., out, in]` that a stored copy stands for."""
         return self.format.dequantize(stored, self.layers[name].weight_shape, torch.float32)
+
+    def add_to_ledgers(self, samples: dict[str, Tensor]) -> None:
+        """Add changes of owned weights, `[2, n]` on the device: a ledger's samples of what was intended and lost."""
+        if not samples:
+            return
+        on_host = torch.cat([*samples.values()], dim=1).cpu()  # in one copy
+        columns = on_host.split([sample.shape[1] for sample in samples.values()], dim=1)
+        for name, (intended, lost) in zip(samples, columns, strict=True):
+            self.ledgers[name].add(intended, lost)
 
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:
         """Broadcast the owner's stored copy and put it (at ZeRO-3: this rank's piece of it) where forward reads it."""

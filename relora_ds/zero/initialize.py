@@ -5,6 +5,7 @@ The engine is DeepSpeed's own with its class specialised (`zero.engine.ReLoRAEng
 """
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import nn
 from relora_ds.config import ReLoRAConfig
 from relora_ds.config.curve import ScheduleConfig
 from relora_ds.lowrank.formats import DTYPES
+from relora_ds.lowrank.orthogonal import orthogonal_update
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.words import for_everyone
@@ -30,6 +32,7 @@ from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.fill import fill
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.optimizers import make_optimizer
+from relora_ds.zero.owner_updates import OwnerUpdates
 from relora_ds.zero.randomness import drops_values_only
 from relora_ds.zero.scheduler import ReLoRAScheduler
 from relora_ds.zero.shards import ShardView
@@ -192,7 +195,10 @@ def initialize(
     engine.decayed_group = decayed_group
     if decayed_group is not None:
         frozen.set_decay(1.0)
-    engine.exact_gradients = None
+    engine.exact_gradients = engine.residual = None
+    if relora is not None and relora.residual_every is not None and frozen.layers:
+        update = functools.partial(orthogonal_update, lr=relora.residual_lr)
+        engine.residual = OwnerUpdates(frozen, shards, relora.residual_every, update, seed)
     engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, stepped, loader, scheduler

@@ -11,7 +11,6 @@ Before anything is overwritten, the owners make sure that what they would merge 
 Everything here is written against `ShardView` and `FrozenWeights` and knows no ZeRO stage.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -171,7 +170,7 @@ def _merge(
     Returns `[‖stored ΔW − intended ΔW‖², ‖intended ΔW‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the
     first two over all restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
-    rounds = _rounds(frozen)
+    rounds = frozen.rounds()
     kept = _require_finite(shards, frozen, rounds, device)
 
     squares = torch.zeros(len(frozen.layers), 6, dtype=torch.float64, device=device)  # a row is filled by its owner
@@ -193,18 +192,14 @@ def _merge(
         for name in names:
             frozen.publish(name, stored.pop(name, None), device)
     frozen.masters.settle()
-    for name, sums in _add_to_ledgers(frozen, samples).items():
-        rows[name][4:] = sums
+    frozen.add_to_ledgers(samples)
+    if samples:
+        ledgers = [frozen.ledgers[name] for name in samples]
+        sums = torch.stack([_square(value) for ledger in ledgers for value in (ledger.lost, ledger.intended)])
+        for name, row in zip(samples, sums.view(-1, 2).to(device), strict=True):  # in one copy
+            rows[name][4:] = row
     dist.all_reduce(squares)
     return dict(zip(frozen.layers, squares.tolist(), strict=True)), sent
-
-
-def _rounds(frozen: FrozenWeights) -> list[list[str]]:
-    """Return the layers in turns, at most one of each owner, largest first: those of a round take equally long."""
-    by_owner: dict[int, list[str]] = {}
-    for name in sorted(frozen.layers, key=lambda name: -frozen.layers[name].weight_shape.numel()):
-        by_owner.setdefault(frozen.owners[name], []).append(name)
-    return [list(filter(None, names)) for names in itertools.zip_longest(*by_owner.values())]
 
 
 def _merged(
@@ -232,19 +227,6 @@ def _merged(
 
 def _square(value: Tensor) -> Tensor:
     return value.square().sum(dtype=torch.float64)
-
-
-def _add_to_ledgers(frozen: FrozenWeights, samples: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ledgers' sums of squares, fp64 `[lost, intended]`, after this restart's samples, in one copy."""
-    if not samples:
-        return {}
-    on_host = torch.cat([*samples.values()], dim=1).cpu().split([sample.shape[1] for sample in samples.values()], dim=1)
-    for name, (intended, lost) in zip(samples, on_host, strict=True):
-        frozen.ledgers[name].add(intended, lost)
-    sums = torch.stack(
-        [_square(value) for name in samples for value in (frozen.ledgers[name].lost, frozen.ledgers[name].intended)]
-    )
-    return dict(zip(samples, sums.view(-1, 2).to(frozen.device), strict=True))
 
 
 def _gather_factors(shards: ShardView, frozen: FrozenWeights, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

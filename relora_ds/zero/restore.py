@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from relora_ds.checkpoint.contents import BUFFER, OTHER, PARTS, STORED
+from relora_ds.checkpoint.contents import BUFFER, OTHER, PARTS, RESIDUAL, RESIDUAL_SUM, STORED
 from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.lowrank.inventory import is_lora_parameter
@@ -98,7 +98,7 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
     with ExitStack() as stack:
         try:
             saved = SavedTensors(directory, manifest, stack)
-            lack = _lack(saved, engine, begins_chain)
+            lack = _lack(saved, engine, begins_chain, bool(optimizer and _residual_steps(manifest)))
         except (DamagedError, UnreadableError) as error:  # the other ranks wait for word
             lack = str(error)
         lacking = [lack] * dist.get_world_size()
@@ -120,6 +120,9 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
             value = saved.read(BUFFER + name).to(buffer.device) if dist.get_rank() == 0 else torch.empty_like(buffer)
             dist.broadcast(value.contiguous().reshape(-1).view(torch.uint8), 0)
             buffer.copy_(value)
+        if engine.residual is not None:
+            steps = _residual_steps(manifest) if optimizer else 0
+            engine.residual.restore(steps, lambda name: saved.read(RESIDUAL_SUM + name))
     if begins_chain:
         begin_chain(shards, engine.frozen, engine.seed, len(manifest.engine["scheduler"]["restarts"]))
     for name in shards.names:  # what forward reads, from masters that are all in place now
@@ -129,7 +132,12 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         shards.set_adam_steps({"lora": 0})
 
 
-def _lack(saved: SavedTensors, engine, begins_chain: bool) -> str | None:
+def _residual_steps(manifest: Manifest) -> int:
+    """Return how many steps the sums of gradients in a checkpoint have; 0 where there are none."""
+    return manifest.engine.get(RESIDUAL, {"steps": 0})["steps"]
+
+
+def _lack(saved: SavedTensors, engine, begins_chain: bool, with_residual: bool) -> str | None:
     """Return what this rank's part of an engine needs and this host does not see; None where it sees everything."""
     for shard in engine.shards:
         if begins_chain and is_lora_parameter(shard.name):
@@ -141,6 +149,8 @@ def _lack(saved: SavedTensors, engine, begins_chain: bool) -> str | None:
             return saved.reason(f"{name}.weight", FROZEN)
         if name in engine.frozen.one_sided and not begins_chain and not saved.has(f"{OTHER}{name}.lora_A"):
             return saved.reason(f"{name}.lora_A", FROZEN)
+        if with_residual and engine.residual is not None and not saved.has(RESIDUAL_SUM + name):
+            return saved.reason(RESIDUAL_SUM + name, TRAINED)
     if dist.get_rank() == 0:
         others = [OTHER + name for name, _ in other_parameters(engine)]
         buffers = [BUFFER + name for name in persistent_buffers(engine.module)]

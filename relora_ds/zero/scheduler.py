@@ -63,6 +63,11 @@ class ReLoRAScheduler:
         """Return the learning rates that the next step uses, by group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
+    @property
+    def last_multiplier(self) -> float:
+        """The factor that update number `t` has used; `t` is above 0."""
+        return lr_multiplier(self.t - 1, **asdict(self.config), restarts=self.restarts)
+
     def state_dict(self) -> dict:
         return {"t": self.t, "restarts": list(self.restarts)}
 

@@ -39,7 +39,7 @@ def release(engine) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data, tensor.grad = torch.empty(0, dtype=tensor.dtype), None
     for layer in lowrank_layers(module).values():
-        layer.sketch = None
+        layer.sketch = layer.gradient_sum = None
     engine.shards.__dict__.clear()
     engine.frozen.__dict__.clear()
     basic.state.clear()

@@ -13,6 +13,10 @@ CASES = {
     "optimizer offloaded": dict(stage=1, offload=True),
     "nf4, sharded": dict(stage=3, relora=dict(frozen_dtype="nf4", lora_dropout=0.1)),
     "int8, replicated": dict(stage=3, relora=dict(frozen_dtype="int8", frozen_placement="replicated")),
+    "residual updates": dict(
+        stage=3,
+        relora=dict(trains="B", restart_init="random", optimizer_reset="zero", residual_every=3),
+    ),
     "fp8, which multiplies": dict(stage=1, relora=dict(frozen_dtype="fp8", frozen_master="device")),
 }
 REPEATED = ("stage 1", "stage 3, A random", "int8, replicated")  # what the others do, in other combinations

@@ -16,6 +16,8 @@ RESTART = "tests/zero/test_restart.py::test_invariants"
 REFRESH = "tests/zero/test_one_sided_refresh.py::test_the_second_refresh"
 MOMENTS = "tests/zero/test_moments.py::test_split_moments_are_pruned_as_whole_ones"
 NONFINITE = "tests/zero/test_nonfinite.py::test_one_bad_rank"
+OWNER_UPDATES = "tests/zero/test_owner_updates.py"
+WRITTEN = "test_masters_and_stored_copies_get_the_change"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,33 @@ class Mutant:
 
 
 MUTANTS = [
+    # Updates between restarts.
+    Mutant("residual_not_projected", (f"{OWNER_UPDATES}::{WRITTEN}[1-bf16-frozen1]",), "inside <"),
+    Mutant(
+        "residual_not_published",
+        (f"{OWNER_UPDATES}::{WRITTEN}[1-bf16-frozen1]",),
+        "assert torch.equal(frozen.quantize(",
+    ),
+    Mutant(
+        "residual_shares_old_weights",
+        (f"{OWNER_UPDATES}::test_a_run_resumes_to_the_bit[1-bf16-[2, 4]]",),
+        'assert found["losses"] == expected',
+    ),
+    Mutant(
+        "residual_of_a_skipped_step",
+        (f"{OWNER_UPDATES}::test_a_bad_step_on_one_rank_gives_up_what_the_period_has[1-bf16-inf-1]",),
+        "engine.residual.steps == 0",
+    ),
+    Mutant(
+        "residual_ignores_decay",
+        (f"{OWNER_UPDATES}::test_under_weight_decay_w_gets_more_than_forward_sees",),
+        "not close",
+    ),
+    Mutant(
+        "residual_sums_not_saved",
+        (f"{OWNER_UPDATES}::test_a_run_resumes_to_the_bit[1-bf16-[4]]",),
+        "residual/",
+    ),
     # Writing a value: master and forward's copy.
     Mutant("stale_master", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
     Mutant("stale_forward_copy", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),

@@ -8,6 +8,7 @@ from relora_ds.config import load_recipe
 from relora_ds.lowrank import kernels
 from relora_ds.lowrank.base_format import Format
 from relora_ds.lowrank.formats import DENSE, DTYPES, format_named
+from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.models import recompute
 from relora_ds.models.build import build_model
@@ -32,6 +33,8 @@ def measured(method, config, precision: str, checkpointing: str = "none", format
     for layer in lowrank_layers(model).values():
         stored = format.quantize(layer.weight.detach().float(), DTYPES[precision])
         layer.store_weight(stored, format, as_buffer=False)
+        if method.relora.residual_every is not None:
+            layer.gradient_sum = GradientSum(layer.shape_of_gradient)
     recompute.apply(model, checkpointing)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -64,6 +67,19 @@ def test_the_trace_finds_the_peak_of_real_allocations(precision, vocab_size, nam
         if phase.name in names:
             traced = activation_bytes(phase.method, config, precision=precision, **SIZES)
             assert traced == pytest.approx(measured(phase.method, config, precision), rel=0.05), phase.name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_keep_their_input_for_sums_of_gradients(precision):
+    changes = ["method=galore", "warm_start_steps=0", "model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"]
+    peaks = []
+    for every in ("null", "20"):
+        recipe = load_recipe("tiny", [*changes, "relora.restart_every=20", f"relora.residual_every={every}"])
+        method = phases_of(recipe)[-1].method
+        config, _ = network_of(recipe)
+        peaks.append(activation_bytes(method, config, precision=precision, **SIZES))
+        assert peaks[-1] == pytest.approx(measured(method, config, precision), rel=0.05)
+    assert peaks[1] > 1.05 * peaks[0]
 
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective", "cheap"])

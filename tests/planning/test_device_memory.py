@@ -95,6 +95,8 @@ def test_state_in_8_bit(stage, precision, method):
         pytest.param(1, "bf16", dict(trains="B", restart_init="random"), marks=pytest.mark.slow),
         (3, "bf16", dict(trains="B", restart_init="random")),
         (3, "bf16", dict(trains="B", restart_init="random", frozen_placement="replicated")),
+        (1, "bf16", dict(trains="B", restart_init="random", residual_every=10)),
+        (3, "fp32", dict(trains="B", restart_init="random", residual_every=10)),
     ],
 )
 def test_state_of_packed_weights(stage, precision, options):

@@ -14,6 +14,7 @@ from tests.planning.engines import build, micro_step, overrides, planned
 from tests.ranks import ranks
 from tests.training.runs import lines, run
 
+RESIDUAL = "relora.residual_every=10"
 ONE_SIDED = ("relora.trains=B", "relora.restart_init=gradient", "relora.optimizer_reset=none")
 
 
@@ -30,10 +31,20 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
     with count_traffic() as a_step:
         micro_step(engine, 2)
         engine.step()
-    with count_traffic() as a_restart:
+    found = {"step": a_step}
+    if engine.residual is not None:
+        engine.residual.drop()  # else the restart would end a period
+    with count_traffic() as found["restart"]:
         engine.restart()
+    if engine.residual is not None:
+        micro_step(engine, 3)
+        engine.step()
+        with count_traffic() as found["residual"]:
+            engine.residual.apply(1.0)
+            micro_step(engine, 4)
+            engine.step()
     release(engine)
-    return {"step": (a_step.payload, a_step.wire), "restart": (a_restart.payload, a_restart.wire)}
+    return {name: (traffic.payload, traffic.wire) for name, traffic in found.items()}
 
 
 @pytest.mark.each_value_once
@@ -54,6 +65,10 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
         (1, "bf16", ONE_SIDED),
         (3, "bf16", (*ONE_SIDED, "relora.optimizer_reset=rotate")),
         (3, "fp32", (*ONE_SIDED, "relora.frozen_dtype=int8", "relora.frozen_placement=replicated")),
+        (1, "bf16", (*ONE_SIDED, RESIDUAL)),
+        (3, "bf16", (*ONE_SIDED, RESIDUAL)),
+        (3, "fp32", (*ONE_SIDED, RESIDUAL)),
+        (3, "fp32", (*ONE_SIDED, RESIDUAL, "relora.frozen_dtype=nf4", "relora.frozen_placement=replicated")),
     ],
 )
 def test_bytes_are_those_that_are_sent(stage, precision, more):
@@ -62,6 +77,9 @@ def test_bytes_are_those_that_are_sent(stage, precision, more):
     for result in ranks(2).run(sent, changes):
         assert result["step"] == pytest.approx(expected.step, rel=0.01)
         assert result["restart"] == pytest.approx(expected.restart, rel=0.01)
+        if expected.residual is not None:  # with a step after it
+            both = [update + step for update, step in zip(expected.residual, expected.step, strict=True)]
+            assert result["residual"] == pytest.approx(both, rel=0.01)
 
 
 def test_a_restart_in_training_at_stage_3(tmp_path):

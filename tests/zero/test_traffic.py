@@ -271,6 +271,43 @@ def test_a_refresh_moves_a_sketch_or_the_gradient_once_and_each_basis_once(stage
     assert Counter(call for call in a_restart if call[0] in ("reduce", "broadcast")) == Counter(reduces + broadcasts)
 
 
+def step_and_update(stage: int, precision: str, accumulation: int) -> tuple[list, list, list]:
+    """The calls of a step within a period, of one that ends it, and of a save within the next one."""
+    one_sided = dict(trains="B", restart_init="random", optimizer_reset="none", restart_warmup_steps=0)
+    engine = build(stage, precision, accumulation, NOTHING_STAYS, restart_every=12, residual_every=4, **one_sided)
+    for step in range(2):
+        cases.train_step(engine, step)
+    with count_traffic() as a_step:
+        cases.train_step(engine, 2)
+    cases.train_step(engine, 3)
+    for step in range(4, 7):
+        cases.train_step(engine, step)
+    with count_traffic() as with_update:
+        cases.train_step(engine, 7)
+    cases.train_step(engine, 8)
+    with count_traffic() as a_save:
+        engine.residual.hold()
+    cases.release(engine)
+    return a_step.calls, with_update.calls, a_save.calls
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize(("accumulation", "precision"), [(1, "bf16"), (4, "fp32")])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_residual_update_moves_each_gradient_and_each_frozen_weight_once(stage, accumulation, precision):
+    calls, same = ranks(WORLD).run(step_and_update, stage, precision, accumulation)
+    assert calls == same, "the ranks do not make the same calls"
+    a_step, with_update, a_save = calls
+    element, moves = BYTES[precision], [COLUMNS, EMBEDDINGS, NORMS]
+    plain = step_bytes(stage, moves, FROZEN + BASES, element, accumulation)
+    check(a_step, plain)
+    expected = Counter(plain) + Counter(reduce=4 * sum(FROZEN), broadcast=element * sum(FROZEN))
+    if stage == 3:  # the bases, and frozen weights that have no masters
+        expected["all_gather"] += element * sum(pad(size, WORLD) for size in BASES + FROZEN * (precision == "fp32"))
+    check(with_update, expected)
+    check(a_save, {"reduce": 4 * sum(FROZEN)})
+
+
 # Sizes that nf4 can store: 64 divides every weight.
 EVEN_HIDDEN, EVEN_INTERMEDIATE = 48, 80
 EVEN = {"hidden_size": EVEN_HIDDEN, "intermediate_size": EVEN_INTERMEDIATE}

@@ -15,13 +15,15 @@ from relora_ds.zero.traffic import count_traffic, expected_step
 class Traffic(Hook):
     """Times every step, and counts the bytes of some: collectives are the same in every step of a phase, but restarts.
 
-    Sampled are an engine's first three steps (ZeRO-3 still records its trace there), and those that a restart follows.
+    Sampled are an engine's first three steps (ZeRO-3 still records its trace there), those that a restart follows, and
+    the first one with a residual update, which stands for all of them.
     """
 
     def on_phase(self, run: RunState) -> None:
         engine = run.engine
         self._first = engine.t  # a resumed engine does not begin at 0
         self._regular = StepBytes()
+        self._with_update: StepBytes | None = None
         self._full_rank = StepBytes(
             *expected_step(
                 engine.zero_optimization_stage(),
@@ -36,12 +38,18 @@ class Traffic(Hook):
     @contextmanager
     def around_step(self, run: RunState) -> Iterator[None]:
         engine, restarts = run.engine, len(run.engine.restarts)
+        updates = engine.residual is not None and engine.residual.is_due(engine.t + 1)
         sampling = engine.t - self._first in (0, 1, 2) or engine.lr_scheduler.is_scheduled(engine.t + 1)
+        sampling = sampling or (updates and self._with_update is None)
         with run.clock.step(sampling), count_traffic() if sampling else nullcontext() as sample:
             yield
-        run.step_bytes = self._regular if sample is None else StepBytes(float(sample.payload), sample.wire)
+        known = self._with_update if updates and self._with_update is not None else self._regular
+        run.step_bytes = known if sample is None else StepBytes(float(sample.payload), sample.wire)
         if engine.was_step_applied() and len(engine.restarts) == restarts:
-            self._regular = run.step_bytes
+            if updates:
+                self._with_update = run.step_bytes
+            else:
+                self._regular = run.step_bytes
         self._add(run.totals, run.step_bytes)
 
     def _add(self, totals: RunTotals, moved: StepBytes) -> None:
