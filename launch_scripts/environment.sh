@@ -163,8 +163,7 @@ use_venv() {
     if [ "$(cat "$VENV/relora_ds.stamp" 2>/dev/null)" != "$stamp" ]; then
         pins=$(mktemp)
         "$PYTHON" -m pip list --format=freeze 2>/dev/null | grep -i '^torch==' >"$pins" || choose_build
-        # Not compiled: Python does so with what is imported, which is a small part of these packages.
-        "$PYTHON" -m pip install -qq --no-compile -c "$pins" ${build[@]+"${build[@]}"} -e "${ROOT}[test]" ||
+        "$PYTHON" -m pip install -qq -c "$pins" ${build[@]+"${build[@]}"} -e "${ROOT}[test]" ||
             fail "pip could not complete .venv; what it says is above. Run this again to continue."
         rm -f "$pins"
         printf '%s\n' "$stamp" >"$VENV/relora_ds.stamp"
