@@ -6,7 +6,7 @@ from dataclasses import InitVar, dataclass
 from typing import Annotated, Literal, get_args
 
 from relora_ds.config import fields
-from relora_ds.config.rules import Integer, Names, Number, either, is_int, nearest_multiples, tenth
+from relora_ds.config.rules import MAX_COUNT, Integer, Names, Number, either, is_int, nearest_multiples, tenth
 
 OptimizerReset = Literal["magnitude_joint", "magnitude", "random", "zero", "none", "rotate"]
 RestartInit = Literal["kaiming", "gradient", "random"]
@@ -144,7 +144,7 @@ class ReLoRAConfig:
 
     def _residual_conflicts(self, prefix: str) -> Iterator[str]:
         residual, restart = self.residual_every, self.restart_every
-        if residual is None:
+        if not is_int(residual) or not 1 <= residual <= MAX_COUNT:  # null, or no number of steps
             return
         if self.trains != "B":
             yield (
@@ -156,7 +156,7 @@ class ReLoRAConfig:
                 f"{prefix}residual_every: {residual} needs the layer's own input, and {prefix}lora_dropout "
                 f"{self.lora_dropout} hides it; use {prefix}lora_dropout=0"
             )
-        if is_int(residual) and is_int(restart) and residual >= 1 and restart % residual:
+        if is_int(restart) and restart % residual:
             near = nearest_multiples(restart, residual)
             yield (
                 f"{prefix}restart_every: {restart} is not a multiple of {prefix}residual_every {residual}, so the "
