@@ -72,7 +72,7 @@ class ReLoRAConfig:
     """Applied optimizer steps between updates of W by what a one-sided chain leaves out of its gradient: each rank adds
     it up in fp32 on its device, and the owners of the weights get the sum, orthogonalise it as Muon does and apply it.
     null = never."""
-    residual_lr: Annotated[float, Number("above 0")] = 0.02
+    residual_lr: Annotated[float, Number("above 0")] = 0.08
     """Peak learning rate of these updates; it follows the curve of `optim.lr`."""
     product: Product = "auto"
     """How a linear multiplies: `separate` with W, and with A and B beside it; `folded` with `W + s·B·A`, formed anew in

@@ -21,7 +21,7 @@ GALORE = [
     ("values", "message"),
     [
         (dict(residual_every=0), "residual_every: 0 is not an integer of at least 1; use e.g. 20"),
-        (dict(residual_lr=0), "residual_lr: 0 is not a number above 0; use e.g. 0.02"),
+        (dict(residual_lr=0), "residual_lr: 0 is not a number above 0; use e.g. 0.08"),
         (dict(residual_every=20, residual_lr=-1.0), "residual_lr: -1.0 is not a number above 0"),
         (dict(residual_every=20, residual_lr="x"), "residual_lr: 'x' is not a number"),
         (

@@ -33,7 +33,13 @@ VARIANTS = {
     "residual every 20, lr 0.08": Settings(**RESIDUAL),
     "residual every 20, lr 0.16": Settings(residual_every=20, residual_lr=0.16),
     "residual every 50, lr 0.16": Settings(residual_every=50, residual_lr=0.16),
+    "residual every 50, lr 0.32": Settings(residual_every=50, residual_lr=0.32),
+    "residual every 100, lr 0.32": Settings(residual_every=100, residual_lr=0.32),
     "residual every 200, lr 0.16": Settings(residual_every=200, residual_lr=0.16),
     "residual every 20, r 4": Settings(**RESIDUAL, r=4),
     "residual every 20, r 1": Settings(**RESIDUAL, r=1),
+    "residual every 50, r 4": Settings(residual_every=50, residual_lr=0.16, r=4),
+    "residual every 50, r 1": Settings(residual_every=50, residual_lr=0.16, r=1),
+    "residual every 20, random basis": Settings(**RESIDUAL, basis="random", moments="zeroed"),
+    "residual every step, lr 0.02, r 1": Settings(residual_every=1, residual_lr=0.02, r=1),
 }
