@@ -120,11 +120,11 @@ def all_of_them(directory: Path) -> None:
     ("damage", "loaded"),
     [
         (one_bad_byte, "newer"),
-        (leads_elsewhere, "newer"),
+        pytest.param(leads_elsewhere, "newer", marks=pytest.mark.slow),
         (names_nothing, "newer"),
-        (is_missing, "newer"),
+        pytest.param(is_missing, "newer", marks=pytest.mark.slow),
         (names_the_older, "older"),
-        (no_manifest, "older"),
+        pytest.param(no_manifest, "older", marks=pytest.mark.slow),
         (flipped_bit, "older"),
     ],
 )

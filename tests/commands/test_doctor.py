@@ -77,6 +77,7 @@ def test_a_lower_rank_keeps_the_scaling(rslora, alpha):
     assert line.endswith(f"relora.r=4 relora.lora_alpha={alpha}")
 
 
+@pytest.mark.slow
 def test_one_rank_has_no_link():
     done = subprocess.run(
         [sys.executable, "-m", "relora_ds", "doctor", "--link"],

@@ -116,6 +116,7 @@ def test_the_choices_beside_the_recipes_own(capsys):
     assert "nf4 <" in text and "cheap <" in text
 
 
+@pytest.mark.slow
 def test_auto_is_planned_as_on_gpus(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ("--world-size", "1", "--stages", "0", "--config", "quickstart")

@@ -25,7 +25,15 @@ def first(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "kind, step", [("run", 28), ("unfinished", 24), ("checkpoint", 16), ("warm_start", 8), ("export", 28), ("peft", 24)]
+    "kind, step",
+    [
+        ("run", 28),
+        pytest.param("unfinished", 24, marks=pytest.mark.slow),
+        ("checkpoint", 16),
+        ("warm_start", 8),
+        pytest.param("export", 28, marks=pytest.mark.slow),
+        ("peft", 24),
+    ],
 )
 def test_a_run_starts_where_they_left_off(first, tmp_path, kind, step):
     source = {

@@ -155,7 +155,9 @@ TWO_TASKS = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("srun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("mpirun", marks=pytest.mark.slow), pytest.param("srun", marks=pytest.mark.slow)]
+)
 def test_two_processes_are_one_run(launcher, tmp_path, free_port):
     processes = [
         start(

@@ -38,13 +38,13 @@ def test_a_model_without_values_is_filled_from_a_source(stage, precision, how):
     [
         (1, dict(frozen_dtype="int8")),
         (3, dict(frozen_dtype="nf4")),
-        (3, dict(frozen_dtype="fp8")),
+        pytest.param(3, dict(frozen_dtype="fp8"), marks=pytest.mark.slow),
         (3, dict(frozen_dtype="int8", frozen_placement="replicated")),
         (1, dict(frozen_dtype="bf16", frozen_master="none")),
-        (3, dict(frozen_dtype="nf4", frozen_master="none")),
-        (2, dict(frozen_master="device")),
+        pytest.param(3, dict(frozen_dtype="nf4", frozen_master="none"), marks=pytest.mark.slow),
+        pytest.param(2, dict(frozen_master="device"), marks=pytest.mark.slow),
         (3, dict(frozen_placement="replicated")),
-        (3, dict(trains="B", restart_init="random")),
+        pytest.param(3, dict(trains="B", restart_init="random"), marks=pytest.mark.slow),
         (3, dict(trains="B", restart_init="random", frozen_dtype="int8", frozen_placement="replicated")),
     ],
 )

@@ -139,7 +139,7 @@ def converted(stage: int, directory: str, before: dict, after: dict) -> dict:
 CONVERSIONS = [
     pytest.param(1, dict(frozen_dtype="nf4"), dict(frozen_dtype="int8"), marks=pytest.mark.slow),
     pytest.param(2, dict(frozen_dtype="int8"), dict(frozen_dtype="fp32"), marks=pytest.mark.slow),
-    (0, dict(frozen_dtype="bf16"), dict(frozen_dtype="nf4", frozen_master="none")),
+    pytest.param(0, dict(frozen_dtype="bf16"), dict(frozen_dtype="nf4", frozen_master="none"), marks=pytest.mark.slow),
     (1, dict(frozen_dtype="auto"), dict(frozen_dtype="int8", frozen_master="device")),
     pytest.param(3, dict(frozen_dtype="nf4"), dict(frozen_dtype="fp8"), marks=pytest.mark.slow),
     (3, dict(frozen_dtype="int8", frozen_placement="replicated"), dict(frozen_dtype="int8")),
