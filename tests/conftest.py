@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from tests.devices import hide_gpus
-from tests.selection import covering, repetitions
+from tests.selection import combinations, covering
 
 hide_gpus()  # before a test imports torch
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
     Every worker takes one file at a time, and the last ones should be short.
     """
-    for group in repetitions(items, "each_value_once"):
+    for group in combinations(items):
         for item in set(group) - set(covering(group)):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.parent.name in _SHORT)

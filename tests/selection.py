@@ -3,11 +3,11 @@
 from collections import defaultdict
 
 
-def repetitions(items, marker: str) -> list[list]:
-    """Group the items of each test function with this marker; those that are slow by themselves are left out."""
+def combinations(items) -> list[list]:
+    """Group the items of each test function with the marker; those that are slow by themselves are left out."""
     groups = defaultdict(list)
     for item in items:
-        if item.get_closest_marker(marker) and not item.get_closest_marker("slow"):
+        if item.get_closest_marker("each_value_once") and not item.get_closest_marker("slow"):
             groups[item.path, item.cls, item.originalname].append(item)
     return list(groups.values())
 

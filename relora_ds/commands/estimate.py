@@ -6,6 +6,7 @@ import json
 
 from relora_ds.commands.recipes import checked_recipe, planned_bf16, precision_as_text, require_ranks, rows_as_text
 from relora_ds.config.command_line import add_recipe
+from relora_ds.planning.cluster_options import add_cluster_options
 
 DOUBLE = "nf4 double_quant"  # relora.frozen_double_quant
 
@@ -31,37 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NxM",
         help="N hosts with M GPUs each, e.g. 1x8 8x8: predict step time and tokens/s there",
     )
-    parser.add_argument(
-        "--network",
-        type=float,
-        nargs="+",
-        default=[10, 25, 100, 400],
-        metavar="GBIT",
-        help="Gbit/s that a host sends, in all (default: 10 25 100 400)",
-    )
-    parser.add_argument(
-        "--network-latency",
-        type=float,
-        default=20,
-        metavar="US",
-        help="microseconds from one host to the next (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--inside",
-        type=float,
-        default=2400,
-        metavar="GBIT",
-        help="Gbit/s that a GPU sends to its neighbour in the host (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--inside-latency", type=float, default=5, metavar="US", help="microseconds between them (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=150,
-        help="what a GPU reaches while it trains, not its data sheet's; assumed (default: %(default)s)",
-    )
+    add_cluster_options(parser)
     parser.add_argument(
         "--ranks-per-host",
         type=int,

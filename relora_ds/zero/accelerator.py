@@ -6,6 +6,7 @@ wherever `problems` finds nothing; elsewhere the engine and the library would co
 
 import logging
 import os
+import time
 
 import torch
 
@@ -30,6 +31,13 @@ def backend() -> str:
 def device_of_rank() -> torch.device:
     """Return the device that this rank computes on."""
     return torch.device("cuda", _local_rank()) if is_cuda() else torch.device("cpu")
+
+
+def now(device: torch.device) -> float:
+    """Return seconds on a clock, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def computes_bf16() -> bool:

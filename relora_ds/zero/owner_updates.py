@@ -10,7 +10,6 @@ A one-sided chain follows `(G·Aᵀ)·A` of a gradient G. A does not change with
 sum is the sum of those of the steps.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.seeding import keyed_generator
+from relora_ds.zero.accelerator import now
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.shards import ShardView
 
@@ -70,14 +70,13 @@ class OwnerUpdates:
         """Update W by what the period has so far, and begin another one; nothing where it has no step yet."""
         if not self.steps:
             return
-        started = self._now()
+        started = now(self._frozen.device)
         self._shards.drop_gathered_copies()
         frozen, samples = self._frozen, {}
         for names in frozen.rounds():
             bases = {name: frozen.read_A(name) for name in names if name in frozen.one_sided}
-            gradients = {
-                name: self._reduce(name) for name in names
-            }  # all of them, then owners compute at the same time
+            # All of them first: then the owners compute at the same time.
+            gradients = {name: self._reduce(name) for name in names}
             stored: dict[str, Tensor] = {}
             for name, gradient in gradients.items():
                 change = None if gradient is None else self._change(name, gradient, bases.get(name), factor)
@@ -89,7 +88,7 @@ class OwnerUpdates:
         frozen.add_to_ledgers(samples)
         self.steps, self.count = 0, self.count + 1
         self._held.clear()
-        self.seconds = self._now() - started
+        self.seconds = now(self._frozen.device) - started
 
     def drop(self) -> None:
         """Begin another period, without what this one has so far."""
@@ -153,8 +152,3 @@ class OwnerUpdates:
         frozen.keep(name, base)
         lost = ledger.sample(frozen.dequantize(name, stored)).sub_(before).sub_(intended)
         return stored, torch.stack([intended, lost])
-
-    def _now(self) -> float:
-        if self._frozen.device.type == "cuda":
-            torch.cuda.synchronize(self._frozen.device)
-        return time.perf_counter()

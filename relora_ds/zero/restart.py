@@ -12,7 +12,6 @@ Everything here is written against `ShardView` and `FrozenWeights` and knows no 
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
+from relora_ds.zero.accelerator import now
 from relora_ds.zero.collect import gather_factors
 from relora_ds.zero.exact_gradients import ExactGradients
 from relora_ds.zero.frozen_master import FrozenWeights, assign_owners
@@ -102,18 +102,18 @@ def restart(
         RuntimeError: when the ranks hold different bytes afterwards, naming the first tensor.
     """
     before = probe() if probe else None
-    started = _now(device)
+    started = now(device)
     shards.drop_gathered_copies()
     squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
     if frozen.decay is not None:
         frozen.set_decay(1.0)
-    merged = _now(device)
+    merged = now(device)
     rotates = config.optimizer_reset == "rotate"
     with count_traffic() as traffic:
         turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact), with_turns=rotates)
         if rotates:
             rotate_moments(shards, turns, frozen.owners)
-    subspace_seconds = _now(device) - merged
+    subspace_seconds = now(device) - merged
     fraction_m, fraction_v = prune_moments(
         shards,
         [n for n in shards.names if is_lora_parameter(n)],
@@ -124,7 +124,7 @@ def restart(
         device=device,
     )
     common = verify(shards, frozen, sent, device=device)
-    seconds = _now(device) - started
+    seconds = now(device) - started
     drift = _relative_change(before, probe(), device) if probe and before is not None else None
     updates = {name: math.sqrt(update) for name, (_, _, update, *_) in squares.items()}
     relative = {name: _ratio(update, weight) for name, (_, _, update, weight, *_) in squares.items()}
@@ -302,13 +302,6 @@ def _reinitialise(
             shards.write(f"{name}.lora_A", subspaces.on_every_rank(new_A, name, frozen))
         shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape, device=subspaces.device))
     return turns
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, when all that the device was given is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _ratio(square: float, of: float) -> float:

@@ -92,6 +92,7 @@ ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "wa
                 ("callback", 1, "bf16", 1, 0.0, None),
                 ("subclass", 3, "bf16", 1, 0.0, None),
                 ("subclass", 3, "bf16", 1, 0.0, ONE_SIDED),
+                ("subclass", 1, "fp32", 2, 0.0, {**ONE_SIDED, "residual_every": 1}),
                 ("callback", 1, "fp32", 1, 0.0, None),
                 ("callback", 2, "fp32", 2, 0.0, None),
                 ("callback", 3, "fp32", 1, 0.0, None),

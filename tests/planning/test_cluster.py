@@ -3,7 +3,11 @@
 import pytest
 
 from relora_ds.config import load_recipe
-from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, with_batch_for
+from relora_ds.methods import method_of
+from relora_ds.planning.cluster import Cluster, Step, Wire, parse_cluster, predict_step, with_batch_for
+from relora_ds.planning.cost import cost
+from relora_ds.planning.network import network_of
+from relora_ds.training.preflight import Resolved, resolve
 
 FAST, SLOW = Wire(100e9, 1e-6), Wire(1e9, 50e-6)
 
@@ -35,3 +39,19 @@ def test_clusters_are_hosts_times_devices():
 def test_the_batch_is_the_nearest_that_the_ranks_can_split(world_size, batch, micro):
     recipe = with_batch_for(load_recipe("tiny"), world_size)  # 8 rows, micro-batches of 4
     assert (recipe.batch_sequences, recipe.train.micro_batch_size) == (batch, micro)
+
+
+def predicted(*changes: str) -> tuple[Step, Resolved]:
+    resolved = resolve("tiny", ["method=galore", "relora.restart_every=20", *changes], 2, to_run=False)
+    config, _ = network_of(resolved.recipe)
+    method = method_of(resolved.recipe)
+    return predict_step(resolved, method, config, Cluster(1, 2, FAST, SLOW), stage=1, device_flops=1e12), resolved
+
+
+def test_a_step_has_its_share_of_a_residual_update():
+    without, _ = predicted()
+    step, resolved = predicted("relora.residual_every=10")
+    found = cost(resolved, method_of(resolved.recipe), network_of(resolved.recipe)[0], stage=1, world_size=2)
+    assert found.residual is not None
+    assert step.wire_bytes - without.wire_bytes == pytest.approx(found.residual[1] / 10)
+    assert step.compute > without.compute

@@ -12,6 +12,7 @@ import sys
 from typing import Literal
 
 from relora_ds.lab.bench.environment import rows_as_markdown
+from relora_ds.planning.cluster_options import add_cluster_options
 
 PER_HOST = 8
 CHECKPOINTING: tuple[Literal["none", "full"], ...] = ("none", "full")
@@ -36,37 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="numbers of GPUs (default: 8 64 512 4096)",
     )
-    parser.add_argument(
-        "--network",
-        type=float,
-        nargs="+",
-        default=[10, 25, 100, 400],
-        metavar="GBIT",
-        help="Gbit/s that a host sends (default: 10 25 100 400)",
-    )
-    parser.add_argument(
-        "--network-latency",
-        type=float,
-        default=20,
-        metavar="US",
-        help="microseconds from one host to the next (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--inside",
-        type=float,
-        default=2400,
-        metavar="GBIT",
-        help="Gbit/s that a GPU sends to its neighbour in the host (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--inside-latency", type=float, default=5, metavar="US", help="microseconds between them (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=150,
-        help="what a GPU is assumed to reach while it trains (default: %(default)s)",
-    )
+    add_cluster_options(parser)
     parser.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU (default: %(default)s)")
 
 

@@ -14,9 +14,11 @@ from tests.lab.experiments.levers.variants import VARIANTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.experiments.levers", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*VARIANTS, []], help="default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in VARIANTS]:
+        parser.error(f"NAME: {unknown[0]!r} is none; there are {', '.join(map(repr, VARIANTS))}")
     torch.set_num_threads(1)
     for name in arguments.names or VARIANTS:
         if (name, arguments.seed) in read():

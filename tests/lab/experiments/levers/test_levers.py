@@ -20,8 +20,11 @@ def generator() -> torch.Generator:
 def test_the_network_is_that_of_the_recipe():
     network = Network(seed=3)
     model = build_model(network.config, RECIPE.model, 3)
+    for parameters in (network.parameters, dict(model.named_parameters())):
+        for name, value in parameters.items():
+            value.data.mul_(30 if "_proj" in name else 1)  # initial weights are too small for attention to matter
     ids = torch.randint(RECIPE.data.vocab_size, (2, RECIPE.data.seq_len), generator=generator())
-    assert network.loss(ids, ids).item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-6)
+    assert network.loss(ids, ids).item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
 def test_adam_is_that_of_pytorch():
@@ -62,8 +65,10 @@ def test_a_chain_moves_within_its_basis_and_the_residual_outside(alternates):
     for gradient in gradients[:2]:
         chain.step(gradient, 0.1, 1.0, False)
         assert weight.abs().max() > 0 and outside().abs().max() < 1e-6
-    chain.step(gradients[2], 0.1, 1.0, False)
-    assert outside().abs().max() > 0.01 and not chain.residual.any()
+    before = weight.clone()
+    chain.step(gradients[2], 0.0, 1.0, False)  # so that the residual alone moves it
+    inside = ((weight - before).T if alternates else weight - before) @ basis.T
+    assert outside().abs().max() > 0.01 and inside.abs().max() < 1e-3 and not chain.residual.any()
 
 
 def test_both_factors_go_on_where_the_chain_is():
