@@ -20,7 +20,7 @@ def unmoved(tmp_path_factory):
     [
         # (after step, ranks, stage): through the warm start, the transition at 10 and the restarts after 20 and 30
         pytest.param([(0, 2, 1), (6, 1, 1), (18, 2, 1)], marks=pytest.mark.slow),
-        [(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)],
+        pytest.param([(0, 2, 1), (12, 2, 3), (18, 2, 0), (30, 2, 2)], marks=pytest.mark.slow),
         [(0, 1, 0), (6, 2, 3), (24, 1, 2)],
     ],
     ids=["ranks", "stages", "both"],
@@ -75,9 +75,10 @@ def test_other_layouts_of_weights_move_too(tmp_path, family):
     FAMILIES[family](**longest, vocab_size=512).config.save_pretrained(tmp_path / "shape")
     experts = ["relora.target_parameters=[gate_up_proj,experts.down_proj]"] if family == "mixtral" else []
     settings = (*SETTINGS, "model.preset=null", f"model.name_or_path={tmp_path / 'shape'}", "precision=fp32", *experts)
+    settings = (*settings, "train.steps=24")
     run(tmp_path / "whole", *settings, "deepspeed=zero1")
     resume = f"resume={tmp_path / 'whole'}/checkpoints/step_00000018"
     run(tmp_path / "moved", *settings, "deepspeed=zero3", resume, world_size=1)
     whole, moved = losses(tmp_path / "whole"), losses(tmp_path / "moved")
-    assert min(moved) == 19 and [line["step"] for line in lines(tmp_path / "moved", "restart")][-1] == 30
+    assert min(moved) == 19 and [line["step"] for line in lines(tmp_path / "moved", "restart")] == [20]
     assert all(loss == pytest.approx(whole[step], rel=1e-4) for step, loss in moved.items())

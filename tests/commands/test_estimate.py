@@ -8,7 +8,28 @@ import pytest
 from relora_ds.__main__ import main
 from relora_ds.commands.estimate import _methods as compared
 from relora_ds.config import load_recipe
+from relora_ds.planning import cost
 from tests.planning.engines import overrides, planned
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict:
+    """Bytes of activations by what they depend on."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch, traced):
+    """Trace each network once in these tests: it takes seconds, and numbers of ranks do not change it."""
+    trace = cost.activations_of
+
+    def remembered(resolved, method, config, *more):
+        of = repr((resolved.recipe, resolved.precision, resolved.stage, method.name, *more))
+        if of not in traced:
+            traced[of] = trace(resolved, method, config, *more)
+        return traced[of]
+
+    monkeypatch.setattr(cost, "activations_of", remembered)
 
 
 def estimate(capsys, *arguments: str) -> tuple[int, str]:

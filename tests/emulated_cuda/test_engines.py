@@ -4,6 +4,7 @@ import pytest
 
 from tests.emulated_cuda import engines
 from tests.emulated_cuda.pool import emulated_ranks
+from tests.zero.test_timeouts import DAY, watched
 
 CASES = {
     "stage 0": dict(stage=0),
@@ -19,7 +20,8 @@ CASES = {
     ),
     "fp8, which multiplies": dict(stage=1, relora=dict(frozen_dtype="fp8", frozen_master="device")),
 }
-REPEATED = ("stage 1", "stage 3, A random", "int8, replicated")  # what the others do, in other combinations
+# What the others do, in other combinations; test_layers.py has products in fp8.
+REPEATED = ("stage 0", "stage 1", "stage 3, A random", "int8, replicated", "fp8, which multiplies")
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,10 @@ def test_the_memory_of_a_restart_does_not_grow_with_the_network(stage):
     small, large = (emulated_ranks().run(engines.memory_of_a_restart, stage, layers) for layers in (2, 6))
     for (peak, weights), (larger_peak, more_weights) in zip(small, large, strict=True):
         assert (larger_peak - peak) / (more_weights - weights) < 0.5, "bytes of a further weight"
+
+
+def test_the_watchdog_is_quicker_than_every_collective_over_nccl():
+    """The groups of ranks, NCCL's and gloo's, wait longer. Here: a file of its own may start the ranks once more."""
+    for world, all_groups in emulated_ranks().run(watched):
+        assert min(world.values()) > DAY
+        assert len(all_groups) >= len(world) + 2 and min(all_groups.values()) > DAY

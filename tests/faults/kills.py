@@ -33,7 +33,6 @@ from tests.training.runs import losses
 
 STEPS, KILLS_OF_A_RUN = 40, 3
 SETTINGS = [
-    f"train.steps={STEPS}",
     "checkpoint.every=4",
     "checkpoint.keep_last=3",
     "eval.samples=0",
@@ -134,11 +133,11 @@ def _die_in(module: str, name: str, call: int) -> None:
     setattr(owner, last, deadly)
 
 
-def attempt(run_dir: Path, **how) -> bool:
+def attempt(run_dir: Path, steps: int = STEPS, **how) -> bool:
     """One start of a run; whether it came to its end."""
     ranks = Mortal(2)
     try:
-        ranks.run(train_and_die, [f"run_dir={run_dir}", *SETTINGS], **how)
+        ranks.run(train_and_die, [f"run_dir={run_dir}", f"train.steps={steps}", *SETTINGS], **how)
     except AssertionError as error:
         if "it died" not in str(error) and "Connection" not in str(error) and "gloo" not in str(error):
             raise
@@ -148,9 +147,9 @@ def attempt(run_dir: Path, **how) -> bool:
     return True
 
 
-def untouched(run_dir: Path) -> float:
+def untouched(run_dir: Path, steps: int = STEPS) -> float:
     """Train to the end; returns the seconds from before the first step to the end."""
-    assert attempt(run_dir, rank=-1, place=None, after=0)
+    assert attempt(run_dir, steps, rank=-1, place=None, after=0)
     times = [line["time"] for line in read_metrics(run_dir)]
     return max(times) - min(times)
 

@@ -54,12 +54,13 @@ def train_and_signal(overrides: list[str], number: int, rank: int, step: int) ->
     ids=["cycle", "transition", "warm_start"],
 )
 def test_one_rank_hears_and_all_stop_at_the_same_step(tmp_path, number, rank, step):
-    run(tmp_path / "whole", *SETTINGS)
-    for _, said, last in ranks(2).run(train_and_signal, [f"run_dir={tmp_path / 'r'}", *SETTINGS], number, rank, step):
+    settings = [*SETTINGS, "train.steps=24"]
+    run(tmp_path / "whole", *settings)
+    for _, said, last in ranks(2).run(train_and_signal, [f"run_dir={tmp_path / 'r'}", *settings], number, rank, step):
         assert step <= last <= step + 2 and f"saved after step {last}" in said
     (directory,) = store.directories(tmp_path / "r")
     assert directory.name == f"step_{last:08d}" and store.verify(directory) == []
-    run(tmp_path / "r", *SETTINGS, "resume=auto")
+    run(tmp_path / "r", *settings, "resume=auto")
     require_equal(tmp_path / "r", tmp_path / "whole")
 
 

@@ -163,13 +163,7 @@ EXPERTS = ["relora.target_parameters=[gate_up_proj,experts.down_proj]", "relora.
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param("llama", marks=pytest.mark.slow),
-        pytest.param("gpt_neox", marks=pytest.mark.slow),
-        "qwen2",
-        "gpt2",
-        "mixtral",
-    ],
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt_neox", "qwen2", "gpt2")), "mixtral"],
 )
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_export_has_the_runs_loss(tmp_path, family, tied):

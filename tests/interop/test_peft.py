@@ -65,7 +65,7 @@ def trained(tmp_path_factory):
     [
         pytest.param("llama", 2, {}, True, marks=pytest.mark.slow),
         pytest.param("gpt_neox", 1, {}, True, marks=pytest.mark.slow),
-        ("qwen2", 3, {}, True),
+        pytest.param("qwen2", 3, {}, True, marks=pytest.mark.slow),
         ("llama", 1, {"target_modules": ["q_proj", "layers.1.mlp.up_proj"], "lora_alpha": 5.5, "r": 3}, True),
         ("llama", 0, {}, False),
         ("gpt2", 1, {"use_rslora": True}, True),

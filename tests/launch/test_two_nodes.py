@@ -87,7 +87,7 @@ def files(directory: Path) -> set[str]:
 
 
 def test_two_nodes_compute_what_two_ranks_of_one_node_do(nodes, tmp_path):
-    settings = ["tiny", "train.steps=22"]
+    settings = ["tiny", "warm_start_steps=4", "relora.restart_every=4", "train.steps=10"]
     run(tmp_path / "one_node", *settings[1:])
     directories = [tmp_path / "node_0", tmp_path / "node_1"]
     for directory in directories:
@@ -97,7 +97,7 @@ def test_two_nodes_compute_what_two_ranks_of_one_node_do(nodes, tmp_path):
 
     run_dir = directories[0] / "runs" / "tiny"
     assert status(run_dir)["state"] == "done"
-    assert len(losses(run_dir)) == 22
+    assert len(losses(run_dir)) == 10
     assert losses(run_dir) == losses(tmp_path / "one_node")  # to the last digit
     assert "restart 1: merged" in done[0][1] and "2 ranks (CPU)" in done[0][1]
     assert done[1][1].count("\n") < 5, done[1][1]  # rank 0 talks
@@ -108,7 +108,7 @@ def test_two_nodes_compute_what_two_ranks_of_one_node_do(nodes, tmp_path):
     assert names == {
         "latest",
         *(
-            f"step_00000022/{name}"
+            f"step_00000010/{name}"
             for name in ("manifest.json", "config.json", "trained_00001.safetensors", "frozen_00001.safetensors")
         ),
     }

@@ -68,7 +68,14 @@ def test_state_is_what_is_alive(stage, precision, method):
     compare(overrides(stage, precision, method))
 
 
-@pytest.mark.parametrize("stage, precision, method", [(0, "fp32", "full"), (1, "bf16", "full"), (3, "bf16", "relora")])
+@pytest.mark.parametrize(
+    "stage, precision, method",
+    [
+        pytest.param(0, "fp32", "full", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", "full", marks=pytest.mark.slow),
+        (3, "bf16", "relora"),
+    ],
+)
 def test_state_in_8_bit(stage, precision, method):
     pytest.importorskip("bitsandbytes", reason="the extra .[quantization]")
     changes = overrides(stage, precision, method, 1, "optim.name=adamw_8bit")
@@ -80,12 +87,11 @@ def test_state_in_8_bit(stage, precision, method):
     assert 0.25 * plain < short < 0.6 * plain  # embeddings have theirs in fp32
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, options",
     [
         pytest.param(0, "fp32", dict(frozen_dtype="int8"), marks=pytest.mark.slow),
-        (0, "bf16", dict(frozen_dtype="nf4", frozen_master="device")),
+        pytest.param(0, "bf16", dict(frozen_dtype="nf4", frozen_master="device"), marks=pytest.mark.slow),
         pytest.param(1, "fp32", dict(frozen_dtype="nf4"), marks=pytest.mark.slow),
         (1, "fp32", dict(frozen_dtype="fp8", frozen_master="none")),
         pytest.param(3, "fp32", dict(frozen_dtype="int8"), marks=pytest.mark.slow),
@@ -99,7 +105,9 @@ def test_state_in_8_bit(stage, precision, method):
         (3, "bf16", dict(frozen_dtype="int8", frozen_placement="replicated", frozen_master="device")),
         pytest.param(1, "bf16", dict(trains="B", restart_init="random"), marks=pytest.mark.slow),
         pytest.param(3, "bf16", dict(trains="B", restart_init="random"), marks=pytest.mark.slow),
-        (3, "bf16", dict(trains="B", restart_init="random", frozen_placement="replicated")),
+        pytest.param(
+            3, "bf16", dict(trains="B", restart_init="random", frozen_placement="replicated"), marks=pytest.mark.slow
+        ),
         pytest.param(1, "bf16", dict(trains="B", restart_init="random", residual_every=10), marks=pytest.mark.slow),
         (3, "fp32", dict(trains="B", restart_init="random", residual_every=10)),
     ],

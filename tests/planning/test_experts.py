@@ -54,7 +54,11 @@ def test_parameters_are_those_of_the_engine(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "kind, stage, precision",
-    [("experts", 3, "fp32"), pytest.param("experts", 1, "bf16", marks=pytest.mark.slow), ("conv1d", 3, "fp32")],
+    [
+        ("experts", 3, "fp32"),
+        pytest.param("experts", 1, "bf16", marks=pytest.mark.slow),
+        pytest.param("conv1d", 3, "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_bytes_are_those_of_the_engine(tmp_path, kind, stage, precision):
     recipe = changes(tmp_path, kind, stage, precision)

@@ -47,27 +47,36 @@ def sent(changes: list[str]) -> dict[str, tuple[float, float]]:
     return {name: (traffic.payload, traffic.wire) for name, traffic in found.items()}
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, more",
     [
-        (0, "bf16", ()),
+        pytest.param(0, "bf16", (), marks=pytest.mark.slow),
         pytest.param(1, "fp32", (), marks=pytest.mark.slow),
         pytest.param(1, "bf16", ("relora.optimizer_reset=magnitude",), marks=pytest.mark.slow),
         (2, "bf16", ("relora.optimizer_reset=zero",)),
-        (3, "bf16", ()),
+        pytest.param(3, "bf16", (), marks=pytest.mark.slow),
         pytest.param(3, "fp32", (), marks=pytest.mark.slow),
-        (1, "fp32", ("relora.frozen_dtype=nf4",)),
+        pytest.param(1, "fp32", ("relora.frozen_dtype=nf4",), marks=pytest.mark.slow),
         (3, "fp32", ("relora.frozen_dtype=nf4", "relora.frozen_master=none", "activation_checkpointing=full")),
-        (3, "fp32", ("relora.frozen_dtype=int8", "relora.frozen_placement=replicated", "relora.frozen_master=none")),
-        (1, "bf16", ("relora.restart_init=gradient",)),
+        pytest.param(
+            3,
+            "fp32",
+            ("relora.frozen_dtype=int8", "relora.frozen_placement=replicated", "relora.frozen_master=none"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(1, "bf16", ("relora.restart_init=gradient",), marks=pytest.mark.slow),
         (0, "fp32", (*ONE_SIDED, "relora.optimizer_reset=rotate")),
         pytest.param(1, "bf16", ONE_SIDED, marks=pytest.mark.slow),
-        (3, "bf16", (*ONE_SIDED, "relora.optimizer_reset=rotate")),
-        (3, "fp32", (*ONE_SIDED, "relora.frozen_dtype=int8", "relora.frozen_placement=replicated")),
+        pytest.param(3, "bf16", (*ONE_SIDED, "relora.optimizer_reset=rotate"), marks=pytest.mark.slow),
+        pytest.param(
+            3,
+            "fp32",
+            (*ONE_SIDED, "relora.frozen_dtype=int8", "relora.frozen_placement=replicated"),
+            marks=pytest.mark.slow,
+        ),
         (1, "bf16", (*ONE_SIDED, RESIDUAL)),
         pytest.param(3, "bf16", (*ONE_SIDED, RESIDUAL), marks=pytest.mark.slow),
-        (3, "fp32", (*ONE_SIDED, RESIDUAL)),
+        pytest.param(3, "fp32", (*ONE_SIDED, RESIDUAL), marks=pytest.mark.slow),
         (3, "fp32", (*ONE_SIDED, RESIDUAL, "relora.frozen_dtype=nf4", "relora.frozen_placement=replicated")),
     ],
 )

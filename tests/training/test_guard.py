@@ -122,18 +122,24 @@ def spoiled_run(run_dir, *overrides: str, **how) -> dict:
     return ranks(2).run(train_with_bad_data, [f"run_dir={run_dir}", *SETTINGS, *overrides], **how)[0]
 
 
-def test_report(tmp_path):
-    summary = spoiled_run(tmp_path / "r")
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """(run directory, summary) of a run that applied its spike at step 47, with a checkpoint after step 45."""
+    directory = tmp_path_factory.mktemp("runs") / "reported"
+    return directory, spoiled_run(directory, "checkpoint.every=45")
+
+
+def test_report(reported):
+    directory, summary = reported
     assert (summary["loss_spikes"], summary["skipped_steps"], summary["rollbacks"]) == (1, 0, 0)
-    (spike,) = lines(tmp_path / "r", "spike")
-    assert spike["step"] == 47 and spike["loss"] == losses(tmp_path / "r")[47] and spike["zscore"] > 2
+    (spike,) = lines(directory, "spike")
+    assert spike["step"] == 47 and spike["loss"] == losses(directory)[47] and spike["zscore"] > 2
 
 
 @pytest.mark.slow
-def test_report_does_not_depend_on_how_often_it_is_logged(tmp_path):
-    spoiled_run(tmp_path / "often")
+def test_report_does_not_depend_on_how_often_it_is_logged(reported, tmp_path):
     spoiled_run(tmp_path / "seldom", "log.every=7")
-    often, seldom = (lines(tmp_path / name, "spike") for name in ("often", "seldom"))
+    often, seldom = (lines(directory, "spike") for directory in (reported[0], tmp_path / "seldom"))
     assert [(s["step"], s["loss"], s["zscore"]) for s in often] == [(s["step"], s["loss"], s["zscore"]) for s in seldom]
 
 
@@ -165,11 +171,10 @@ def test_rollback_is_a_resume_with_later_data(tmp_path):
     assert by_hand["val_loss"] == summary["val_loss"]
 
 
-def test_the_window_goes_with_the_checkpoint(tmp_path):
+def test_the_window_goes_with_the_checkpoint(reported, tmp_path):
     """Resumed two steps before the spike, it is found all the same; without the window it could not be."""
-    spoiled_run(tmp_path / "r", "checkpoint.every=45")
-    spoiled_run(tmp_path / "on", f"resume={tmp_path}/r/checkpoints/step_00000045")
-    first, second = (lines(tmp_path / name, "spike")[0] for name in ("r", "on"))
+    spoiled_run(tmp_path / "on", f"resume={reported[0]}/checkpoints/step_00000045")
+    first, second = (lines(directory, "spike")[0] for directory in (reported[0], tmp_path / "on"))
     assert first["zscore"] == second["zscore"]
 
 
@@ -254,13 +259,13 @@ def test_a_stored_copy_that_would_not_be_finite_is_refused():
 
 
 class Poison(Hook):
-    """Spoils the factors before the second restart."""
+    """Spoils the factors before the first restart."""
 
     @contextmanager
     def around_step(self, run):
         engine = run.engine
         restart = engine.restart_if_due
-        engine.restart_if_due = lambda: (poison(engine) if engine.t == 20 else None, restart())
+        engine.restart_if_due = lambda: (poison(engine) if engine.t == 10 else None, restart())
         try:
             yield
         finally:
@@ -276,11 +281,11 @@ def train_to_a_bad_merge(overrides: list[str]) -> str:
 
 
 def test_the_run_stops_with_the_last_good_state_saved(tmp_path):
-    settings = [f"run_dir={tmp_path / 'r'}", "eval.samples=0", "checkpoint.every=29", "train.steps=40"]
+    settings = [f"run_dir={tmp_path / 'r'}", "eval.samples=0", "checkpoint.every=19", "train.steps=24"]
     for said in ranks(2).run(train_to_a_bad_merge, settings):
-        assert "would not be finite" in said and said.endswith("step_00000029")
+        assert "would not be finite" in said and said.endswith("step_00000019")
     run(tmp_path / "whole", *settings[1:])
     run(tmp_path / "r", *settings[1:], "resume=auto")
-    assert store.verify(tmp_path / "r" / "checkpoints" / "step_00000029") == []
+    assert store.verify(tmp_path / "r" / "checkpoints" / "step_00000019") == []
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")
     assert status(tmp_path / "r")["state"] == "done"

@@ -35,6 +35,14 @@ def observed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def resumed(observed, tmp_path_factory):
+    """The run directory of its steps from 28 on, without samples."""
+    directory = tmp_path_factory.mktemp("runs") / "resumed"
+    run(directory, *SETTINGS, f"resume={observed}/checkpoints/step_00000027")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def board(observed):
     """What TensorBoard reads of it."""
     accumulator = EventAccumulator(str(observed / "tensorboard"))
@@ -61,13 +69,14 @@ def test_evaluations_within_a_phase_may_take_a_part_of_the_tokens(observed, tmp_
 # -- text samples ----------------------------------------------------------------------------------------------------
 
 
-def test_samples_do_not_disturb_training(observed, tmp_path):
-    run(tmp_path / "blind", *SETTINGS, "eval.samples=0")
-    assert all(line["samples"] == [] for line in lines(tmp_path / "blind", "eval"))
-    assert losses(tmp_path / "blind") == losses(observed)
-    for key in ("val_loss", "ppl"):
-        assert [e[key] for e in lines(tmp_path / "blind", "eval")] == [e[key] for e in lines(observed, "eval")]
-    seeing, blind = (load_file(d / "export" / "model.safetensors") for d in (observed, tmp_path / "blind"))
+def test_samples_do_not_disturb_training(observed, resumed):
+    """The one draws samples in the evaluations at 40 and 50, the other does not."""
+    seeing, blind = lines(observed, "eval")[-2:], lines(resumed, "eval")
+    assert all(line["samples"] for line in seeing) and all(line["samples"] == [] for line in blind)
+    assert losses(resumed) == {step: loss for step, loss in losses(observed).items() if step > 27}
+    for key in ("step", "val_loss", "ppl"):
+        assert [e[key] for e in blind] == [e[key] for e in seeing]
+    seeing, blind = (load_file(d / "export" / "model.safetensors") for d in (observed, resumed))
     assert all(torch.equal(seeing[name], blind[name]) for name in seeing)
 
 
@@ -170,9 +179,8 @@ def test_every_cycle_is_evaluated_once_at_least(observed):
     assert [line["step"] for line in lines(observed, "eval")] == [10, 20, 25, 40, 50]
 
 
-def test_a_resumed_run_evaluates_when_the_whole_one_would(observed, tmp_path):
-    run(tmp_path / "later", *SETTINGS, f"resume={observed}/checkpoints/step_00000027")
-    assert [line["step"] for line in lines(tmp_path / "later", "eval")] == [40, 50]
+def test_a_resumed_run_evaluates_when_the_whole_one_would(resumed):
+    assert [line["step"] for line in lines(resumed, "eval")] == [40, 50]
 
 
 # -- norms of the updates ---------------------------------------------------------------------------------------------
@@ -198,7 +206,9 @@ def norms_of_a_restart(stage: int, precision: str) -> list[dict[str, float]]:
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_update_norms_are_those_of_the_dense_product(stage, precision):
     first, second = ranks(2).run(norms_of_a_restart, stage, precision)
     assert first == second, "the ranks disagree"

@@ -91,9 +91,14 @@ def expected_bytes(stage, precision) -> int:
     return total(items, DEVICE, KEPT) + total(items, HOST, KEPT)
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
-    "stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+    "stage, precision",
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"))),
+        (1, "bf16"),
+        (3, "fp32"),
+        pytest.param(3, "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
     for result in ranks(2).run(transition, stage, precision, False):
@@ -101,7 +106,7 @@ def test_memory_falls_to_the_formula_of_the_new_phase(stage, precision):
         assert result["measured"] < 0.85 * result["full"]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_moments_can_be_carried_over(stage):
     ranks(2).run(transition, stage, "bf16", True)
 

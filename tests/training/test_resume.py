@@ -44,6 +44,7 @@ def _compare(directory, whole, first_step):
 )
 def test_resume_is_exact(tmp_path, settings):
     whole = tmp_path / "whole"
+    settings = (*settings, "train.steps=33")  # some steps beyond the second restart
     run(whole, "checkpoint.every=5", "checkpoint.keep_last=99", *settings)
     for step in (5, 10, 15, 20, 25):  # warm start, the transition, before and exactly at a restart, after it
         directory = tmp_path / f"from-{step}"
@@ -53,18 +54,17 @@ def test_resume_is_exact(tmp_path, settings):
 
 def test_auto_goes_on_in_place_and_drops_what_was_written_past_the_checkpoint(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(whole, "checkpoint.every=8", "checkpoint.keep_last=9")
+    run(whole, "checkpoint.every=8", "checkpoint.keep_last=9", "train.steps=24")
     # What a killed run leaves: metrics past its last checkpoint, no export.
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "export")
-    for step in (24, 32, 40):
-        shutil.rmtree(broken / "checkpoints" / f"step_{step:08d}")
+    shutil.rmtree(broken / "checkpoints" / "step_00000024")
     (broken / "checkpoints" / "latest").write_text("step_00000016")
-    run(broken, "resume=auto")
-    assert [line["step"] for line in lines(broken, "train")] == list(range(1, 41))
-    assert [line["bytes_payload"] > 0 for line in lines(broken, "train")] == [True] * 40
+    run(broken, "resume=auto", "train.steps=24")
+    assert [line["step"] for line in lines(broken, "train")] == list(range(1, 25))
+    assert [line["bytes_payload"] > 0 for line in lines(broken, "train")] == [True] * 24
     assert losses(broken) == losses(whole)
-    assert [r["step"] for r in lines(broken, "restart")] == [20, 30]
+    assert [r["step"] for r in lines(broken, "restart")] == [20]
 
 
 def test_auto_without_a_checkpoint_starts_at_the_beginning_and_forgets_the_attempt(tmp_path):

@@ -198,7 +198,7 @@ def test_it_says_how_weights_are_stored_and_warns_once(tmp_path):
 @pytest.mark.parametrize(
     "stage, precision",
     [
-        ("zero0", "bf16"),
+        pytest.param("zero0", "bf16", marks=pytest.mark.slow),
         pytest.param("zero2", "bf16", marks=pytest.mark.slow),
         ("zero3", "bf16"),
         ("zero1_offload", "fp32"),

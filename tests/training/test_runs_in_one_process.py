@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 from relora_ds.train import main
 
+short = ["warm_start_steps=4", "relora.restart_every=4", "train.steps=10", "eval.samples=0"]  # a restart after 8
 for name in ("first", "second"):
-    assert main(["--config", "tiny", f"run_dir={name}", "train.steps=24", "eval.samples=0"]) == 0
+    assert main(["--config", "tiny", f"run_dir={name}", *short]) == 0
 """
 
 

@@ -76,9 +76,7 @@ def check(stage, precision, directory: str, own_steps: tuple[int, ...] = (0,), *
                 assert result[what] == value, f"rank {rank}, after {steps_before} steps of its own: {what} differs"
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 def test_resume_is_exact_through_the_next_restart(stage, tmp_path):
     check(stage, "fp32", str(tmp_path))
 
@@ -116,14 +114,12 @@ def test_a_rank_reads_the_frozen_weights_that_it_owns(stage, tmp_path):
         assert read == owned
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_resume_is_exact_in_bf16_also_in_an_engine_that_has_trained(stage, tmp_path):
     check(stage, "bf16", str(tmp_path), own_steps=(0, 5))  # five: past a restart of its own
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_with_the_optimizer_on_cpu(stage, tmp_path):
     check(stage, "bf16", str(tmp_path), offload=True)
 

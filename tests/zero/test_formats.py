@@ -81,7 +81,10 @@ def test_twenty_restarts_with_and_without_masters(frozen_dtype):
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
-@pytest.mark.parametrize("stage, placement", PLACES)
+@pytest.mark.parametrize(
+    "stage, placement",
+    [pytest.param(*place, marks=[pytest.mark.slow] * (place[0] in (0, 2))) for place in PLACES],
+)
 def test_resume_is_exact_through_the_next_restart(stage, placement, frozen_dtype, tmp_path):
     frozen = dict(frozen_dtype=frozen_dtype, frozen_placement=placement)
     test_checkpoint.check(stage, "fp32", str(tmp_path), frozen=frozen, **BLOCKS)
@@ -140,9 +143,13 @@ CONVERSIONS = [
     pytest.param(1, dict(frozen_dtype="nf4"), dict(frozen_dtype="int8"), marks=pytest.mark.slow),
     pytest.param(2, dict(frozen_dtype="int8"), dict(frozen_dtype="fp32"), marks=pytest.mark.slow),
     pytest.param(0, dict(frozen_dtype="bf16"), dict(frozen_dtype="nf4", frozen_master="none"), marks=pytest.mark.slow),
-    (1, dict(frozen_dtype="auto"), dict(frozen_dtype="int8", frozen_master="device")),
+    pytest.param(
+        1, dict(frozen_dtype="auto"), dict(frozen_dtype="int8", frozen_master="device"), marks=pytest.mark.slow
+    ),
     pytest.param(3, dict(frozen_dtype="nf4"), dict(frozen_dtype="fp8"), marks=pytest.mark.slow),
-    (3, dict(frozen_dtype="int8", frozen_placement="replicated"), dict(frozen_dtype="int8")),
+    pytest.param(
+        3, dict(frozen_dtype="int8", frozen_placement="replicated"), dict(frozen_dtype="int8"), marks=pytest.mark.slow
+    ),
     (3, dict(frozen_dtype="int8"), dict(frozen_dtype="nf4", frozen_placement="replicated")),
     pytest.param(
         3, dict(frozen_dtype="fp32", frozen_placement="replicated"), dict(frozen_dtype="nf4"), marks=pytest.mark.slow

@@ -80,16 +80,15 @@ def trained(stage: int, precision: str, kind: str, by_hand: bool) -> dict[str, t
     return found
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stage, precision, kind",
     [
-        (0, "fp32", "bf16"),
-        (0, "fp32", "mixed"),
+        pytest.param(0, "fp32", "bf16", marks=pytest.mark.slow),
+        pytest.param(0, "fp32", "mixed", marks=pytest.mark.slow),
         (0, "fp32", "fp64"),
-        (1, "fp32", "fp16"),
+        pytest.param(1, "fp32", "fp16", marks=pytest.mark.slow),
         (3, "fp32", "mixed"),
-        (0, "bf16", "bf16"),
+        pytest.param(0, "bf16", "bf16", marks=pytest.mark.slow),
         (2, "bf16", "mixed"),
     ],
 )

@@ -29,7 +29,7 @@ def test_with_the_optimizer_on_cpu(stage, precision):
     check(ranks(2).run(restart_by_hand, stage, precision, offload=True))
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
 def test_directly_after_an_evaluation(stage):
     check(ranks(2).run(restart_by_hand, stage, "bf16", after_evaluation=True))
 
@@ -47,7 +47,7 @@ def test_other_model_families(family):
         check(ranks(2).run(restart_by_hand, stage, "bf16", family=family))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_three_ranks(stage):
     check(ranks(3).run(restart_by_hand, stage, "bf16"))
 

@@ -35,16 +35,15 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     return min(found)
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "world_size, stage, precision, relora",
     [
-        (1, 1, "bf16", {}),
+        pytest.param(1, 1, "bf16", {}, marks=pytest.mark.slow),
         pytest.param(1, 1, "fp32", {}, marks=pytest.mark.slow),
         (1, 0, "bf16", {"frozen_master": "none"}),
-        (2, 0, "bf16", {}),
+        pytest.param(2, 0, "bf16", {}, marks=pytest.mark.slow),
         pytest.param(2, 1, "fp32", {"frozen_dtype": "fp8"}, marks=pytest.mark.slow),
-        (2, 2, "bf16", {"frozen_dtype": "nf4"}),
+        pytest.param(2, 2, "bf16", {"frozen_dtype": "nf4"}, marks=pytest.mark.slow),
         (2, 3, "bf16", {"frozen_dtype": "int8"}),
     ],
 )

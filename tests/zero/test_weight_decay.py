@@ -59,8 +59,15 @@ def plain_pytorch(one_sided: bool) -> dict[int, dict[str, torch.Tensor]]:
     return merged
 
 
-@pytest.mark.each_value_once
-@pytest.mark.parametrize(("stage", "one_sided"), [(0, True), (1, True), (2, True), (3, True), (1, False), (3, False)])
+@pytest.mark.parametrize(
+    ("stage", "one_sided"),
+    [
+        *(pytest.param(stage, True, marks=pytest.mark.slow) for stage in (0, 1, 2)),
+        (3, True),
+        (1, False),
+        pytest.param(3, False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_merged_weights_decay_as_in_plain_pytorch(tmp_path, stage, one_sided):
     relora = (cases.one_sided_config if one_sided else cases.relora_config)(optimizer_reset="none")
     merged = ranks(2).run(decayed, stage, relora, str(tmp_path))[0]
