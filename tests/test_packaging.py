@@ -22,7 +22,7 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 # Where the name of the module is not the name to install.
-DISTRIBUTIONS = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "liger_kernel": "liger-kernel", "zmq": "pyzmq"}
 
 
 @pytest.fixture(scope="module")

@@ -14,5 +14,6 @@ COMMANDS = {
     "prepare": "tokenize a recipe's corpus into a directory that other machines can train from",
     "export": "write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base",
     "eval": "validation loss of any Hugging Face model directory on any corpus",
+    "islands": "serve: relay the updates between jobs that train by themselves for a round",
     "checkpoint": "list, verify and prune the checkpoints of a run",
 }

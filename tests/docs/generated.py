@@ -22,6 +22,7 @@ PURPOSES = {  # in the order of the table: those that a run needs first
     "quantization": "`relora.frozen_dtype=nf4`, `optim.name=adamw_8bit`",
     "liger": "`model.use_liger_kernel=true`",
     "loggers": "`log.to`, see [Metrics, loggers, hooks](logging.md)",
+    "islands": "`relora islands serve` and the islands that it serves",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
     "docs": "this site",
     "lint": "`ruff`, `codespell` and `mypy` alone",

@@ -145,6 +145,22 @@ MUTANTS = [
         ),
         "assert [0] == [1]",
     ),
+    # The link between islands.
+    Mutant(
+        "islands_later_contribution_counts",
+        ("tests/islands/test_membership.py::test_the_first_complete_contribution_counts",),
+        "assert not",
+    ),
+    Mutant(
+        "islands_told_before_they_are_written",
+        ("tests/islands/test_relay.py::test_what_an_answer_tells_is_on_the_disk",),
+        'assert island in json.loads((tmp_path / "state.json")',
+    ),
+    Mutant(
+        "islands_admit_any_key",
+        ("tests/islands/test_door.py::test_who_knows_the_servers_key_but_not_the_secret_is_refused",),
+        "assert event == zmq.EVENT_HANDSHAKE_FAILED_AUTH",
+    ),
     # The training step.
     Mutant(
         "logits_kept_alive",
