@@ -8,6 +8,8 @@ _HOMES = {
     "merge_and_unwrap": "relora_ds.lowrank.wrap",
     "lr_multiplier": "relora_ds.lowrank.schedule",
     "initialize": "relora_ds.zero.initialize",
+    "Islands": "relora_ds.exchange.island",
+    "IslandsConfig": "relora_ds.config",
     "ReLoRAEngine": "relora_ds.zero.engine",
     "load_run": "relora_ds.interop.loaded_run",
     "ReLoRATrainer": "relora_ds.interop.hf_trainer",

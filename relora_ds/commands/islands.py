@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=float,
-        default=600.0,
         metavar="S",
-        help="how long a round waits for islands after the first one is complete (default: %(default)s)",
+        help="how long an exchange waits for islands after the first has arrived (default: their islands.timeout_s)",
     )
     parser.add_argument(
         "--keep-rounds",
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.islands.requirement import require_zmq
 
-    if arguments.timeout <= 0:
+    if arguments.timeout is not None and arguments.timeout <= 0:
         raise ValueError(f"--timeout: {arguments.timeout:g} s is no time to wait; use e.g. 600")
     if arguments.keep_rounds < 1:
         raise ValueError(f"--keep-rounds: {arguments.keep_rounds} would keep no round; give at least 1")

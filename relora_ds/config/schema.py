@@ -208,6 +208,46 @@ class GuardConfig:
 
 
 @dataclass(kw_only=True)
+class IslandsConfig:
+    """Train as one of several islands, jobs of any size that exchange their updates at restarts only.
+
+    They meet at a server: `relora islands serve`.
+    """
+
+    count: Annotated[int | None, Integer(1, most=9999, example=2)] = None
+    """How many islands there are; null = the run is none."""
+    index: Annotated[int, Integer(0, most=9998)] = 0
+    """Which one this is, from 0. It decides what part of the data it trains on."""
+    address: str | None = None
+    """HOST:PORT of the server. The secret that all islands share is in the environment, `RELORA_ISLANDS_SECRET`."""
+    sync_every: Annotated[int | None, Integer(1, example=500)] = None
+    """Steps between exchanges where there are no restarts: of a full-rank run or warm start. Low-rank updates are
+    exchanged at every restart (`relora.restart_every`)."""
+    outer_optimizer: Literal["average", "nesterov"] = "nesterov"
+    """What becomes of the mean of the updates: it is added to the weights (`average`), or goes through SGD with
+    Nesterov momentum, as in DiLoCo. One momentum per weight, in fp32 on its owner's host."""
+    outer_lr: Annotated[float | None, Number("above 0", example=0.7)] = None
+    """Learning rate of the outer optimizer; null = 1 for `average`, 0.7 for `nesterov`."""
+    outer_momentum: Annotated[float, Number("inside [0, 1)")] = 0.9
+    """Momentum of `nesterov`."""
+    compress: Literal["none", "bf16", "int8", "int4"] = "none"
+    """How updates of embeddings, head, norms, and of full-rank training are sent. What rounding leaves out is added to
+    the next update. Factors A and B are sent in fp32."""
+    moments: Literal["keep", "reset"] = "keep"
+    """What becomes of Adam's moments of these at an exchange. Those of A and B: `relora.optimizer_reset`."""
+    timeout_s: Annotated[int, Integer(1)] = 600
+    """Seconds that the others wait for an island, from when the first of them has arrived. They continue without
+    it; it takes part again in a later exchange."""
+
+    @property
+    def outer(self) -> tuple[float, float]:
+        """Learning rate and momentum of the outer optimizer."""
+        if self.outer_optimizer == "average":
+            return self.outer_lr or 1.0, 0.0
+        return self.outer_lr or 0.7, self.outer_momentum
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """Keys without a section."""
 
@@ -254,6 +294,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    islands: IslandsConfig = field(default_factory=IslandsConfig)
 
     @property
     def directory(self) -> Path:

@@ -7,7 +7,7 @@ first place). What needs a model, a corpus or DeepSpeed is checked in `training.
 
 from collections.abc import Iterator
 
-from relora_ds.config import data_values, fields
+from relora_ds.config import data_values, fields, island_values
 from relora_ds.config.curve import Names, ScheduleConfig
 from relora_ds.config.methods import Method, full_rank, method_class, method_of, warm_start_of
 from relora_ds.config.names import preset_names
@@ -36,6 +36,7 @@ def problems(recipe: Recipe, check_files: bool = True) -> list[str]:
         *_model_problems(recipe),
         *_amount_problems(recipe, method, wrong),
         *data_values.conflicts(recipe.data, wrong),
+        *_island_problems(recipe, method, wrong),
         *(missing_files(recipe) if check_files else ()),
     ]
     unusable = list(text_problems(recipe))  # nothing else is said about such text
@@ -97,6 +98,13 @@ def _model_problems(recipe: Recipe) -> Iterator[str]:
         )
     if model.init == "pretrained" and model.name_or_path is None:
         yield "model.init: pretrained needs model.name_or_path; presets are shapes without weights"
+
+
+def _island_problems(recipe: Recipe, method: Method, wrong: set[str]) -> Iterator[str]:
+    if any(name.startswith(("islands.", "relora.", "guard.")) for name in wrong):
+        return
+    warm = warm_start_of(recipe) if recipe.warm_start_steps and "warm_start_method" not in wrong else None
+    yield from island_values.problems(recipe, method, warm)
 
 
 def _amount_problems(recipe: Recipe, method: Method, wrong: set[str]) -> Iterator[str]:

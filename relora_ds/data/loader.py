@@ -15,13 +15,15 @@ class TrainLoader:
 
     The global order of the rows is one permutation per epoch, seeded by (seed, epoch): it does not depend on the world
     size or on `micro_batch_size`, so a run gives the same batches on any number of ranks. The state is the number of
-    rows consumed by all ranks together; a batch may straddle two epochs.
+    rows consumed by all ranks together; a batch may straddle two epochs. Of several islands each takes every n-th row
+    of that order; the state counts the rows of all, so that a run can continue with another number of islands.
 
     tokens             1-D integer array, for instance `PreparedData.train`
     batch_sequences    rows per optimizer step, over all ranks and micro-batches
     rank, world_size   of the data-parallel group
     seed               a non-negative integer
     padding            `PreparedData.padding`; None = the rows are packed
+    island, islands    which one of how many this is
 
     Raises ValueError if `batch_sequences` is not a multiple of `micro_batch_size * world_size`, or if the corpus holds
     fewer rows than one batch.
@@ -37,16 +39,19 @@ class TrainLoader:
         world_size: int,
         seed: int,
         padding: Padding | None = None,
+        island: int = 0,
+        islands: int = 1,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
+        assert 0 <= island < islands, (island, islands)
         self.gradient_accumulation_steps = _accumulation_steps(batch_sequences, micro_batch_size, world_size)
         self.rows = PackedRows(tokens, seq_len) if padding is None else PaddedRows(tokens, seq_len, padding)
         self.num_sequences = len(self.rows)
-        if self.num_sequences < batch_sequences:
+        if self.num_sequences < batch_sequences * islands:
             what = f"sequences of {seq_len} tokens" if padding is None else "documents (data.packing=false)"
             raise ValueError(
-                f"train.batch_sequences: {batch_sequences} is more than the {self.num_sequences} {what} "
-                f"in the corpus ({len(tokens)} tokens); lower it, "
+                f"train.batch_sequences: {batch_sequences}{_on_each(islands)} is more than the {self.num_sequences} "
+                f"{what} in the corpus ({len(tokens)} tokens); lower it, "
                 f"{'shorten data.seq_len' if padding is None else 'set data.packing=true'} or use a "
                 f"larger corpus"
             )
@@ -55,7 +60,8 @@ class TrainLoader:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.consumed = 0  # sequences, over all ranks and epochs
+        self.island, self.islands = island, islands
+        self.consumed = 0  # sequences, over all islands, ranks and epochs
         self._order_epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -67,8 +73,9 @@ class TrainLoader:
         is then the mean over tokens, for every world and micro-batch size; the models' own mean over a micro-batch
         would give the tokens of short documents more weight, by how they happen to be grouped.
         """
-        batch = self._sequences(self.consumed, self.consumed + self.batch_sequences)
-        self.consumed += self.batch_sequences
+        size = self.batch_sequences * self.islands
+        batch = self._sequences(self.consumed, self.consumed + size)[self.island :: self.islands]
+        self.consumed += size
         # [accumulation, world, micro]: a micro-step takes neighbours in the global order.
         mine = batch.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         micro_batches = [self.rows.batch(indices) for indices in mine]
@@ -77,6 +84,10 @@ class TrainLoader:
             for micro_batch in micro_batches:
                 micro_batch["num_items_in_batch"] = torch.tensor(share, dtype=torch.float32)
         return micro_batches
+
+    def skip(self, steps: int) -> None:
+        """Leave the rows of so many steps out."""
+        self.consumed += steps * self.batch_sequences * self.islands
 
     def state_dict(self) -> dict[str, int]:
         """Return where the next step starts; the same on every rank, valid for any world and micro-batch size."""
@@ -160,6 +171,10 @@ def _windows(tokens: np.ndarray, seq_len: int, stride: int, indices: np.ndarray)
             window = tokens[index * stride : index * stride + seq_len]
             input_ids[row, : len(window)] = labels[row, : len(window)] = window
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+
+def _on_each(islands: int) -> str:
+    return "" if islands == 1 else f" on each of {islands} islands"
 
 
 def _accumulation_steps(batch_sequences: int, micro_batch_size: int, world_size: int) -> int:

@@ -34,6 +34,15 @@ class Prefetched:
         self._next = _Making(self._make) if self._ahead and not is_last else None
         return micro_batches
 
+    def skip(self, steps: int) -> None:
+        """Leave the batches of so many steps out."""
+        if self._next is not None:
+            self._next.result()
+            self._next = None
+            self._loader.load_state_dict(self._state)
+        self._loader.skip(steps)
+        self._state = self._loader.state_dict()
+
     def state_dict(self) -> dict[str, int]:
         """Return `TrainLoader`'s state after the newest step that was handed out."""
         return self._state

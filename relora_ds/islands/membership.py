@@ -12,11 +12,13 @@ from relora_ds.islands.messages import PROTOCOL
 from relora_ds.islands.refusals import LinkRefused
 from relora_ds.islands.remembered import Contribution, Island, Part, State
 
+DEFAULT_TIMEOUT_S = 600.0
+
 
 class Membership:
     """Decide who takes part. The caller writes `state` to the disk before it tells anybody of a change."""
 
-    def __init__(self, state: State, *, timeout_s: float, lease_s: float, keep_rounds: int, now: float):
+    def __init__(self, state: State, *, timeout_s: float | None, lease_s: float, keep_rounds: int, now: float):
         self.state = state
         self.lease_s = lease_s
         self._timeout_s, self._keep_rounds = timeout_s, keep_rounds
@@ -25,6 +27,13 @@ class Membership:
         self._begun: dict[str, dict[int, Part]] = {}  # of the open round: island -> rank -> its part
         self._finished: dict[str, set[int]] = {}
         self._first_complete = now
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a round waits: as the server was told, else as all islands say."""
+        if self._timeout_s is not None:
+            return self._timeout_s
+        return self.state.identity.get("islands.timeout_s", DEFAULT_TIMEOUT_S)
 
     def join(self, name: str, about: dict[str, Any], now: float) -> bool:
         """Let an island in; `about` has the fields of the message "join".
@@ -140,7 +149,7 @@ class Membership:
         is_awaited = any(one.is_waited_for and name not in state.complete for name, one in state.islands.items())
         if not state.has_decided:  # islands that have never joined are waited for in the first round
             is_awaited |= len(state.islands) < state.identity["islands.count"]
-        if is_awaited and now - self._first_complete < self._timeout_s:
+        if is_awaited and now - self._first_complete < self._patience_s:
             return None
         taken = dict(sorted(state.complete.items()))
         for name, island in state.islands.items():

@@ -20,7 +20,7 @@ class Relay:
 
     Args:
         rounds: its directory.
-        timeout_s: how long a round waits for islands after the first complete contribution.
+        timeout_s: how long a round waits for islands after the first complete contribution; None: as they say.
         lease_s: how long a name belongs to an incarnation that is not heard of.
         keep_rounds: how many decided rounds are kept at most.
         now: seconds of the clock whose later values `answer` and `decide` get.
@@ -31,7 +31,7 @@ class Relay:
         self,
         rounds: Rounds,
         *,
-        timeout_s: float,
+        timeout_s: float | None,
         lease_s: float,
         keep_rounds: int,
         now: float,

@@ -41,7 +41,7 @@ class Server:
         directory: Path,
         secret: str,
         *,
-        timeout_s: float = 600.0,
+        timeout_s: float | None = None,
         keep_rounds: int = 200,
         lease_s: float = LEASE_S,
         say: Callable[[str], None] = print,

@@ -24,7 +24,7 @@ from relora_ds.lowrank.reinit import ROW_NORM, GradientTap, random_basis
 from relora_ds.lowrank.seeding import keyed_generator
 
 
-def initial_A(r: int, in_features: int, *, seed: int, restart: int, name: str) -> Tensor:
+def initial_A(r: int, in_features: int, *, seed: int | str, restart: int, name: str) -> Tensor:
     """Return the value of `lora_A` at restart number `restart` (0 = at wrapping): fp32 `[r, in_features]` on the CPU.
 
     Kaiming-uniform with a=√5, as LoRA initialises it. The generator is seeded by (seed, restart, module
@@ -101,7 +101,7 @@ class LowRankLayer(nn.Module):
         self.lora_A = nn.Parameter(lora_A, requires_grad=not one_sided)
         self.lora_B = nn.Parameter(torch.empty(*experts, self.out_features, r, dtype=dtype, device=device))
 
-    def initial_A(self, name: str, *, seed: int, restart: int) -> Tensor:
+    def initial_A(self, name: str, *, seed: int | str, restart: int) -> Tensor:
         """Return what `lora_A` begins with, fp32 on the CPU: `initial_A`, or a random basis. name: of this layer."""
         if self.one_sided:
             return random_basis(self.shape_of_A, f"{seed}/{restart}/{name}")

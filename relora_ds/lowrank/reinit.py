@@ -72,7 +72,7 @@ class GradientSketch:
         omega: Tensor | None = None,
     ):
         self._key, self._omega = key, omega
-        self.values = torch.zeros(r + OVERSAMPLED, in_features, device=device)
+        self.values = torch.zeros(sketch_shape(r, in_features), device=device)
 
     def add(self, g: Tensor, rows: Tensor) -> None:
         if self._omega is None:
@@ -80,6 +80,11 @@ class GradientSketch:
             self._omega = omega.to(g.device)
         with exact_products():
             self.values.addmm_(self._omega @ g.float().t(), rows.float())
+
+
+def sketch_shape(r: int, in_features: int) -> torch.Size:
+    """Return the shape of a layer's `GradientSketch.values`."""
+    return torch.Size((r + OVERSAMPLED, in_features))
 
 
 def dominant_rows(gradient: Tensor, r: int) -> Tensor | None:

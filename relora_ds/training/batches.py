@@ -19,6 +19,8 @@ def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
         dist.get_world_size(),
         recipe.seed,
         data.padding,
+        recipe.islands.index,
+        recipe.islands.count or 1,
     )
     if state is not None:
         loader.load_state_dict(state)

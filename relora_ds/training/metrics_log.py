@@ -84,7 +84,10 @@ class MetricsLog:
             _drop_after(self._path, resume_step)
 
     def write(self, kind: str, *, step: int, t: int, phase: str, **values: Any) -> None:
-        """Append a line: `kind` is train, eval, restart, phase, checkpoint or spike. Non-finite numbers become null."""
+        """Append a line: `kind` is train, eval, restart, exchange, phase, checkpoint or spike.
+
+        Non-finite numbers become null.
+        """
         line = {"kind": kind, "step": step, "t": t, "phase": phase, "time": time.time(), **values}
         self._unwritten.append(json.dumps(_json_value(line)) + "\n")
         self._write_out()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from relora_ds.config import Recipe
 from relora_ds.config.curve import decay_length
+from relora_ds.exchange.island import Islands
 from relora_ds.interop.sources import weights_of
 from relora_ds.lowrank.schedule import scheduled_restarts
 from relora_ds.lowrank.wrap import is_lora_parameter
@@ -86,9 +87,16 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     return phases
 
 
-def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, resuming: bool = False) -> ReLoRAEngine:
+def build_engine(
+    plan: Plan,
+    phase: Phase,
+    handover: HandOver | None = None,
+    resuming: bool = False,
+    islands: Islands | None = None,
+) -> ReLoRAEngine:
     """Build a fresh engine for `phase`: random, pretrained or `init_from` weights, or those of the engine before it.
 
+    islands: what the engine is one of.
     resuming: a checkpoint will be loaded into it, so it needs no values; what the run began from may be gone.
     """
     recipe = plan.recipe
@@ -118,6 +126,7 @@ def build_engine(plan: Plan, phase: Phase, handover: HandOver | None = None, res
         seed=phase.method.recipe.seed,
         after_step=phase.method.after_step,
         weights=_weights(plan, model, handover, resuming),
+        islands=islands,
     )
     engine.lr_scheduler.stop = phase.stop - phase.start
     if recipe.compile and plan.stage < 3:  # at stage 3 it would compile DeepSpeed's hooks around every layer

@@ -26,6 +26,7 @@ from relora_ds.config import (
 )
 from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.tokenizer import load as load_tokenizer
+from relora_ds.exchange import requirements
 from relora_ds.interop.sources import config_of, locate, weights_of
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import Method, method_of, methods_of
@@ -243,7 +244,7 @@ def _model_problems(recipe: Recipe) -> list[str]:
 
 def machine_problems(recipe: Recipe) -> list[str]:
     """Return what this machine lacks that the recipe asks for."""
-    found = compilation.problems() if recipe.compile else []
+    found = (compilation.problems() if recipe.compile else []) + requirements.machine_problems(recipe.islands)
     if recipe.model.attn_implementation not in attention.EVERYWHERE:
         found += attention.machine_problems(_guessed_model(recipe).config, recipe.model.attn_implementation)
     return found + (liger.problems(_guessed_model(recipe)) if recipe.model.use_liger_kernel else [])

@@ -13,6 +13,7 @@ from relora_ds.checkpoint.find import Found, ResumeError, find
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.data.check_same_data import require_same_tokens
 from relora_ds.training import compatibility
+from relora_ds.training.as_island import islands_of
 from relora_ds.training.batches import train_batches
 from relora_ds.training.clock import StepClock
 from relora_ds.training.exit_codes import GuardError
@@ -79,6 +80,7 @@ class Trainer:
                 self.preemption,
             ],
         )
+        self.islands = islands_of(plan)
         self.has_begun = False
 
     def fit(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Trainer:
             step = take_step(run)
         run.totals.tokens += run.recipe.tokens_per_step
         if step.applied:
-            run.totals.step = run.phase.start + run.engine.t
+            self._move_on(1)
             run.losses.add(step.loss)
             self._tell_of_restart(step.restarted)
             step.figures = figures_of(run, step)
@@ -144,6 +146,16 @@ class Trainer:
             run.totals.skipped += 1
             run.totals.spikes += step.spike is not None
         run.emit(Hook.on_step, step)
+
+    def _move_on(self, steps: int) -> None:
+        """Take the engine's count of steps. Those beyond `steps` it did not take: it follows other islands."""
+        run = self.run
+        before, run.totals.step = run.totals.step, run.phase.start + run.engine.t
+        if skipped := run.totals.step - before - steps:
+            run.loader.skip(skipped)
+        if run.engine.exchange is not None:
+            for report in run.engine.exchange.take_reports():
+                run.emit(Hook.on_exchange, report)
 
     def _tell_of_restart(self, restarted: bool) -> None:
         if restarted:
@@ -181,7 +193,8 @@ class Trainer:
         if engine is not None:
             run.emit(Hook.on_phase_end)
             handover = hand_over(engine, run.plan, phase)
-        run.engine, run.phase = build_engine(run.plan, phase, handover, checkpoint is not None), phase
+        run.engine = build_engine(run.plan, phase, handover, checkpoint is not None, self.islands)
+        run.phase = phase
         run.resumed = None
         self.watching.watch(run.engine.module)
         if checkpoint is None:
@@ -206,7 +219,10 @@ class Trainer:
         run.clock = StepClock(engine.device, run.totals)
         run.flops_per_token = model_flops_per_token(engine.module, recipe.data.seq_len)
         run.emit(Hook.on_phase)
-        if run.resumed is not None:
+        if engine.exchange is not None:
+            engine.exchange.begin()
+            self._move_on(0)
+        elif run.resumed is not None:
             engine.restart_if_due()  # it was not where the run was shorter, or its calendar another
             self._tell_of_restart(engine.last_restart is not None)
 
@@ -244,4 +260,6 @@ class Trainer:
                 hook.close(self.run)
             except Exception as error:
                 logger.warning("%s.close failed: %s", type(hook).__name__, error, exc_info=True)
+        if self.islands is not None:
+            self.islands.close()
         self.directory.close()

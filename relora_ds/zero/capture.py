@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_ds.checkpoint.contents import BUFFER, PARTS, RESIDUAL_SUM, Captured, Ranges
+from relora_ds.checkpoint.contents import BUFFER, ISLAND_PART, PARTS, RESIDUAL_SUM, Captured, Ranges
 from relora_ds.lowrank.wrap import full_shape, lowrank_layers
 from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import assign_owners
@@ -83,6 +83,8 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
         }
     if engine.residual is not None:
         copied |= {RESIDUAL_SUM + name: value for name, value in engine.residual.hold().items()}
+    if engine.exchange is not None:
+        copied |= {ISLAND_PART + name: value for name, value in engine.exchange.held().items()}
     return Captured(
         copied, ranges, frozen_state(engine) if with_frozen else None, engine_state(engine), description(engine)
     )

@@ -1,6 +1,7 @@
 """`ReLoRAEngine`: DeepSpeed's engine with the restart inside `engine.step()`; `zero.initialize` makes one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,11 +37,13 @@ class ReLoRAEngine(DeepSpeedEngine):
         last_restart: the `RestartReport` of the newest restart, or None.
         decayed_group: the index of the parameter group of `lora_B` where that has weight decay, which acts on W then.
         num_accumulated: backward passes since the last step at an accumulation boundary.
+        exchange: with other islands, `exchange.exchange.Exchange`; None: there are none.
         residual: `OwnerUpdates` by what a one-sided chain leaves out, with `residual_every`; else None.
         exact_gradients: what a step before a scheduled restart takes along, with `gradient_estimate: exact`.
     """
 
     exact_gradients: ExactGradients | None
+    exchange: Any
     residual: OwnerUpdates | None
     decayed_group: int | None
 
@@ -64,10 +67,12 @@ class ReLoRAEngine(DeepSpeedEngine):
         FWD_MODULE_STACK.clear()
         if not self.training:
             return super().forward(*inputs, **kwargs)
+        if self.exchange is not None:
+            self.exchange.begin()
         if self.relora is not None and self.relora.restart_init == "gradient" and not self.num_accumulated:
             watch_gradients(self, self.lr_scheduler.is_scheduled(self.t + 1))
         with seeded_forward(
-            f"{self.seed}/{self.t}/{self.num_accumulated}",
+            f"{self._own_seed or self.seed}/{self.t}/{self.num_accumulated}",
             dist.get_rank(),
             self.device,
             differs_on_cpu=self._masks_differ_on_cpu,
@@ -87,9 +92,16 @@ class ReLoRAEngine(DeepSpeedEngine):
                 warn_of_untrained(self)
             if self.residual is not None:
                 self.residual.after_step(self.t, self.lr_scheduler.last_multiplier)
+            if self.exchange is not None:
+                self.exchange.after_step()
             self.after_step(self)
         elif at_boundary and self.residual is not None:
             self.residual.drop()  # it has gradients that are not finite, on some rank
+
+    @property
+    def _own_seed(self) -> str | None:
+        """What decides what islands have each for itself, A and masks of dropout; None where there are no islands."""
+        return None if self.exchange is None else f"{self.seed}/{self.exchange.island}"
 
     def _left_by_decay(self) -> float:
         """Return what the next step's decoupled weight decay leaves of W, as of B: `1 - lr·weight_decay`."""
@@ -129,6 +141,8 @@ class ReLoRAEngine(DeepSpeedEngine):
             )
         if self.t in self.restarts:
             raise ValueError(f"restart: there was one at step t={self.t} already; take a step first")
+        if self.exchange is not None and not self.exchange.takes_place:
+            raise ValueError("restart: an island restarts together with the others; leave it to step()")
         if self.residual is not None and self.t:
             self.residual.apply(self.lr_scheduler.last_multiplier)  # by hand, a period may end early
         self.last_restart = restart(
@@ -139,8 +153,10 @@ class ReLoRAEngine(DeepSpeedEngine):
             number=len(self.restarts) + 1,
             seed=self.seed,
             device=self.device,
-            probe=self._probe(),
+            probe=self._probe() if self.exchange is None else None,  # what others have learned is no drift
             exact=self.exact_gradients,
+            exchange=self.exchange,
+            own_seed=self._own_seed,
         )
         self.exact_gradients = None
         self.lr_scheduler.record_restart()

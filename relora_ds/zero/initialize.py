@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch.distributed as dist
@@ -42,6 +42,14 @@ from relora_ds.zero.weights import Nothing, WeightSource, sources_of
 
 logger = logging.getLogger(__name__)
 
+
+class Islands(Protocol):
+    """What makes an engine one of several islands: `relora_ds.Islands`."""
+
+    def join(self, engine: ReLoRAEngine) -> Any:
+        """Return the exchanges of an engine."""
+
+
 _ADAMW_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
@@ -70,6 +78,7 @@ def initialize(
     seed: int = 0,
     after_step: Callable[[ReLoRAEngine], None] | None = None,
     weights: WeightSource | Nothing | None = None,
+    islands: Islands | None = None,
 ):
     """Make DeepSpeed's 4-tuple, as `deepspeed.initialize` does, for a model that `relora_ds.wrap` has wrapped.
 
@@ -98,6 +107,7 @@ def initialize(
         after_step: called after every applied step; default: restart when it is due.
         weights: a source of the plain model's fp32 weights, read one tensor at a time, instead of the model's own
             values; `zero.weights.NOTHING` where a checkpoint is loaded next.
+        islands: train as one of several islands, which exchange their updates at restarts (`relora_ds.Islands`).
 
     Returns:
         `(engine, optimizer, loader, scheduler)`; `loader` is None without `training_data`.
@@ -195,10 +205,12 @@ def initialize(
     engine.decayed_group = decayed_group
     if decayed_group is not None:
         frozen.set_decay(1.0)
-    engine.exact_gradients = engine.residual = None
+    engine.exact_gradients = engine.residual = engine.exchange = None
     if relora is not None and relora.residual_every is not None and frozen.layers:
         update = functools.partial(orthogonal_update, lr=relora.residual_lr)
         engine.residual = OwnerUpdates(frozen, shards, relora.residual_every, update, seed)
+    if islands is not None:
+        engine.exchange = islands.join(engine)
     engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, stepped, loader, scheduler

@@ -1,6 +1,7 @@
 """The restart, as one exact transaction over all shards (paper section 3, Algorithm 1).
 
-    merge         W <- ρ·W + s·B·A, ρ <- 1, in fp32, on the rank that owns W, which broadcasts the rounded copy
+    merge         W <- ρ·W + s·B·A, ρ <- 1, in fp32, on the rank that owns W, which broadcasts the rounded copy; between
+                  islands W gets the mean of their updates (`Exchange`), and so does everything else that trains
     reinitialise  A <- Kaiming from (seed, restart number, name), or another basis (`zero.subspaces`), B <- 0: masters
                   and forward's copies
     prune         Adam moments of A and B, per tensor over all ranks; or turn B's into the new basis
@@ -12,14 +13,16 @@ Everything here is written against `ShardView` and `FrozenWeights` and knows no 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.precision import exact_products
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.wrap import is_lora_parameter
@@ -77,6 +80,22 @@ class RestartReport:
     checksum: str
 
 
+class Exchange(Protocol):
+    """What islands make of their updates together; see `exchange.exchange`."""
+
+    def swap(self, factors: Iterable[tuple[str, Tensor, Tensor]], sketches: Mapping[str, Tensor | None]) -> None:
+        """Send this island's update and receive those of the others. Collective."""
+
+    def update(self, name: str, base: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to add to a weight, and the squared norm of the mean of `s·B·A`."""
+
+    def sketch(self, name: str) -> Tensor | None:
+        """Return the mean of the islands' sketches of an owned layer."""
+
+    def finish(self) -> None:
+        """Exchange everything else that trains, and compare all weights. Collective."""
+
+
 @torch.no_grad()
 def restart(
     shards: ShardView,
@@ -89,12 +108,16 @@ def restart(
     device: torch.device,
     probe: Callable[[], Tensor] | None = None,
     exact: ExactGradients | None = None,
+    exchange: Exchange | None = None,
+    own_seed: str | None = None,
 ) -> RestartReport:
     """Merge, reinitialise, prune, agree. Collective: every rank calls it between a step and the next forward.
 
     Args:
         number: of this restart, from 1; decides the values of the new `A`.
         exact: the gradients of the step before, where it took them along.
+        exchange: with other islands.
+        own_seed: decides the new A where both factors train, and islands have different ones; None: `seed`.
         probe: returns logits of some fixed batch; called before and after to measure the drift.
 
     Raises:
@@ -104,13 +127,24 @@ def restart(
     before = probe() if probe else None
     started = now(device)
     shards.drop_gathered_copies()
-    squares, sent = _merge(shards, frozen, seed=seed, number=number, device=device)
+    rounds = frozen.rounds()
+    kept = _require_finite(shards, frozen, rounds, device)
+    subspaces = Subspaces(config, seed, number, device, exact, own_seed)
+    if exchange is not None:
+        exchange.swap(_owned_factors(shards, frozen, rounds, kept), subspaces.gradients(frozen))
+    squares, sent = _merge(shards, frozen, rounds, kept, exchange, key=f"{seed}/{number}", device=device)
+    if exchange is not None:
+        exchange.finish()
     if frozen.decay is not None:
         frozen.set_decay(1.0)
     merged = now(device)
     rotates = config.optimizer_reset == "rotate"
     with count_traffic() as traffic:
-        turns = _reinitialise(shards, frozen, Subspaces(config, seed, number, device, exact), with_turns=rotates)
+        if exchange is None:
+            gradients = subspaces.gradients(frozen)
+        else:
+            gradients = {name: exchange.sketch(name) if name in frozen.ledgers else None for name in frozen.layers}
+        turns = _reinitialise(shards, frozen, subspaces, gradients, with_turns=rotates)
         if rotates:
             rotate_moments(shards, turns, frozen.owners)
     subspace_seconds = now(device) - merged
@@ -163,16 +197,23 @@ def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size:
 
 
 def _merge(
-    shards: ShardView, frozen: FrozenWeights, *, seed: int, number: int, device: torch.device
+    shards: ShardView,
+    frozen: FrozenWeights,
+    rounds: list[list[str]],
+    kept: dict[str, tuple[Tensor, Tensor]],
+    exchange: Exchange | None,
+    *,
+    key: str,
+    device: torch.device,
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Merge in rounds: every owner one of its layers, at the same time, which are then broadcast one after the other.
+
+    kept: the factors of this rank's layers, where other ranks would have to send them again; used up. key: of rounding
+    at random.
 
     Returns `[‖stored ΔW − intended ΔW‖², ‖intended ΔW‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the
     first two over all restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
-    rounds = frozen.rounds()
-    kept = _require_finite(shards, frozen, rounds, device)
-
     squares = torch.zeros(len(frozen.layers), 6, dtype=torch.float64, device=device)  # a row is filled by its owner
     rows = dict(zip(frozen.layers, squares, strict=True))
     sent: dict[str, Tensor] = {}
@@ -183,8 +224,9 @@ def _merge(
         for name in names:
             if (base := frozen.read(name, device)) is None:
                 continue
+            lora_A, lora_B = factors.pop(name)
             merged, stored[name], rows[name][:4], samples[name] = _merged(
-                frozen, name, base, *factors.pop(name), f"{seed}/{number}/{name}.weight"
+                frozen, name, base, lora_A, lora_B, f"{key}/{name}.weight", exchange
             )
             frozen.keep(name, merged)
             del base, merged
@@ -203,9 +245,17 @@ def _merge(
 
 
 def _merged(
-    frozen: FrozenWeights, name: str, base: Tensor, lora_A: Tensor, lora_B: Tensor, key: str
+    frozen: FrozenWeights,
+    name: str,
+    base: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    key: str,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge one layer on its owner, changing nothing but `base`, which is used up. key: of the rounding at random.
+    """Merge one layer on its owner, changing nothing but `base`, which is used up.
+
+    key: of the rounding at random. exchange: has what is added instead of `s·B·A`.
 
     Returns the merged weight, its stored copy, `[‖stored ΔW − intended ΔW‖², ‖intended ΔW‖², ‖s·B·A‖², ‖W‖²]`, and the
     ledger's samples of the intended ΔW (s·B·A, and what weight decay takes) and of what of it was lost, `[2, n]`.
@@ -213,10 +263,11 @@ def _merged(
     """
     weight = _square(base)
     before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
-    layer = frozen.layers[name]
-    intended = layer.add_update_(torch.zeros_like(base), lora_A, lora_B)
-    update = _square(intended)
-    change = update if layer.decay is None else _square(intended.add_(base, alpha=layer.rho - 1))
+    if exchange is None:
+        intended, update = _own_update(frozen.layers[name], base, lora_A, lora_B)
+    else:
+        intended, update = exchange.update(name, base, lora_A)
+    change = _square(intended)
     merged = base.add_(intended) if frozen.with_masters else base + intended
     stored = frozen.quantize(merged, None if frozen.with_masters else keyed_generator(key, base.device))
     lost = torch.sub(frozen.dequantize(name, stored), before, out=before).sub_(intended)
@@ -225,8 +276,26 @@ def _merged(
     return merged, stored, torch.stack([_square(lost), change, update, weight]), samples
 
 
+def _own_update(layer: LowRankLayer, base: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `s·B·A` with what weight decay takes of `base`, and `‖s·B·A‖²`."""
+    intended = layer.add_update_(torch.zeros_like(base), lora_A, lora_B)
+    update = _square(intended)
+    if layer.decay is not None:
+        intended.add_(base, alpha=layer.rho - 1)
+    return intended, update
+
+
 def _square(value: Tensor) -> Tensor:
     return value.square().sum(dtype=torch.float64)
+
+
+def _owned_factors(
+    shards: ShardView, frozen: FrozenWeights, rounds: list[list[str]], kept: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield `(layer, A, B)` of this rank's layers, fp32. Collective: to the end on every rank."""
+    for names in rounds:
+        factors = kept if shards.partitioned else _gather_factors(shards, frozen, names)
+        yield from ((name, *factors[name]) for name in names if name in factors)
 
 
 def _gather_factors(shards: ShardView, frozen: FrozenWeights, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -284,14 +353,19 @@ def _can_merge(
 
 
 def _reinitialise(
-    shards: ShardView, frozen: FrozenWeights, subspaces: Subspaces, *, with_turns: bool
+    shards: ShardView,
+    frozen: FrozenWeights,
+    subspaces: Subspaces,
+    gradients: dict[str, Tensor | None],
+    *,
+    with_turns: bool,
 ) -> dict[str, Tensor]:
-    """Give every layer its new A, and B = 0.
+    """Give every layer its new A, and B = 0. gradients: what bases are computed from, on the owners.
 
     Returns, if asked for, what turns B's moments from the old basis to the new one: `[..., r, r]` in fp32.
     """
     turns: dict[str, Tensor] = {}
-    for name, new_A in subspaces.choose(frozen).items():
+    for name, new_A in subspaces.choose(frozen, gradients).items():
         if name in frozen.one_sided:
             old_A = frozen.read_A(name) if with_turns else None
             frozen.publish_A(name, new_A)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from relora_ds.checkpoint.contents import BUFFER, OTHER, PARTS, RESIDUAL, RESIDUAL_SUM, STORED
+from relora_ds.checkpoint.contents import BUFFER, ISLAND_PART, ISLANDS, OTHER, PARTS, RESIDUAL, RESIDUAL_SUM, STORED
 from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.lowrank.inventory import is_lora_parameter
@@ -123,6 +123,12 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         if engine.residual is not None:
             steps = _residual_steps(manifest) if optimizer else 0
             engine.residual.restore(steps, lambda name: saved.read(RESIDUAL_SUM + name))
+        if engine.exchange is not None:
+            engine.exchange.restore(
+                manifest.engine.get(ISLANDS) if schedule else None,
+                manifest.engine["scheduler"]["t"] if schedule else 0,
+                lambda name: saved.read(ISLAND_PART + name) if saved.has(ISLAND_PART + name) else None,
+            )
     if begins_chain:
         begin_chain(shards, engine.frozen, engine.seed, len(manifest.engine["scheduler"]["restarts"]))
     for name in shards.names:  # what forward reads, from masters that are all in place now

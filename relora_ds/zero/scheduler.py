@@ -40,8 +40,13 @@ class ReLoRAScheduler:
 
     def is_scheduled(self, t: int) -> bool:
         """Return whether the calendar has a restart directly after step `t`."""
-        every, stop = self.config.restart_every, self.stop or self.config.total_steps
-        return 0 < t < stop and t % every == 0 if every else False
+        every = self.config.restart_every
+        return 0 < t < self.last_step and t % every == 0 if every else False
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the curve, or the phase, ends."""
+        return self.stop or self.config.total_steps
 
     @property
     def restart_due(self) -> bool:
@@ -51,6 +56,11 @@ class ReLoRAScheduler:
     def step(self) -> None:
         """Count one applied step. DeepSpeed calls this; you do not."""
         self.t += 1
+        self._apply()
+
+    def move_to(self, t: int) -> None:
+        """Count steps as applied that this engine did not take."""
+        self.t = t
         self._apply()
 
     def record_restart(self) -> None:

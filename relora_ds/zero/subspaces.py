@@ -49,6 +49,7 @@ class Subspaces:
     Attributes:
         number: of the restart, from 1.
         exact: the gradients of the last step, where they were taken along.
+        own_seed: decides A where both factors train; None: `seed`.
     """
 
     config: ReLoRAConfig
@@ -56,15 +57,19 @@ class Subspaces:
     number: int
     device: torch.device
     exact: ExactGradients | None = None
+    own_seed: str | None = None
 
-    def choose(self, frozen: FrozenWeights) -> dict[str, Tensor | None]:
-        """Return the new A of every layer, `[..., r, in]` in fp32, on its owner; None elsewhere. Collective.
+    def gradients(self, frozen: FrozenWeights) -> dict[str, Tensor | None]:
+        """Return what each layer's basis is computed from, a sum over the ranks, on its owner. Collective."""
+        return {name: self._gradient(name, frozen) for name in frozen.layers}
 
-        Of Kaiming's, which are known by their key, every rank has all.
+    def choose(self, frozen: FrozenWeights, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the new A of every layer, `[..., r, in]` in fp32, on its owner; None elsewhere.
+
+        Of Kaiming's, which are known by their key, every rank has all. gradients: see there; used up.
         """
         if self.config.restart_init == "kaiming":
             return {name: self._initial(name, layer) for name, layer in frozen.layers.items()}
-        gradients = {name: self._gradient(name, frozen) for name in frozen.layers}  # all sums first, then all bases
         return {
             name: self._basis(name, frozen.layers[name], gradients.pop(name)) if _is_mine(frozen, name) else None
             for name in list(gradients)
@@ -90,7 +95,7 @@ class Subspaces:
         assert isinstance(layer.sketch, GradientSketch)
         sketch, layer.sketch = layer.sketch.values, None
         dist.reduce(sketch, frozen.owners[name])
-        return sketch
+        return sketch if _is_mine(frozen, name) else None
 
     def _basis(self, name: str, layer: LowRankLayer, gradient: Tensor | None) -> Tensor:
         basis = None if gradient is None else dominant_rows(gradient.to(self.device), layer.r)
@@ -101,7 +106,7 @@ class Subspaces:
         return basis * layer.row_norm
 
     def _initial(self, name: str, layer: LowRankLayer) -> Tensor:
-        return layer.initial_A(name, seed=self.seed, restart=self.number)
+        return layer.initial_A(name, seed=self.own_seed or self.seed, restart=self.number)
 
 
 @torch.no_grad()

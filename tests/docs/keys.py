@@ -23,6 +23,7 @@ EXPLAINED = {
     "checkpoint": "[Resume](../guides/resume.md), [Checkpoints](../concepts/checkpoints.md)",
     "log": "[Metrics, loggers, hooks](../guides/logging.md)",
     "guard": "[Fault tolerance](../guides/faults.md)",
+    "islands": "[Islands](../guides/islands.md)",
 }
 
 

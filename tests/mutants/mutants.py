@@ -17,6 +17,7 @@ REFRESH = "tests/zero/test_one_sided_refresh.py::test_the_second_refresh"
 MOMENTS = "tests/zero/test_moments.py::test_split_moments_are_pruned_as_whole_ones"
 NONFINITE = "tests/zero/test_nonfinite.py::test_one_bad_rank"
 OWNER_UPDATES = "tests/zero/test_owner_updates.py"
+RETURN, VECTORS = "tests/exchange/test_return.py", "tests/exchange/test_vectors.py"
 WRITTEN = "test_masters_and_stored_copies_get_the_change"
 
 
@@ -160,6 +161,20 @@ MUTANTS = [
         "islands_admit_any_key",
         ("tests/islands/test_door.py::test_who_knows_the_servers_key_but_not_the_secret_is_refused",),
         "assert event == zmq.EVENT_HANDSHAKE_FAILED_AUTH",
+    ),
+    # What islands exchange.
+    Mutant(
+        "islands_product_of_means",
+        (f"{VECTORS}::test_products_are_averaged[mean_of_products-False]",),
+        "assert close(merged",
+    ),
+    Mutant("islands_errors_not_fed_back", (f"{VECTORS}::test_what_4_bits_leave_out_arrives_later",), "rounds * update"),
+    Mutant("islands_errors_not_saved", (f"{RETURN}::test_a_resume_is_exact[relora]",), "assert torch.equal"),
+    Mutant("islands_momenta_not_saved", (f"{RETURN}::test_a_resume_is_exact[relora]",), "assert torch.equal"),
+    Mutant(
+        "islands_rounds_made_good_twice",
+        (f"{RETURN}::test_from_a_checkpoint[3-relora-stages0-how0]",),
+        "the islands train different models",
     ),
     # The training step.
     Mutant(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.checkpoint.job import Written
+from relora_ds.exchange.exchange import ExchangeReport
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import compatibility
@@ -77,6 +78,9 @@ class Console(Hook):
             f"pruned{drift}, {report.restart_s:.2f} s{subspaces}, verified on all ranks"
         )
 
+    def on_exchange(self, run: RunState, report: ExchangeReport) -> None:
+        self._terminal.line(exchange_line(run, report))
+
     def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
         self._terminal.line(evaluation_line(run, evaluation))
         for sample in samples:
@@ -126,6 +130,10 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
         *([] if plan.num_sequences is None else [epochs_line(recipe, plan.num_sequences)]),
         *_frozen_weights(plan),
     ]
+    if recipe.islands.count is not None:
+        lines.append(
+            f"island {recipe.islands.index} of 0 to {recipe.islands.count - 1}, which meet at {recipe.islands.address}"
+        )
     for phase in phases:
         steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
         if phase.method.relora is not None:
@@ -156,6 +164,16 @@ def evaluation_line(run: RunState, result: Evaluation) -> str:
         sent = f"; sent per rank so far {ours}, full rank {full_rank}"
     galore = "" if result.galore_loss is None else f" (as GaLore's code counts: {result.galore_loss:.4f})"
     return f"step {run.step}  validation: loss {result.val_loss:.4f}{galore}, perplexity {result.ppl:.2f}{sent}"
+
+
+def exchange_line(run: RunState, report: ExchangeReport) -> str:
+    """Return who was in an exchange, and what it took."""
+    without = f" without {', '.join(report.missing)}" if report.missing else ""
+    return (
+        f"step {run.step}  exchange {report.round} of {len(report.islands)} islands{without}: "
+        f"{human_bytes(report.bytes_sent)} sent, {human_bytes(report.bytes_received)} received, "
+        f"{report.exchange_s:.2f} s, of which {report.waited_s:.2f} s for the others"
+    )
 
 
 def sample_line(sample: Sample, width: int) -> str:

@@ -11,6 +11,7 @@ from relora_ds.config.rules import nearest
 
 if TYPE_CHECKING:
     from relora_ds.checkpoint.job import Written
+    from relora_ds.exchange.exchange import ExchangeReport
     from relora_ds.training.samples import Sample
     from relora_ds.training.spikes import Spike
     from relora_ds.training.state import RunState
@@ -59,6 +60,12 @@ class Hook:
 
     def on_restart(self, run: RunState, report: RestartReport) -> None:
         """Handle a restart, before `on_step` of the step that it followed."""
+
+    def on_exchange(self, run: RunState, report: ExchangeReport) -> None:
+        """Handle an exchange between islands, before `on_step` of the step that it followed.
+
+        One that was made good follows no step.
+        """
 
     def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
         """Handle an evaluation."""

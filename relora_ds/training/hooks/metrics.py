@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from relora_ds.checkpoint.job import Written
+from relora_ds.exchange.exchange import ExchangeReport
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.hooks.loggers import loggers_of
@@ -54,6 +55,10 @@ class Metrics(Hook):
     def on_restart(self, run: RunState, report: RestartReport) -> None:
         values: dict[str, Any] = {name: value for name, value in vars(report).items() if name != "t"}
         self._write(run, "restart", **values | {"restarts": run.totals.restarts})
+
+    def on_exchange(self, run: RunState, report: ExchangeReport) -> None:
+        values: dict[str, Any] = {**vars(report), "islands": list(report.islands), "missing": list(report.missing)}
+        self._write(run, "exchange", **values)
 
     def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
         figures: dict[str, Any] = evaluation.figures()

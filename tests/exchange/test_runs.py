@@ -1,0 +1,79 @@
+"""Runs of recipes as islands, from tokens to the export."""
+
+import functools
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from relora_ds.islands.secret import VARIABLE
+from relora_ds.training.hooks import Hook
+from relora_ds.training.preflight import check
+from relora_ds.training.trainer import Trainer
+from tests.exchange.cases import at_once, worlds
+from tests.islands.servers import SECRET, serving
+from tests.training.runs import lines, losses
+
+ISLANDS = ("islands.count=2", "islands.sync_every=5", "islands.compress=int8", "eval.samples=0", "checkpoint.every=4")
+
+
+class Killed(Exception):
+    """Stands for a signal that leaves no time."""
+
+
+class KillAt(Hook):
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step(self, run, step) -> None:
+        if run.step == self._step:
+            raise Killed
+
+
+def train(overrides: list[str], kill_at: int | None = None) -> dict | None:
+    """On a rank: train the recipe `tiny` to its end; None where it was killed."""
+    os.environ[VARIABLE] = SECRET
+    try:
+        return Trainer(check("tiny", overrides), [] if kill_at is None else [KillAt(kill_at)]).fit()
+    except Killed:
+        return None
+
+
+def island(world, index: int, directory, address: str, *more: str, **how):
+    own = [f"run_dir={directory}/{index}", f"islands.index={index}", f"islands.address={address}"]
+    return functools.partial(world.run, train, [*own, *ISLANDS, *more], **how)
+
+
+def exported(directory) -> dict[str, torch.Tensor]:
+    return load_file(directory / "export" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_two_islands_export_one_model(tmp_path):
+    with serving(tmp_path / "rounds") as server, worlds(1, 2) as found:
+        summaries = at_once(*(island(world, i, tmp_path, server.address) for i, world in enumerate(found)))
+    first, second = (lines(tmp_path / str(i), "exchange") for i in range(2))
+    # Every 5 steps of the warm start, at the restarts, and at the end.
+    assert [line["step"] for line in first] == [line["step"] for line in second] == [5, 10, 20, 30, 40]
+    assert [line["round"] for line in first] == [1, 2, 3, 4, 5]
+    assert not any(line["missing"] for line in first)
+    assert same(exported(tmp_path / "0"), exported(tmp_path / "1"))
+    assert summaries[0][0]["val_loss"] == pytest.approx(summaries[1][0]["val_loss"], rel=1e-6)
+    assert losses(tmp_path / "0")[1] != losses(tmp_path / "1")[1], "they train on other sequences"
+    assert losses(tmp_path / "0")[40] < losses(tmp_path / "0")[1] - 0.2
+
+
+def test_killed_ones_come_back(tmp_path):
+    """Island 1 dies in the warm start, and is back when the other one has restarted, which then dies too."""
+    with serving(tmp_path / "rounds", timeout_s=0.5) as server, worlds(1, 2) as (first, second):
+        both = (first, 0, tmp_path, server.address), (second, 1, tmp_path, server.address)
+        assert at_once(island(*both[0], kill_at=25), island(*both[1], kill_at=7)) == [[None], [None, None]]
+        assert lines(tmp_path / "0", "exchange")[-1]["missing"] == ["0001"]
+        at_once(*(island(*one, "resume=auto") for one in both))
+    assert same(exported(tmp_path / "0"), exported(tmp_path / "1"))
+    made_good = [line["round"] for line in lines(tmp_path / "1", "exchange")]
+    assert made_good == [1, 2, 3, 4, 5]
