@@ -35,6 +35,10 @@ OMP_NUM_THREADS=1 bench throughput --preset llama_60m --vocab-size 2048 --r 128 
   --variants "PEFT, same modules train" "ours, separate" "ours, folded" "ours, one-sided, separate" \
   "ours, one-sided, folded" --out $out/step_60m_products.json
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
+chains=("full rank" "PEFT, same modules train" "ours, dense" "ours, bf16" "ours, one-sided, exact"
+  "ours, one-sided, sketch" "ours, one-sided, random" "ours, one-sided, residual")
+bench memory --preset llama_130m --r 192 --threads 1 --variants "${chains[@]}" --out $out/memory_chains_130m.json
+bench memory --preset llama_350m --r 256 --threads 1 --variants "${chains[@]}" --out $out/memory_chains_350m.json
 
 bench host-memory --vocab-size 54000 --out $out/host_memory_168m.json
 bench host-memory --preset llama_350m --out $out/host_memory_350m.json

@@ -45,6 +45,7 @@ VARIANTS = {
     "ours, one-sided, sketch": _FROM_GRADIENT,
     "ours, one-sided, warm sketch": (*_FROM_GRADIENT, "relora.gradient_estimate=warm_sketch"),
     "ours, one-sided, exact": (*_FROM_GRADIENT, "relora.gradient_estimate=exact"),
+    "ours, one-sided, residual": (*_ONE_SIDED, "relora.residual_every=20"),
 }
 
 # Of PEFT's, which of ours trains the same.
@@ -53,8 +54,8 @@ TWINS = {"PEFT, its default": "ours, LoRA alone", "PEFT, same modules train": "o
 MODULES_TO_SAVE = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
 
 
-# Networks as wide as one of 1.3B parameters, with few layers: name -> layers
-WIDE = {"wide_2": 2, "wide_4": 4}
+# Few layers, as wide as those of 1.3B or of 350M parameters: name -> layers, width, inner width, heads
+WIDE = {"wide_2": (2, 2048, 5461, 16), "wide_4": (4, 2048, 5461, 16), "medium_4": (4, 1024, 2736, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Spec:
         return self.variant.startswith("PEFT")
 
     def overrides(self, world_size: int) -> list[str]:
-        shape = _wide(WIDE[self.preset], self.vocab_size).name if self.preset in WIDE else self.preset
+        shape = _wide(*WIDE[self.preset], self.vocab_size).name if self.preset in WIDE else self.preset
         key = "model.name_or_path" if shape not in preset_names() and Path(shape).is_dir() else "model.preset"
         return [
             f"{key}={shape}",
@@ -113,7 +114,7 @@ class Spec:
 
 
 @functools.cache
-def _wide(layers: int, vocab_size: int) -> tempfile.TemporaryDirectory:
+def _wide(layers: int, width: int, inner: int, heads: int, vocab_size: int) -> tempfile.TemporaryDirectory:
     """Return a directory with the configuration, which lives as long as the process."""
     from transformers import LlamaConfig
 
@@ -121,10 +122,10 @@ def _wide(layers: int, vocab_size: int) -> tempfile.TemporaryDirectory:
     LlamaConfig(
         vocab_size=vocab_size,
         tie_word_embeddings=False,
-        hidden_size=2048,
-        intermediate_size=5461,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=layers,
-        num_attention_heads=16,
+        num_attention_heads=heads,
     ).save_pretrained(directory.name)
     return directory
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(SHAPES),
         metavar="SHAPE",
-        help="presets, or wide_2 and wide_4: layers of width 2048 (default: llama_60m wide_4)",
+        help="presets; wide_2 and wide_4, layers of width 2048; medium_4, of width 1024 (default: llama_60m wide_4)",
     )
     parser.add_argument(
         "--variants",
