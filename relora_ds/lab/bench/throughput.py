@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="llama_60m",
-        help="the network's shape; also wide_2, two layers of width 2048, and medium_4, four of 1024 (default: %(default)s)",
+        help="the network's shape; also wide_2, two layers of width 2048, and medium_4, four of 1024 "
+        "(default: %(default)s)",
     )
     parser.add_argument("--r", type=int, default=128, help="rank of the updates (default: %(default)s)")
     parser.add_argument(
