@@ -12,8 +12,8 @@ from relora_ds.planning.network import Shapes, shapes_of
 from relora_ds.planning.planned_storage import format_here, storage_of
 from relora_ds.planning.planned_traffic import residual_bytes, restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
+from relora_ds.zero.merging import peak_bytes
 from relora_ds.zero.owner_updates import COPIES
-from relora_ds.zero.restart import peak_bytes
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from relora_ds.training.results import summary_of, write_results
 from relora_ds.training.state import RunState
 from relora_ds.training.step import take_step
 from relora_ds.zero.engine import ReLoRAEngine
-from relora_ds.zero.restart import NonFiniteMergeError
+from relora_ds.zero.merging import NonFiniteMergeError
 from relora_ds.zero.restore import problems, restore
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.teardown import release

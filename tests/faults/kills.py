@@ -51,7 +51,7 @@ PLACES = {
     "a save: before latest": ("relora_ds.checkpoint.writer", "files.write_text"),
     "a save: deleting old ones": ("relora_ds.checkpoint.store", "remove"),
     "a restart: at its beginning": ("relora_ds.zero.engine", "restart"),
-    "a restart: before the broadcast": ("relora_ds.zero.restart", "checksum"),
+    "a restart: before the broadcast": ("relora_ds.zero.merging", "checksum"),
     "a restart: before A and B are new": ("relora_ds.zero.restart", "_reinitialise"),
     "a restart: before the moments are pruned": ("relora_ds.zero.restart", "prune_moments"),
     "a restart: before the ranks agree": ("relora_ds.zero.restart", "verify"),

@@ -18,7 +18,7 @@ from relora_ds.training.hooks.guard import BadSteps
 from relora_ds.training.preflight import check
 from relora_ds.training.spikes import WINDOW, LossSpikes
 from relora_ds.training.trainer import Trainer
-from relora_ds.zero.restart import NonFiniteMergeError
+from relora_ds.zero.merging import NonFiniteMergeError
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.training.runs import lines, losses, run, status

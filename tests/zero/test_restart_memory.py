@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.zero import restart, verify_ranks
+from relora_ds.zero import merging, verify_ranks
 from tests.parity import cases
 from tests.peak_bytes import PeakBytes
 from tests.ranks import ranks
@@ -24,7 +24,7 @@ def peak(stage, precision, num_layers, **relora) -> tuple[int, int, int]:
     relora = cases.relora_config(**relora)
     engine = cases.build(stage, precision=precision, relora=relora, num_hidden_layers=num_layers, **SIZES)
     shapes = {name: layer.weight_shape for name, layer in lowrank_layers(engine.module).items()}
-    expected = restart.peak_bytes(shapes, relora.r, stage=stage, world_size=torch.distributed.get_world_size())
+    expected = merging.peak_bytes(shapes, relora.r, stage=stage, world_size=torch.distributed.get_world_size())
     found = []
     for step in range(3):
         cases.train_step(engine, step)
@@ -63,14 +63,14 @@ def a_rank_without_memory(stage) -> tuple[str, bool]:
     cases.train_step(engine, 0)
     cases.train_step(engine, 1)
     before = fingerprint(cases.gathered_state(engine), cases.stored_weights(engine), engine.frozen.masters)
-    merged, message = restart._merged, ""
+    merged, message = merging._merged, ""
 
     def fails(*args):
         if torch.distributed.get_rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return merged(*args)
 
-    with mock.patch.object(restart, "_merged", fails):
+    with mock.patch.object(merging, "_merged", fails):
         try:
             engine.restart()
         except RuntimeError as error:
