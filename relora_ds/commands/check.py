@@ -237,8 +237,13 @@ def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]
 def _traffic(names: list[str], costs: dict) -> list[list[str]]:
     from relora_ds.utils.text import human_bytes
 
+    exchanges = [costs[name].exchange for name in names]
+    between = [
+        ["bytes per exchange, of an island", *("-" if size is None else human_bytes(size) for size in exchanges)]
+    ]
+    between = between if any(exchanges) else []
     if costs[names[0]].world_size == 1:
-        return [["bytes per step", *("none: one rank" for _ in names)]]
+        return [["bytes per step", *("none: one rank" for _ in names)], *between]
     steps, restarts = [costs[name].step for name in names], [costs[name].restart for name in names]
     rows = [
         ["bytes per step, payload", *(human_bytes(step[0]) for step in steps)],
@@ -257,7 +262,7 @@ def _traffic(names: list[str], costs: dict) -> list[list[str]]:
             ["bytes per residual update, payload", *("-" if r is None else human_bytes(r[0]) for r in residuals)],
             ["  sent by each rank in a ring", *("-" if r is None else human_bytes(r[1]) for r in residuals)],
         ]
-    return rows
+    return rows + between
 
 
 def _seconds(size: float, gigabits: int) -> str:

@@ -169,6 +169,7 @@ def _entry(
         "restart_wire_bytes": restart_wire,
         "residual_payload_bytes": residual_payload,
         "residual_wire_bytes": residual_wire,
+        "exchange_bytes": result.exchange,
         "items": [vars(item) for item in result.items],
     }
 

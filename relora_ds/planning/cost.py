@@ -9,6 +9,7 @@ from relora_ds.methods import Method
 from relora_ds.planning import device_memory, host
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
+from relora_ds.planning.planned_exchange import exchange_bytes
 from relora_ds.planning.planned_storage import format_here, storage_of
 from relora_ds.planning.planned_traffic import residual_bytes, restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
@@ -27,6 +28,7 @@ class Cost:
         step: of one optimizer step; None where `accumulation` is.
         restart: of one restart; None for a method that merges nothing.
         residual: of one update by what a one-sided chain leaves out; None without such.
+        exchange: what an island sends in one exchange, all its ranks together; None for a run that is none.
     """
 
     stage: int
@@ -37,6 +39,7 @@ class Cost:
     step: tuple[float, float] | None
     restart: tuple[float, float] | None
     residual: tuple[float, float] | None = None
+    exchange: int | None = None
 
 
 def cost(
@@ -95,7 +98,10 @@ def cost(
             largest = max(shape.numel() for shape in shapes.merged.values())
             size = device_memory.MASTER * COPIES * largest
             items.append(device_memory.Item("a residual update", size, when=device_memory.RESTART))
-    return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual)
+    exchange = None
+    if recipe.islands.count is not None:
+        exchange = exchange_bytes(shapes, method.relora, recipe.islands.compress)
+    return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual, exchange)
 
 
 def activations_of(

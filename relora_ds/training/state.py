@@ -67,6 +67,7 @@ class RunState:
         phase, engine, clock, flops_per_token: set when a phase begins (`Hook.on_phase`).
         step_bytes: bytes of the newest step.
         history: (step, phase, Evaluation) of all evaluations.
+        remark: what status.json says of the run while it goes well.
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class RunState:
     resumed: Found | None = None
     step_bytes: StepBytes = StepBytes()
     history: list[tuple[int, str, Evaluation]] = field(default_factory=list)
+    remark: str = ""
     loader: Prefetched = field(init=False)
     losses: Losses = field(init=False)
     phase: Phase = field(init=False)

@@ -156,6 +156,9 @@ class Trainer:
         if run.engine.exchange is not None:
             for report in run.engine.exchange.take_reports():
                 run.emit(Hook.on_exchange, report)
+                without = f"exchange {report.round} took place without {', '.join(report.missing)}"
+                run.remark = without if report.missing else ""
+                self.set_status("running", run.remark)
 
     def _tell_of_restart(self, restarted: bool) -> None:
         if restarted:

@@ -44,7 +44,11 @@ def capture_twice(stage, precision, offload) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "stage, precision, offload",
-    [pytest.param(1, "bf16", False, marks=pytest.mark.slow), (2, "fp32", True), (3, "bf16", False)],
+    [
+        pytest.param(1, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(2, "fp32", True, marks=pytest.mark.slow),
+        (3, "bf16", False),
+    ],
 )
 def test_flat_partitions_are_copied_whole(stage, precision, offload):
     for copied, tensors in ranks(2).run(capture_twice, stage, precision, offload):

@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from relora_ds.config import methods_of
 from relora_ds.islands.secret import VARIABLE
+from relora_ds.planning.cost import cost
+from relora_ds.planning.network import network_of
 from relora_ds.training.hooks import Hook
-from relora_ds.training.preflight import check
+from relora_ds.training.preflight import check, resolve
 from relora_ds.training.trainer import Trainer
 from tests.exchange.cases import at_once, worlds
 from tests.islands.servers import SECRET, serving
-from tests.training.runs import lines, losses
+from tests.training.runs import lines, losses, status
 
 ISLANDS = ("islands.count=2", "islands.sync_every=5", "islands.compress=int8", "eval.samples=0", "checkpoint.every=4")
 
@@ -45,6 +48,13 @@ def island(world, index: int, directory, address: str, *more: str, **how):
     return functools.partial(world.run, train, [*own, *ISLANDS, *more], **how)
 
 
+def planned_bytes() -> list[int | None]:
+    """Return what `relora check` says of an exchange, by phase."""
+    resolved = resolve("tiny", [*ISLANDS, "islands.address=host:5555"], 1, to_run=False)
+    config, _ = network_of(resolved.recipe)
+    return [cost(resolved, method, config).exchange for method in methods_of(resolved.recipe)]
+
+
 def exported(directory) -> dict[str, torch.Tensor]:
     return load_file(directory / "export" / "model.safetensors")
 
@@ -61,6 +71,9 @@ def test_two_islands_export_one_model(tmp_path):
     assert [line["step"] for line in first] == [line["step"] for line in second] == [5, 10, 20, 30, 40]
     assert [line["round"] for line in first] == [1, 2, 3, 4, 5]
     assert not any(line["missing"] for line in first)
+    planned = planned_bytes()
+    assert [line["bytes_sent"] for line in first + second] == 2 * [*2 * planned[:1], *3 * planned[1:]]
+    assert all(line["bytes_received"] == line["bytes_sent"] for line in first + second)
     assert same(exported(tmp_path / "0"), exported(tmp_path / "1"))
     assert summaries[0][0]["val_loss"] == pytest.approx(summaries[1][0]["val_loss"], rel=1e-6)
     assert losses(tmp_path / "0")[1] != losses(tmp_path / "1")[1], "they train on other sequences"
@@ -73,6 +86,7 @@ def test_killed_ones_come_back(tmp_path):
         both = (first, 0, tmp_path, server.address), (second, 1, tmp_path, server.address)
         assert at_once(island(*both[0], kill_at=25), island(*both[1], kill_at=7)) == [[None], [None, None]]
         assert lines(tmp_path / "0", "exchange")[-1]["missing"] == ["0001"]
+        assert status(tmp_path / "0")["reason"].endswith("took place without 0001")
         at_once(*(island(*one, "resume=auto") for one in both))
     assert same(exported(tmp_path / "0"), exported(tmp_path / "1"))
     made_good = [line["round"] for line in lines(tmp_path / "1", "exchange")]

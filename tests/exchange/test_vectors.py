@@ -36,9 +36,9 @@ def close(found, expected) -> bool:
     ("name", "inner", "every", "outer"),
     [
         ("diloco_adamw", "adam", 3, NESTEROV),
-        ("diloco_sgd", "sgd", 3, NESTEROV),
+        pytest.param("diloco_sgd", "sgd", 3, NESTEROV, marks=pytest.mark.slow),
         pytest.param("H1_sgd", "sgd", 1, AVERAGE, marks=pytest.mark.slow),
-        ("H1_adam", "adam", 1, AVERAGE),
+        pytest.param("H1_adam", "adam", 1, AVERAGE, marks=pytest.mark.slow),
     ],
 )
 def test_islands_on_halves_of_the_data(name, inner, every, outer, tmp_path):
@@ -66,7 +66,10 @@ def test_what_4_bits_leave_out_arrives_later(tmp_path):
     assert ((found - rounds * update).abs() <= 0.5 + 1e-5).all()
 
 
-@pytest.mark.parametrize(("expected", "one_sided"), [("mean_of_products", False), ("shared_A_mean_of_products", True)])
+@pytest.mark.parametrize(
+    ("expected", "one_sided"),
+    [("mean_of_products", False), pytest.param("shared_A_mean_of_products", True, marks=pytest.mark.slow)],
+)
 def test_products_are_averaged(expected, one_sided, tmp_path):
     given = FILE["average"]
 

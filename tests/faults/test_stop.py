@@ -184,6 +184,7 @@ def test_a_rank_that_lives_but_does_not_come_is_behind_the_others(tmp_path):
     assert "rank 1 on" in status(tmp_path / "r")["reason"] and "rank 0 on" not in status(tmp_path / "r")["reason"]
 
 
+@pytest.mark.slow
 def test_a_slow_step_is_no_standstill(tmp_path):
     """Every step takes longer than the threads' rhythm; the run comes to its end."""
     ranks(2).run(dawdle, [f"run_dir={tmp_path / 'r'}", *SETTINGS, "guard.watchdog_seconds=24", "train.steps=14"])

@@ -101,6 +101,7 @@ def test_rounds_that_nobody_needs_are_removed(served, tmp_path):
 def test_sizes_are_checked_before_blobs_are_taken(served):
     with joined(served.address, "a", count=1) as (a,):
         a.contribute(1, {"w": b"1234"}, {}, 1)
+        a.decision(1)
         with pytest.raises(LinkRefused, match="w: 8 bytes are needed, and island 'a' has 4 bytes in round 1"):
             a.fetch(1, "a", ["w"], {"w": 8})
         with pytest.raises(LinkRefused, match="v: 8 bytes are needed, and island 'a' lacks it in round 1"):

@@ -55,7 +55,8 @@ def test_with_the_optimizer_on_cpu(stage):
     _compare(result, reference_losses("magnitude_joint"), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_three_ranks(stage):
     _compare(ranks(3).run(cases.train_case, SHORT, stage=stage)[0], reference_losses("magnitude_joint"), 1e-6)
 

@@ -88,6 +88,7 @@ def train_ahead(overrides: list[str]) -> dict:
 is_cuda = batches.is_cuda
 
 
+@pytest.mark.slow
 def test_batches_made_ahead_change_no_loss_and_no_resume(tmp_path):
     settings = [*SETTINGS, "checkpoint.every=9", "eval.samples=0"]
     ranks(2).run(train, "tiny", [f"run_dir={tmp_path / 'plain'}", *settings])

@@ -154,6 +154,7 @@ def train(stage, optimizer, steps=24, relora=None) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_losses_are_near_those_of_adamw_and_of_other_cuts():
     """Through seven restarts. On one rank, and at stage 3, blocks begin elsewhere: not the same bits, but as near."""
     plain = ranks(2).run(train, 1, "adamw")[0]

@@ -61,9 +61,8 @@ def _distance(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize(
-    "frozen_dtype", [name if name == "nf4" else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen_dtype", FORMATS)
 def test_twenty_restarts_with_and_without_masters(frozen_dtype):
     kept, lost = (ranks(2).run(many_restarts, frozen_dtype, master)[0] for master in ("cpu", "none"))
     assert len(kept["stored"]) == NUM_RESTARTS

@@ -69,7 +69,7 @@ class Checkpoints(Hook):
         run.collect_losses()  # the window of losses is saved
         assert self.writer is not None, "there is a writer in every phase"
         self.writer.save(run.step, run.saved())
-        self._owned.set_status(run.step, "running")
+        self._owned.set_status(run.step, "running", run.remark)
 
     def _report(self, run: RunState, wait: bool = False) -> None:
         """Tell of those that were completed or failed. wait: until all are; then every rank knows the same."""
