@@ -21,11 +21,12 @@ def check_equal(mine: dict, other: dict) -> None:
     ("method", "stages", "how"),
     [
         ("relora", (1, 3), {"compress": "int4", "outer_optimizer": "nesterov"}),
-        pytest.param("galore", (2, 0), {}, marks=pytest.mark.slow),
-        pytest.param("full", (3, 1), {"compress": "int8"}, marks=pytest.mark.slow),
+        ("galore", (2, 0), {}),
+        ("full", (3, 1), {"compress": "int8"}),
     ],
 )
-@pytest.mark.parametrize("saved_at", [pytest.param(EVERY, marks=pytest.mark.slow), EVERY + 1])
+@pytest.mark.slow  # test_runs has whole runs that come back
+@pytest.mark.parametrize("saved_at", [EVERY, EVERY + 1])
 def test_from_a_checkpoint(method, stages, how, saved_at, tmp_path):
     """Island 1 leaves after step `saved_at` and comes back when the others are two exchanges further."""
     how = {"method": method, "total": 5 * EVERY, **how}
@@ -76,6 +77,7 @@ def test_a_resume_is_exact(method, tmp_path):
     check_equal(train(tmp_path / "stopped", stops=True), train(tmp_path / "whole", stops=False))
 
 
+@pytest.mark.slow
 def test_one_that_is_late_follows_the_others(tmp_path):
     """Its own update of the rounds that it was late for is given up."""
     with serving(tmp_path, timeout_s=0.5) as server, worlds(1, 1) as (first, second):
