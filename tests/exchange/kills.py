@@ -24,7 +24,7 @@ from tests.islands.servers import SECRET, serving
 from tests.ranks import Ranks
 
 SIZES = (1, 2)  # ranks of the islands
-STEPS, EVERY = 240, 10
+STEPS, EVERY = 1300, 10
 SETTINGS = [
     f"train.steps={STEPS}",
     "warm_start_steps=20",
@@ -82,7 +82,7 @@ class Island(threading.Thread):
                 world.stop()
 
     def _kill_later(self, world: Ranks, ended: threading.Event) -> None:
-        if not self._left or ended.wait(self._chance.uniform(0.5, 8.0)):
+        if not self._left or ended.wait(self._chance.uniform(0.5, 5.0)):
             return
         everyone = self._chance.random() < 0.5
         processes = [process for process, _ in world._workers]
