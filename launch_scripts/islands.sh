@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Try islands on this machine: bash launch_scripts/islands.sh COUNT [RECIPE] [section.key=value ...]
 #
-#   bash launch_scripts/islands.sh 2 tiny_relora train.steps=400
+#   bash launch_scripts/islands.sh 2 tiny islands.sync_every=5
 #
 # Starts a server and COUNT islands, each as single_node.sh starts a run, in RUN_DIR/island-0, RUN_DIR/island-1, ...
 # RUN_DIR is the recipe's run_dir. On a machine with GPUs each island gets an equal part of them. Output goes to

@@ -30,12 +30,12 @@ from relora_ds.lowrank.reinit import sketch_shape
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.adam_state import MOMENTS
 from relora_ds.zero.frozen_master import assign_owners
+from relora_ds.zero.shards import PIECE
 from relora_ds.zero.verify_ranks import checksum
 
 if TYPE_CHECKING:
     from relora_ds.exchange.island import Islands
 
-_PIECE = 1 << 24  # elements that are sent within an island at a time
 _SKETCH = "sketch/"  # before a layer's name
 _ANCHOR, _MOMENTUM, _ERROR = "anchor/", "momentum/", "error/"
 
@@ -127,8 +127,8 @@ class Exchange:
         self._replays, self._waited = False, 0.0
         self._who: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
         shards = engine.shards
-        self._dense = [name for name in shards.names if not is_lora_parameter(name)]
-        self._owners = assign_owners({name: shards[name].numel for name in self._dense}, dist.get_world_size())
+        sizes = {name: shards[name].numel for name in shards.names if not is_lora_parameter(name)}
+        self._owners = assign_owners(sizes, dist.get_world_size())
         self._arrived: list[Arrived] = []
         self._anchors = dict(self._masters())
         self._errors: dict[str, Tensor] = {}
@@ -337,11 +337,11 @@ class Exchange:
         shards, device = self.engine.shards, self.engine.device
         anchor = self._anchors.get(name)
         numel = shards[name].numel
-        for start in range(0, numel, _PIECE):
+        for start in range(0, numel, PIECE):
             if anchor is None:
-                piece = torch.empty(min(_PIECE, numel - start), device=device)
+                piece = torch.empty(min(PIECE, numel - start), device=device)
             else:
-                piece = anchor.view(-1)[start : start + _PIECE].to(device, copy=True)
+                piece = anchor.view(-1)[start : start + PIECE].to(device, copy=True)
             dist.broadcast(piece, owner)
             shards.write(name, piece, start)
         if self._resets_moments:

@@ -5,7 +5,7 @@ from relora_ds.training import compatibility
 from relora_ds.training.preflight import Plan
 
 # What islands may have each for itself: sections, and keys.
-_OWN = ("islands.index", "islands.address", "run_dir", "resume", "overwrite", "deepspeed", "compile")
+_OWN = ("run_dir", "resume", "overwrite", "deepspeed", "compile")
 _OWN_SECTIONS = ("log", "checkpoint", "eval", "guard", "islands")
 _OWN_SIZES = ("train.batch_sequences", "train.batch_tokens", "train.micro_batch_size", "activation_checkpointing")
 _LOCAL = ("data.cache_dir", "data.path", "init_from", "model.use_liger_kernel", "model.attn_implementation")

@@ -57,6 +57,7 @@ ELSEWHERE = {
     "pip install": "tests/test_new_user.py",
     "deepspeed --num_gpus 8 my_loop.py": "tests/docs/test_commands.py",  # test_the_loop_of_your_own_runs
     "bash launch_scripts/multi_node.sh": "tests/launch/test_two_nodes.py",
+    "relora islands serve": "tests/islands/test_serve.py",  # it serves until it is told to end
     "sbatch": "tests/launch/test_slurm.py",
     "tensorboard": "tests/training/test_observability.py",
     "bash launch_scripts/docs.sh": "tests/docs/test_site.py",

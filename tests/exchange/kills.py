@@ -82,6 +82,8 @@ class Island(threading.Thread):
                 world.stop()
 
     def _kill_later(self, world: Ranks, ended: threading.Event) -> None:
+        while len(world._workers) < self._size and not ended.wait(0.05):
+            pass
         if not self._left or ended.wait(self._chance.uniform(0.5, 5.0)):
             return
         everyone = self._chance.random() < 0.5
