@@ -46,7 +46,7 @@ def test_one_sided_chains_move_within_a_cycle_and_at_a_refresh(tmp_path):
     settings = (*SETTINGS, *settings, "checkpoint.every=5")
     run(tmp_path / "whole", *settings, "deepspeed=zero1")
     whole = losses(tmp_path / "whole")
-    for after, world_size, stage in [(15, 1, 3), (20, 2, 0), (30, 1, 2)]:
+    for after, world_size, stage in [(15, 1, 3), (20, 2, 0)]:
         resume = f"resume={tmp_path / 'whole'}/checkpoints/step_{after:08d}"
         run(tmp_path / str(after), *settings, f"deepspeed=zero{stage}", resume, world_size=world_size)
         moved = losses(tmp_path / str(after))

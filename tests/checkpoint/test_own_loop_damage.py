@@ -40,7 +40,7 @@ def save_where_one_rank_fails(directory: str, rank: int, name: str) -> str:
     ("rank", "name"),
     [
         (1, "relora_ds.checkpoint.rank_files.save_file"),
-        (0, "relora_ds.checkpoint.rank_files.save_file"),
+        pytest.param(0, "relora_ds.checkpoint.rank_files.save_file", marks=pytest.mark.slow),
         (1, "relora_ds.zero.capture.HostCopies.take"),
         (0, "relora_ds.zero.capture.engine_state"),
         (0, "relora_ds.checkpoint.manifest.Manifest.write"),

@@ -40,7 +40,7 @@ def test_an_engine_from_its_building_to_its_release(case):
     assert "offload" in case or sum(result["page-locked a weight"] for result in results) <= 4
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_memory_of_a_restart_does_not_grow_with_the_network(stage):
     """Each rank merges one layer at a time: of further ones there are only the factors."""
     small, large = (emulated_ranks().run(engines.memory_of_a_restart, stage, layers) for layers in (2, 6))

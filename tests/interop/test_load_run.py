@@ -51,7 +51,7 @@ def own_loop(directory: str, stage: int) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_own_loops_checkpoint_and_its_export(tmp_path, stage):
     expected = ranks(2).run(own_loop, str(tmp_path), stage)[0]
     [tag] = [path for path in (tmp_path / "saved").iterdir() if path.is_dir()]
