@@ -54,7 +54,10 @@ def test_one_sided_chains_move_within_a_cycle_and_at_a_refresh(tmp_path):
         assert all(loss == pytest.approx(whole[step], rel=1e-4) for step, loss in moved.items())
 
 
-@pytest.mark.parametrize("changed", ["train.micro_batch_size=1", "relora.frozen_dtype=int8", "precision=bf16"])
+@pytest.mark.parametrize(
+    "changed",
+    ["train.micro_batch_size=1", "relora.frozen_dtype=int8", pytest.param("precision=bf16", marks=pytest.mark.slow)],
+)
 def test_another_micro_batch_format_or_precision(unmoved, tmp_path, changed):
     run(
         tmp_path / "r",
@@ -69,7 +72,8 @@ def test_another_micro_batch_format_or_precision(unmoved, tmp_path, changed):
         assert loss == pytest.approx(losses(unmoved)[step], rel=1e-4 if exact else 0.02)
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "mixtral"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_other_layouts_of_weights_move_too(tmp_path, family):
     longest = {"gpt2": {"n_positions": 64}, "mixtral": {"max_position_embeddings": 64}}[family]
     FAMILIES[family](**longest, vocab_size=512).config.save_pretrained(tmp_path / "shape")

@@ -42,7 +42,7 @@ def test_folded_products():
     )
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_with_gradient_accumulation(stage):
     result = ranks(2).run(
         cases.train_case, SHORT, **PLAIN, stage=stage, accumulation=3, relora=cases.one_sided_config()

@@ -34,13 +34,15 @@ def test_losses_equal_plain_pytorch(stage, reset):
     assert results[0]["losses"] == results[1]["losses"]
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
+@pytest.mark.slow  # test_one_sided.py has one that is quick
+@pytest.mark.parametrize("stage", range(4))
 def test_with_gradient_accumulation(stage):
     result = ranks(2).run(cases.train_case, SHORT, stage=stage, accumulation=3)[0]  # a first, a middle and a last one
     _compare(result, reference_losses("magnitude_joint"), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow  # test_one_sided.py has one that is quick
+@pytest.mark.parametrize("stage", [1, 3])
 def test_folded_products(stage):
     """Another order of the same products: a rounding more in each layer and step."""
     relora = cases.relora_config(product="folded")
