@@ -42,14 +42,8 @@ def capture_twice(stage, precision, offload) -> tuple[int, int]:
     return counted.number, len(PARTS) * len(captured.ranges)
 
 
-@pytest.mark.parametrize(
-    "stage, precision, offload",
-    [
-        pytest.param(1, "bf16", False, marks=pytest.mark.slow),
-        pytest.param(2, "fp32", True, marks=pytest.mark.slow),
-        (3, "bf16", False),
-    ],
-)
+@pytest.mark.slow  # every test of a checkpoint reads what was copied so
+@pytest.mark.parametrize("stage, precision, offload", [(1, "bf16", False), (2, "fp32", True), (3, "bf16", False)])
 def test_flat_partitions_are_copied_whole(stage, precision, offload):
     for copied, tensors in ranks(2).run(capture_twice, stage, precision, offload):
         assert tensors > 60

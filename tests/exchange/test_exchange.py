@@ -47,9 +47,10 @@ def expected_weights(results: list[list[dict]], round: int, weights: list[float]
     return found
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=SLOW)])
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=SLOW) for stage in (0, 1, 2))])
-@pytest.mark.parametrize("method", ["galore", pytest.param("relora", marks=SLOW), pytest.param("full", marks=SLOW)])
+@SLOW  # below are three islands of all these stages, and test_runs.py has runs
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("method", ["galore", "relora", "full"])
 def test_all_islands_hold_the_same_bits(method, stage, precision, tmp_path):
     check_equal(train((1, 2), tmp_path, method=method, stage=stage, precision=precision))
 

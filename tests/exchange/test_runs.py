@@ -63,6 +63,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow  # the one below exports one model too
 def test_two_islands_export_one_model(tmp_path):
     with serving(tmp_path / "rounds") as server, worlds(1, 2) as found:
         summaries = at_once(*(island(world, i, tmp_path, server.address) for i, world in enumerate(found)))

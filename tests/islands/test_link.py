@@ -113,6 +113,7 @@ def test_islands_that_differ_after_a_round_are_told_the_tensor(served):
     with joined(served.address, "a", "b") as (a, b):
         for one in (a, b):
             one.contribute(1, {}, {}, 1)
+        a.decision(1)
         a.agree(1, {"w": 1, "v": 2})
         b.agree(1, {"v": 2, "u": 3})
         a.agree(1, {"u": 3})

@@ -47,7 +47,8 @@ def test_other_model_families(family):
         check(ranks(2).run(restart_by_hand, stage, "bf16", family=family))
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_three_ranks(stage):
     check(ranks(3).run(restart_by_hand, stage, "bf16"))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from relora_ds.config import Recipe, method_of
+from relora_ds.lab.experiments import run_islands
 from relora_ds.lab.experiments.runs import Results, Run, Runner, reason
 from relora_ds.training.exit_codes import Preempted
 from relora_ds.training.metrics_log import read_metrics
@@ -69,7 +70,7 @@ def budget(runs: Sequence[Run], results: Results, measure: Callable[[Run], float
 
 
 def trial(runner: Runner) -> Callable[[Run], float]:
-    """Return a `measure`: a few steps of a run, on its real data, in a directory of their own."""
+    """Return a `measure`: a few steps of a run, or of one of its islands, on real data, in a directory of their own."""
 
     def measure(run: Run) -> float:
         directory = runner.runs / "trials" / run.name
@@ -81,6 +82,7 @@ def trial(runner: Runner) -> Callable[[Run], float]:
             run,
             directory,
             "overwrite=true",
+            *run_islands.ALONE,
             f"train.steps={steps}",
             f"warm_start_steps={steps - TRIAL_STEPS}",
             "relora.restart_every=null",
@@ -123,6 +125,7 @@ def _speed_class(recipe: Recipe) -> str:
             vars(recipe.model),
             recipe.precision,
             round(method.full_rank_steps / recipe.total_steps, 1),
+            recipe.islands.count,
             recipe.batch_sequences,
             recipe.train.micro_batch_size,
             recipe.data.seq_len,

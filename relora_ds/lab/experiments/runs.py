@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.config import Recipe, load_recipe, method_of
 from relora_ds.lab.bench.environment import environment_info
-from relora_ds.lab.experiments import update_spectra
+from relora_ds.lab.experiments import run_islands, update_spectra
 from relora_ds.lab.experiments.suites import Row
 from relora_ds.training.exit_codes import PREEMPTED, Preempted
 from relora_ds.training.metrics_log import read_metrics
@@ -59,7 +59,8 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        return self.recipe.total_steps * self.recipe.tokens_per_step
+        """Of all its islands."""
+        return self.recipe.total_steps * self.recipe.tokens_per_step * (self.recipe.islands.count or 1)
 
 
 def _settings(recipe: Recipe) -> dict:
@@ -127,17 +128,32 @@ class Runner:
         Raises:
             Preempted: it was told to stop; what was running has saved itself.
         """
-        directory = self.directory(run)
-        code = self.execute(run, directory, "resume=auto")
-        status = read_json(directory / "status.json")
-        if status.get("state") == "done":
-            return None
-        if self.stopping.is_set() or status.get("state") == "preempted" or code == PREEMPTED:
-            self.stop()  # the signal was for all
-            raise Preempted(f"{run.name} was stopped")
-        return f"{run.name} ({run.row.name}): {status.get('reason') or reason(directory, code)}; see {directory}.log"
+        for directory, code in self._execute_all(run):
+            status = read_json(directory / "status.json")
+            if status.get("state") == "done":
+                continue
+            if self.stopping.is_set() or status.get("state") == "preempted" or code == PREEMPTED:
+                self.stop()  # the signal was for all
+                raise Preempted(f"{run.name} was stopped")
+            why = status.get("reason") or reason(directory, code)
+            return f"{run.name} ({run.row.name}): {why}; see {directory}.log"
+        return None
 
-    def execute(self, run: Run, directory: Path, *more: str) -> int:
+    def _execute_all(self, run: Run) -> list[tuple[Path, int]]:
+        """Train a run, or all of its islands at the same time; return run directories and exit codes."""
+        directories = run_islands.directories(self.directory(run), run.recipe.islands.count)
+        if run.recipe.islands.count is None:
+            return [(directory, self.execute(run, directory, "resume=auto")) for directory in directories]
+        with run_islands.serving(self.directory(run)) as (overrides, secret), ThreadPoolExecutor() as pool:
+            codes = [
+                pool.submit(
+                    self.execute, run, directory, *overrides, f"islands.index={i}", "resume=auto", environment=secret
+                )
+                for i, directory in enumerate(directories)
+            ]
+        return [(directory, code.result()) for directory, code in zip(directories, codes, strict=True)]
+
+    def execute(self, run: Run, directory: Path, *more: str, environment: Mapping[str, str] | None = None) -> int:
         """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
         directory.parent.mkdir(parents=True, exist_ok=True)
         launcher = ["deepspeed.launcher.runner", "--num_gpus", str(self.num_gpus), "--module"] if self.num_gpus else []
@@ -163,7 +179,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **threads},
+                env={**os.environ, **threads, **(environment or {})},
                 start_new_session=True,
             )
             self._processes.add(process)
@@ -189,11 +205,15 @@ def reason(directory: Path, code: int) -> str:
 
 
 def result_of(run: Run, directory: Path) -> dict:
-    """Return what is kept of a finished run; plain JSON."""
+    """Return what is kept of a finished run; plain JSON. All islands have the same weights: the first tells of them."""
+    islands = run.recipe.islands.count
+    directory, *_ = run_islands.directories(directory, islands)
     summary, lines = read_json(directory / "summary.json"), read_metrics(directory)
+    summary["tokens"] *= islands or 1
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     restarts = [line for line in lines if line["kind"] == "restart"]
+    exchanges = [line for line in lines if line["kind"] == "exchange"]
     tokens_per_step = summary["tokens"] / summary["step"]
     method = method_of(run.recipe)
     transition = method.warm_start_steps if method.low_rank_steps else None
@@ -234,10 +254,17 @@ def result_of(run: Run, directory: Path) -> dict:
             if line["val_tokens"] == summary["val_tokens"]
         ],
         "train_curve": _thinned(
-            [[line["tokens"], line["loss"]] for line in train if line["step"] % run.recipe.log.every == 0]
+            [
+                [line["tokens"] * (islands or 1), line["loss"]]
+                for line in train
+                if line["step"] % run.recipe.log.every == 0
+            ]
         ),  # after a restart there are more
         "restart_steps": [line["step"] for line in restarts],
         "merge_loss_total": restarts[-1].get("merge_loss_total") if restarts else None,
+        "islands": islands,
+        "exchanges": len(exchanges),
+        "bytes_exchanged": sum(line["bytes_sent"] + line["bytes_received"] for line in exchanges),  # by one of them
         "first_updates": _first_updates(train),
         "spectrum": _spectrum(directory, transition),
         "conditions": {key: value for key, value in environment_info().items() if key != "threads"},

@@ -9,6 +9,7 @@ from pathlib import Path
 from relora_ds.checkpoint.store import directories
 from relora_ds.lab.bench.environment import remark_on_seeds, rows_as_markdown
 from relora_ds.lab.experiments import update_spectra
+from relora_ds.lab.experiments.link_bytes import link_bytes
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Row, Suite
 from relora_ds.utils.text import human_bytes, human_count
@@ -75,6 +76,7 @@ def write(
             curves(rows),
             suite.reference,
             sweeps(rows),
+            links(rows),
             _spectra(there) if suite.spectra and there else None,
             results.directory,
         ),
@@ -103,12 +105,14 @@ def blocks(suite: Suite, rows: list[Measured], num_runs: int) -> list[str | list
         told.append(f"{done} of {num_runs} runs have ended.")
     if rows:
         groups = dict.fromkeys(row.row.axis for row in rows)
-        told += [_table([row for row in rows if row.row.axis == axis], reference) for axis in groups]
+        islands = _numbers_of_islands(rows)
+        told += [_table([row for row in rows if row.row.axis == axis], reference, islands) for axis in groups]
         told += [*_best(rows), _made(rows)]
     return told
 
 
-def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
+def _table(rows: list[Measured], reference: Measured | None, islands: Sequence[int]) -> list[list[str]]:
+    """islands: the numbers of them that the suite's runs have, which data parallel is compared with."""
     papers = list(dict.fromkeys(size for row in rows for size in row.row.paper or {}))
     columns: dict[str, Callable[[Measured], str]] = {
         "row": lambda row: row.row.name,
@@ -124,6 +128,7 @@ def _table(rows: list[Measured], reference: Measured | None) -> list[list[str]]:
         "all": lambda row: human_count(row.results[0]["total_parameters"]),
         "tokens": lambda row: human_count(row.results[0]["tokens"]),
         "sent per rank": lambda row: human_bytes(row.results[0]["bytes_wire"]) if row.results[0]["bytes_wire"] else "",
+        "over its link": lambda row: " / ".join(map(human_bytes, link_bytes(row.results[0], islands))),
         "hours": lambda row: f"{sum(one['seconds'] for one in row.results) / len(row.results) / 3600:.2f}",
         **{f"paper, {size}": partial(_of_paper, size) for size in papers},
     }
@@ -222,3 +227,19 @@ def sweeps(rows: list[Measured]) -> dict[str, dict[str, list[tuple[float, list[f
         if row.row.axis and row.row.group:
             found.setdefault(row.row.axis, {}).setdefault(row.row.group, []).append((row.row.value, row.losses))
     return found
+
+
+def links(rows: list[Measured]) -> dict[str, list[tuple[float, list[float]]]]:
+    """Return `{kind of run: [(bytes over a link, losses by seed)]}` of a suite with islands; of others nothing."""
+    counts = _numbers_of_islands(rows)
+    found: dict[str, list[tuple[float, list[float]]]] = {}
+    for row in rows:
+        name, is_island = row.row.group or row.row.name, row.results[0].get("islands")
+        names = [name] if is_island else [f"{name}, {count} ranks" for count in counts]
+        for kind, sent in zip(names, link_bytes(row.results[0], counts), strict=True):
+            found.setdefault(kind, []).append((sent, row.losses))
+    return found if counts else {}
+
+
+def _numbers_of_islands(rows: list[Measured]) -> list[int]:
+    return sorted({count for row in rows if (count := row.results[0].get("islands"))})

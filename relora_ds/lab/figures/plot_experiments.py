@@ -18,6 +18,8 @@ CAPTIONS = {
     "loss": "Loss in nats per token: training (lines, the mean over the seeds) and validation (points, one a seed).",
     "differences": "Training loss less the reference's, on the same batches: the mean over the seeds, and their range. "
     f"To scale up to {LINEAR} nats, logarithmic beyond.",
+    "link": "Validation loss over what went in and out of an island, or of a rank of data parallel: points are seeds, "
+    "lines join the means of one kind of run.",
     "singular_values": "Singular values of what training added to the weights, the first seed's.",
     "singular_values_sorted": "The same, each matrix relative to its largest and in order; thick: the median matrix.",
 }
@@ -30,6 +32,7 @@ def save_suite(
     curves: dict[str, list[dict]],
     reference: str | None,
     sweeps: dict[str, dict],
+    links: dict[str, list],
     spectra: dict | None,
     directory: Path,
 ) -> list[Path]:
@@ -37,11 +40,11 @@ def save_suite(
 
     Args:
         title, blocks: of the page, see `suite_page`.
-        curves, sweeps: what `experiments.suite_report` makes of a suite.
+        curves, sweeps, links: what `experiments.suite_report` makes of a suite.
         reference: the name of the curves that the others are compared with.
         spectra: of its runs, what `experiments.update_spectra.measure` returns.
     """
-    light, dark = (_draw(curves, reference, sweeps, spectra, theme) for theme in (LIGHT, DARK))
+    light, dark = (_draw(curves, reference, sweeps, links, spectra, theme) for theme in (LIGHT, DARK))
     images = {figure: png(drawn) for figure, drawn in light.items()}
     page = suite_page(title, blocks, [(_caption(figure), images[figure], png(dark[figure])) for figure in images])
     files = {f"{name}.html": page.encode(), **{f"{name}_{figure}.png": image for figure, image in images.items()}}
@@ -54,12 +57,16 @@ def _caption(figure: str) -> str:
     return CAPTIONS.get(figure) or f"Validation loss by {figure.replace('_', ' ')}: points are seeds."
 
 
-def _draw(curves: dict, reference: str | None, sweeps: dict, spectra: dict | None, theme: Theme) -> dict[str, Figure]:
+def _draw(
+    curves: dict, reference: str | None, sweeps: dict, links: dict, spectra: dict | None, theme: Theme
+) -> dict[str, Figure]:
     figures = {axis.replace(" ", "_"): draw_sweep(axis, groups, theme) for axis, groups in sweeps.items()}
     if curves:
         figures["loss"] = draw_curves(curves, theme)
     if reference is not None and reference in curves and len(curves) > 1:
         figures["differences"] = draw_differences(curves, reference, theme)
+    if links:
+        figures["link"] = draw_link(links, theme)
     return {**figures, **(draw_spectra(spectra, theme) if spectra else {})}
 
 
@@ -156,6 +163,35 @@ def draw_sweep(axis: str, groups: dict[str, list[tuple[float, list[float]]]], th
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set_title(f"Validation loss by {axis}")
         axes.set_xlabel(axis)
+        axes.set_ylabel("nats per token")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return figure
+
+
+def draw_link(groups: dict[str, list[tuple[float, list[float]]]], theme: Theme) -> Figure:
+    """Draw the final validation loss over the bytes that a link carried, to a logarithmic scale.
+
+    Args:
+        groups: of each kind of run `(bytes, losses by seed)`.
+    """
+    with rc_context(rc(theme)):
+        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, found) in enumerate(groups.items()):
+            found = sorted(found)
+            axes.plot(
+                [sent for sent, _ in found],
+                [np.mean(losses) for _, losses in found],
+                color=colour(theme, i),
+                linestyle=dash(i),
+                linewidth=1.6,
+                label=name,
+            )
+            points = [(sent, one) for sent, losses in found for one in losses]
+            axes.plot(*zip(*points, strict=True), color=colour(theme, i), marker="o", markersize=4, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_title("Validation loss by bytes over the link")
+        axes.set_xlabel("bytes over a run")
         axes.set_ylabel("nats per token")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
