@@ -30,12 +30,11 @@ class Outer:
         """Return what to add to the weight; uses `mean` up. name: of the weight."""
         if not self.momentum:
             return mean.mul_(self.lr) if self.lr != 1 else mean
-        before = self._momenta.get(name)
-        if before is None:
-            momentum = mean.clone()
-        else:
-            momentum = before.to(mean.device, mean.dtype, copy=True).mul_(self.momentum).add_(mean)
-        self._momenta[name] = momentum.to("cpu", torch.float32, copy=True)
+        if name not in self._momenta:
+            self._momenta[name] = torch.zeros(mean.shape)
+        kept = self._momenta[name]
+        momentum = kept.to(mean.device, mean.dtype, copy=True).mul_(self.momentum).add_(mean)
+        kept.copy_(momentum)
         return mean.add_(momentum, alpha=self.momentum).mul_(self.lr)
 
     def held(self) -> dict[str, Tensor]:

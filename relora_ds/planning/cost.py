@@ -9,7 +9,7 @@ from relora_ds.methods import Method
 from relora_ds.planning import device_memory, host
 from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
-from relora_ds.planning.planned_exchange import exchange_bytes
+from relora_ds.planning.planned_exchange import exchange_bytes, exchange_items
 from relora_ds.planning.planned_storage import format_here, storage_of
 from relora_ds.planning.planned_traffic import residual_bytes, restart_bytes, step_bytes
 from relora_ds.training.preflight import Resolved
@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         accumulation: micro-steps per optimizer step; None where the recipe's batch cannot be split over so many
             ranks (`items` are those of one micro-step then).
-        items: see `memory.state` and `host.moments`.
+        items: see `device_memory.state`, `host.moments` and `planned_exchange.exchange_items`.
         step: of one optimizer step; None where `accumulation` is.
         restart: of one restart; None for a method that merges nothing.
         residual: of one update by what a one-sided chain leaves out; None without such.
@@ -101,6 +101,7 @@ def cost(
     exchange = None
     if recipe.islands.count is not None:
         exchange = exchange_bytes(shapes, method.relora, recipe.islands.compress)
+        items += exchange_items(shapes, method.relora, recipe.islands, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual, exchange)
 
 

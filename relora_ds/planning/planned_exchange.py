@@ -1,11 +1,14 @@
-"""The bytes of an exchange between islands."""
+"""What exchanges between islands cost: bytes that are sent, and the host's memory."""
 
 from collections import Counter
 
-from relora_ds.config import ReLoRAConfig
+from relora_ds.config import IslandsConfig, ReLoRAConfig
 from relora_ds.exchange.compress import num_bytes
 from relora_ds.lowrank.reinit import sketch_shape
+from relora_ds.planning.device_memory import HOST, MASTER, RESTART, Item
+from relora_ds.planning.host import CHECKPOINT
 from relora_ds.planning.network import Shapes
+from relora_ds.zero.frozen_master import assign_owners
 
 
 def exchange_bytes(shapes: Shapes, relora: ReLoRAConfig | None, compression: str) -> int:
@@ -14,8 +17,59 @@ def exchange_bytes(shapes: Shapes, relora: ReLoRAConfig | None, compression: str
     Factors that train go in fp32, and everything else that trains as `compression` makes it. Where the next basis comes
     from the gradient its sketch goes too; not in the last exchange of a phase, which no cycle follows.
     """
-    rest = Counter(size for group in shapes.groups for size in group) - Counter(shapes.trained_factors)
-    sent = 4 * sum(shapes.trained_factors) + sum(num_bytes(size, compression) for size in rest.elements())
-    if relora is not None and relora.restart_init == "gradient":
-        sent += sum(4 * sketch_shape(relora.r, in_A // relora.r).numel() for in_A, _ in shapes.factors)
+    (size,) = _update_bytes(shapes, relora, compression, 1)
+    return size
+
+
+def exchange_items(
+    shapes: Shapes, relora: ReLoRAConfig | None, islands: IslandsConfig, *, world_size: int
+) -> list[Item]:
+    """Return what the rank with the most of it holds on the host for the exchanges of an island.
+
+    An exchange is counted as a part of the restart, also of a full-rank run: all islands' updates of what this rank
+    owns. A checkpoint is written from copies of what is kept.
+    """
+    assert islands.count is not None
+    anchors = [0] * world_size
+    for size, owner in _rest(shapes, world_size):
+        anchors[owner] += MASTER * size
+    momenta = anchors.copy()
+    merged = {name: shape.numel() for name, shape in shapes.merged.items()}
+    for name, owner in assign_owners(merged, world_size).items():
+        momenta[owner] += MASTER * merged[name]
+    kept = {
+        "anchors of the exchanges": max(anchors),
+        "momenta of the outer optimizer": max(momenta) if islands.outer[1] else 0,
+        "errors of the compression": max(anchors) if islands.compress != "none" else 0,
+    }
+    updates = islands.count * max(_update_bytes(shapes, relora, islands.compress, world_size))
+    items = [
+        *(Item(what, size, HOST) for what, size in kept.items()),
+        *(
+            Item("copies of anchors, momenta and errors", sum(kept.values()), HOST, when)
+            for when in (RESTART, CHECKPOINT)
+        ),
+        Item("updates of all islands", updates, HOST, RESTART),
+    ]
+    return [item for item in items if item.size]
+
+
+def _update_bytes(shapes: Shapes, relora: ReLoRAConfig | None, compression: str, world_size: int) -> list[int]:
+    """Return the bytes that each rank sends in an exchange, and receives of each other island."""
+    sent = [0] * world_size
+    for size, owner in _rest(shapes, world_size):
+        sent[owner] += num_bytes(size, compression)
+    factors = dict(zip(shapes.merged, shapes.factors, strict=True))
+    owners = assign_owners({name: shape.numel() for name, shape in shapes.merged.items()}, world_size)
+    for name, (in_A, in_B) in factors.items():
+        sent[owners[name]] += 4 * (in_B if shapes.bases else in_A + in_B)
+        if relora is not None and relora.restart_init == "gradient":
+            sent[owners[name]] += 4 * sketch_shape(relora.r, in_A // relora.r).numel()
     return sent
+
+
+def _rest(shapes: Shapes, world_size: int) -> list[tuple[int, int]]:
+    """Return `(elements, owner)` of everything that trains and is no factor."""
+    rest = Counter(size for group in shapes.groups for size in group) - Counter(shapes.trained_factors)
+    sizes = {str(number): size for number, size in enumerate(rest.elements())}
+    return [(sizes[name], owner) for name, owner in assign_owners(sizes, world_size).items()]

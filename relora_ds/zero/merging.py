@@ -45,6 +45,8 @@ class Exchange(Protocol):
 def peak_bytes(shapes: dict[str, torch.Size], r: int, *, stage: int, world_size: int) -> int:
     """Return what a restart needs on a rank's device for as long as it takes, at most.
 
+    An exchange with other islands needs no more: a momentum of W is there while its stored copies are not.
+
     Args:
         shapes: of the weights that are merged into, by layer.
         r: the rank of their updates.

@@ -8,12 +8,16 @@ import torch
 import torch.distributed as dist
 
 import relora_ds
-from relora_ds.config import ReLoRAConfig
+from relora_ds.config import IslandsConfig, ReLoRAConfig
+from relora_ds.exchange.island import Islands
 from relora_ds.lowrank import frozen
 from relora_ds.lowrank.wrap import wrap
+from relora_ds.zero import verify_ranks
 from relora_ds.zero.capture import capture
+from relora_ds.zero.merging import peak_bytes
 from relora_ds.zero.teardown import release
 from tests.emulated_cuda.pool import gpu
+from tests.islands.servers import SECRET
 from tests.parity.cases import ds_settings
 from tests.small_models import batch, llama
 
@@ -26,10 +30,11 @@ def live_bytes() -> int:
     return torch.cuda.memory_allocated()
 
 
-def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, relora=None):
+def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, relora=None, sizes=None, islands=None):
     """An engine on a small LLaMA, whose sizes every format can store."""
     config = ReLoRAConfig(**{**dict(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1), **(relora or {})})
-    model = wrap(llama(hidden_size=32, intermediate_size=48, num_hidden_layers=layers), config, seed=0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, **(sizes or {})}
+    model = wrap(llama(num_hidden_layers=layers, **sizes), config, seed=0)
     engine, *_ = relora_ds.initialize(
         model=model,
         config=ds_settings(stage, precision, offload, **(zero or {})),
@@ -39,6 +44,7 @@ def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, r
         warmup_steps=1,
         precision=precision,
         micro_batch_size=6,
+        islands=islands,
     )
     return engine
 
@@ -104,6 +110,29 @@ def memory_of_a_restart(stage: int, layers: int) -> tuple[int, int]:
     weights = _num_frozen(engine)
     release(engine)
     return peak, weights
+
+
+def memory_of_exchanges(address: str, stage: int, precision: str, outer: str, **relora) -> tuple[list[int], int]:
+    """Bytes on this rank's GPU at the peak of each restart of an island beyond those before it, and `peak_bytes`."""
+    islands = Islands(IslandsConfig(count=1, address=address, outer_optimizer=outer), secret=SECRET)
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    engine = build(stage, precision=precision, layers=1, relora=relora, sizes=sizes, islands=islands)
+    shapes = {name: layer.weight_shape for name, layer in engine.frozen.layers.items()}
+    restart, peaks = engine.restart, []
+
+    def measured():
+        before = live_bytes()
+        torch.cuda.reset_peak_memory_stats()
+        restart()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+
+    engine.restart = measured
+    with mock.patch.object(verify_ranks, "_CHUNK", 1 << 12):
+        train(engine, range(2 * EVERY))
+    expected = peak_bytes(shapes, engine.relora.r, stage=stage, world_size=dist.get_world_size())
+    islands.close()
+    release(engine)
+    return peaks, expected
 
 
 def _num_frozen(engine) -> int:

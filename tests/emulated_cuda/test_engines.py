@@ -4,6 +4,7 @@ import pytest
 
 from tests.emulated_cuda import engines
 from tests.emulated_cuda.pool import emulated_ranks
+from tests.islands.servers import serving
 from tests.zero.test_timeouts import DAY, watched
 
 CASES = {
@@ -46,6 +47,24 @@ def test_the_memory_of_a_restart_does_not_grow_with_the_network(stage):
     small, large = (emulated_ranks().run(engines.memory_of_a_restart, stage, layers) for layers in (2, 6))
     for (peak, weights), (larger_peak, more_weights) in zip(small, large, strict=True):
         assert (larger_peak - peak) / (more_weights - weights) < 0.5, "bytes of a further weight"
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "outer", "relora"),
+    [
+        (1, "bf16", "nesterov", {}),
+        pytest.param(1, "bf16", "average", {}, marks=pytest.mark.slow),
+        pytest.param(0, "fp32", "nesterov", {}, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", "nesterov", {"frozen_master": "none"}, marks=pytest.mark.slow),
+        pytest.param(3, "bf16", "nesterov", {"frozen_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
+)
+def test_an_exchange_needs_no_more_of_a_gpu_than_a_restart(stage, precision, outer, relora, tmp_path):
+    """Momenta are on the host, and of one layer at a time on the GPU."""
+    with serving(tmp_path) as server:
+        case = (engines.memory_of_exchanges, server.address, stage, precision, outer)
+        for peaks, expected in emulated_ranks().run(*case, **relora):
+            assert len(peaks) == 2 and 0.8 * expected < max(peaks) <= expected
 
 
 def test_the_watchdog_is_quicker_than_every_collective_over_nccl():

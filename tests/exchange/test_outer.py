@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from relora_ds.exchange.outer import Outer
+from tests.peak_bytes import PeakBytes
 
 
 @pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.0), (0.5, 0.0), (1.0, 0.5)])
@@ -32,3 +33,12 @@ def test_momenta_go_on_where_they_were():
     second.restore(["w", "another"], first.held().get)
     found += [second.step_("w", update.clone()) for update in updates[2:]]
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_step_takes_one_copy_of_the_weight_besides_what_it_keeps():
+    outer, updates = Outer(0.7, 0.9), torch.randn(3, 1000)
+    outer.step_("w", updates[0])
+    for update in updates[1:]:
+        with PeakBytes() as memory:
+            outer.step_("w", update)
+        assert memory.peak == update.nbytes and memory.live == 0

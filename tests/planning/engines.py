@@ -3,11 +3,13 @@
 import torch
 import torch.distributed as dist
 
+from relora_ds.exchange.island import Islands
 from relora_ds.planning.cost import Cost, cost
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import Phase, build_engine, phases_of
 from relora_ds.training.preflight import Plan, Resolved, resolve
 from relora_ds.zero.engine import ReLoRAEngine
+from tests.islands.servers import SECRET
 
 WORLD = 2
 VOCAB = 1000
@@ -39,7 +41,8 @@ def build(changes: list[str]) -> ReLoRAEngine:
     """On a rank: the engine that training would build."""
     resolved, phase = _read(changes)
     plan = Plan(**vars(resolved), data=None, tokenizer=None, model_config=network_of(resolved.recipe)[0])
-    return build_engine(plan, phase)
+    islands = None if plan.recipe.islands.count is None else Islands(plan.recipe.islands, secret=SECRET)
+    return build_engine(plan, phase, islands=islands)
 
 
 def micro_step(engine: ReLoRAEngine, number: int) -> None:
