@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 
+from relora_ds.commands.island_table import add_outside_options, islands_as_text, outside_of
 from relora_ds.commands.recipes import checked_recipe, planned_bf16, precision_as_text, require_ranks, rows_as_text
 from relora_ds.config.command_line import add_recipe
 from relora_ds.planning.cluster_options import add_cluster_options
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="N hosts with M GPUs each, e.g. 1x8 8x8: predict step time and tokens/s there",
     )
     add_cluster_options(parser)
+    add_outside_options(parser)
     parser.add_argument(
         "--ranks-per-host",
         type=int,
@@ -65,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         for world_size in arguments.world_size
         for name, method in methods.items()
     ]
-    clusters = _clusters(arguments, resolved, methods, config)
+    count = resolved.recipe.islands.count
+    clusters = _clusters(arguments, resolved, methods, config, outside_of(arguments, count))
     own = resolved.recipe.method
     frozen = _by_format(resolved, methods[own], config)
     kept = _by_checkpointing(resolved, methods[own], config, activations[own])
@@ -92,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
                 + _host_as_text(own, entries, arguments.ranks_per_host)
                 + _choices_as_text(resolved, frozen, kept)
                 + _clusters_as_text(arguments, clusters)
+                + islands_as_text(clusters, count, arguments.outside_latency)
             )
         )
     return 0
@@ -265,37 +270,47 @@ def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | Non
     return lines + ["", "  <: the recipe's"]
 
 
-def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config) -> list[dict]:
-    """Return a step of every method at every stage, on every cluster and network."""
+def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config, outside: list[float]) -> list[dict]:
+    """Return a step of every method at every stage, on every cluster and network.
+
+    outside: Gbit/s of the wires between islands.
+    """
     from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, predict_step
     from relora_ds.planning.network import shapes_of
+    from relora_ds.planning.planned_islands import predict_islands
 
     shapes = {name: shapes_of(method, config) for name, method in methods.items()}
     inside = Wire(arguments.inside * 1e9 / 8, arguments.inside_latency * 1e-6)
+    wires = {gbits: Wire(gbits * 1e9 / 8, arguments.outside_latency * 1e-6) for gbits in outside}
+    flops = arguments.tflops * 1e12
     found = []
     for nodes, devices in map(parse_cluster, arguments.cluster):
         for gbits in arguments.network[:1] if nodes == 1 else arguments.network:
             cluster = Cluster(nodes, devices, inside, Wire(gbits * 1e9 / 8, arguments.network_latency * 1e-6))
-            for stage in arguments.stages:
-                for name, method in methods.items():
-                    step = predict_step(
-                        resolved,
-                        method,
-                        config,
-                        cluster,
-                        stage=stage,
-                        shapes=shapes[name],
-                        device_flops=arguments.tflops * 1e12,
+            for stage, (name, method) in itertools.product(arguments.stages, methods.items()):
+                step = predict_step(
+                    resolved, method, config, cluster, stage=stage, device_flops=flops, shapes=shapes[name]
+                )
+                islands = {
+                    number: predict_islands(
+                        resolved, method, config, cluster, step, wire, device_flops=flops, shapes=shapes[name]
                     )
-                    found.append(
-                        {
-                            "method": name,
-                            "nodes": nodes,
-                            "devices": devices,
-                            "network_gbits": gbits if nodes > 1 else None,
-                            **vars(step),
-                        }
-                    )
+                    for number, wire in wires.items()
+                }
+                found.append(
+                    {
+                        "method": name,
+                        "nodes": nodes,
+                        "devices": devices,
+                        "network_gbits": gbits if nodes > 1 else None,
+                        **vars(step),
+                        "islands": [
+                            {"outside_gbits": number, **dataclasses.asdict(one)}
+                            for number, one in islands.items()
+                            if one is not None
+                        ],
+                    }
+                )
     return found
 
 

@@ -47,16 +47,21 @@ class Wire:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """`nodes` hosts of `ranks_per_node` devices. `between` is a host's connection, `inside` a device's."""
+    """`nodes` hosts of `ranks_per_node` devices. `between` is a host's connection, `inside` a device's.
+
+    With `sites` there are so many of these clusters, and `outside` is the connection of each to the others.
+    """
 
     nodes: int
     ranks_per_node: int
     inside: Wire
     between: Wire
+    sites: int = 1
+    outside: Wire | None = None
 
     @property
     def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
+        return self.sites * self.nodes * self.ranks_per_node
 
     def communication(self, wire_bytes: float, passes: float) -> float:
         """Seconds of collectives in which every rank sends `wire_bytes`, in so many passes."""
@@ -65,6 +70,9 @@ class Cluster:
         wires = ([self.inside] if self.ranks_per_node > 1 else []) + ([self.between] if self.nodes > 1 else [])
         latency = math.ceil(math.log2(self.nodes)) * self.between.latency
         latency += (self.ranks_per_node - 1) * self.inside.latency
+        if self.outside is not None and self.sites > 1:
+            wires.append(self.outside)
+            latency += math.ceil(math.log2(self.sites)) * self.outside.latency
         return wire_bytes / min(wire.bandwidth for wire in wires) + passes * latency
 
 

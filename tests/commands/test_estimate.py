@@ -121,6 +121,38 @@ def test_the_table_of_clusters(capsys):
     assert "predicted, not measured" in text
 
 
+ISLANDS = ("islands.count=3", "islands.address=host:5555", "islands.sync_every=5", "islands.compress=int4")
+
+
+def test_islands_on_clusters(capsys):
+    arguments = ("--world-size", "1", "--stages", "1", "--cluster", "1x2", "--outside", "0.01", "1", "--json")
+    code, text = estimate(capsys, "tiny", *ISLANDS, *arguments)
+    found = json.loads(text)
+    sent = {entry["method"]: entry["exchange_bytes"] for entry in found["estimates"]}
+    assert code == 0 and len(found["clusters"]) == 2
+    for entry in found["clusters"]:
+        slow, fast = entry["islands"]
+        every = 5 if entry["method"] == "full" else 10  # the recipe's restarts
+        assert slow["every"] == every and slow["exchange_bytes"] == sent[entry["method"]]
+        assert slow["exchange"] == pytest.approx(3 * slow["exchange_bytes"] * 8 / 1e7 + 2 * 9 * 0.025)
+        assert slow["seconds"] == pytest.approx(entry["seconds"] + slow["exchange"] / every)
+        assert slow["share"] == pytest.approx(slow["exchange"] / every / slow["seconds"])
+        assert slow["tokens_per_s"] == pytest.approx(3 * 8 * 64 / slow["seconds"])
+        assert slow["data_parallel"]["world_size"] == 6 and slow["data_parallel"]["batch_sequences"] == 24
+        assert fast["exchange"] < slow["exchange"] and fast["data_parallel"]["seconds"] > fast["seconds"]
+
+
+def test_the_table_of_islands(capsys):
+    arguments = ("--world-size", "1", "--stages", "1", "--cluster", "2x1", "--network", "1")
+    code, text = estimate(capsys, "tiny", *ISLANDS, *arguments)
+    table = text.split("3 islands, each such a cluster")[1]
+    rows = [line.split() for line in table.splitlines() if line.split()[:1] == ["2x1"]]
+    assert code == 0 and len(rows) == 2 * 2  # methods, and the wires that are shown by default
+    assert rows[0][1:7] == ["1", "Gbit/s", "0.1", "Gbit/s", "1", "relora"]
+    assert all(row[-1].endswith("x") for row in rows)
+    assert "islands, each" not in estimate(capsys, "tiny", *arguments)[1]
+
+
 def test_the_choices_beside_the_recipes_own(capsys):
     changes = overrides(1, "bf16", "relora", 1, "relora.frozen_dtype=nf4", "activation_checkpointing=cheap")
     _, text = estimate(capsys, "tiny", *changes, "--world-size", "2", "--stages", "1", "--json")
@@ -165,6 +197,8 @@ def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
         (["tiny", "--cluster", "8"], "'8' is no cluster"),
         (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
         (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0"),
+        (["tiny", "--cluster", "2x1", "--outside", "1"], "--outside: 1 is of the wire between islands"),
+        (["tiny", *ISLANDS, "--cluster", "2x1", "--outside", "0"], "above 0"),
     ],
 )
 def test_bad_input(capsys, arguments, words):

@@ -25,6 +25,15 @@ def test_bytes_over_the_slowest_wire_and_latency_of_every_pass(nodes, devices, s
     assert Cluster(nodes, devices, FAST, SLOW).communication(4e9, passes=3) == pytest.approx(seconds)
 
 
+def test_clusters_in_several_places_are_one_over_the_slow_wire_between_them():
+    together = Cluster(2, 4, FAST, SLOW, sites=3, outside=Wire(1e6, 0.1))
+    assert together.world_size == 24
+    # log2(3) hops of the ring's tree are over that wire, rounded up.
+    expected = 4e6 / 1e6 + 3 * (50e-6 + 3 * 1e-6 + 2 * 0.1)
+    assert together.communication(4e6, passes=3) == pytest.approx(expected)
+    assert Cluster(1, 1, FAST, SLOW, sites=2, outside=SLOW).communication(1e9, passes=0) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("text", ["8", "0x8", "x8", "8x", "8x-1", "axb"])
 def test_what_is_no_cluster(text):
     with pytest.raises(ValueError, match="is no cluster"):
