@@ -112,3 +112,44 @@ def test_what_is_imported_is_required():
                 imported.add(node.module.split(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {"relora_ds"}
     assert {DISTRIBUTIONS.get(name, name) for name in foreign} <= required
+
+
+def imported_with(module: str) -> set[str]:
+    """Return everything that is imported when a module of relora_ds is, by name, found without an import."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            place = REPOSITORY / name.replace(".", "/")
+            files = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+            waiting += [one for path in files for one in _imports(ast.parse(path.read_text(encoding="utf-8")).body)]
+    return found
+
+
+def _imports(statements: list[ast.stmt]) -> list[str]:
+    """Return what statements import as they run; functions and what is for types alone do not."""
+    found = []
+    for node in statements:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.unparse(node).splitlines()[0]:
+            found += _imports([*node.body, *node.orelse])
+    return found
+
+
+@pytest.mark.parametrize(
+    "module", ["relora_ds.training.trainer", "relora_ds.planning.cost", "relora_ds.zero.initialize"]
+)
+def test_a_run_goes_without_extras(module):
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    distributions = {Requirement(one).name for name, extra in extras.items() if name != "test" for one in extra}
+    modules = {name for name, distribution in DISTRIBUTIONS.items() if distribution in distributions} | distributions
+    tops = {name.partition(".")[0] for name in imported_with(module)}
+    assert "torch" in tops and "zmq" in modules
+    assert not tops & modules

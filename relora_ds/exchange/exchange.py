@@ -25,7 +25,6 @@ from torch import Tensor
 
 from relora_ds.exchange import compress
 from relora_ds.exchange.outer import Outer
-from relora_ds.islands.client import Link
 from relora_ds.lowrank.reinit import sketch_shape
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.adam_state import MOMENTS
@@ -35,6 +34,7 @@ from relora_ds.zero.verify_ranks import checksum
 
 if TYPE_CHECKING:
     from relora_ds.exchange.island import Islands
+    from relora_ds.islands.client import Link
 
 _SKETCH = "sketch/"  # before a layer's name
 _ANCHOR, _MOMENTUM, _ERROR = "anchor/", "momentum/", "error/"
@@ -110,7 +110,7 @@ class Exchange:
     def __init__(
         self,
         engine,
-        link: Link,
+        link: "Link",
         outer: Outer,
         islands: "Islands",
         *,

@@ -7,7 +7,7 @@ import uuid
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,11 @@ from relora_ds import __version__
 from relora_ds.config import IslandsConfig
 from relora_ds.exchange.exchange import Exchange
 from relora_ds.exchange.outer import Outer
-from relora_ds.islands.client import Link
+from relora_ds.islands.requirement import require_zmq
 from relora_ds.islands.secret import read_secret
+
+if TYPE_CHECKING:
+    from relora_ds.islands.client import Link
 
 _OF_ALL = ("sync_every", "outer_optimizer", "outer_lr", "outer_momentum", "compress", "moments", "timeout_s")
 
@@ -33,7 +36,7 @@ class Islands:
             that the oldest of them lacks.
 
     Raises:
-        ValueError: `count` or `address` is missing, or the secret.
+        ValueError: `count` or `address` is missing, or the secret, or pyzmq.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Islands:
     ):
         if config.count is None or config.address is None:
             raise ValueError("islands: count and address must be set; e.g. IslandsConfig(count=2, address='host:5555')")
+        require_zmq()
         self.config, self._identity = config, None if identity is None else dict(identity)
         self._secret = read_secret() if secret is None else secret
         self.name, self.incarnation = f"{config.index:04d}", ""
@@ -113,7 +117,9 @@ class Islands:
         assert self._link is not None
         return self._link.join(self._told, exchange.round).decided
 
-    def _connect(self) -> Link:
+    def _connect(self) -> "Link":
+        from relora_ds.islands.client import Link  # needs pyzmq, which a run that is no island goes without
+
         config, incarnation = self.config, [uuid.uuid4().hex]
         dist.broadcast_object_list(incarnation, 0)
         self.incarnation = incarnation[0]
