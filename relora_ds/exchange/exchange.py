@@ -25,11 +25,13 @@ from torch import Tensor
 
 from relora_ds.exchange import compress
 from relora_ds.exchange.outer import Outer
+from relora_ds.islands.refusals import LinkError, LinkRefused
 from relora_ds.lowrank.reinit import sketch_shape
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.adam_state import MOMENTS
 from relora_ds.zero.frozen_master import assign_owners
 from relora_ds.zero.shards import PIECE
+from relora_ds.zero.together import together
 from relora_ds.zero.verify_ranks import checksum
 
 if TYPE_CHECKING:
@@ -203,7 +205,12 @@ class Exchange:
             own = self._own(factors, sketches)
             samples = self.engine.train_batch_size() * (self.engine.t - self.t)
             facts = {"samples": samples, "rho": self._rho(), "incarnation": self._islands.incarnation}
-            self._link.contribute(self.round, own, facts, self._islands.oldest_needed)
+            # Before any rank waits for the decision: without a part of every rank this island is in none.
+            self.linked(lambda: self._link.contribute(self.round, own, facts, self._islands.oldest_needed))
+        self.linked(lambda: self._receive(own))
+
+    def _receive(self, own: dict[str, Any]) -> None:
+        """Wait for the decision, and receive the other islands' updates. own: this one's, {} without."""
         asked = time.perf_counter()
         decision = self._link.decision(self.round)
         self._waited = time.perf_counter() - asked
@@ -215,6 +222,14 @@ class Exchange:
             is_own = bool(own) and facts["incarnation"] == self._islands.incarnation
             blobs = own if is_own else self._link.fetch(self.round, island, list(sizes), sizes)
             self._arrived.append(Arrived(facts["samples"] / total, facts["rho"], blobs))
+
+    def linked(self, talk: Callable[[], object]) -> None:
+        """Have every rank talk to the server. Collective: `talk` is not.
+
+        Raises:
+            LinkRefused: on every rank, where the server refuses one of them. LinkError: it is silent.
+        """
+        together("islands", talk, LinkRefused, LinkError)
 
     def update(self, name: str, base: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
         """Return what to add to a merged weight, of its shape, and the squared norm of the mean of `s·B·A`.
@@ -256,7 +271,8 @@ class Exchange:
                 self._anchors[name] = (self._anchors[name] + step).float()
             self._publish(name, owner)
         self._arrived = []
-        self._link.agree(self.round, self.digests())
+        digests = self.digests()
+        self.linked(lambda: self._link.agree(self.round, digests))
 
     def digests(self) -> dict[str, int]:
         """Return checksums of what is equal on all islands, of the weights that this rank owns. Collective."""

@@ -81,7 +81,8 @@ class Islands:
         """Ask to be one of the islands, once, with an engine that has its values. Collective.
 
         Raises:
-            LinkRefused: another recipe, version, network or weights than the others; names what.
+            LinkRefused: another recipe, version, network or weights than the others; names what. On every rank, where
+                one of them is refused.
         """
         if self._has_joined:
             return
@@ -89,12 +90,18 @@ class Islands:
             exchange.origin = _hash_over_ranks(exchange.digests())
         about = _settings(exchange.engine) if self._identity is None else self._identity
         self._told = {**about, **self._of_all(exchange.engine), "the weights at the start": exchange.origin}
-        self._join(exchange)
+        exchange.linked(lambda: self._join(exchange))
         self._has_joined = True
 
     def decided(self, exchange: Exchange) -> int:
         """Return the newest exchange that is decided, the same on every rank. Collective."""
-        decided = [self._join(exchange) if dist.get_rank() == 0 else 0]
+        decided = [0]
+
+        def ask() -> None:
+            if dist.get_rank() == 0:
+                decided[0] = self._join(exchange)
+
+        exchange.linked(ask)
         dist.broadcast_object_list(decided, 0)
         return decided[0]
 
