@@ -33,6 +33,7 @@ def serving(directory: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     require_zmq()
     from relora_ds.islands.server import Server
 
+    directory.mkdir(parents=True, exist_ok=True)
     secret = secrets.token_hex(32)
     with open(directory / "server.log", "a", encoding="utf-8") as log:
         server = Server("127.0.0.1:0", directory / "rounds", secret, say=lambda text: print(text, file=log, flush=True))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class Runner:
     def __init__(self, runs: Path, num_gpus: int = 0, threads: int | None = None):
         self.runs, self.num_gpus, self.threads = runs.resolve(), num_gpus, threads
         self.stopping = threading.Event()
-        self._processes: set[subprocess.Popen] = set()
+        self._processes: dict[Path, subprocess.Popen] = {}
 
     def directory(self, run: Run) -> Path:
         return self.runs / run.name
@@ -128,30 +128,35 @@ class Runner:
         Raises:
             Preempted: it was told to stop; what was running has saved itself.
         """
-        for directory, code in self._execute_all(run):
+        was_stopped = False
+        for directory, code in self._execute_all(run).items():
             status = read_json(directory / "status.json")
-            if status.get("state") == "done":
-                continue
-            if self.stopping.is_set() or status.get("state") == "preempted" or code == PREEMPTED:
-                self.stop()  # the signal was for all
-                raise Preempted(f"{run.name} was stopped")
-            why = status.get("reason") or reason(directory, code)
-            return f"{run.name} ({run.row.name}): {why}; see {directory}.log"
+            if status.get("state") == "preempted" or code in (PREEMPTED, -signal.SIGTERM):
+                was_stopped = True
+            elif status.get("state") != "done" and not self.stopping.is_set():
+                why = status.get("reason") or reason(directory, code)
+                return f"{run.name} ({run.row.name}): {why}; see {directory}.log"
+        if was_stopped or self.stopping.is_set():
+            self.stop()  # the signal was for all
+            raise Preempted(f"{run.name} was stopped")
         return None
 
-    def _execute_all(self, run: Run) -> list[tuple[Path, int]]:
-        """Train a run, or all of its islands at the same time; return run directories and exit codes."""
+    def _execute_all(self, run: Run) -> dict[Path, int]:
+        """Train a run, or all of its islands at the same time; return exit codes by run directory."""
         directories = run_islands.directories(self.directory(run), run.recipe.islands.count)
         if run.recipe.islands.count is None:
-            return [(directory, self.execute(run, directory, "resume=auto")) for directory in directories]
+            return {directory: self.execute(run, directory, "resume=auto") for directory in directories}
         with run_islands.serving(self.directory(run)) as (overrides, secret), ThreadPoolExecutor() as pool:
-            codes = [
+            islands = {
                 pool.submit(
                     self.execute, run, directory, *overrides, f"islands.index={i}", "resume=auto", environment=secret
-                )
+                ): directory
                 for i, directory in enumerate(directories)
-            ]
-        return [(directory, code.result()) for directory, code in zip(directories, codes, strict=True)]
+            }
+            for ended in as_completed(islands):
+                if ended.result():  # the others would wait for it at every exchange
+                    self._terminate(directories)
+        return {directory: ended.result() for ended, directory in islands.items()}
 
     def execute(self, run: Run, directory: Path, *more: str, environment: Mapping[str, str] | None = None) -> int:
         """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
@@ -182,19 +187,23 @@ class Runner:
                 env={**os.environ, **threads, **(environment or {})},
                 start_new_session=True,
             )
-            self._processes.add(process)
+            self._processes[directory] = process
             if self.stopping.is_set():  # between the last look and this one
                 process.send_signal(signal.SIGTERM)
             try:
                 return process.wait()
             finally:
-                self._processes.discard(process)
+                del self._processes[directory]
 
     def stop(self) -> None:
         """Have what is running save itself and end."""
         self.stopping.set()
-        for process in list(self._processes):
-            process.send_signal(signal.SIGTERM)
+        self._terminate(list(self._processes))
+
+    def _terminate(self, directories: Sequence[Path]) -> None:
+        for directory in directories:
+            if process := self._processes.get(directory):
+                process.send_signal(signal.SIGTERM)
 
 
 def reason(directory: Path, code: int) -> str:

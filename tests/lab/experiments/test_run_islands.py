@@ -1,6 +1,7 @@
 """Runs of `reproduce` that consist of islands."""
 
 import json
+import time
 
 import pytest
 
@@ -38,8 +39,10 @@ def test_an_island_that_fails_fails_the_run(tmp_path):
     run = run_of("full rank, 2 islands, H 50")
     (tmp_path / run.name / "island-1").mkdir(parents=True)
     (tmp_path / run.name / "island-1" / "recipe.yaml").write_text("method: none\n")
+    started = time.monotonic()
     failure = Runner(tmp_path, threads=1).train(run)
     assert failure is not None and "island-1" in failure
+    assert time.monotonic() - started < run.recipe.islands.timeout_s / 3, "the other one is not left waiting"
 
 
 def test_bytes_of_data_parallel_are_those_of_every_phase():
