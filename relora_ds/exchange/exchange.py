@@ -25,6 +25,7 @@ from torch import Tensor
 
 from relora_ds.exchange import compress
 from relora_ds.exchange.outer import Outer
+from relora_ds.islands.answers import Decision
 from relora_ds.islands.refusals import LinkError, LinkRefused
 from relora_ds.lowrank.reinit import sketch_shape
 from relora_ds.lowrank.wrap import is_lora_parameter
@@ -42,6 +43,10 @@ _SKETCH = "sketch/"  # before a layer's name
 _ANCHOR, _MOMENTUM, _ERROR = "anchor/", "momentum/", "error/"
 
 Factors = Iterable[tuple[str, Tensor, Tensor]]  # layer, A, B
+
+
+class Stopped(RuntimeError):
+    """This island stops in an exchange, before anything of it has changed a weight."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Exchange:
         reports: of the exchanges since `take_reports`.
         takes_place: whether one takes place now.
         origin: what the islands began with, as a hash.
+        is_asked_to_stop: looked at while others are waited for. Where it is true on one rank, all raise `Stopped`.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Exchange:
         self.round, self.t = 0, 0
         self.reports: list[ExchangeReport] = []
         self.takes_place, self.origin = False, ""
+        self.is_asked_to_stop: Callable[[], bool] = lambda: False
         self.engine, self.island, self._islands = engine, islands.name, islands
         self._link, self._outer, self._has_begun = link, outer, False
         self._every, self._compression, self._resets_moments = every, compression, resets_moments
@@ -207,13 +214,33 @@ class Exchange:
             facts = {"samples": samples, "rho": self._rho(), "incarnation": self._islands.incarnation}
             # Before any rank waits for the decision: without a part of every rank this island is in none.
             self.linked(lambda: self._link.contribute(self.round, own, facts, self._islands.oldest_needed))
-        self.linked(lambda: self._receive(own))
-
-    def _receive(self, own: dict[str, Any]) -> None:
-        """Wait for the decision, and receive the other islands' updates. own: this one's, {} without."""
         asked = time.perf_counter()
-        decision = self._link.decision(self.round)
+        decision = self._decision()
         self._waited = time.perf_counter() - asked
+        self.linked(lambda: self._receive(decision, own))
+
+    def _decision(self) -> Decision:
+        """Wait for the decision. Collective.
+
+        Raises:
+            Stopped: there is none, and a rank is asked to stop.
+        """
+        found: list[Decision | None] = [None]
+
+        def ask() -> None:
+            found[0] = self._link.decision(self.round)
+
+        while True:
+            self.linked(ask)
+            said: list = [None] * dist.get_world_size()
+            dist.all_gather_object(said, (found[0] is None, self.is_asked_to_stop()))
+            if found[0] is not None and not any(is_pending for is_pending, _ in said):
+                return found[0]
+            if any(is_asked for _, is_asked in said):
+                raise Stopped(f"asked to stop while exchange {self.round} waited for other islands")
+
+    def _receive(self, decision: Decision, own: dict[str, Any]) -> None:
+        """Receive the other islands' updates. own: this one's, {} without."""
         self._who = tuple(decision.islands), decision.missing
         total = sum(facts["samples"] for facts in decision.islands.values())
         sizes = self._sizes()

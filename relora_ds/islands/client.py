@@ -19,7 +19,7 @@ from relora_ds.islands.refusals import LinkRefused
 from relora_ds.islands.secret import checked, keys_of
 from relora_ds.islands.transfer import Batch, Stream, batches
 
-_WAIT_S = 10.0  # for a decision, until the server says that it is pending
+_WAIT_S = 5.0  # for a decision, until the server says that it is pending
 _PINGS = 4  # in the time after which the server takes an island for dead
 
 
@@ -120,17 +120,17 @@ class Link:
             if reply["status"] == "done" or self._send_parts(round, stream, reply["have"]):
                 return
 
-    def decision(self, round: int) -> Decision:
-        """Wait until a round is decided, and return what it consists of.
+    def decision(self, round: int) -> Decision | None:
+        """Return what a round consists of, as soon as it is decided; None after a few seconds without a decision.
 
         Raises:
             LinkRefused: the server does not have it any more. LinkError: the server is silent.
         """
-        while True:
-            reply = self._channel.call("decision", round=round, wait_s=_WAIT_S)
-            if reply.kind == "decision":
-                islands = dict(sorted(reply.fields["islands"].items()))
-                return Decision(reply.fields["round"], islands, tuple(reply.fields["missing"]))
+        reply = self._channel.call("decision", round=round, wait_s=_WAIT_S)
+        if reply.kind != "decision":
+            return None
+        islands = dict(sorted(reply.fields["islands"].items()))
+        return Decision(reply.fields["round"], islands, tuple(reply.fields["missing"]))
 
     def fetch(self, round: int, island: str, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, memoryview]:
         """Return blobs of an island in a decided round.

@@ -13,4 +13,4 @@ class GuardError(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The run stops because it was asked to (exit code PREEMPTED), with its state saved."""
+    """The run stops because it was asked to (exit code PREEMPTED), with its state saved where there is one to save."""

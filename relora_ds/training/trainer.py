@@ -12,11 +12,12 @@ from relora_ds.checkpoint import store
 from relora_ds.checkpoint.find import Found, ResumeError, find
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.data.check_same_data import require_same_tokens
+from relora_ds.exchange.exchange import Stopped
 from relora_ds.training import compatibility
 from relora_ds.training.as_island import islands_of
 from relora_ds.training.batches import train_batches
 from relora_ds.training.clock import StepClock
-from relora_ds.training.exit_codes import GuardError
+from relora_ds.training.exit_codes import GuardError, Preempted
 from relora_ds.training.figures import begin_peak_memory, figures_of, model_flops_per_token
 from relora_ds.training.hooks.console import Console
 from relora_ds.training.hooks.evaluation import Evaluations
@@ -87,7 +88,7 @@ class Trainer:
         """Train to the end; returns what is in summary.json. Collective.
 
         Raises:
-            Preempted: it was asked to stop, and has saved where it was.
+            Preempted: it was asked to stop, and has saved where it was; an island that waits for others has not.
             GuardError: it stops itself. ResumeError: it cannot resume from what was asked for.
         """
         try:
@@ -101,6 +102,11 @@ class Trainer:
             self.checkpoints.on_phase_end(self.run)
             saved = store.directories(self.run.run_dir)
             raise GuardError(f"{error}. " + (f"Saved is {saved[-1]}" if saved else "Nothing was saved")) from error
+        except Stopped as stopped:  # likewise
+            self.checkpoints.on_phase_end(self.run)
+            saved = store.directories(self.run.run_dir)
+            resumes = f"resumes from {saved[-1].name}" if saved else "begins anew"
+            raise Preempted(f"{stopped}; resume=auto {resumes} and makes it good") from None
         except RuntimeError as error:
             if (explained := self.watching.explained(error)) is not error:
                 raise explained from error

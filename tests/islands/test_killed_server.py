@@ -22,16 +22,17 @@ def name(rank):
     return f"w.{rank}"
 
 
-def train(address, island, rank, num_rounds):
-    """The decisions that a rank sees, after it has compared every blob."""
+def train(address, island, rank, num_rounds, seen):
+    """Append the decisions that a rank sees, each after it has compared every blob; return them."""
     world_size = sum(other == island for other, _ in RANKS)
     one = link(address, island, rank=rank, world_size=world_size, timeout_s=60.0)
     one.join(IDENTITY, 0)
-    seen = []
     for round in range(1, num_rounds + 1):
         facts = {"tokens": len(island) * round}
         one.contribute(round, {name(rank): blob(size(round), round, island, rank)}, facts, round)
-        seen.append(decision := one.decision(round))
+        while (decision := one.decision(round)) is None:
+            pass
+        seen.append(decision)
         for other, its in RANKS:
             found = one.fetch(round, other, [name(its)], {name(its): size(round)})
             assert bytes(found[name(its)]) == blob(size(round), round, other, its), f"round {round} of {other}"
@@ -44,25 +45,26 @@ def train(address, island, rank, num_rounds):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_fifty_rounds_while_the_server_is_killed(tmp_path, seed):
     server, random_, is_over = Process(tmp_path, free_port()), random.Random(seed), threading.Event()
-    kills = 0
+    seen = [[] for _ in RANKS]
+    kills_after = sorted(random_.sample(range(1, 50), 12))  # rounds: between two kills there is progress
 
     def kill():
-        nonlocal kills
-        while not is_over.wait(random_.uniform(0.3, 1.5)):
+        for round in kills_after:
+            while len(seen[0]) < round and not is_over.wait(0.002):
+                pass
+            time.sleep(random_.uniform(0, 0.05))
             server.kill()
-            kills += 1
             time.sleep(random_.uniform(0, 0.2))
             server.start()
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        seen = run_together(*(lambda one=one: train(server.address, *one, num_rounds=50) for one in RANKS))
+        run_together(*(lambda i=i: train(server.address, *RANKS[i], 50, seen[i]) for i in range(len(RANKS))))
     finally:
         is_over.set()
         killer.join()
         server.kill()
-    assert kills >= 3
     assert seen[0] == seen[1] == seen[2] and [one.round for one in seen[0]] == [*range(1, 51)]
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [*range(1, 51)]

@@ -39,15 +39,19 @@ class StopRequest:
     def _hear(self, number: int, _frame) -> None:
         self.heard = signal.Signals(number).name
 
+    def has_heard(self) -> bool:
+        """Return whether this rank has heard of it by now."""
+        if self.heard is None and self._launcher is not None and self._launcher != _launcher():
+            self.heard = "the end of its launcher"
+        return self.heard is not None
+
     def agreed(self) -> bool:
         """Return True if a rank had heard of it at the last call, on every rank the same. Collective, once a step.
 
         It answers with the sum that was begun a step ago, so that nobody waits for it.
         """
-        if self.heard is None and self._launcher is not None and self._launcher != _launcher():
-            self.heard = "the end of its launcher"
         before, work = self._asked, self._work
-        self._asked = torch.tensor([float(self.heard is not None)])
+        self._asked = torch.tensor([float(self.has_heard())])
         self._work = dist.all_reduce(self._asked, group=self._group, async_op=True)
         if work is None:
             return False
@@ -74,6 +78,11 @@ class Preemption(Hook):
     def on_begin(self, run: RunState) -> None:
         if self.request is None:
             self.request = StopRequest()
+
+    def on_phase(self, run: RunState) -> None:
+        assert self.request is not None, "the run has begun"
+        if run.engine.exchange is not None:
+            run.engine.exchange.is_asked_to_stop = self.request.has_heard
 
     def on_step(self, run: RunState, step: Step) -> None:
         assert self.request is not None, "the run has begun"
