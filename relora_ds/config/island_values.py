@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from relora_ds.config.methods import Method
+from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.schema import IslandsConfig, Recipe
 
 
@@ -12,11 +13,7 @@ def problems(recipe: Recipe, method: Method, warm_start: Method | None) -> Itera
     if islands.count is None:
         yield from _without(islands)
         return
-    if islands.index >= islands.count:
-        yield (
-            f"islands.index: {islands.index} is not below islands.count {islands.count}; number the islands from 0 to "
-            f"{islands.count - 1}"
-        )
+    yield from index_problems(islands)
     if islands.address is None:
         yield "islands.address: null says not where the islands meet; use HOST:PORT of `relora islands serve`"
     if islands.timeout_s >= recipe.guard.watchdog_seconds:
@@ -48,7 +45,21 @@ def _phase_problems(recipe: Recipe, method: Method) -> Iterator[str]:
                 "islands.sync_every=500"
             )
         return
-    if relora.restart_every <= relora.restart_warmup_steps:
+    yield from chain_problems(relora)
+
+
+def index_problems(islands: IslandsConfig) -> Iterator[str]:
+    """Yield what is wrong with the number of an island."""
+    if islands.count is not None and islands.index >= islands.count:
+        yield (
+            f"islands.index: {islands.index} is not below islands.count {islands.count}; number the islands from 0 to "
+            f"{islands.count - 1}"
+        )
+
+
+def chain_problems(relora: ReLoRAConfig) -> Iterator[str]:
+    """Yield why islands could not exchange at the restarts of a chain."""
+    if relora.restart_every is not None and relora.restart_every <= relora.restart_warmup_steps:
         yield (
             f"relora.restart_every: {relora.restart_every} is not above relora.restart_warmup_steps "
             f"{relora.restart_warmup_steps}, so islands would exchange within the ramp; use a longer cycle"

@@ -148,8 +148,7 @@ class Exchange:
         """Return the first step after `t` with an exchange: every so many steps, and at the end."""
         scheduler = self.engine.lr_scheduler
         every = scheduler.config.restart_every or self._every
-        if every is None:
-            raise ValueError("islands.sync_every: null, and there are no restarts to exchange at; set it, e.g. to 500")
+        assert every is not None  # `Islands.problems` would have said so
         return min(t - t % every + every, scheduler.last_step)
 
     def begin(self) -> None:

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from relora_ds import __version__
-from relora_ds.config import IslandsConfig
+from relora_ds.config import IslandsConfig, ReLoRAConfig
+from relora_ds.config.island_values import chain_problems, index_problems
 from relora_ds.exchange.exchange import Exchange
 from relora_ds.exchange.outer import Outer
 from relora_ds.islands.requirement import require_zmq
 from relora_ds.islands.secret import read_secret
+from relora_ds.lowrank.words import in_python
 
 if TYPE_CHECKING:
     from relora_ds.islands.client import Link
@@ -36,7 +38,7 @@ class Islands:
             that the oldest of them lacks.
 
     Raises:
-        ValueError: `count` or `address` is missing, or the secret, or pyzmq.
+        ValueError: `count` or `address` is missing, or the secret, or pyzmq; `index` is not below `count`.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Islands:
     ):
         if config.count is None or config.address is None:
             raise ValueError("islands: count and address must be set; e.g. IslandsConfig(count=2, address='host:5555')")
+        for problem in index_problems(config):
+            raise ValueError(problem)
         require_zmq()
         self.config, self._identity = config, None if identity is None else dict(identity)
         self._secret = read_secret() if secret is None else secret
@@ -58,8 +62,22 @@ class Islands:
         self._saved: deque[int] = deque(maxlen=kept_checkpoints)  # exchanges in the newest checkpoints
         self._told: dict[str, Any] = {}
 
+    def problems(self, relora: ReLoRAConfig | None) -> list[str]:
+        """Return why engines could not exchange, one message each. relora: of the model; None at full rank."""
+        if relora is not None and relora.restart_every is not None:
+            return [in_python(problem) for problem in chain_problems(relora)]
+        if self.config.sync_every is None:
+            return ["islands.sync_every: None, and there are no restarts to exchange at; use e.g. sync_every=500"]
+        return []
+
     def join(self, engine) -> Exchange:
-        """Return the exchanges of an engine, which continue those of the engine before. Collective."""
+        """Return the exchanges of an engine, which continue those of the engine before. Collective.
+
+        Raises:
+            ValueError: everything about its `ReLoRAConfig` that islands cannot exchange with, at once.
+        """
+        if found := self.problems(engine.relora):
+            raise ValueError("\n".join(found))
         if self._link is None:
             self._link = self._connect()
         lr, momentum = self.config.outer

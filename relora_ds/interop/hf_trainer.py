@@ -13,12 +13,14 @@ The callback specialises the class of this one trainer; nothing is patched globa
 own methods, because ours come between it and `Trainer`. `hf_training` is what both do.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from transformers import Trainer
 
-from relora_ds.config import ReLoRAConfig
+from relora_ds.config import IslandsConfig, ReLoRAConfig
+from relora_ds.exchange.island import Islands
 from relora_ds.interop.hf_checks import problems
+from relora_ds.interop.hf_islands import membership
 from relora_ds.interop.hf_training import ReLoRATraining, RestartLog
 
 
@@ -36,15 +38,16 @@ class ReLoRATrainer(ReLoRATraining):
 
     Args:
         *args, **kwargs: those of `transformers.Trainer`. `model` is wrapped already, and `args.deepspeed` is set.
+        islands: train as one of several islands; each has a `train_dataset` of its own. Exchanges are logged, with
+            `exchanges`, `exchange_islands`, `exchange_bytes_sent` and `exchange_s`.
 
     Raises:
         ValueError: everything about the arguments that ReLoRA cannot train with, at once.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, islands: IslandsConfig | Islands | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        _refuse(problems(self))
-        self.begin()
+        self.begin(_accepted(self, None, islands))
         self.add_callback(RestartLog(self))
 
 
@@ -56,26 +59,37 @@ class ReLoRACallback(RestartLog):
     Args:
         trainer: its model wrapped with `relora_ds.wrap`, not trained yet.
         config: not needed: the model carries the one that it was wrapped with.
+        islands: train as one of several islands, see `ReLoRATrainer`.
 
     Raises:
         ValueError: everything about the trainer that ReLoRA cannot train with, at once; `config` is another one than
             the model's.
     """
 
-    def __init__(self, trainer: Trainer, config: ReLoRAConfig | None = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: ReLoRAConfig | None = None,
+        islands: IslandsConfig | Islands | None = None,
+    ):
         if not isinstance(trainer, Trainer):
             raise ValueError(
                 f"trainer: {type(trainer).__name__} is no Trainer; use trainer.add_callback(ReLoRACallback(trainer))"
             )
-        _refuse(problems(trainer, config))
+        member = _accepted(trainer, config, islands)
         super().__init__(trainer)
         own = type(trainer)
         trainer.__class__ = (
             ReLoRATraining if own is Trainer else type(f"ReLoRA{own.__name__}", (own, ReLoRATraining), {})
         )
-        cast(ReLoRATraining, trainer).begin()
+        cast(ReLoRATraining, trainer).begin(member)
 
 
-def _refuse(found: list[str]) -> None:
-    if found:
+def _accepted(trainer: Trainer, config: ReLoRAConfig | None, islands: IslandsConfig | Islands | None) -> Islands | None:
+    """Return the membership of a Trainer that ReLoRA can train with. ValueError: it cannot."""
+    if found := problems(trainer, config):
         raise ValueError("\n".join(found))
+    member = membership(islands, trainer.args)
+    if member is not None and (found := member.problems(cast(Any, trainer.model).relora_config)):
+        raise ValueError("\n".join(found))
+    return member

@@ -9,6 +9,7 @@ happens there instead:
     Trainer.create_scheduler    the engine's own scheduler; the engine steps it, the Trainer's step() does nothing
     Trainer.train               a second one resumes in the same engine (the Trainer would destroy it, and then use it)
     Trainer.save_model          the merged plain model, from the fp32 masters
+    TrainerState.global_step    of an island, the engine's step (`hf_islands`)
 
 Everything else is the Trainer's: it calls the engine's `backward`, `step`, `save_checkpoint` and `load_checkpoint`, of
 which the last three are `ReLoRAEngine`'s. `RestartLog.on_train_begin` checks that it is this engine that trains.
@@ -30,9 +31,12 @@ from accelerate.utils import (
 )
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from relora_ds.config.curve import ScheduleConfig
+from relora_ds.exchange.island import Islands
 from relora_ds.interop.hf_checks import CURVE_NAMES, OPTIMIZERS, curve_of
+from relora_ds.interop.hf_islands import NothingLeftError, StepsOfIsland
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.zero import ds_config
 from relora_ds.zero.engine import ReLoRAEngine
@@ -46,12 +50,15 @@ class ReLoRATraining(Trainer):
 
     Attributes:
         relora_settings: the DeepSpeed configuration that the engine is made from.
+        islands: what it is one of; None: of none.
     """
 
     relora_settings: dict[str, Any]
+    islands: Islands | None
 
-    def begin(self) -> None:
+    def begin(self, islands: Islands | None) -> None:
         """Take over from the Trainer; once, before it trains."""
+        self.islands = islands
         # A copy from before the Trainer fills in bucket sizes by a rule of its own.
         self.relora_settings = copy.deepcopy(self.accelerator.deepspeed_plugin.deepspeed_config)
         self.accelerator.prepare = self._prepare
@@ -61,13 +68,25 @@ class ReLoRATraining(Trainer):
         if not any(isinstance(callback, RestartLog) for callback in self.callback_handler.callbacks):
             raise ValueError("ReLoRACallback: made, but not added; use trainer.add_callback(ReLoRACallback(trainer))")
         if isinstance(self.model_wrapped, ReLoRAEngine):
+            if self.islands is not None:
+                raise ValueError(
+                    "train: this Trainer has trained already, and its island has left the others; start the script "
+                    "again, with resume_from_checkpoint"
+                )
             if not resume_from_checkpoint:
                 raise ValueError(
                     "train: this Trainer has trained already; pass resume_from_checkpoint, or build a new "
                     "Trainer with what save_model wrote"
                 )
             self.accelerator.deepspeed_engine_wrapped = None  # else it is destroyed, and then used nevertheless
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except NothingLeftError:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return TrainOutput(self.state.global_step, 0.0, {})
+        finally:
+            if self.islands is not None:
+                self.islands.close()
 
     def create_optimizer(self, model=None):
         """Leave the optimizer to the engine."""
@@ -141,6 +160,7 @@ class ReLoRATraining(Trainer):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
             seed=args.seed,
+            islands=self.islands,
             **self._schedule(),
         )[0]
 
@@ -163,6 +183,8 @@ class ReLoRATraining(Trainer):
 class RestartLog(TrainerCallback):
     """Log each restart once: `restarts`, `prune_fraction_m`, `prune_fraction_v`, `merge_loss`, `restart_s`.
 
+    Of an island each exchange: `exchanges`, `exchange_islands`, `exchange_bytes_sent`, `exchange_s`.
+
     Args:
         trainer: one whose class is `ReLoRATraining`, or will be.
     """
@@ -170,6 +192,7 @@ class RestartLog(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._logged: RestartReport | None = None
+        self._island: StepsOfIsland | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Check that the Trainer trains with our engine."""
@@ -185,10 +208,20 @@ class RestartLog(TrainerCallback):
                 f"{transformers.__version__} or accelerate {accelerate.__version__} differs from the versions that "
                 "relora_ds supports, or a subclass overrides create_scheduler without calling the Trainer's"
             )
+        if wrapper.engine.exchange is not None:
+            self._island = StepsOfIsland(trainer)
+            self._island.begin(state)
         self._logged = wrapper.engine.last_restart
 
+    def on_train_end(self, args, state, control, **kwargs):
+        """Warn where an island has not made its last exchange."""
+        if self._island is not None:
+            self._island.end()
+
     def on_step_end(self, args, state, control, **kwargs):
-        """Log the restart of this step, if there was one."""
+        """Log the exchange and the restart of this step, if there were any."""
+        if self._island is not None:
+            self._island.after_step(state, control)
         report = self.trainer.model_wrapped.last_restart
         if report is self._logged:
             return

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 import relora_ds
-from relora_ds import ReLoRACallback, ReLoRATrainer
+from relora_ds import IslandsConfig, ReLoRACallback, ReLoRATrainer
 from tests.parity import cases
 from tests.small_models import batch, llama
 
@@ -32,6 +32,7 @@ class Recording:
             self.rows.append(inputs["input_ids"].tolist())
             if self.state.global_step == self.spoiled_step and dist.get_rank() == 1:
                 loss = loss * float("nan")
+                self.spoiled_step = None  # of an island it is not counted
             self.losses.append(loss.item())
         return loss
 
@@ -71,6 +72,7 @@ def made_trainer(
     kind: str = "callback",
     load: str | None = None,
     data: torch.Tensor = TRAIN_ROWS,
+    islands: IslandsConfig | None = None,
     **changes,
 ):
     """A trainer on a new wrapped model; afterwards, no trace of it in the process.
@@ -116,11 +118,13 @@ def made_trainer(
         if load is not None:
             model = relora_ds.wrap(AutoModelForCausalLM.from_pretrained(load, attn_implementation="eager"), config)
             assert hasattr(model.lm_head.weight, "ds_tensor") == (stage == 3)
-        trainer = CLASSES[kind](model=model, args=arguments, train_dataset=rows(data), eval_dataset=rows(EVAL_ROWS))
+        datasets = {"train_dataset": rows(data), "eval_dataset": rows(EVAL_ROWS)}
+        more = {"islands": islands} if kind == "subclass" else {}
+        trainer = CLASSES[kind](model=model, args=arguments, **datasets, **more)
         trainer.losses, trainer.rows = [], []
         trainer.remove_callback(PrinterCallback)
         if kind == "callback":
-            trainer.add_callback(ReLoRACallback(trainer))
+            trainer.add_callback(ReLoRACallback(trainer, islands=islands))
         yield trainer
     finally:
         if isinstance(getattr(trainer, "model_wrapped", None), relora_ds.ReLoRAEngine):
@@ -147,15 +151,23 @@ def summary(trainer) -> dict:
         "t": trainer.model_wrapped.t,
         "lr": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
         "eval": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
+        "exchanges": [(entry["step"], entry["exchanges"]) for entry in history if "exchanges" in entry],
         "reports": [entry for entry in history if "restarts" in entry],
     }
 
 
 def trainers_run(
-    directory: str, *, resume: int | None = None, again: bool = False, save: str | None = None, **how
+    directory: str,
+    *,
+    resume: int | None = None,
+    again: bool = False,
+    save: str | None = None,
+    spoiled_step: int | None = None,
+    **how,
 ) -> list[dict]:
     """A run; with `again`, a second one of the same trainer, from the middle."""
     with made_trainer(directory, **how) as trainer:
+        trainer.spoiled_step = spoiled_step
         trainer.train(resume_from_checkpoint=f"{directory}/checkpoint-{resume}" if resume else None)
         found = [summary(trainer)]
         if save:
