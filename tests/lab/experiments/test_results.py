@@ -22,7 +22,7 @@ def main():
 
 def test_the_headline_rows_have_three_seeds(main):
     assert {name: len(row.results) for name, row in main.items()} == dict.fromkeys(
-        ["full rank", "Control", "LoRA", "LoRA, warm start", "ReLoRA"], 3
+        ["full rank", "Control", "LoRA", "LoRA, warm start", "ReLoRA", "GaLore, residual"], 3
     )
 
 
