@@ -3,7 +3,7 @@
 #
 #   sudo -E bash launch_scripts/benchmarks.sh          about two hours on two CPU cores
 #
-# Root is needed for two-hosts alone, which makes network namespaces (iproute2); the rest runs without. Nothing else
+# Root is needed for two-hosts and islands, which make network namespaces (iproute2); the rest runs without. Nothing else
 # should run on the machine. For GPUs there is benchmarks_gpu.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +18,7 @@ done
 bench two-hosts --rate 1gbit --shapes wide_4 --repeats 9 --variants "PEFT, its default" "ours, LoRA alone" \
   "PEFT, same modules train" "ours, dense" --out $out/two_hosts_1gbit_peft.json
 bench two-hosts --rate 1gbit --stage 0 --shapes wide_4 --out $out/two_hosts_stage_0.json
+bench islands --links 1gbit,100mbit/50ms,20mbit/100ms/0.1% --recipe tiny_full --out $out/islands.json
 
 # In bf16; on a CPU without units for it, add --precision fp32.
 baselines=("PEFT, its default" "PEFT, same modules train" "ours, LoRA alone" "ours, dense")

@@ -34,7 +34,7 @@ ALLOWED = {
     "commands": BELOW_TRAINING | {"training", "planning", "islands"},
     "lab": set(),
     "lab.figures": {"config", "training"},
-    "lab.bench": BELOW_TRAINING | {"training", "planning", "lab.figures"},
+    "lab.bench": BELOW_TRAINING | {"training", "planning", "islands", "lab.figures"},
     "lab.experiments": BELOW_TRAINING | {"training", "train", "planning", "islands", "lab.bench", "lab.figures"},
     "lab.commands": {"config", "training", "train", "commands", "lab.bench", "lab.experiments", "lab.figures"},
     "__main__": {"config", "commands", "train", "lab.commands"},

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "checkpoint": ("checkpoint_cost", "bytes and seconds of a checkpoint, beside DeepSpeed's own of the same state"),
     "bandwidth": ("bandwidth", "bytes of a step by collective: full rank, PEFT LoRA and ours, at every ZeRO stage"),
     "two-hosts": ("two_hosts", "step time and tokens/s of two hosts, over a link of a given rate"),
+    "islands": ("slow_links", "seconds and bytes of steps and exchanges over slow links: data parallel and islands"),
     "throughput": ("throughput", "tokens/s and the parts of a step: full rank, PEFT LoRA and ours, by micro-batch"),
     "restart": (
         "restart_time",
