@@ -53,7 +53,7 @@ _RESTARTS = ("relora.restart_every={every}", "relora.restart_warmup_steps=0")
 METHODS = {  # their recipe keys
     "full": ("method=full",),
     "relora": ("method=relora", *_RESTARTS),
-    "one-sided": ("method=galore", "relora.gradient_estimate=sketch", *_RESTARTS),
+    "one-sided": ("method=galore", "relora.restart_init=random", "relora.optimizer_reset=rotate", *_RESTARTS),
 }
 _ISLANDS = ("islands.count=2", f"islands.address={hosts_run.ADDRESS}", "islands.sync_every={every}")
 # Nothing is low-rank within a warm start. Evaluations are short: one follows every restart.
