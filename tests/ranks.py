@@ -74,8 +74,11 @@ class Ranks:
         """Call `case` (importable, with picklable arguments and result) on every rank; results in rank order."""
         if not self._workers:
             self._start()
-        for _, pipe in self._workers:
-            pipe.send((case, args, kwargs))
+        for rank, (_, pipe) in enumerate(self._workers):
+            try:
+                pipe.send((case, args, kwargs))
+            except OSError:
+                self._fail(f"rank {rank}:\nit died")
         answers: dict[int, object] = {}
         deadline = time.monotonic() + timeout
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
@@ -87,7 +90,7 @@ class Ranks:
                 rank = waiting.pop(pipe)
                 try:
                     fine, answers[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):  # also with words of ours still in the pipe
                     fine, answers[rank] = False, "it died"
                 if not fine:
                     self._fail(f"rank {rank}:\n{answers[rank]}")

@@ -1,6 +1,7 @@
 """Write the tables and figures of docs/results/ from the measurements beside them: `python -m tests.lab.bench.report`.
 
-In PAGE.md a table stands between `<!-- NAME -->` and `<!-- end of NAME -->`; its measurement is PAGE/NAME.json.
+In PAGE.md a table stands between `<!-- NAME -->` and `<!-- end of NAME -->`; its measurement is PAGE/NAME.json, or what
+is in PAGE/NAME.
 """
 
 import importlib
@@ -8,7 +9,11 @@ import json
 import re
 from pathlib import Path
 
+from relora_ds.config import ModelConfig
+from relora_ds.lab.bench.baselines import FULL, WIDE
 from relora_ds.lab.bench.environment import remark_on_seeds, rows_as_markdown
+from relora_ds.lab.bench.throughput import speed_of
+from relora_ds.models.build import build_config
 
 DOCS = Path(__file__).parents[3] / "docs" / "results"
 README = DOCS.parents[1] / "README.md"
@@ -20,6 +25,13 @@ COSTS = {  # the rows of the README's table: variant -> its name there
     "ours, dense": "ReLoRA",
     "ours, LoRA alone": "ReLoRA, `trainable_modules: []`",
     "ours, int8": "ReLoRA, `frozen_dtype: int8`",
+}
+STEPS = {  # the columns of the table of widths
+    "PEFT, same modules train": "PEFT",
+    "ours, separate": "both, separate",
+    "ours, dense": "both, auto",
+    "ours, one-sided, separate": "B, separate",
+    "ours, one-sided, random": "B, auto",
 }
 TABLE = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)
 
@@ -47,7 +59,42 @@ def block(record: dict) -> str:
 def filled(page: str) -> str:
     """The page with every table as it is measured."""
     records = measurements(page)
-    return _with_tables(page, lambda name: block(records[name]))
+    return _with_tables(page, lambda name: widths() if name == "widths" else block(records[name]))
+
+
+def widths() -> str:
+    """Return the table of steps by width, rank and precision."""
+    records = measurements("benchmarks/widths").values()
+    head = ["precision", "hidden", "r", "full rank, tokens/s", *STEPS.values(), "auto folds, both", "auto folds, B"]
+    rows = sorted(_of_width(record["result"]) for record in records)
+    made = dict.fromkeys(f"*{one['conditions']['device']}, torch {one['conditions']['torch']}.*" for one in records)
+    return "\n" + "\n\n".join([rows_as_markdown([head, *([*map(str, row)] for row in rows)]), *made]) + "\n\n"
+
+
+def _of_width(result: dict) -> list:
+    """Return the cells of one measurement: speeds over full rank, and in parentheses what the FLOPs allow."""
+    rows = {row["variant"]: row for row in result["rows"]}
+    full = rows[FULL]
+
+    def speed(name: str) -> str:
+        ceiling = full["flops_per_token"] / rows[name]["flops_per_token"]
+        return f"{speed_of(rows[name], result['rows']):.2f} ({ceiling:.2f})"
+
+    def folds(separate: str, auto: str) -> str:
+        return "yes" if rows[auto]["flops_per_token"] < rows[separate]["flops_per_token"] else "no"
+
+    _, separate, auto, separate_B, auto_B = STEPS
+    network = ModelConfig(preset=result["preset"])
+    width = WIDE[network.preset][1] if network.preset in WIDE else build_config(network, 2048, 256).hidden_size
+    return [
+        result["precision"],
+        width,
+        result["r"],
+        f"{full['tokens_per_s']:,.0f}",
+        *map(speed, STEPS),
+        folds(separate, auto),
+        folds(separate_B, auto_B),
+    ]
 
 
 def filled_cards() -> str:
