@@ -6,9 +6,11 @@ with the exchange of the last step.
 """
 
 import logging
+import sys
 from typing import cast
 
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from relora_ds.config import IslandsConfig
 from relora_ds.exchange.island import Islands
@@ -33,6 +35,33 @@ def membership(islands: IslandsConfig | Islands | None, args: TrainingArguments)
     return Islands(islands, kept_checkpoints=kept + 1)  # one more is there while the oldest is deleted
 
 
+class IslandTraining(Trainer):
+    """A `Trainer` that may be an island.
+
+    Attributes:
+        islands: the membership; None where it trains alone.
+    """
+
+    islands: Islands | None
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """Return what the Trainer computes; of an island, with epochs without an end: its steps end training."""
+        # A step that is not finite is taken again, with data beyond the epochs that `max_steps` needs.
+        epochs, *others = super().set_initial_training_values(*args, **kwargs)
+        return (epochs if self.islands is None else sys.maxsize, *others)
+
+    def end_without_a_step(self) -> TrainOutput:
+        """Evaluate and save where `control` says so, and end as the Trainer does."""
+        if self.control.should_evaluate:
+            self._evaluate(None, None)
+        if self.control.should_save:
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+
 class StepsOfIsland:
     """Corrects and logs, for an engine that exchanges. Collective: all ranks make every call."""
 
@@ -44,24 +73,29 @@ class StepsOfIsland:
     def _engine(self) -> ReLoRAEngine:
         return cast(ReLoRAEngine, self._trainer.model_wrapped)
 
-    def begin(self, state: TrainerState) -> None:
-        """Join the other islands.
+    def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Join the other islands, and count from the engine's step.
 
         Raises:
-            NothingLeftError: they have ended, and so has this one.
+            NothingLeftError: they have ended, and so has this one. `control` says what the Trainer does at its end.
         """
         engine = self._engine
-        self._t = engine.t
+        before = engine.t
         engine.exchange.begin()
-        self._follow(state, steps_counted=0)
+        # Not by a difference: a checkpoint of a Trainer without islands counts steps that were not finite.
+        self._t = state.global_step = self._trainer._globalstep_last_logged = engine.t
         if engine.t >= engine.lr_scheduler.last_step:
+            if engine.t > before:
+                DefaultFlowCallback().on_step_end(args, state, control)
             raise NothingLeftError
 
-    def after_step(self, state: TrainerState, control: TrainerControl) -> None:
+    def after_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Log the exchanges of a step; let the Trainer end when the engine has taken the last one."""
-        engine, should_log = self._engine, control.should_log
-        if self._follow(state, steps_counted=1):
-            control.should_training_stop = state.global_step >= state.max_steps
+        engine = self._engine
+        if self._corrects(state):
+            control.should_training_stop = False
+            DefaultFlowCallback().on_step_end(args, state, control)  # it has seen the wrong count
+        should_log = control.should_log
         for report in engine.exchange.take_reports():
             self._trainer.log(
                 {
@@ -84,11 +118,11 @@ class StepsOfIsland:
                 engine.lr_scheduler.last_step,
             )
 
-    def _follow(self, state: TrainerState, steps_counted: int) -> bool:
-        """Add to the Trainer's count what it has not seen. Returns whether that was anything."""
-        before, self._t = self._t, self._engine.t
-        unseen = self._t - before - steps_counted
-        state.global_step += unseen
-        if unseen > 0:
-            self._trainer._globalstep_last_logged += unseen  # they have no losses to take the mean of
-        return unseen != 0
+    def _corrects(self, state: TrainerState) -> bool:
+        """Correct the Trainer's count after a step by the engine's. Returns whether it was wrong."""
+        taken, self._t = self._engine.t - self._t, self._engine.t
+        state.global_step += taken - 1
+        # The Trainer divides its sum of losses by the steps since then. Steps of other islands added none to the sum,
+        # and one that was not finite did.
+        self._trainer._globalstep_last_logged += taken - 1
+        return taken != 1

@@ -31,12 +31,11 @@ from accelerate.utils import (
 )
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 from relora_ds.config.curve import ScheduleConfig
 from relora_ds.exchange.island import Islands
 from relora_ds.interop.hf_checks import CURVE_NAMES, OPTIMIZERS, curve_of
-from relora_ds.interop.hf_islands import NothingLeftError, StepsOfIsland
+from relora_ds.interop.hf_islands import IslandTraining, NothingLeftError, StepsOfIsland
 from relora_ds.lowrank.schedule import lr_multiplier
 from relora_ds.zero import ds_config
 from relora_ds.zero.engine import ReLoRAEngine
@@ -45,16 +44,14 @@ from relora_ds.zero.plain_model import plain_like
 from relora_ds.zero.restart import RestartReport
 
 
-class ReLoRATraining(Trainer):
+class ReLoRATraining(IslandTraining):
     """A `Trainer` whose engine is ours, from `begin` on.
 
     Attributes:
         relora_settings: the DeepSpeed configuration that the engine is made from.
-        islands: what it is one of; None: of none.
     """
 
     relora_settings: dict[str, Any]
-    islands: Islands | None
 
     def begin(self, islands: Islands | None) -> None:
         """Take over from the Trainer; once, before it trains."""
@@ -82,8 +79,7 @@ class ReLoRATraining(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except NothingLeftError:
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-            return TrainOutput(self.state.global_step, 0.0, {})
+            return self.end_without_a_step()
         finally:
             if self.islands is not None:
                 self.islands.close()
@@ -210,7 +206,7 @@ class RestartLog(TrainerCallback):
             )
         if wrapper.engine.exchange is not None:
             self._island = StepsOfIsland(trainer)
-            self._island.begin(state)
+            self._island.begin(args, state, control)
         self._logged = wrapper.engine.last_restart
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -221,7 +217,7 @@ class RestartLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Log the exchange and the restart of this step, if there were any."""
         if self._island is not None:
-            self._island.after_step(state, control)
+            self._island.after_step(args, state, control)
         report = self.trainer.model_wrapped.last_restart
         if report is self._logged:
             return

@@ -1,6 +1,7 @@
 """Trainers that are islands: they end with the same bits, and their steps are those of the engine."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -38,70 +39,90 @@ def check_same(directory) -> None:
 
 
 def test_two_trainers_end_with_one_model(tmp_path):
-    """A step of the second one is not finite, and it takes another instead. Later it comes back from a checkpoint."""
+    """A step of each is not finite, and it takes another instead: the first one beyond its two epochs of 7 steps.
+
+    Later the second one comes back from a checkpoint.
+    """
     directory = str(tmp_path)
     with serving(tmp_path / "rounds") as server, worlds(1, 2) as (first, second):
         results = at_once(
-            lambda: first.run(train, directory, 0, server.address),
+            lambda: first.run(train, directory, 0, server.address, spoiled_step=9),
             lambda: second.run(train, directory, 1, server.address, spoiled_step=5),
         )
         check_same(tmp_path)
         for told in (result[0] for result in results):
             assert told["t"] == STEPS and told["restarts"] == [4, 8, 12, STEPS]  # the last exchange merges
             assert told["exchanges"] == [(4, 1), (8, 2), (12, 3), (STEPS, 4)]
-        alone, spoiled = (result[0] for result in results)
-        assert len(alone["losses"]) == STEPS and len(spoiled["losses"]) == STEPS + 1
-        assert alone["losses"][0] != spoiled["losses"][0], "they train on other rows"
+            assert len(told["losses"]) == STEPS + 1
+        assert results[0][0]["losses"][0] != results[1][0]["losses"][0], "they train on other rows"
 
         (tmp_path / "1" / "merged" / "model.safetensors").unlink()
+        shutil.rmtree(tmp_path / "1" / f"checkpoint-{STEPS}")
         back = second.run(train, directory, 1, server.address, resume=SAVED_AT)[0]
         assert back["t"] == STEPS and back["losses"] == [], "the exchanges were made without it"
+        assert list(back["eval"])[-1] == STEPS and not back["is_in_train"]
+        assert (tmp_path / "1" / f"checkpoint-{STEPS}" / "trainer_state.json").exists()
         check_same(tmp_path)
 
 
 def following(t: int, exchange=None) -> tuple[StepsOfIsland, SimpleNamespace, TrainerState]:
-    """An engine of 14 steps at step `t`, and the Trainer's state."""
+    """An engine of 14 steps at step `t`, and the state of a Trainer that has counted one more."""
     exchange = exchange or SimpleNamespace(begin=lambda: None, take_reports=list)
     engine = SimpleNamespace(t=t, exchange=exchange, lr_scheduler=SimpleNamespace(last_step=STEPS))
-    trainer = SimpleNamespace(model_wrapped=engine, _globalstep_last_logged=t)
-    state = TrainerState(global_step=t, max_steps=STEPS)
+    trainer = SimpleNamespace(model_wrapped=engine, _globalstep_last_logged=t + 1)
+    state = TrainerState(global_step=t + 1, max_steps=STEPS)
     return StepsOfIsland(trainer), engine, state
 
 
-def after_step(steps: StepsOfIsland, state: TrainerState, *, at_end: bool = False) -> bool:
-    """Count a step as the Trainer does; returns whether it ends."""
+ARGS = SimpleNamespace(
+    logging_first_step=False, logging_strategy="steps", eval_strategy="steps", save_strategy="steps", eval_delay=0
+)
+
+
+def after_step(steps: StepsOfIsland, state: TrainerState, *, at_end: bool = False) -> TrainerControl:
+    """Count a step as the Trainer does; returns what it does then. at_end: what it takes the step for."""
     state.global_step += 1
-    control = TrainerControl(should_training_stop=at_end)
-    steps.after_step(state, control)
+    control = TrainerControl(should_training_stop=at_end, should_save=at_end, should_evaluate=at_end)
+    steps.after_step(ARGS, state, control)
+    return control
+
+
+def ends(control: TrainerControl) -> bool:
+    assert control.should_save == control.should_evaluate == control.should_training_stop
     return control.should_training_stop
 
 
 def test_steps_of_others_count():
     steps, engine, state = following(5)
-    steps.begin(state)
+    steps.begin(ARGS, state, TrainerControl())
+    assert state.global_step == 5, "a step that was not finite was counted before"
     engine.t = 6
-    assert not after_step(steps, state) and state.global_step == 6
+    assert not ends(after_step(steps, state)) and state.global_step == 6
     engine.t = 9  # a step, and an exchange that was made good
-    assert not after_step(steps, state) and state.global_step == 9
+    assert not ends(after_step(steps, state)) and state.global_step == 9
     assert steps._trainer._globalstep_last_logged == 5 + 2
     engine.t = STEPS
-    assert after_step(steps, state) and state.global_step == STEPS
+    assert ends(after_step(steps, state)) and state.global_step == STEPS
 
 
 def test_a_step_that_is_not_finite_does_not_count():
     steps, engine, state = following(STEPS - 1)
-    steps.begin(state)
-    assert not after_step(steps, state, at_end=True) and state.global_step == STEPS - 1
+    steps.begin(ARGS, state, TrainerControl())
+    assert not after_step(steps, state, at_end=True).should_training_stop and state.global_step == STEPS - 1
+    assert steps._trainer._globalstep_last_logged == STEPS - 2, "its loss is in the sum"
     engine.t = STEPS
-    assert after_step(steps, state, at_end=True)
+    assert ends(after_step(steps, state, at_end=True))
 
 
 def test_one_that_comes_back_after_the_end_has_nothing_to_train(caplog):
     exchange = SimpleNamespace(take_reports=list)
     steps, engine, state = following(9, exchange)
     exchange.begin = lambda: setattr(engine, "t", STEPS)
-    with pytest.raises(NothingLeftError):
-        steps.begin(state)
+    for has_moved in (True, False):
+        control = TrainerControl()
+        with pytest.raises(NothingLeftError):
+            steps.begin(ARGS, state, control)
+        assert ends(control) == has_moved
     assert state.global_step == STEPS
     steps.end()
     assert not caplog.records

@@ -30,7 +30,7 @@ class Recording:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
             self.rows.append(inputs["input_ids"].tolist())
-            if self.state.global_step == self.spoiled_step and dist.get_rank() == 1:
+            if self.state.global_step == self.spoiled_step and dist.get_rank() == dist.get_world_size() - 1:
                 loss = loss * float("nan")
                 self.spoiled_step = None  # of an island it is not counted
             self.losses.append(loss.item())
@@ -152,6 +152,7 @@ def summary(trainer) -> dict:
         "lr": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
         "eval": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
         "exchanges": [(entry["step"], entry["exchanges"]) for entry in history if "exchanges" in entry],
+        "is_in_train": trainer.is_in_train,
         "reports": [entry for entry in history if "restarts" in entry],
     }
 
