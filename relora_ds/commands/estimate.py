@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name, method in methods.items()
     ]
     count = resolved.recipe.islands.count
-    clusters = _clusters(arguments, resolved, methods, config, outside_of(arguments, count))
+    outside, latency = outside_of(arguments, count)
+    clusters = _clusters(arguments, resolved, methods, config, outside, latency)
     own = resolved.recipe.method
     frozen = _by_format(resolved, methods[own], config)
     kept = _by_checkpointing(resolved, methods[own], config, activations[own])
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
                 + _host_as_text(own, entries, arguments.ranks_per_host)
                 + _choices_as_text(resolved, frozen, kept)
                 + _clusters_as_text(arguments, clusters)
-                + islands_as_text(clusters, count, arguments.outside_latency)
+                + islands_as_text(clusters, count, latency)
             )
         )
     return 0
@@ -270,10 +271,12 @@ def _choices_as_text(resolved, frozen: dict[str, int], kept: dict[str, int | Non
     return lines + ["", "  <: the recipe's"]
 
 
-def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config, outside: list[float]) -> list[dict]:
+def _clusters(
+    arguments: argparse.Namespace, resolved, methods: dict, config, outside: list[float], latency: float
+) -> list[dict]:
     """Return a step of every method at every stage, on every cluster and network.
 
-    outside: Gbit/s of the wires between islands.
+    outside, latency: Gbit/s of the wires between islands, and their microseconds.
     """
     from relora_ds.planning.cluster import Cluster, Wire, parse_cluster, predict_step
     from relora_ds.planning.network import shapes_of
@@ -281,7 +284,7 @@ def _clusters(arguments: argparse.Namespace, resolved, methods: dict, config, ou
 
     shapes = {name: shapes_of(method, config) for name, method in methods.items()}
     inside = Wire(arguments.inside * 1e9 / 8, arguments.inside_latency * 1e-6)
-    wires = {gbits: Wire(gbits * 1e9 / 8, arguments.outside_latency * 1e-6) for gbits in outside}
+    wires = {gbits: Wire(gbits * 1e9 / 8, latency * 1e-6) for gbits in outside}
     flops = arguments.tflops * 1e12
     found = []
     for nodes, devices in map(parse_cluster, arguments.cluster):

@@ -5,6 +5,7 @@ import argparse
 from relora_ds.commands.recipes import rows_as_text
 
 OUTSIDE = (0.1, 1.0)  # Gbit/s
+LATENCY = 25_000.0  # microseconds
 
 
 def add_outside_options(parser: argparse.ArgumentParser) -> None:
@@ -20,26 +21,32 @@ def add_outside_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outside-latency",
         type=float,
-        default=25_000,
         metavar="US",
-        help="microseconds from one island to another, half of a round trip (default: %(default)s)",
+        help=f"microseconds from one island to another, half of a round trip (default: {LATENCY:g})",
     )
 
 
-def outside_of(arguments: argparse.Namespace, count: int | None) -> list[float]:
-    """Return the bandwidths to predict islands for; none where the recipe is of none.
+def outside_of(arguments: argparse.Namespace, count: int | None) -> tuple[list[float], float]:
+    """Return the bandwidths to predict islands for, and the latency in microseconds.
+
+    There are no bandwidths for a recipe without islands.
 
     Raises:
-        ValueError: they are given nevertheless.
+        ValueError: an option is given that nothing is predicted with.
     """
-    if count is not None:
-        return arguments.outside or list(OUTSIDE)
-    if arguments.outside:
-        raise ValueError(
-            f"--outside: {arguments.outside[0]:g} is of the wire between islands, and the recipe has none; add e.g. "
-            "islands.count=2 islands.address=HOST:5555"
-        )
-    return []
+    given = {"--outside": (arguments.outside or [None])[0], "--outside-latency": arguments.outside_latency}
+    for option, value in given.items():
+        if value is None:
+            continue
+        if count is None:
+            raise ValueError(
+                f"{option}: {value:g} is of the wire between islands, and the recipe has none; add e.g. "
+                "islands.count=2 islands.address=HOST:5555"
+            )
+        if not arguments.cluster:
+            raise ValueError(f"{option}: {value:g} is of the wire between clusters; add e.g. --cluster 1x8")
+    latency = LATENCY if arguments.outside_latency is None else arguments.outside_latency
+    return ([] if count is None else arguments.outside or list(OUTSIDE)), latency
 
 
 def islands_as_text(clusters: list[dict], count: int | None, latency: float) -> list[str]:

@@ -71,13 +71,7 @@ class Islands:
         return []
 
     def join(self, engine) -> Exchange:
-        """Return the exchanges of an engine, which continue those of the engine before. Collective.
-
-        Raises:
-            ValueError: everything about its `ReLoRAConfig` that islands cannot exchange with, at once.
-        """
-        if found := self.problems(engine.relora):
-            raise ValueError("\n".join(found))
+        """Return the exchanges of an engine, which continue those of the engine before. Collective."""
         if self._link is None:
             self._link = self._connect()
         lr, momentum = self.config.outer
@@ -133,7 +127,7 @@ class Islands:
         self._saved.append(round)
 
     def close(self) -> None:
-        """Leave the server alone."""
+        """Close the link."""
         if self._link is not None:
             self._link.close()
             self._link = None

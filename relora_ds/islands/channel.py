@@ -34,6 +34,7 @@ class Channel:
     def __init__(self, context: zmq.Context, address: str, keys: Keys, sender: dict[str, Any], timeout_s: float):
         self._address, self._sender, self._timeout_s = address, sender, timeout_s
         self._number = 0
+        self._open: tuple[int, str, dict[str, Any]] | None = None  # a request that `ask` has left without a reply
         self._heard = self._repeated = time.monotonic()
         self._handshakes = self._failures = 0
         self._socket = client_socket(context, keys, address)
@@ -66,21 +67,9 @@ class Channel:
             LinkRefused: the server refuses the request, or the secret. LinkError: it is silent.
         """
         while True:
-            ready = dict(self._poller.poll(1000))
-            if self._monitor in ready and self._has_reconnected():
-                return None
-            if self._socket in ready:
-                reply = unpack(self._socket.recv_multipart(), REPLIES)
-                self._heard = time.monotonic()
-                if reply.fields["id"] != self._number:
-                    continue
-                if reply.kind == "error":
-                    raise LinkRefused(reply.fields["text"])
+            reply, is_lost = self._wait()
+            if reply is not None or is_lost:
                 return reply
-            self._check_silence()
-            if time.monotonic() - max(self._heard, self._repeated) > REPEAT_S:
-                self._repeated = time.monotonic()
-                return None
 
     def call(self, kind: str, **fields: Any) -> Message:
         """Send a request and return its reply.
@@ -94,11 +83,52 @@ class Channel:
             if reply := self.receive():
                 return reply
 
+    def ask(self, kind: str, patience_s: float, **fields: Any) -> Message | None:
+        """Send a request and return its reply, None after `patience_s` without one.
+
+        The next call with the same arguments waits on for the same reply, and the server's silence is counted on.
+
+        Raises:
+            LinkRefused: the server refuses the request, or the secret. LinkError: it is silent.
+        """
+        if self._open != (self._number, kind, fields):
+            self.begin()
+            self.send(kind, fields)
+        self._open = None
+        until = time.monotonic() + patience_s
+        while time.monotonic() < until:
+            reply, is_lost = self._wait()
+            if reply is not None:
+                return reply
+            if is_lost:
+                self.send(kind, fields)
+        self._open = (self._number, kind, fields)
+        return None
+
     def close(self) -> None:
         """Close the connection."""
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
+
+    def _wait(self) -> tuple[Message | None, bool]:
+        """Wait for a second at most. Return the reply, None without one, and whether to send the request again."""
+        ready = dict(self._poller.poll(1000))
+        if self._monitor in ready and self._has_reconnected():
+            return None, True
+        if self._socket in ready:
+            reply = unpack(self._socket.recv_multipart(), REPLIES)
+            self._heard = time.monotonic()
+            if reply.fields["id"] != self._number:
+                return None, False
+            if reply.kind == "error":
+                raise LinkRefused(reply.fields["text"])
+            return reply, False
+        self._check_silence()
+        if time.monotonic() - max(self._heard, self._repeated) > REPEAT_S:
+            self._repeated = time.monotonic()
+            return None, True
+        return None, False
 
     def _has_reconnected(self) -> bool:
         """Read the monitor; returns whether a connection stands again, on which nothing has been asked yet."""

@@ -124,10 +124,10 @@ class Link:
         """Return what a round consists of, as soon as it is decided; None after a few seconds without a decision.
 
         Raises:
-            LinkRefused: the server does not have it any more. LinkError: the server is silent.
+            LinkRefused: the server does not have it any more. LinkError: the server is silent, over several calls.
         """
-        reply = self._channel.call("decision", round=round, wait_s=_WAIT_S)
-        if reply.kind != "decision":
+        reply = self._channel.ask("decision", 2 * _WAIT_S, round=round, wait_s=_WAIT_S)
+        if reply is None or reply.kind != "decision":
             return None
         islands = dict(sorted(reply.fields["islands"].items()))
         return Decision(reply.fields["round"], islands, tuple(reply.fields["missing"]))

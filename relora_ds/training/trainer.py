@@ -103,6 +103,7 @@ class Trainer:
             saved = store.directories(self.run.run_dir)
             raise GuardError(f"{error}. " + (f"Saved is {saved[-1]}" if saved else "Nothing was saved")) from error
         except Stopped as stopped:  # likewise
+            self.preemption.note_stop()
             self.checkpoints.on_phase_end(self.run)
             saved = store.directories(self.run.run_dir)
             resumes = f"resumes from {saved[-1].name}" if saved else "begins anew"

@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 class Islands(Protocol):
     """What makes an engine one of several islands: `relora_ds.Islands`."""
 
+    def problems(self, relora: ReLoRAConfig | None) -> list[str]:
+        """Return why engines could not exchange, one message each."""
+
     def join(self, engine: ReLoRAEngine) -> Any:
         """Return the exchanges of an engine."""
 
@@ -135,6 +138,7 @@ def initialize(
     _refuse(
         _argument_problems(passed, optimizer, settings)
         + _schedule_problems(curve)
+        + (islands.problems(relora) if islands is not None else [])
         + (
             ds_config.problems(
                 settings,

@@ -198,6 +198,9 @@ def test_a_run_directory_that_holds_a_run_is_no_problem(capsys, tmp_path):
         (["tiny", "--cluster", "2x1", "--network", "0"], "above 0"),
         (["tiny", "--cluster", "2x1", "--tflops", "-1"], "above 0"),
         (["tiny", "--cluster", "2x1", "--outside", "1"], "--outside: 1 is of the wire between islands"),
+        (["tiny", "--cluster", "2x1", "--outside-latency", "9"], "--outside-latency: 9 is of the wire between islands"),
+        (["tiny", *ISLANDS, "--outside", "1"], "--outside: 1 is of the wire between clusters; add e.g. --cluster"),
+        (["tiny", *ISLANDS, "--outside-latency", "9"], "--outside-latency: 9 is of the wire between clusters"),
         (["tiny", *ISLANDS, "--cluster", "2x1", "--outside", "0"], "above 0"),
     ],
 )

@@ -7,10 +7,12 @@ import pytest
 import torch.distributed as dist
 
 import relora_ds.train
+from relora_ds import Islands, IslandsConfig, initialize
 from relora_ds.islands.client import Link
 from relora_ds.islands.refusals import LinkError, LinkRefused
 from relora_ds.islands.secret import VARIABLE
 from relora_ds.training import exit_codes
+from tests import small_models
 from tests.exchange import cases
 from tests.exchange.cases import worlds
 from tests.islands.servers import SECRET, serving
@@ -58,6 +60,14 @@ def test_all_ranks_of_a_loop_hear_of_it(method, rank, error, tmp_path):
         found = world.run(own_loop, server.address, method, rank, error, timeout=PROMPTLY_S)
     raised = "LinkError" if error is LinkError else "LinkRefused"
     assert found == [f"{raised}: islands: rank {rank}: {error.__name__}: {REASON}"] * 2
+
+
+def test_an_engine_that_could_not_exchange_is_not_built():
+    islands = Islands(IslandsConfig(count=2, address="127.0.0.1:5555"), secret=SECRET)
+    with mock.patch("relora_ds.zero.initialize.init_distributed") as begun:
+        with pytest.raises(ValueError, match="lr: .*\n.*islands.sync_every: None, and there are no restarts"):
+            initialize(small_models.llama(), "zero1", total_steps=10, islands=islands)
+        begun.assert_not_called()
 
 
 def run(overrides: list[str]) -> int:

@@ -17,8 +17,11 @@ from tests.training.runs import lines, status
 PROMPTLY_S = 90  # the others are waited for ten minutes
 
 
-def run(overrides: list[str], asked: int | None = None) -> int:
-    """On a rank: the exit code of a run. asked: a rank that hears SIGTERM when it first waits for a decision."""
+def run(overrides: list[str], asked: int) -> tuple[int, bool]:
+    """On a rank: the exit code of a run, and whether SIGTERM is ignored after it.
+
+    asked: a rank that hears SIGTERM while it waits for a decision.
+    """
     os.environ[VARIABLE] = SECRET
     real = Link.decision
 
@@ -28,15 +31,16 @@ def run(overrides: list[str], asked: int | None = None) -> int:
         return real(link, round)
 
     with mock.patch.object(Link, "decision", decision):
-        return relora_ds.train.run("tiny", overrides)
+        code = relora_ds.train.run("tiny", overrides)
+    return code, signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_IGN
 
 
-def test_it_stops_without_having_exchanged_and_makes_it_good_later(tmp_path):
+def test_it_stops_without_having_exchanged(tmp_path):
     with serving(tmp_path / "rounds", timeout_s=600) as server, worlds(2) as (world,):
         islands = ["islands.count=2", "islands.sync_every=5", f"islands.address={server.address}"]
         overrides = [f"run_dir={tmp_path / 'run'}", "eval.samples=0", "train.steps=20", "checkpoint.every=3", *islands]
-        codes = world.run(run, overrides, 1, timeout=PROMPTLY_S)
-        assert codes == [exit_codes.PREEMPTED] * 2
+        ended = world.run(run, overrides, 1, timeout=PROMPTLY_S)
+        assert ended == [(exit_codes.PREEMPTED, True)] * 2
         said = status(tmp_path / "run")
         assert (said["state"], said["exit_code"]) == ("preempted", exit_codes.PREEMPTED)
         assert said["reason"] == (

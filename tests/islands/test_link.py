@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from relora_ds.islands import client
 from relora_ds.islands.framing import CHUNK
 from relora_ds.islands.refusals import LinkError, LinkRefused
 from tests.islands.servers import IDENTITY, SECRET, blob, joined, link, run_together, serving
@@ -170,6 +171,24 @@ def test_a_server_that_is_not_there(tmp_path):
     with pytest.raises(LinkError, match=r"nobody has answered at tcp://127.0.0.1:\d+ for \d s; start the server"):
         one.join(IDENTITY, 0)
     one.close()
+
+
+def test_a_server_that_falls_silent_is_waited_for_over_several_calls(tmp_path, monkeypatch):
+    """Between the calls an island can be stopped. A reply to an earlier call is not lost."""
+    monkeypatch.setattr(client, "_WAIT_S", 0.1)
+    with serving(tmp_path) as served, joined(served.address, "a", count=1, timeout_s=4) as (a,):
+        a.contribute(1, {}, {}, 1)
+        served.stop()
+        assert a.decision(1) is None
+        with serving(tmp_path, listen=served.address):
+            while (decision := a.decision(1)) is None:
+                pass
+        assert [*decision.islands] == ["a"]
+        begun, silent = time.monotonic(), 0
+        with pytest.raises(LinkError, match=r"nobody has answered at tcp://127.0.0.1:\d+ for \d s"):
+            while a.decision(1) is None:
+                silent += 1
+        assert silent > 1 and 4 < time.monotonic() - begun < 30
 
 
 def test_an_empty_directory_does_not_know_the_islands(tmp_path):

@@ -84,6 +84,11 @@ class Preemption(Hook):
         if run.engine.exchange is not None:
             run.engine.exchange.is_asked_to_stop = self.request.has_heard
 
+    def note_stop(self) -> None:
+        """Note that a rank was asked to stop, on all others too: each ignores the signals that follow."""
+        if self.request is not None:
+            self.request.heard = self.request.heard or "another rank was"
+
     def on_step(self, run: RunState, step: Step) -> None:
         assert self.request is not None, "the run has begun"
         if not self.request.agreed():
