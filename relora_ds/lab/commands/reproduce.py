@@ -52,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from relora_ds.lab.experiments import budget, suite_report
-    from relora_ds.lab.experiments.runs import Results, Run, Runner
+    from relora_ds.lab.experiments import budget, run_islands, suite_report
+    from relora_ds.lab.experiments.runner import Runner
+    from relora_ds.lab.experiments.runs import Results, Run
     from relora_ds.lab.experiments.suites import read_suite
     from relora_ds.training.exit_codes import DONE, ERROR, PREEMPTED, Preempted
 
@@ -69,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     wanted = {run.name: run for found in runs.values() for run in found}  # each once, whatever suites it is in
     results = Results(arguments.results or arguments.runs / "results")
+    if not arguments.dry_run:
+        run_islands.check(run.recipe for run in wanted.values() if results.read(run) is None)
     runner = Runner(arguments.runs, arguments.num_gpus, arguments.threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())

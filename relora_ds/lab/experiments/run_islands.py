@@ -8,12 +8,12 @@ In the run's directory:
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from relora_ds.config import IslandsConfig
+from relora_ds.config import IslandsConfig, Recipe
 from relora_ds.islands.requirement import require_zmq
 from relora_ds.islands.secret import VARIABLE
 
@@ -27,10 +27,15 @@ def directories(directory: Path, count: int | None) -> list[Path]:
     return [directory] if count is None else [directory / f"island-{index}" for index in range(count)]
 
 
+def check(recipes: Iterable[Recipe]) -> None:
+    """Do nothing where islands can be served, or none of the recipes has any. Raise ValueError elsewhere."""
+    if any(recipe.islands.count is not None for recipe in recipes):
+        require_zmq()
+
+
 @contextmanager
 def serving(directory: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Serve the islands of the run in `directory`; yields overrides for its islands, and variables of environment."""
-    require_zmq()
     from relora_ds.islands.server import Server
 
     directory.mkdir(parents=True, exist_ok=True)

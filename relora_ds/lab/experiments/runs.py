@@ -1,4 +1,4 @@
-"""One run of an experiment: where it is, how it is trained, and what is kept of it.
+"""One run of an experiment: what it is known by, and what is kept of it.
 
 A run is known by its recipe: rows of several suites that are the same training share it. Its directory, with
 checkpoints, is under `--runs`; what the tables and figures need is one small file under `--results`, so that the
@@ -7,15 +7,7 @@ directory can go.
 
 import hashlib
 import json
-import os
-import re
-import shlex
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,14 +16,12 @@ from relora_ds.config import Recipe, load_recipe, method_of
 from relora_ds.lab.bench.environment import environment_info
 from relora_ds.lab.experiments import run_islands, update_spectra
 from relora_ds.lab.experiments.suites import Row
-from relora_ds.training.exit_codes import PREEMPTED, Preempted
 from relora_ds.training.metrics_log import read_metrics
 from relora_ds.utils.files import write_text
 
 # Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.
 _ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "seed")
 NUM_POINTS = 100  # of a training curve
-COMMAND = "\n$ "  # stands before each command in a run's log
 
 
 @dataclass(frozen=True)
@@ -79,138 +69,6 @@ def _settings(recipe: Recipe) -> dict:
         for (section, key), value in leaves(recipe).items()
         if value != defaults[section, key] and section not in _ELSEWHERE
     }
-
-
-class Runner:
-    """Trains runs in processes of their own.
-
-    Args:
-        runs: the directory of run directories.
-        num_gpus: of each run, started by `deepspeed`; 0: one process without a launcher.
-        threads: CPU threads of a run; None leaves it to PyTorch.
-    """
-
-    def __init__(self, runs: Path, num_gpus: int = 0, threads: int | None = None):
-        self.runs, self.num_gpus, self.threads = runs.resolve(), num_gpus, threads
-        self.stopping = threading.Event()
-        self._processes: dict[Path, subprocess.Popen] = {}
-
-    def directory(self, run: Run) -> Path:
-        return self.runs / run.name
-
-    def train_all(self, runs: Sequence[Run], results: "Results", jobs: int, say: Callable[[str], None]) -> list[str]:
-        """Train what has no result yet, `jobs` at a time, and keep the results; returns why runs failed.
-
-        Raises:
-            Preempted: it was told to stop; what was running has saved itself.
-        """
-
-        def train(run: Run) -> str | None:
-            if self.stopping.is_set():
-                raise Preempted(f"{run.name} was not started")
-            if results.read(run) is None:
-                say(f"{run.row.name}, seed {run.seed}: {self.directory(run)}")
-                if failure := self.train(run):
-                    return failure
-                results.write(run, result := result_of(run, self.directory(run)))
-                say(
-                    f"{run.row.name}, seed {run.seed}: validation loss {result['val_loss']:.4f}, "
-                    f"{result['seconds'] / 60:.0f} min"
-                )
-            return None
-
-        with ThreadPoolExecutor(jobs) as pool:
-            return [failure for failure in pool.map(train, runs) if failure]
-
-    def train(self, run: Run) -> str | None:
-        """Train it, or resume it; returns why it failed, or None.
-
-        Raises:
-            Preempted: it was told to stop; what was running has saved itself.
-        """
-        was_stopped = False
-        for directory, code in self._execute_all(run).items():
-            status = read_json(directory / "status.json")
-            if status.get("state") == "preempted" or code in (PREEMPTED, -signal.SIGTERM):
-                was_stopped = True
-            elif status.get("state") != "done" and not self.stopping.is_set():
-                why = status.get("reason") or reason(directory, code)
-                return f"{run.name} ({run.row.name}): {why}; see {directory}.log"
-        if was_stopped or self.stopping.is_set():
-            self.stop()  # the signal was for all
-            raise Preempted(f"{run.name} was stopped")
-        return None
-
-    def _execute_all(self, run: Run) -> dict[Path, int]:
-        """Train a run, or all of its islands at the same time; return exit codes by run directory."""
-        directories = run_islands.directories(self.directory(run), run.recipe.islands.count)
-        if run.recipe.islands.count is None:
-            return {directory: self.execute(run, directory, "resume=auto") for directory in directories}
-        with run_islands.serving(self.directory(run)) as (overrides, secret), ThreadPoolExecutor() as pool:
-            islands = {
-                pool.submit(
-                    self.execute, run, directory, *overrides, f"islands.index={i}", "resume=auto", environment=secret
-                ): directory
-                for i, directory in enumerate(directories)
-            }
-            for ended in as_completed(islands):
-                if ended.result():  # the others would wait for it at every exchange
-                    self._terminate(directories)
-        return {directory: ended.result() for ended, directory in islands.items()}
-
-    def execute(self, run: Run, directory: Path, *more: str, environment: Mapping[str, str] | None = None) -> int:
-        """Run `train.py` on a run's recipe; its output goes to a log beside the directory. Returns the exit code."""
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(self.num_gpus), "--module"] if self.num_gpus else []
-        command = [
-            sys.executable,
-            "-m",
-            *launcher,
-            "relora_ds.train",
-            "--config",
-            run.row.recipe,
-            *run.overrides,
-            f"run_dir={directory}",
-            *more,
-        ]
-        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
-        with open(f"{directory}.log", "a", encoding="utf-8") as log:
-            if self.stopping.is_set():
-                raise Preempted(f"{run.name} was not started")
-            print(f"{COMMAND}{shlex.join(command)}", file=log, flush=True)
-            # A session of its own: a Ctrl-C reaches it once, through `stop`.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **threads, **(environment or {})},
-                start_new_session=True,
-            )
-            self._processes[directory] = process
-            if self.stopping.is_set():  # between the last look and this one
-                process.send_signal(signal.SIGTERM)
-            try:
-                return process.wait()
-            finally:
-                del self._processes[directory]
-
-    def stop(self) -> None:
-        """Have what is running save itself and end."""
-        self.stopping.set()
-        self._terminate(list(self._processes))
-
-    def _terminate(self, directories: Sequence[Path]) -> None:
-        for directory in directories:
-            if process := self._processes.get(directory):
-                process.send_signal(signal.SIGTERM)
-
-
-def reason(directory: Path, code: int) -> str:
-    """Return why the last command in a run's log ended: the error that it printed, or its exit code."""
-    log = Path(f"{directory}.log").read_text(encoding="utf-8", errors="replace")
-    errors = re.findall(r"^error: (.*(?:\n[ \t].*)*)", log.rpartition(COMMAND)[2], re.MULTILINE)
-    return errors[-1] if errors else f"exit code {code}"
 
 
 def result_of(run: Run, directory: Path) -> dict:

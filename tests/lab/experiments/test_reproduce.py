@@ -12,7 +12,8 @@ import pytest
 from relora_ds.__main__ import main
 from relora_ds.config import load_recipe
 from relora_ds.lab.experiments import budget, suite_report
-from relora_ds.lab.experiments.runs import Results, Run, Runner, _spectrum, result_of
+from relora_ds.lab.experiments.runner import Runner
+from relora_ds.lab.experiments.runs import Results, Run, _spectrum, result_of
 from relora_ds.lab.experiments.suites import read_suite
 from relora_ds.training.exit_codes import Preempted
 from relora_ds.training.metrics_log import read_metrics

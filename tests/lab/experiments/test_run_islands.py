@@ -7,7 +7,8 @@ import pytest
 
 from relora_ds.config import load_recipe
 from relora_ds.lab.experiments.link_bytes import data_parallel_bytes, link_bytes
-from relora_ds.lab.experiments.runs import Results, Run, Runner
+from relora_ds.lab.experiments.runner import Runner
+from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import read_suite
 from tests.lab.experiments.test_reproduce import RELORA, SMALL
 
