@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts: finds a Python environment that can run this project, or makes one.
 #
-#   prepare_environment [test]     # sets PYTHON and puts its folder first in PATH
+#   prepare_environment [EXTRA,...]     # sets PYTHON and puts its folder first in PATH
 #
 # An active environment (virtualenv, conda, or `python3`) that has torch and deepspeed is used; the
 # requirements it lacks are added to it, and nothing that is installed there is replaced. Where something installed
@@ -19,8 +19,9 @@ fail() {
     exit 1
 }
 
-# examine PYTHON [EXTRA]: compare what is installed with pyproject.toml; one fact a line: `python PATH`, `using VERSIONS`,
-# `missing REQUIREMENT`, `installed NAME==VERSION`. Where the environment cannot be used: exit code 1 and the reason.
+# examine PYTHON [EXTRA,...]: compare what is installed with pyproject.toml; one fact a line: `python PATH`,
+# `using VERSIONS`, `missing REQUIREMENT`, `installed NAME==VERSION`. Where the environment cannot be used: exit code 1
+# and the reason.
 examine() {
     "$1" - "$ROOT/pyproject.toml" "${2:-}" <<'PYTHON'
 import sys
@@ -49,10 +50,11 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-project_file, extra = sys.argv[1:]
+project_file, extras = sys.argv[1:]
 with open(project_file, "rb") as file:
     project = tomllib.load(file)["project"]
-requirements = project["dependencies"] + (project["optional-dependencies"][extra] if extra else [])
+optional = project["optional-dependencies"]
+requirements = project["dependencies"] + [one for extra in extras.split(",") if extra for one in optional[extra]]
 facts = [f"python {sys.executable}", f"using torch {version('torch')}, deepspeed {version('deepspeed')}"]
 for text in requirements:
     requirement = Requirement(text)
@@ -73,7 +75,7 @@ PYTHON
 # facts KIND: the lines of that kind from stdin, without the word.
 facts() { sed -n "s/^$1 //p"; }
 
-# use_active [EXTRA]: set PYTHON to the active environment's, complete it; or leave the reason in `unused`.
+# use_active [EXTRA,...]: set PYTHON to the active environment's, complete it; or leave the reason in `unused`.
 use_active() {
     local candidate=python3 found missing=() line pins
     if [ -n "${VIRTUAL_ENV:-}" ]; then

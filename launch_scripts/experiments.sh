@@ -19,7 +19,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 scale=$1 results=$2
 shift 2
-prepare_environment plot
+prepare_environment plot,islands
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     machine=(--num-gpus 1)
 else
@@ -27,6 +27,6 @@ else
     # glibc returns large blocks to the system after every step and faults them in again: a fifth of the time.
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_TOP_PAD_=100000000
 fi
-read -ra suites <<<"${SUITES:-lr main ablation reset precision rank horizon variants galore}"
+read -ra suites <<<"${SUITES:-lr main ablation reset precision rank horizon variants galore islands island_choices}"
 exec "$PYTHON" -m relora_ds reproduce "${suites[@]}" --scale "$scale" --runs "runs/$scale" --results "$results" \
     "${machine[@]}" "$@"

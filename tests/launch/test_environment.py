@@ -119,6 +119,17 @@ def test_an_index_that_refuses_or_hangs_is_not_waited_for(checkout):
     assert "options: \n" in refused and "does not answer" in refused
 
 
+def test_what_several_extras_need_is_examined(checkout):
+    (checkout / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["pip"]\n'
+        "[project.optional-dependencies]\n"
+        'plot = ["no-such-plot"]\nislands = ["no-such-link"]\ndocs = ["no-such-docs"]\n'
+    )
+    script = f"source launch_scripts/environment.sh; examine {sys.executable} plot,islands"
+    code, printed = run("bash", "-ec", script, cwd=checkout)
+    assert code == 0 and "missing no-such-plot\nmissing no-such-link\n" in printed and "docs" not in printed
+
+
 USE = "source launch_scripts/environment.sh; CPU_INDEX=$INDEX unused=none; use_venv"
 
 

@@ -1,5 +1,8 @@
 """The shipped suites: every row at every scale is a recipe that can run, and rows differ in what they say they do."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from relora_ds.config import load_recipe, method_of
@@ -25,6 +28,13 @@ def test_every_row_is_a_recipe_of_its_own(name, scale):
     # ReLoRA's own setting may be one of a sweep's values.
     assert len(set(names)) >= len(names) - sum(row.axis is not None for row in suite.rows) * suite.seeds
     assert len(set(names)) > len(names) / 2
+
+
+def test_the_script_of_the_experiments_runs_every_suite():
+    script = (Path(__file__).parents[3] / "launch_scripts/experiments.sh").read_text(encoding="utf-8")
+    (named,) = re.findall(r"\$\{SUITES:-([a-z_ ]+)\}", script)
+    assert sorted(named.split()) == suite_names()
+    assert re.search(r"^prepare_environment .*\bislands\b", script, re.MULTILINE)
 
 
 def test_the_suites_that_the_paper_asks_for():
