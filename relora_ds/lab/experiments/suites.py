@@ -12,7 +12,8 @@
 
 `recipe` is what follows the scale in the name of a shipped recipe. In `set`, `{value}` is the sweep's, and
 `{full.optim.lr}` is what the recipe `full` of the same scale says. A sweep's `set` may differ by scale, as its `values`
-do: `set: {tiny: [...], small: [...], paper: [...]}`.
+do: `set: {tiny: [...], small: [...], paper: [...]}`. A list in it, as the alias of a YAML anchor is, counts as its
+elements.
 """
 
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ def read_suite(name: str, scale: str) -> Suite:
 def _row(
     name: str, about: dict, scale: str, recipes: dict[str, Recipe], axis: str | None = None, value: float | None = None
 ) -> Row:
-    overrides = tuple(text.format(value=value, **recipes) for text in about.get("set", []))
+    parts = (part if isinstance(part, list) else [part] for part in about.get("set", []))
+    overrides = tuple(text.format(value=value, **recipes) for part in parts for text in part)
     return Row(
         name if axis is None else f"{name}, {axis} {value:g}",
         f"{SCALES[scale]}_{about['recipe']}",

@@ -6,10 +6,11 @@ import time
 import pytest
 
 from relora_ds.config import load_recipe
+from relora_ds.lab.experiments import suite_report
 from relora_ds.lab.experiments.link_bytes import data_parallel_bytes, link_bytes
 from relora_ds.lab.experiments.runner import Runner
 from relora_ds.lab.experiments.runs import Results, Run
-from relora_ds.lab.experiments.suites import read_suite
+from relora_ds.lab.experiments.suites import Row, read_suite
 from tests.lab.experiments.test_reproduce import RELORA, SMALL
 
 ISLANDS = (*SMALL, *RELORA, "train.batch_sequences=2", "train.micro_batch_size=2", "islands.sync_every=2")
@@ -53,3 +54,25 @@ def test_bytes_of_data_parallel_are_those_of_every_phase():
     assert data_parallel_bytes(load_recipe("tiny_full"), 4) == steps * 4 * full * 3 // 2
     result = {"islands": None, "recipe": ["tiny_full"]}
     assert link_bytes(result, [2, 4]) == [2 * steps * 4 * full, 3 * steps * 4 * full] and link_bytes(result, []) == []
+
+
+def row_of(name: str, *results: dict, group: str | None = None) -> suite_report.Measured:
+    found = [{"islands": None, "recipe": ["tiny_full"], **result} for result in results]
+    return suite_report.Measured(Row(name, "tiny_full", group=group), found)
+
+
+def test_the_figure_of_the_link_has_islands_and_data_parallel_of_as_many_ranks():
+    full = row_of("full rank", {"val_loss": 3.0}, {"val_loss": 3.2})
+    two = [
+        row_of(f"two, H {h}", {"val_loss": loss, "islands": 2, "bytes_exchanged": sent}, group="two")
+        for h, loss, sent in ((50, 3.1, 900), (200, 3.3, 300))
+    ]
+    four = row_of("four", {"val_loss": 3.4, "islands": 4, "bytes_exchanged": 700})
+    recipe = load_recipe("tiny_full")
+    assert suite_report.links([full, *two, four]) == {
+        "full rank, 2 ranks": [(2 * data_parallel_bytes(recipe, 2), [3.0, 3.2])],
+        "full rank, 4 ranks": [(2 * data_parallel_bytes(recipe, 4), [3.0, 3.2])],
+        "two": [(900, [3.1]), (300, [3.3])],
+        "four": [(700, [3.4])],
+    }
+    assert suite_report.links([full]) == {}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from relora_ds.lab.figures.plot_experiments import draw_differences
+from relora_ds.lab.figures.plot_experiments import draw_differences, draw_link
 from relora_ds.lab.figures.style import LIGHT
 
 
@@ -24,3 +24,13 @@ def test_differences_are_of_the_same_seed():
     band = axes.collections[0].get_paths()[0].vertices
     np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [-0.1, 0.3], atol=1e-9)
     assert zero.get_ydata() == [0, 0]
+
+
+def test_losses_over_a_link_are_joined_in_the_order_of_bytes():
+    figure = draw_link({"islands": [(4000, [3.0, 3.2]), (1000, [3.5])], "full rank, 2 ranks": [(9000, [2.9])]}, LIGHT)
+    (axes,) = figure.axes
+    line, seeds, other, _ = axes.lines
+    assert axes.get_xscale() == "log" and (line.get_label(), other.get_label()) == ("islands", "full rank, 2 ranks")
+    assert list(line.get_xdata()) == [1000, 4000]
+    np.testing.assert_allclose(line.get_ydata(), [3.5, 3.1])
+    assert list(zip(seeds.get_xdata(), seeds.get_ydata(), strict=True)) == [(1000, 3.5), (4000, 3.0), (4000, 3.2)]
