@@ -24,7 +24,7 @@ def exchange_bytes(shapes: Shapes, relora: ReLoRAConfig | None, compression: str
 def exchange_items(
     shapes: Shapes, relora: ReLoRAConfig | None, islands: IslandsConfig, *, world_size: int
 ) -> list[Item]:
-    """Return what the rank with the most of it holds on the host for the exchanges of an island.
+    """Return the host memory for the exchanges of an island, on the rank that needs most.
 
     An exchange is counted as a part of the restart, also of a full-rank run: all islands' updates of what this rank
     owns. A checkpoint is written from copies of what is kept.
