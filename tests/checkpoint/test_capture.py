@@ -42,7 +42,7 @@ def capture_twice(stage, precision, offload) -> tuple[int, int]:
     return counted.number, len(PARTS) * len(captured.ranges)
 
 
-@pytest.mark.slow  # every test of a checkpoint reads what was copied so
+@pytest.mark.slow  # every test of a checkpoint reads what was copied so; only here are the copies counted
 @pytest.mark.parametrize("stage, precision, offload", [(1, "bf16", False), (2, "fp32", True), (3, "bf16", False)])
 def test_flat_partitions_are_copied_whole(stage, precision, offload):
     for copied, tensors in ranks(2).run(capture_twice, stage, precision, offload):

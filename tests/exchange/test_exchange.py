@@ -47,7 +47,7 @@ def expected_weights(results: list[list[dict]], round: int, weights: list[float]
     return found
 
 
-@SLOW  # below are three islands of all these stages, and test_runs.py has runs
+@SLOW  # below are islands of all stages: weights in int8 at 1 and 0, three islands at 1, 3 and 2
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("method", ["galore", "relora", "full"])
@@ -67,7 +67,7 @@ def test_quantized_weights(stages, frozen, tmp_path):
     check_equal(train((1, 2), tmp_path, method="relora", frozen=frozen, each=[{"stage": one} for one in stages]))
 
 
-@pytest.mark.parametrize("stages", [(1, 3, 0), pytest.param((2, 0, 3), marks=SLOW)])
+@pytest.mark.parametrize("stages", [(1, 3, 2), pytest.param((2, 0, 3), marks=SLOW)])
 def test_three_islands_of_other_sizes_and_stages(stages, tmp_path):
     each = [{"stage": stage} for stage in stages]
     results = train((1, 2, 3), tmp_path, each=each, outer_optimizer="average")

@@ -129,7 +129,6 @@ def reported(tmp_path_factory):
     return directory, spoiled_run(directory, "checkpoint.every=45")
 
 
-@pytest.mark.slow  # test_skip and the others detect the same spike
 def test_report(reported):
     directory, summary = reported
     assert (summary["loss_spikes"], summary["skipped_steps"], summary["rollbacks"]) == (1, 0, 0)
