@@ -60,6 +60,7 @@ class Island(threading.Thread):
         self.kills: Counter = Counter()
         self.error: str | None = None
         self._size, self._left, self._chance = SIZES[index], kills, chance
+        self._metrics = directory / str(index) / "metrics.jsonl"
         own = [f"run_dir={directory}/{index}", f"islands.index={index}", f"islands.address={address}"]
         self._overrides = own + SETTINGS
 
@@ -82,9 +83,18 @@ class Island(threading.Thread):
                 world.stop()
 
     def _kill_later(self, world: Ranks, ended: threading.Event) -> None:
+        written = self._written()
         while len(world._workers) < self._size and not ended.wait(0.05):
             pass
-        if not self._left or ended.wait(self._chance.uniform(0.5, 5.0)):
+        if not self._left:
+            return
+        if self._chance.random() < 0.2:  # while it starts
+            is_over = ended.wait(self._chance.uniform(0.5, 5.0))
+        else:  # while it trains or exchanges
+            while self._written() <= written and not ended.wait(0.05):
+                pass
+            is_over = ended.wait(self._chance.uniform(0.0, 1.0))
+        if is_over:
             return
         everyone = self._chance.random() < 0.5
         processes = [process for process, _ in world._workers]
@@ -92,6 +102,9 @@ class Island(threading.Thread):
         self.kills["all ranks" if everyone else "one rank"] += 1
         for process in processes if everyone else self._chance.sample(processes, 1):
             os.kill(process.pid, signal.SIGKILL)
+
+    def _written(self) -> int:
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
 
 
 def replayed(rounds: Path) -> dict[str, torch.Tensor]:
@@ -141,7 +154,7 @@ def live(directory: Path, kills: int, seed: int) -> tuple[dict, list[dict]]:
         AssertionError: a run was lost, or a merge lost or made twice.
     """
     chance, began = random.Random(seed), time.monotonic()
-    with serving(directory / "rounds", timeout_s=2.0) as server:
+    with serving(directory / "rounds", timeout_s=5.0) as server:
         each = [kills // len(SIZES) + (index < kills % len(SIZES)) for index in range(len(SIZES))]
         islands = [
             Island(index, directory, server.address, each[index], random.Random(chance.random()))
