@@ -6,7 +6,6 @@ with the exchange of the last step.
 """
 
 import logging
-import sys
 from typing import cast
 
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -45,10 +44,11 @@ class IslandTraining(Trainer):
     islands: Islands | None
 
     def set_initial_training_values(self, *args, **kwargs):
-        """Return what the Trainer computes; of an island, with epochs without an end: its steps end training."""
-        # A step that is not finite is taken again, with data beyond the epochs that `max_steps` needs.
+        """Return what the Trainer computes; of an island, with twice as many epochs: its steps end training."""
+        # A step that is not finite is taken again, with data beyond the epochs that `max_steps` needs. Where as many
+        # steps as that are not finite, training ends without the last exchange, and `end` warns of it.
         epochs, *others = super().set_initial_training_values(*args, **kwargs)
-        return (epochs if self.islands is None else sys.maxsize, *others)
+        return (epochs if self.islands is None else 2 * epochs, *others)
 
     def end_without_a_step(self) -> TrainOutput:
         """Evaluate and save where `control` says so, and end as the Trainer does."""

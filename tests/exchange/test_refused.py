@@ -19,7 +19,7 @@ from tests.islands.servers import SECRET, serving
 from tests.training.runs import status
 
 REASON = "the update is another one; start this island again"
-PROMPTLY_S = 60  # a watchdog waits for half an hour
+PROMPTLY_S = 240  # a watchdog waits for half an hour
 
 
 def failing(method: str, rank: int, error: type[Exception]):

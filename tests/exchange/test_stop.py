@@ -14,7 +14,7 @@ from tests.exchange.cases import worlds
 from tests.islands.servers import SECRET, serving
 from tests.training.runs import lines, status
 
-PROMPTLY_S = 90  # the others are waited for ten minutes
+PROMPTLY_S = 240  # the others are waited for ten minutes
 
 
 def run(overrides: list[str], asked: int) -> tuple[int, bool]:
