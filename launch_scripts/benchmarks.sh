@@ -35,6 +35,17 @@ OMP_NUM_THREADS=1 bench layer --compare products --r-part 16 4 --rows 4096 --rep
 OMP_NUM_THREADS=1 bench throughput --preset llama_60m --vocab-size 2048 --r 128 --micro-batch-size 6 --repeats 3 \
   --variants "PEFT, same modules train" "ours, separate" "ours, folded" "ours, one-sided, separate" \
   "ours, one-sided, folded" --out $out/step_60m_products.json
+mkdir -p $out/widths
+for network in "512 llama_60m 128 32" "1024 medium_4 256 64" "2048 wide_2 512 128"; do
+  read -r width preset ranks <<<"$network"
+  for precision in bf16 fp32; do
+    for r in $ranks; do
+      OMP_NUM_THREADS=1 bench throughput --preset "$preset" --vocab-size 2048 --r "$r" --micro-batch-size 6 --repeats 3 \
+        --precision $precision --variants "PEFT, same modules train" "ours, separate" "ours, dense" \
+        "ours, one-sided, separate" "ours, one-sided, random" --out "$out/widths/width_${width}_r${r}_$precision.json"
+    done
+  done
+done
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
 chains=("full rank" "PEFT, same modules train" "ours, dense" "ours, bf16" "ours, one-sided, exact"
   "ours, one-sided, sketch" "ours, one-sided, random" "ours, one-sided, residual")
