@@ -235,6 +235,7 @@ def one_sided() -> list[str]:
             loss("galore", f"exact, {name}, restart every {every}") for name in ("carried", "rotated", "zeroed")
         )
         assert rotated < carried < zeroed
+    with_residual = ("random, rotated, residual, r 4", "exact, carried, residual, r 4")
     return [
         f"With r 16, {fraction(16 / 64)} of the width, it ends "
         f"{above('exact, carried, r 16', 'full rank'):.3f} above it",
@@ -247,10 +248,10 @@ def one_sided() -> list[str]:
         f"GaLore with r 16 sends {sent['r 16'] / 1e3:.0f}k, and ends "
         f"{above('exact, carried, r 16', 'exact, carried, residual, r 4'):.3f} higher",
         f"At 200 steps between restarts it ends {mean(over_exact):.3f} below GaLore with a basis from the exact "
-        f"gradient, {with_each_seed(over_exact)}, and {mean(over_sketch):.3f} below one with a basis from a warm sketch, "
+        f"gradient, {with_each_seed(over_exact)}, "
+        f"and {mean(over_sketch):.3f} below one with a basis from a warm sketch, "
         f"in the mean of {WORDS[len(over_sketch)]} seeds",
-        f"r 4 ends {-lead('galore', 'random, rotated, residual, r 4', 'exact, carried, residual, r 4'):.3f} higher with "
-        "a random basis",
+        f"r 4 ends {-lead('galore', *with_residual):.3f} higher with a random basis",
     ]
 
 
