@@ -92,3 +92,6 @@ def test_killed_ones_come_back(tmp_path):
     assert made_good == [1, 2, 3, 4, 5]
     by_itself = lines(tmp_path / "0", "exchange")[1:3]  # the last one of the warm start, and the first restart
     assert [line["bytes_sent"] for line in by_itself] == planned_bytes()
+    one, other = (losses(tmp_path / str(i)) for i in range(2))
+    both_took = one.keys() & other.keys()
+    assert both_took and all(one[step] != other[step] for step in both_took), "they train on other sequences"
