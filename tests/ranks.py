@@ -19,8 +19,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from relora_ds.utils.ports import free_port
 from tests.devices import hide_gpus
-from tests.ports import free_port
 
 hide_gpus()
 _context = multiprocessing.get_context("forkserver")

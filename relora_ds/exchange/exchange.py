@@ -16,7 +16,6 @@ the server keeps (`catch_up`).
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.exchange import compress
+from relora_ds.exchange.arrivals import Arrived, decision_of, linked, updates_of
 from relora_ds.exchange.outer import Outer
-from relora_ds.islands.answers import Decision
-from relora_ds.islands.refusals import LinkError, LinkRefused
+from relora_ds.exchange.report import ExchangeReport
 from relora_ds.lowrank.reinit import sketch_shape
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.adam_state import MOMENTS
 from relora_ds.zero.frozen_master import assign_owners
 from relora_ds.zero.shards import PIECE
-from relora_ds.zero.together import together
 from relora_ds.zero.verify_ranks import checksum
 
 if TYPE_CHECKING:
@@ -43,55 +41,6 @@ _SKETCH = "sketch/"  # before a layer's name
 _ANCHOR, _MOMENTUM, _ERROR = "anchor/", "momentum/", "error/"
 
 Factors = Iterable[tuple[str, Tensor, Tensor]]  # layer, A, B
-
-
-class Stopped(RuntimeError):
-    """This island stops in an exchange, before anything of it has changed a weight."""
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """What an island in a decision has sent to this rank.
-
-    Attributes:
-        weight: its part of the mean.
-        rho: what weight decay has left of its frozen weights.
-        blobs: by name.
-    """
-
-    weight: float
-    rho: float
-    blobs: Mapping[str, Any]
-
-    def bytes_of(self, name: str) -> Tensor:
-        """Return what was sent, 1-D uint8 on the CPU; it can be read only."""
-        return torch.frombuffer(self.blobs[name], dtype=torch.uint8)
-
-    def tensor(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """Return a new fp32 tensor of what was sent without compression."""
-        return self.bytes_of(name).view(torch.float32).view(shape).to(device, copy=True)
-
-
-@dataclass(frozen=True)
-class ExchangeReport:
-    """An exchange, the same on every rank of an island.
-
-    Attributes:
-        round: its number, from 1.
-        islands: the names of those in it.
-        missing: of those that it lacks.
-        bytes_sent, bytes_received: of this island's ranks together.
-        exchange_s: seconds, from the first byte sent to the last weight written; of a restart with its merge.
-        waited_s: of these, until the server had decided.
-    """
-
-    round: int
-    islands: tuple[str, ...]
-    missing: tuple[str, ...]
-    bytes_sent: int
-    bytes_received: int
-    exchange_s: float
-    waited_s: float
 
 
 class Exchange:
@@ -212,50 +161,12 @@ class Exchange:
             samples = self.engine.train_batch_size() * (self.engine.t - self.t)
             facts = {"samples": samples, "rho": self._rho(), "incarnation": self._islands.incarnation}
             # Before any rank waits for the decision: without a part of every rank this island is in none.
-            self.linked(lambda: self._link.contribute(self.round, own, facts, self._islands.oldest_needed))
+            linked(lambda: self._link.contribute(self.round, own, facts, self._islands.oldest_needed))
         asked = time.perf_counter()
-        decision = self._decision()
+        decision = decision_of(self._link, self.round, self.is_asked_to_stop)
         self._waited = time.perf_counter() - asked
-        self.linked(lambda: self._receive(decision, own))
-
-    def _decision(self) -> Decision:
-        """Wait for the decision. Collective.
-
-        Raises:
-            Stopped: there is none, and a rank is asked to stop.
-        """
-        found: list[Decision | None] = [None]
-
-        def ask() -> None:
-            found[0] = self._link.decision(self.round)
-
-        while True:
-            self.linked(ask)
-            said: list = [None] * dist.get_world_size()
-            dist.all_gather_object(said, (found[0] is None, self.is_asked_to_stop()))
-            if found[0] is not None and not any(is_pending for is_pending, _ in said):
-                return found[0]
-            if any(is_asked for _, is_asked in said):
-                raise Stopped(f"asked to stop while exchange {self.round} waited for other islands")
-
-    def _receive(self, decision: Decision, own: dict[str, Any]) -> None:
-        """Receive the other islands' updates. own: this one's, {} without."""
         self._who = tuple(decision.islands), decision.missing
-        total = sum(facts["samples"] for facts in decision.islands.values())
-        sizes = self._sizes()
-        self._arrived = []
-        for island, facts in decision.islands.items():
-            is_own = bool(own) and facts["incarnation"] == self._islands.incarnation
-            blobs = own if is_own else self._link.fetch(self.round, island, list(sizes), sizes)
-            self._arrived.append(Arrived(facts["samples"] / total, facts["rho"], blobs))
-
-    def linked(self, talk: Callable[[], object]) -> None:
-        """Have every rank talk to the server. Collective: `talk` is not.
-
-        Raises:
-            LinkRefused: on every rank, where the server refuses one of them. LinkError: it is silent.
-        """
-        together("islands", talk, LinkRefused, LinkError)
+        self._arrived = updates_of(self._link, decision, self._sizes(), own, self._islands.incarnation)
 
     def update(self, name: str, base: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
         """Return what to add to a merged weight, of its shape, and the squared norm of the mean of `s·B·A`.
@@ -298,7 +209,7 @@ class Exchange:
             self._publish(name, owner)
         self._arrived = []
         digests = self.digests()
-        self.linked(lambda: self._link.agree(self.round, digests))
+        linked(lambda: self._link.agree(self.round, digests))
 
     def digests(self) -> dict[str, int]:
         """Return checksums of what is equal on all islands, of the weights that this rank owns. Collective."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from relora_ds import __version__
 from relora_ds.config import IslandsConfig, ReLoRAConfig
 from relora_ds.config.island_values import chain_problems, index_problems
+from relora_ds.exchange.arrivals import linked
 from relora_ds.exchange.exchange import Exchange
 from relora_ds.exchange.outer import Outer
 from relora_ds.islands.requirement import require_zmq
@@ -102,7 +103,7 @@ class Islands:
             exchange.origin = _hash_over_ranks(exchange.digests())
         about = _settings(exchange.engine) if self._identity is None else self._identity
         self._told = {**about, **self._of_all(exchange.engine), "the weights at the start": exchange.origin}
-        exchange.linked(lambda: self._join(exchange))
+        linked(lambda: self._join(exchange))
         self._has_joined = True
 
     def decided(self, exchange: Exchange) -> int:
@@ -113,7 +114,7 @@ class Islands:
             if dist.get_rank() == 0:
                 decided[0] = self._join(exchange)
 
-        exchange.linked(ask)
+        linked(ask)
         dist.broadcast_object_list(decided, 0)
         return decided[0]
 

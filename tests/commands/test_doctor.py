@@ -14,7 +14,7 @@ from relora_ds.commands.doctor import _advice_as_text
 from relora_ds.planning.advice import Advice, advise
 from relora_ds.planning.link import Candidate, measure
 from relora_ds.training.preflight import resolve
-from tests.ports import free_port
+from relora_ds.utils.ports import free_port
 from tests.ranks import ranks
 
 

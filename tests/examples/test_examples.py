@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import relora_ds
+from relora_ds.utils.ports import free_port
 from tests.devices import GUARD
-from tests.ports import free_port
 from tests.small_models import llama
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from relora_ds.islands.framing import CHUNK
+from relora_ds.utils.ports import free_port
 from tests.islands.servers import IDENTITY, Process, blob, link, run_together
-from tests.ports import free_port
 
 RANKS = [("a", 0), ("a", 1), ("b", 0)]
 

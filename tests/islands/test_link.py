@@ -7,8 +7,8 @@ import pytest
 from relora_ds.islands import client
 from relora_ds.islands.framing import CHUNK
 from relora_ds.islands.refusals import LinkError, LinkRefused
+from relora_ds.utils.ports import free_port
 from tests.islands.servers import IDENTITY, SECRET, blob, joined, link, run_together, serving
-from tests.ports import free_port
 
 
 @pytest.fixture

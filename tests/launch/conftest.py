@@ -1,6 +1,6 @@
 import pytest
 
-from tests import ports
+from relora_ds.utils import ports
 
 
 @pytest.fixture

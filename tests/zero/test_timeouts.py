@@ -16,8 +16,8 @@ from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
 from relora_ds.training.hooks.watchdog import Watchdog
+from relora_ds.utils.ports import free_port
 from relora_ds.zero.start import _name_gloo_interface, host_group, set_timeouts
-from tests.ports import free_port
 from tests.ranks import ranks
 from tests.small_models import llama
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from relora_ds.checkpoint.job import Written
-from relora_ds.exchange.exchange import ExchangeReport
+from relora_ds.exchange.report import ExchangeReport
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import compatibility

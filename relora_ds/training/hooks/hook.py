@@ -11,7 +11,7 @@ from relora_ds.config.rules import nearest
 
 if TYPE_CHECKING:
     from relora_ds.checkpoint.job import Written
-    from relora_ds.exchange.exchange import ExchangeReport
+    from relora_ds.exchange.report import ExchangeReport
     from relora_ds.training.samples import Sample
     from relora_ds.training.spikes import Spike
     from relora_ds.training.state import RunState

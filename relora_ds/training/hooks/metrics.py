@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from relora_ds.checkpoint.job import Written
-from relora_ds.exchange.exchange import ExchangeReport
+from relora_ds.exchange.report import ExchangeReport
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.hooks.loggers import loggers_of
