@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 from relora_ds.checkpoint.run_files import read_json
@@ -18,6 +20,7 @@ from relora_ds.training.exit_codes import PREEMPTED, Preempted
 from relora_ds.utils.ports import free_port
 
 COMMAND = "\n$ "  # stands before each command in a run's log
+GRACE_S = 40  # launchers give their ranks 30 s to save themselves
 
 
 class Runner:
@@ -141,9 +144,11 @@ class Runner:
             )
             self._processes[directory] = process
             if self.stopping.is_set() or directory in self._ending:  # between the last look and this one
-                process.send_signal(signal.SIGTERM)
+                _signal(process)
             try:
-                return process.wait()
+                code = process.wait()
+                _await_group(process.pid)
+                return code
             finally:
                 del self._processes[directory]
 
@@ -156,7 +161,24 @@ class Runner:
         self._ending.update(directories)
         for directory in directories:
             if process := self._processes.get(directory):
-                process.send_signal(signal.SIGTERM)
+                _signal(process)
+
+
+def _signal(process: subprocess.Popen) -> None:
+    """Ask a process and its children to end: DeepSpeed's launcher dies of SIGTERM without telling its ranks."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def _await_group(group: int) -> None:
+    """Wait for the children of a process that has ended, at most until a launcher would kill them."""
+    ends = time.monotonic() + GRACE_S
+    while time.monotonic() < ends:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def reason(directory: Path, code: int) -> str:

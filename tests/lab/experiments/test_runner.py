@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 import pytest
 
@@ -143,6 +144,23 @@ def test_stopped_while_it_runs(tmp_path, python):
     assert not runner._processes
     with pytest.raises(Preempted, match="was not started"):
         runner.execute(TWO, tmp_path / "runs/more")
+
+
+def test_the_ranks_of_a_launcher_that_dies_of_the_signal_save_themselves(tmp_path, python):
+    saved = tmp_path / "saved"
+    rank = f"""trap 'sleep 0.5; echo > "{saved}"; exit 75' TERM; : > "{tmp_path}/ready"; while :; do sleep 0.05; done"""
+    (tmp_path / "rank").write_text(rank)
+    python(f'sh "{tmp_path}/rank" &\nexec sleep 60')
+    runner = Runner(tmp_path / "runs", num_gpus=2)
+
+    def stop():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        runner.stop()
+
+    threading.Thread(target=stop).start()
+    assert runner.execute(TWO, tmp_path / "runs/launched") == -signal.SIGTERM
+    assert saved.exists(), "the runner was back before the rank had saved itself"
 
 
 @pytest.mark.parametrize("code", [3, 0])  # the deepspeed launcher may return 0 for a rank that failed
