@@ -12,15 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora_ds.islands.answers import Decision
-from relora_ds.islands.refusals import LinkError, LinkRefused
+from relora_ds.islands.refusals import LinkError, LinkRefused, Stopped
 from relora_ds.zero.together import together
 
 if TYPE_CHECKING:
     from relora_ds.islands.client import Link
-
-
-class Stopped(RuntimeError):
-    """This island stops in an exchange, before anything of it has changed a weight."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,13 @@ def linked(talk: Callable[[], object]) -> None:
     """Have every rank talk to the server. Collective: `talk` is not.
 
     Raises:
-        LinkRefused: on every rank, where the server refuses one of them. LinkError: it is silent.
+        LinkRefused: on every rank, where the server refuses one of them. LinkError: it is silent. Stopped: one of them
+            was asked to stop while it waited.
     """
-    together("islands", talk, LinkRefused, LinkError)
+    together("islands", talk, LinkRefused, LinkError, Stopped)
 
 
-def decision_of(link: "Link", round: int, is_asked_to_stop: Callable[[], bool]) -> Decision:
+def decision_of(link: "Link", round: int) -> Decision:
     """Wait for the decision of a round. Collective.
 
     Raises:
@@ -69,7 +66,7 @@ def decision_of(link: "Link", round: int, is_asked_to_stop: Callable[[], bool]) 
     while True:
         linked(ask)
         said: list = [None] * dist.get_world_size()
-        dist.all_gather_object(said, (found[0] is None, is_asked_to_stop()))
+        dist.all_gather_object(said, (found[0] is None, link.is_asked_to_stop))
         if found[0] is not None and not any(is_pending for is_pending, _ in said):
             return found[0]
         if any(is_asked for _, is_asked in said):

@@ -61,7 +61,6 @@ class Exchange:
         reports: of the exchanges since `take_reports`.
         takes_place: whether one takes place now.
         origin: what the islands began with, as a hash.
-        is_asked_to_stop: looked at while others are waited for. Where it is true on one rank, all raise `Stopped`.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class Exchange:
         self.round, self.t = 0, 0
         self.reports: list[ExchangeReport] = []
         self.takes_place, self.origin = False, ""
-        self.is_asked_to_stop: Callable[[], bool] = lambda: False
         self.engine, self.island, self._islands = engine, islands.name, islands
         self._link, self._outer, self._has_begun = link, outer, False
         self._every, self._compression, self._resets_moments = every, compression, resets_moments
@@ -122,6 +120,13 @@ class Exchange:
             self._take_place()
             self._replays = False
 
+    def stop_when(self, is_asked_to_stop: Callable[[], bool]) -> None:
+        """Have all ranks raise `Stopped` where it returns True on one of them while the others are waited for.
+
+        What is not complete then is made good from the newest checkpoint.
+        """
+        self._link.stop_when(is_asked_to_stop)
+
     def take_reports(self) -> list[ExchangeReport]:
         """Return the reports since the last call."""
         reports, self.reports = self.reports, []
@@ -163,7 +168,7 @@ class Exchange:
             # Before any rank waits for the decision: without a part of every rank this island is in none.
             linked(lambda: self._link.contribute(self.round, own, facts, self._islands.oldest_needed))
         asked = time.perf_counter()
-        decision = decision_of(self._link, self.round, self.is_asked_to_stop)
+        decision = decision_of(self._link, self.round)
         self._waited = time.perf_counter() - asked
         self._who = tuple(decision.islands), decision.missing
         self._arrived = updates_of(self._link, decision, self._sizes(), own, self._islands.incarnation)

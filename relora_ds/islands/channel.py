@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -11,11 +12,12 @@ from zmq.utils.monitor import recv_monitor_message
 
 from relora_ds.islands.framing import Message, pack, unpack
 from relora_ds.islands.messages import REPLIES
-from relora_ds.islands.refusals import LinkError, LinkRefused
+from relora_ds.islands.refusals import LinkError, LinkRefused, Stopped
 from relora_ds.islands.secret import VARIABLE, Keys
 from relora_ds.islands.sockets import client_socket
 
 REPEAT_S = 60.0  # of silence, though the connection stands
+PATIENCE_S = 10.0  # once this rank is asked to stop: launchers give it 30 s, and an exchange on a fast link ends first
 _HANDSHAKES = 5  # that fail before the first that does not; a server that is killed in the middle fails one
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
@@ -29,10 +31,15 @@ class Channel:
         keys: of the secret.
         sender: fields of every request.
         timeout_s: how long the server may be silent.
+
+    Attributes:
+        is_asked_to_stop: looked at while the server is waited for; `Stopped` is raised soon after it is true.
     """
 
     def __init__(self, context: zmq.Context, address: str, keys: Keys, sender: dict[str, Any], timeout_s: float):
         self._address, self._sender, self._timeout_s = address, sender, timeout_s
+        self.is_asked_to_stop: Callable[[], bool] = lambda: False
+        self._asked: float | None = None  # when that was seen
         self._number = 0
         self._open: tuple[int, str, dict[str, Any]] | None = None  # a request that `ask` has left without a reply
         self._heard = self._repeated = time.monotonic()
@@ -113,6 +120,7 @@ class Channel:
 
     def _wait(self) -> tuple[Message | None, bool]:
         """Wait for a second at most. Return the reply, None without one, and whether to send the request again."""
+        self._check_stop()
         ready = dict(self._poller.poll(1000))
         if self._monitor in ready and self._has_reconnected():
             return None, True
@@ -145,6 +153,14 @@ class Channel:
                         "secret, or is no server of islands; give it and every island the same secret"
                     )
         return before > 0 and self._handshakes > before
+
+    def _check_stop(self) -> None:
+        if not self.is_asked_to_stop():
+            return
+        now = time.monotonic()
+        self._asked = self._asked or now
+        if now - self._asked > PATIENCE_S:
+            raise Stopped(f"asked to stop, and gave up waiting for {self._address}")
 
     def _check_silence(self) -> None:
         if (silent_s := time.monotonic() - self._heard) > self._timeout_s:

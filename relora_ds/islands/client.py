@@ -1,9 +1,12 @@
-"""The link of one rank: what the engine calls when a round ends. Every method blocks until the server has answered."""
+"""The link of one rank: what the engine calls when a round ends. Every method blocks until the server has answered.
+
+Each of them raises `Stopped` where this rank is asked to stop meanwhile (`stop_when`).
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -67,6 +70,15 @@ class Link:
         self._context = zmq.Context()
         self._channel = Channel(self._context, self._address, self._keys, self._sender, timeout_s)
         self._heartbeat: Heartbeat | None = None
+
+    def stop_when(self, is_asked_to_stop: Callable[[], bool]) -> None:
+        """Stop waiting for the server soon after `is_asked_to_stop()` returns True."""
+        self._channel.is_asked_to_stop = is_asked_to_stop
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank should not wait any longer."""
+        return self._channel.is_asked_to_stop()
 
     def join(self, identity: dict[str, Any], done: int) -> Joined:
         """Join, or join anew after a restart of this island.

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from relora_ds.islands import client
+from relora_ds.islands import channel, client
 from relora_ds.islands.framing import CHUNK
-from relora_ds.islands.refusals import LinkError, LinkRefused
+from relora_ds.islands.refusals import LinkError, LinkRefused, Stopped
 from relora_ds.utils.ports import free_port
 from tests.islands.servers import IDENTITY, SECRET, blob, joined, link, run_together, serving
 
@@ -189,6 +189,22 @@ def test_a_server_that_falls_silent_is_waited_for_over_several_calls(tmp_path, m
             while a.decision(1) is None:
                 silent += 1
         assert silent > 1 and 4 < time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("what", ["contribute", "fetch"])
+def test_one_that_is_asked_to_stop_waits_only_so_much_longer(served, monkeypatch, what):
+    monkeypatch.setattr(client, "WINDOW", 1)
+    size = 3 * CHUNK
+    with joined(served.address, "a", count=1) as (one,):
+        one.stop_when(lambda: True)
+        if what == "fetch":
+            one.contribute(1, {"w": bytes(size)}, {}, 1)  # which ends before it loses patience
+        monkeypatch.setattr(channel, "PATIENCE_S", 0.0)
+        with pytest.raises(Stopped, match=f"asked to stop, and gave up waiting for {served.address}"):
+            if what == "fetch":
+                one.fetch(1, "a", ["w"], {"w": size})
+            else:
+                one.contribute(1, {"w": bytes(size)}, {}, 1)
 
 
 def test_an_empty_directory_does_not_know_the_islands(tmp_path):

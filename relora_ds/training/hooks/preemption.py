@@ -82,7 +82,7 @@ class Preemption(Hook):
     def on_phase(self, run: RunState) -> None:
         assert self.request is not None, "the run has begun"
         if run.engine.exchange is not None:
-            run.engine.exchange.is_asked_to_stop = self.request.has_heard
+            run.engine.exchange.stop_when(self.request.has_heard)
 
     def note_stop(self) -> None:
         """Note that a rank was asked to stop, on all others too: each ignores the signals that follow."""
