@@ -12,7 +12,7 @@ from relora_ds.checkpoint import store
 from relora_ds.checkpoint.find import Found, ResumeError, find
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.data.check_same_data import require_same_tokens
-from relora_ds.islands.refusals import Stopped
+from relora_ds.exchange.arrivals import Stopped
 from relora_ds.training import compatibility
 from relora_ds.training.as_island import islands_of
 from relora_ds.training.batches import train_batches
