@@ -15,6 +15,10 @@ _HOMES = {
     "ReLoRATrainer": "relora_ds.interop.hf_trainer",
     "ReLoRACallback": "relora_ds.interop.hf_trainer",
     "Hook": "relora_ds.training.hooks",
+    "Fira": "relora_ds.matrix.fira",
+    "Apollo": "relora_ds.matrix.apollo",
+    "Scale": "relora_ds.matrix.scale",
+    "Muon": "relora_ds.matrix.muon",
 }
 __version__ = "0.2.0"
 __all__ = [*_HOMES, "__version__"]

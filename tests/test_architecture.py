@@ -14,7 +14,18 @@ REPOSITORY = Path(__file__).parent.parent
 
 # What each room may import of relora_ds, beside itself and `utils`. A room is a folder of relora_ds or one of its
 # modules. The lab has rooms of its own.
-BELOW_TRAINING = {"config", "models", "data", "lowrank", "zero", "checkpoint", "methods", "interop", "exchange"}
+BELOW_TRAINING = {
+    "config",
+    "models",
+    "data",
+    "lowrank",
+    "matrix",
+    "zero",
+    "checkpoint",
+    "methods",
+    "interop",
+    "exchange",
+}
 ALLOWED = {
     "__init__": set(),  # the public names are imported lazily, by name
     "utils": set(),
@@ -23,7 +34,8 @@ ALLOWED = {
     "models": {"config"},
     "data": {"config"},
     "lowrank": {"config"},
-    "zero": {"config", "lowrank", "checkpoint"},
+    "matrix": {"lowrank"},
+    "zero": {"config", "lowrank", "matrix", "checkpoint"},
     "checkpoint": {"config", "lowrank"},
     "methods": {"config", "models", "lowrank", "zero", "checkpoint"},
     "exchange": {"config", "lowrank", "zero", "islands"},
@@ -47,6 +59,7 @@ FORBIDDEN = {
     "islands": {"torch", "deepspeed", "transformers"},  # a server needs none of them
     "config": {"torch", "deepspeed", "transformers"},  # reading a recipe takes milliseconds
     "lowrank": {"deepspeed", "torch.distributed"},
+    "matrix": {"deepspeed", "torch.distributed"},
 }
 
 
@@ -150,6 +163,9 @@ def test_every_room_of_the_house_is_seen():
             "lowrank imports torch.distributed",
         ),
         ("relora_ds/lowrank/linear.py", "from ..zero import engine", "lowrank imports relora_ds.zero.engine"),
+        ("relora_ds/lowrank/linear.py", "import relora_ds.matrix.fira", "lowrank imports relora_ds.matrix.fira"),
+        ("relora_ds/matrix/fira.py", "from torch.distributed import reduce", "matrix imports torch.distributed.reduce"),
+        ("relora_ds/matrix/fira.py", "from ..zero import shards", "matrix imports relora_ds.zero.shards"),
         ("relora_ds/zero/engine.py", "from relora_ds import interop", "zero imports relora_ds.interop"),
         ("relora_ds/checkpoint/store.py", "from deepspeed.comm import comm", "checkpoint imports deepspeed.comm.comm"),
         (
@@ -215,6 +231,7 @@ def test_a_wrong_import_is_found(tmp_path, file, code, violation):
         "relora_ds/models/build.py",
         "relora_ds/data/loader.py",
         "relora_ds/lowrank/linear.py",
+        "relora_ds/matrix/fira.py",
         "relora_ds/zero/engine.py",
         "relora_ds/checkpoint/store.py",
         "relora_ds/methods/base.py",

@@ -25,8 +25,8 @@ class Contents:
         step: applied steps of the run, or of the loop that saved it.
         t, restarts: applied steps of the engine, and the steps after which it restarted.
         relora: the fields of its `ReLoRAConfig`, or None for a plain model.
-        layers: `{name: LowRankLayer.about()}` of the low-rank layers.
-        matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a low-rank
+        layers: `{name: LowRankLayer.about()}` of the layers with factors.
+        matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a wrapped
             layer that of the plain weight, however it is stored and whether it has a base or not.
         decay: ρ, what weight decay has left of the frozen weights since they were written.
     """
@@ -163,20 +163,23 @@ def plain_shapes(about: dict, buffers: dict[str, torch.Size]) -> dict[str, torch
 
 def _contents(about: Manifest) -> Contents:
     schedule, model = about.engine["scheduler"], about.model
-    layers, ending = model["layers"], ".weight"
+    layers = {name: layer for name, layer in model["layers"].items() if "scaling" in layer}
+    ending = ".weight"
     matrices = {
         name.removesuffix(ending): torch.Size(p["shape"])
         for name, p in model["parameters"].items()
         if name.endswith(ending) and len(p["shape"]) == 2
     }
-    matrices |= {name: torch.Size(layer["shape"]) for name, layer in layers.items() if len(layer["shape"]) == 2}
+    matrices |= {
+        name: torch.Size(layer["shape"]) for name, layer in model["layers"].items() if len(layer["shape"]) == 2
+    }
     decay = about.engine.get(DECAY, 1.0)
     return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices, decay)
 
 
 def _opened(about: Manifest, saved: SavedTensors) -> OpenModel:
     contents, storage = _contents(about), Storage(**about.model["frozen"])
-    layers = contents.layers
+    layers = about.model["layers"]
     shapes = {name: torch.Size(p["shape"]) for name, p in about.model["parameters"].items() if p["trains"]}
     keys = {name.removeprefix(prefix): name for prefix in (OTHER, BUFFER) for name in saved.names(prefix)}
     stored = "" if storage.with_masters or storage.exact else STORED

@@ -30,9 +30,10 @@ class ReLoRAConfig:
     """Numerator of the scaling `s = lora_alpha / r`, as in PEFT."""
     lora_dropout: Annotated[float, Number("inside [0, 1)")] = 0.0
     """Dropout on the input of A, as in PEFT."""
-    trains: Literal["both", "B"] = "both"
+    trains: Literal["both", "B", "none"] = "both"
     """Which factors train. `B` alone makes a one-sided chain, as GaLore's: A is an orthonormal basis that stays for a
-    cycle, without optimizer state and without traffic."""
+    cycle, without optimizer state and without traffic. With `none` there are no factors: the owner of each weight
+    updates it from its whole gradient, as the methods that set it do (`fira`, `apollo`, `scale`, `muon`)."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead, as in PEFT."""
     target_modules: Annotated[str | list[str], Names("all-linear or [q_proj, v_proj]", expression=True)] = "all-linear"
@@ -113,6 +114,16 @@ class ReLoRAConfig:
 
     def conflicts(self, prefix: str) -> Iterator[str]:
         """Yield a message for values that do not go together."""
+        if self.target_modules == [] and not self.target_parameters:
+            yield (
+                f"{prefix}target_modules: [] names nothing, and {prefix}target_parameters is not set; use e.g. "
+                "all-linear or [q_proj, v_proj]"
+            )
+        if self.trains == "none":
+            for name in ("restart_every", "residual_every", "lora_dropout"):
+                if value := getattr(self, name):
+                    yield f"{prefix}{name}: {value} has no factors to act on with {prefix}trains none; leave it out"
+            return
         every, ramp = self.restart_every, self.restart_warmup_steps
         if is_int(every) and is_int(ramp) and 1 <= every <= ramp:
             yield (
@@ -136,11 +147,6 @@ class ReLoRAConfig:
                 f"{self.lora_dropout} hides it; use {prefix}lora_dropout=0"
             )
         yield from self._residual_conflicts(prefix)
-        if self.target_modules == [] and not self.target_parameters:
-            yield (
-                f"{prefix}target_modules: [] names nothing, and {prefix}target_parameters is not set; use e.g. "
-                "all-linear or [q_proj, v_proj]"
-            )
 
     def _residual_conflicts(self, prefix: str) -> Iterator[str]:
         residual, restart = self.residual_every, self.restart_every

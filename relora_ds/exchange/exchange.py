@@ -136,7 +136,7 @@ class Exchange:
         self.takes_place = True
         started, before = time.perf_counter(), (self._link.bytes_sent, self._link.bytes_received)
         try:
-            if self.engine.frozen.layers:
+            if self.engine.frozen.lowrank:
                 self.engine.restart()  # which calls `swap`, `update` and `finish`
             else:
                 self.swap([], {})
@@ -180,7 +180,7 @@ class Exchange:
             base: W in fp32, equal on all islands.
             lora_A: of this island, fp32; where A is frozen it is that of all islands.
         """
-        layer = self.engine.frozen.layers[name]
+        layer = self.engine.frozen.lowrank[name]
         shape_of_B = torch.Size((*layer.experts, layer.out_features, layer.r))
         mean = torch.zeros_like(base)
         for arrived in self._arrived:
@@ -197,7 +197,7 @@ class Exchange:
         """Return the mean of the islands' sketches of the gradient of an owned W: that of all batches together."""
         if not self._has_sketches():
             return None
-        layer = self.engine.frozen.layers[name]
+        layer = self.engine.frozen.lowrank[name]
         mean = torch.zeros(sketch_shape(layer.r, layer.in_features))
         for arrived in self._arrived:
             mean.add_(arrived.tensor(_SKETCH + name, mean.shape, mean.device), alpha=arrived.weight)
@@ -262,7 +262,7 @@ class Exchange:
         frozen = self.engine.frozen
         sizes: dict[str, int] = {}
         for name in frozen.owned():
-            layer = frozen.layers[name]
+            layer = frozen.lowrank[name]
             shapes = {f"{name}.lora_B": (*layer.experts, layer.out_features, layer.r)}
             if name not in frozen.one_sided:
                 shapes[f"{name}.lora_A"] = layer.shape_of_A

@@ -1,26 +1,17 @@
 """What every low-rank layer is: a frozen weight, two factors, and the answers that the engine asks for.
 
-The weight stays in the layout of the model that was wrapped, so that its values go in and out as they are:
-
-    nn.Linear                         weight `[out, in]`
-    transformers' Conv1D (GPT-2)      weight `[in, out]`: transposed
-    experts of a mixture              weight `[experts, out, in]`, or transposed; factors for each expert
-
-`lora_A [..., r, in]` and `lora_B [..., out, r]` are the same for all of them. Both train; in a one-sided layer B does,
-and A is an orthonormal basis that changes at restarts only.
+`lora_A [..., r, in]` and `lora_B [..., out, r]` are the same for all layouts of the weight; experts of a mixture have
+factors each. Both train; in a one-sided layer B does, and A is an orthonormal basis that changes at restarts only.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relora_ds.lowrank.base_format import Format
-from relora_ds.lowrank.formats import DENSE
-from relora_ds.lowrank.frozen import merge_, plain_name
-from relora_ds.lowrank.gradient_sum import GradientSum
-from relora_ds.lowrank.reinit import ROW_NORM, GradientTap, random_basis
+from relora_ds.lowrank.frozen import merge_
+from relora_ds.lowrank.owned_layer import OwnedLayer
+from relora_ds.lowrank.reinit import ROW_NORM, random_basis
 from relora_ds.lowrank.seeding import keyed_generator
 
 
@@ -44,31 +35,18 @@ def _kaiming(rows: int, columns: int, key: str) -> Tensor:
     return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=keyed_generator(key))
 
 
-class LowRankLayer(nn.Module):
-    """A module with a frozen `weight` and the factors `lora_A` and `lora_B`.
+class LowRankLayer(OwnedLayer):
+    """A layer whose weight is frozen, with the factors `lora_A` and `lora_B`.
 
     The factors are created empty: `lowrank.wrap` gives them their values, because those depend on the module's name.
 
     Args:
-        weight_shape: of the plain weight, in the model's layout.
-        weight: the weight to freeze, taken over (not copied), or None (LoRA without a base: `s·B·A` alone).
+        weight_shape, weight, layout: as of an `OwnedLayer`; a weight None is LoRA without a base, `s·B·A` alone.
         r, lora_alpha, use_rslora: as in PEFT's `LoraConfig`; `s = lora_alpha / r`, or `lora_alpha / √r`.
         one_sided: A is frozen.
-        transposed: the weight is `[..., in, out]`.
-        is_parameter: the weight is a parameter of the plain model's module, not the `weight` of a module of its own.
-
-    Attributes:
-        weight: dense at first; `store_weight` puts it into another format.
-        initial_seed: decides the values that the factors have when an engine is built, where the model had no values at
-            wrapping (on the meta device, or partitioned by ZeRO-3); None: they keep those that they have.
-        decay: ρ, a tensor without dimensions on the CPU: the layer computes with `ρ·W`. None: 1.
-        sketch: set it to a `GradientTap`, and every backward adds W's gradient to it (linears, without dropout).
-        gradient_sum: the same, for experts too.
     """
 
-    weight: Any  # a parameter, a buffer or None
     lora_dropout: float = 0.0
-    decay: Tensor | None = None
 
     def __init__(
         self,
@@ -79,27 +57,16 @@ class LowRankLayer(nn.Module):
         lora_alpha: float,
         use_rslora: bool = False,
         one_sided: bool = False,
-        transposed: bool = False,
-        is_parameter: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        **layout: bool,
     ):
-        super().__init__()
-        *experts, rows, columns = self.weight_shape = torch.Size(weight_shape)
-        self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
-        self.experts = torch.Size(experts)
+        super().__init__(weight_shape, weight, **layout)
         self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.one_sided, self.transposed, self.is_parameter = one_sided, transposed, is_parameter
-        self.format: Format = DENSE
-        self.sketch: GradientTap | None = None
-        self.gradient_sum: GradientSum | None = None
-        self.initial_seed: int | None = None
-        if weight is not None:
-            weight.requires_grad_(False)
-        self.register_parameter("weight", weight)
+        self.one_sided = one_sided
         lora_A = torch.empty(self.shape_of_A, dtype=dtype, device=device)
         self.lora_A = nn.Parameter(lora_A, requires_grad=not one_sided)
-        self.lora_B = nn.Parameter(torch.empty(*experts, self.out_features, r, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(*self.experts, self.out_features, r, dtype=dtype, device=device))
 
     def initial_A(self, name: str, *, seed: int | str, restart: int) -> Tensor:
         """Return what `lora_A` begins with, fp32 on the CPU: `initial_A`, or a random basis. name: of this layer."""
@@ -109,14 +76,9 @@ class LowRankLayer(nn.Module):
         return initial_A(rows, self.in_features, seed=seed, restart=restart, name=name).view(self.shape_of_A)
 
     @property
-    def taps(self) -> tuple[GradientTap, ...]:
-        """What every backward adds W's gradient to."""
-        return tuple(tap for tap in (self.sketch, self.gradient_sum) if tap is not None)
-
-    @property
-    def shape_of_gradient(self) -> torch.Size:
-        """`[..., out, in]`, in whatever layout the weight is."""
-        return torch.Size((*self.experts, self.out_features, self.in_features))
+    def dtype(self) -> torch.dtype:
+        """Return that of the factors, in which the layer computes."""
+        return self.lora_A.dtype
 
     @property
     def shape_of_A(self) -> torch.Size:
@@ -130,19 +92,9 @@ class LowRankLayer(nn.Module):
             return torch.zeros(shape)
         return initial_B(self.experts.numel() * self.out_features, self.r, seed=seed, name=name).view(shape)
 
-    def plain_name(self, name: str) -> str:
-        """Return the weight's name in the plain model (in the wrapped one: `{name}.weight`). name: of this layer."""
-        return plain_name(name, self.about())
-
     def about(self) -> dict:
         """Return what a reader of its tensors must know of the layer, as JSON; what is false by default is left out."""
-        flags = {"transposed": self.transposed, "is_parameter": self.is_parameter, "one_sided": self.one_sided}
-        return {
-            "scaling": self.scaling,
-            "base": self.weight is not None,
-            "shape": list(self.weight_shape),
-            **{flag: True for flag, value in flags.items() if value},
-        }
+        return {"scaling": self.scaling, **super().about(), **({"one_sided": True} if self.one_sided else {})}
 
     def add_update_(self, base: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """Add `s·B·A` to `base`, of the weight's shape, in place, and return it. All fp32."""
@@ -151,23 +103,6 @@ class LowRankLayer(nn.Module):
     def merge_(self, base: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """Make `base`, the weight, `ρ·base + s·B·A`, in place, and return it. All fp32."""
         return merge_(self.about(), base, lora_A, lora_B, self.rho)
-
-    @property
-    def rho(self) -> float:
-        """What weight decay has left of W since W was last written."""
-        return 1.0 if self.decay is None else float(self.decay)
-
-    def store_weight(self, stored: Tensor, format: Format, *, as_buffer: bool) -> None:
-        """Replace the frozen weight by one that `format` has quantized.
-
-        as_buffer: as a buffer outside of the state dict instead of a parameter; ZeRO leaves those alone.
-        """
-        del self.weight
-        self.format = format
-        if as_buffer:
-            self.register_buffer("weight", stored, persistent=False)
-        else:
-            self.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
 
     def freeze_A_in_buffer(self, lora_A: Tensor) -> None:
         """Replace the frozen A by a buffer outside of the state dict; ZeRO leaves those alone."""

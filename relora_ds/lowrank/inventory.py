@@ -4,10 +4,16 @@ import torch
 from torch import nn
 
 from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.owned_layer import OwnedLayer
+
+
+def owned_layers(model: nn.Module) -> dict[str, OwnedLayer]:
+    """Return the wrapped layers by module name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OwnedLayer)}
 
 
 def lowrank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """Return the wrapped layers by module name, in the model's order."""
+    """Return those of them that have factors."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
@@ -21,12 +27,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     However they are kept: partitioned by ZeRO-3, packed into bytes, or as a buffer, a weight is one weight.
     """
-    layers = [layer for layer in lowrank_layers(model).values() if layer.weight is not None]
+    layers = [layer for layer in owned_layers(model).values() if layer.weight is not None]
     bases = [layer for layer in lowrank_layers(model).values() if layer.one_sided]
     stored = {id(layer.weight) for layer in layers} | {id(layer.lora_A) for layer in bases}
     sizes = [(p.requires_grad, full_shape(p).numel()) for p in model.parameters() if id(p) not in stored]
-    frozen = sum(layer.weight_shape.numel() for layer in layers) + sum(layer.shape_of_A.numel() for layer in bases)
-    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes) + frozen
+    sizes += [(not isinstance(layer, LowRankLayer), layer.weight_shape.numel()) for layer in layers]
+    sizes += [(False, layer.shape_of_A.numel()) for layer in bases]
+    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
@@ -69,9 +76,9 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 def plain_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Return `(names, parameter)` of a model, wrapped or not; a tied parameter has several names.
 
-    The weights of low-rank layers have the names that they have in the plain model.
+    The weights of wrapped layers have the names that they have in the plain model.
     """
-    plain = {f"{name}.weight": layer.plain_name(name) for name, layer in lowrank_layers(model).items()}
+    plain = {f"{name}.weight": layer.plain_name(name) for name, layer in owned_layers(model).items()}
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

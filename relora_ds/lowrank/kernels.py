@@ -235,25 +235,43 @@ class LowRankLinearFunction(torch.autograd.Function):
 
 
 class FrozenLinearFunction(torch.autograd.Function):
-    """Autograd node of `ρ x Wᵀ` for a frozen W of any format; `lora_A` and `lora_B` only tell its shape."""
+    """Autograd node of `ρ x Wᵀ + b` for a W of any format that autograd does not train.
+
+    `lora_A [..., in]` and `lora_B [out, ...]` only tell its shape. anchor: needs a gradient, and gets none: so there is
+    a backward, for the taps, where x needs no gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, format: str, decay: Tensor | None = None
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        format: str,
+        decay: Tensor | None,
+        bias: Tensor | None,
+        taps: tuple[GradientTap, ...],
+        anchor: Tensor | None,
     ) -> Tensor:
-        rows, shape = x.reshape(-1, x.shape[-1]), _shape_of_result(x, lora_B)
-        y = linear(rows, weight, None, lora_B, None, 1.0, format, shape, None, decay)
-        ctx.save_for_backward(weight, lora_A, decay)
-        ctx.format, ctx.x_shape = format, x.shape
+        rows, shape = x.detach().reshape(-1, x.shape[-1]), _shape_of_result(x, lora_B)
+        y = linear(rows, weight, None, lora_B, bias, 1.0, format, shape, None, decay)
+        ctx.save_for_backward(rows if taps else None, weight, lora_A, decay)
+        ctx.format, ctx.x_shape, ctx.taps = format, x.shape, taps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor):
-        weight, lora_A, decay = ctx.saved_tensors
+        rows, weight, lora_A, decay = ctx.saved_tensors
         g = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = linear_input_grad(g, weight, None, lora_A, ctx.format, None, 1.0, decay)
-        return grad_x.view(ctx.x_shape), None, None, None, None, None
+        for tap in ctx.taps:
+            tap.add(g, rows)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear_input_grad(g, weight, None, lora_A, ctx.format, None, 1.0, decay).view(ctx.x_shape)
+        grad_bias = g.sum(0) if ctx.needs_input_grad[6] else None
+        return grad_x, None, None, None, None, None, grad_bias, None, None
 
 
 def lowrank_linear(

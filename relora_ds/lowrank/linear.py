@@ -83,8 +83,8 @@ class ReLoRALinear(LowRankLayer):
         update = lowrank_linear(dropped, None, self.lora_A, self.lora_B, self.bias, self.scaling)
         if self.weight is None:
             return update
-        format = self._product_format.name
-        return FrozenLinearFunction.apply(x, self.weight, self.lora_A, self.lora_B, format, self.decay) + update
+        shape, format = (self.lora_A, self.lora_B), self._product_format.name
+        return FrozenLinearFunction.apply(x, self.weight, *shape, format, self.decay, None, (), None) + update
 
     @property
     def _product_format(self):

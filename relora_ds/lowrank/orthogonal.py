@@ -25,7 +25,8 @@ def orthogonalized(gradient: Tensor) -> Tensor:
     is_tall = gradient.shape[-2] > gradient.shape[-1]
     matrices = gradient.reshape(-1, *gradient.shape[-2:])
     x = matrices.mT if is_tall else matrices
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    # Squares of what is smaller than this are not precise, or 0.
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(math.sqrt(torch.finfo(x.dtype).tiny))
     first, third, fifth = COEFFICIENTS
     with exact_products():
         for _ in range(ITERATIONS):

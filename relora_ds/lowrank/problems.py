@@ -6,7 +6,7 @@ from torch import nn
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DENSE, format_of
-from relora_ds.lowrank.inventory import full_shape, lowrank_layers
+from relora_ds.lowrank.inventory import full_shape, owned_layers
 from relora_ds.lowrank.peculiarities import is_linear
 from relora_ds.lowrank.storage import shape_problems
 from relora_ds.lowrank.targets import (
@@ -30,13 +30,14 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
     """
     found = list(config.problems())
     format = format_of(config.frozen_dtype, "fp32") if base and not found else DENSE
-    if lowrank_layers(model):
+    if owned_layers(model):
         found.append("model: it is wrapped already; wrap a fresh model, or merge_and_unwrap it first")
     if config.trains == "B" and not base:
         found.append("relora.trains: B needs the frozen weights that lora.base none leaves out; use relora.trains=both")
     targets = find_targets(model, config)
     found += _module_problems(model, config, targets) + _parameter_problems(model, config, targets)
-    found += _rank_problems(targets, config)
+    if config.trains != "none":
+        found += _rank_problems(targets, config)
     found += shape_problems({name: full_shape(weight) for name, weight in targets.weights.items()}, format)
     found += _shared_problems(model, targets)
     places = [names for names, _ in named_places(model)]
@@ -105,6 +106,11 @@ def _parameter_problems(model: nn.Module, config: ReLoRAConfig, targets: Targets
                 f"relora.target_parameters: {pattern!r} matches no parameter; {_stacked(model)}, and what belongs to "
                 "a linear is named by its module in relora.target_modules"
             )
+    if targets.parameters and config.trains == "none":
+        found.append(
+            "relora.target_parameters: owners update linears only; leave it out, so that these parameters train with "
+            "the optimizer of relora.trainable_modules"
+        )
     if targets.parameters and config.lora_dropout:
         found.append(
             f"relora.lora_dropout: {config.lora_dropout:g} is not supported with relora.target_parameters, whose "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from relora_ds.config import ReLoRAConfig
-from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.peculiarities import is_linear, peculiarity, read_directly
 
 ALL_LINEAR = "all-linear"
@@ -181,7 +181,7 @@ def trained_whole(model: nn.Module, config: ReLoRAConfig) -> set[int]:
     patterns = list(DEFAULT_TRAINABLE_MODULES) if patterns is None else as_list(patterns)
     head, chosen = output_head(model), set()
     for names, module in named_places(model):
-        if isinstance(module, LowRankLayer):
+        if isinstance(module, OwnedLayer):
             continue
         kinds = {
             "embeddings": isinstance(module, nn.Embedding),

@@ -19,11 +19,14 @@ from relora_ds.lowrank.inventory import (
     full_shape,
     is_lora_parameter,
     lowrank_layers,
+    owned_layers,
     parameter_groups,
     plain_parameters,
     print_trainable_parameters,
 )
 from relora_ds.lowrank.linear import ReLoRALinear
+from relora_ds.lowrank.owned_layer import OwnedLayer
+from relora_ds.lowrank.owned_linear import OwnedLinear
 from relora_ds.lowrank.parameter import ReLoRAParameter, install, uninstall
 from relora_ds.lowrank.peculiarities import is_conv1d
 from relora_ds.lowrank.problems import problems, warnings
@@ -37,6 +40,7 @@ __all__ = [
     "is_lora_parameter",
     "lowrank_layers",
     "merge_and_unwrap",
+    "owned_layers",
     "parameter_groups",
     "plain_parameters",
     "print_trainable_parameters",
@@ -87,9 +91,9 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
     targets = find_targets(model, config)
     filled = {name for name, weight in targets.weights.items() if _has_values(weight)}
     linears: dict[str, nn.Module] = {}
-    layers: dict[str, LowRankLayer] = {}
+    layers: dict[str, OwnedLayer] = {}
     for name, linear in targets.linears.items():
-        layers[name] = linears[name] = _lowrank_linear(linear, config, base)
+        layers[name] = linears[name] = _wrapped_linear(linear, config, base)
     replace_modules(model, linears)
     for name, place in targets.parameters.items():
         parameter = place.parameter
@@ -101,8 +105,9 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
         )
         install(place.module, place.leaf, summed)
     for name, layer in layers.items():
-        layer.initial_seed = None if name in filled else seed
-        _initialise(layer, name, seed)
+        if isinstance(layer, LowRankLayer):
+            layer.initial_seed = None if name in filled else seed
+            _initialise(layer, name, seed)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # no fast path in evaluation, which reads weights instead of calling
@@ -114,9 +119,9 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
 def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Put the plain linears and parameters back, with the given merged weights by layer name; in place."""
     linears: dict[str, nn.Module] = {}
-    for name, layer in lowrank_layers(model).items():
+    for name, layer in owned_layers(model).items():
         weight = nn.Parameter(weights[name])
-        if isinstance(layer, ReLoRALinear):
+        if isinstance(layer, (ReLoRALinear, OwnedLinear)):
             linears[name] = linear = _plain_linear(layer)
             linear.register_parameter("weight", weight)
             linear.register_parameter("bias", layer.bias)
@@ -131,14 +136,17 @@ def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _lowrank_linear(linear: nn.Module, config: ReLoRAConfig, base: bool) -> ReLoRALinear:
+def _wrapped_linear(linear: nn.Module, config: ReLoRAConfig, base: bool) -> ReLoRALinear | OwnedLinear:
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     assert weight is not None
     transposed = is_conv1d(linear)
     rows, columns = full_shape(weight)  # a subclass may call them otherwise
+    in_features, out_features = (rows, columns) if transposed else (columns, rows)
+    if config.trains == "none":
+        return OwnedLinear(in_features, out_features, weight, bias, transposed=transposed)
     return ReLoRALinear(
-        rows if transposed else columns,
-        columns if transposed else rows,
+        in_features,
+        out_features,
         weight if base else None,
         bias,
         lora_dropout=config.lora_dropout,
@@ -148,7 +156,7 @@ def _lowrank_linear(linear: nn.Module, config: ReLoRAConfig, base: bool) -> ReLo
     )
 
 
-def _plain_linear(layer: ReLoRALinear) -> nn.Module:
+def _plain_linear(layer: ReLoRALinear | OwnedLinear) -> nn.Module:
     """Return the kind of module that a layer replaced, without values."""
     if not layer.transposed:
         return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -184,11 +192,10 @@ def merge_and_unwrap(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no low-rank layers.
     """
-    if not lowrank_layers(model):
+    layers = owned_layers(model)
+    if not layers:
         raise ValueError("model: it has no low-rank layers to merge; it is plain, or was merged already")
-    return unwrap(
-        model, {name: layer.merged_weight().to(layer.lora_A.dtype) for name, layer in lowrank_layers(model).items()}
-    )
+    return unwrap(model, {name: layer.merged_weight().to(layer.dtype) for name, layer in layers.items()})
 
 
 def _refuse_to_save(*args, **kwargs) -> None:
@@ -225,7 +232,7 @@ def _choose_what_trains(model: nn.Module, config: ReLoRAConfig) -> None:
     chosen = trained_whole(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    for layer in lowrank_layers(model).values():
+    for layer in owned_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(name != "weight" and not (name == "lora_A" and layer.one_sided))
         if layer.weight is not None:  # a pattern may have named a parent of wrapped layers

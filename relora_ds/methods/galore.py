@@ -30,5 +30,5 @@ class GaLore(ReLoRA):
     def recipe_problems(self) -> Iterator[str]:
         """Yield what would make it another method."""
         yield from super().recipe_problems()
-        if self.relora.trains != "B":
+        if self.relora.trains == "both":
             yield f"relora.trains: {self.relora.trains} is not GaLore, which trains B; use trains=B, or method=relora"

@@ -26,7 +26,7 @@ from relora_ds.lowrank.base_format import Format
 from relora_ds.lowrank.formats import DENSE, DTYPES, format_named
 from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.kernels import folded_weight
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.methods import Method
 from relora_ds.models import recompute
 from relora_ds.models.build import meta_model
@@ -86,7 +86,7 @@ def prepared_config(method: Method, config: PretrainedConfig) -> PretrainedConfi
 
 def store(model: nn.Module, format: Format) -> nn.Module:
     """Put the frozen weights of a model's low-rank layers into `format`, with any values; in place."""
-    for layer in lowrank_layers(model).values():
+    for layer in owned_layers(model).values():
         if layer.weight is not None:
             weight = layer.weight
             assert isinstance(weight, Tensor)
@@ -96,7 +96,7 @@ def store(model: nn.Module, format: Format) -> nn.Module:
 
 
 def _sum_gradients(model: nn.Module) -> None:
-    for layer in lowrank_layers(model).values():
+    for layer in owned_layers(model).values():
         layer.gradient_sum = GradientSum(layer.shape_of_gradient)
 
 

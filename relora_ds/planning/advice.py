@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.config import Recipe, RecipeError
 from relora_ds.lowrank.formats import DTYPES
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import recompute
 from relora_ds.models.loading import from_config
@@ -112,7 +112,7 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
         model = from_config(shallow, dtype=dtype, attn_implementation=recipe.model.attn_implementation)
         prepared: torch.nn.Module = model if method.relora is None else method.prepare(model)
         prepared.to(device)
-        for layer in lowrank_layers(prepared).values():
+        for layer in owned_layers(prepared).values():
             if layer.weight is not None:
                 weight = layer.weight
                 assert isinstance(weight, torch.Tensor)

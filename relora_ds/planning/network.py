@@ -13,7 +13,8 @@ from relora_ds.config import Recipe
 from relora_ds.data.pretokenized import read_metadata
 from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.data.tokenizer import num_ids
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.methods import Method
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.models.loading import load_config
@@ -97,8 +98,9 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
 def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     """Return the sizes of what `method` trains and freezes, counted on a network without storage."""
     model = cast(PreTrainedModel, method.prepare(meta_model(config)))
-    layers = {name: layer for name, layer in lowrank_layers(model).items() if layer.weight is not None}
-    bases = {name: layer for name, layer in layers.items() if layer.one_sided}
+    layers = {name: layer for name, layer in owned_layers(model).items() if layer.weight is not None}
+    lowrank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLayer)}
+    bases = {name: layer for name, layer in lowrank.items() if layer.one_sided}
     of_layers = {id(layer.weight) for layer in layers.values()} | {id(layer.lora_A) for layer in bases.values()}
     layered = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     repeated = tuple(layered[:-1])
@@ -111,7 +113,7 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
         in_8_bit=tuple(group.get("optim_bits") == 8 for group in groups),
         merged={name: layer.weight_shape for name, layer in layers.items()},
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in of_layers),
-        factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in layers.values()),
+        factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in lowrank.values()),
         bases={name: layer.lora_A.numel() for name, layer in bases.items()},
         repeated=tuple(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)

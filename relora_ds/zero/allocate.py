@@ -8,7 +8,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
-from relora_ds.lowrank.wrap import full_shape, lowrank_layers
+from relora_ds.lowrank.wrap import full_shape, owned_layers
 from relora_ds.zero.frozen_master import is_partitioned
 
 
@@ -32,7 +32,7 @@ def allocate(model: nn.Module, settings: dict, dtype: torch.dtype, device: torch
             torch.utils.swap_tensors(parameter, replacement)  # who holds the parameter holds it still
         else:
             parameter.data = empty
-    stored = {id(buffer) for layer in lowrank_layers(model).values() for buffer in layer.buffers(recurse=False)}
+    stored = {id(buffer) for layer in owned_layers(model).values() for buffer in layer.buffers(recurse=False)}
     for buffer in model.buffers():
         if id(buffer) in stored:  # replicated frozen weights, which `FrozenWeights` has made
             continue

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora_ds.checkpoint.contents import BUFFER, ISLAND_PART, PARTS, RESIDUAL_SUM, Captured, Ranges
-from relora_ds.lowrank.wrap import full_shape, lowrank_layers
+from relora_ds.checkpoint.contents import BUFFER, ISLAND_PART, OWNER_STATE, PARTS, RESIDUAL_SUM, Captured, Ranges
+from relora_ds.lowrank.wrap import full_shape, owned_layers
 from relora_ds.zero.engine_state import engine_state
 from relora_ds.zero.frozen_master import assign_owners
 from relora_ds.zero.frozen_state import frozen_state
@@ -53,7 +53,8 @@ class EngineSource:
 
 def cycle_of(engine) -> int:
     """Return how often the frozen weights of an engine have changed."""
-    return len(engine.restarts) + (0 if engine.residual is None else engine.residual.count)
+    others = engine.t if engine.owner_steps is not None else 0 if engine.residual is None else engine.residual.count
+    return len(engine.restarts) + others
 
 
 @torch.no_grad()
@@ -83,6 +84,8 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
         }
     if engine.residual is not None:
         copied |= {RESIDUAL_SUM + name: value for name, value in engine.residual.hold().items()}
+    if engine.owner_steps is not None:
+        copied |= {OWNER_STATE + name: value for name, value in engine.owner_steps.held().items()}
     if engine.exchange is not None:
         copied |= {ISLAND_PART + name: value for name, value in engine.exchange.held().items()}
     return Captured(
@@ -99,7 +102,7 @@ def _tensor_or_read(shard: Shard, part: str) -> Tensor | Lazy:
 
 def description(engine) -> dict:
     """Return what a manifest says about the model of an engine."""
-    layers = lowrank_layers(engine.module)
+    layers = owned_layers(engine.module)
     bases = {f"{name}.lora_A" for name in engine.frozen.one_sided}  # no parameters at times; the layers tell of them
     return {
         "parameters": {

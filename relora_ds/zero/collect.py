@@ -10,7 +10,9 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from relora_ds.lowrank.wrap import is_lora_parameter, lowrank_layers
+from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.owned_layer import OwnedLayer
+from relora_ds.lowrank.wrap import is_lora_parameter, owned_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import ShardView
@@ -47,7 +49,7 @@ def collect_owned(
     }
     shapes |= {
         key: layer.weight_shape
-        for name, layer in lowrank_layers(module).items()
+        for name, layer in owned_layers(module).items()
         if (key := layer.plain_name(name)) in owners
     }
     found = {
@@ -93,7 +95,7 @@ def _merged_tensors(
     wanted: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Yield every tensor of the merged model (of `wanted`) by name, on the CPU; None on ranks that do not get it."""
-    layers = lowrank_layers(module)
+    layers = owned_layers(module)
     for name, parameter in module.named_parameters():
         if not is_lora_parameter(name) and name.removesuffix(".weight") not in layers and _is_in(name, wanted):
             yield name, _parameter(name, parameter, shards, dst_of(name))
@@ -124,16 +126,16 @@ def _parameter(name: str, parameter: nn.Parameter, shards: ShardView, dst: int |
 
 
 def _merged(
-    name: str, layer, shards: ShardView, frozen: FrozenWeights, device: torch.device, dst: int | None
+    name: str, layer: OwnedLayer, shards: ShardView, frozen: FrozenWeights, device: torch.device, dst: int | None
 ) -> Tensor | None:
     """Return the merged weight of one layer, fp32 on `device`; None on ranks that are not asked for it."""
     owner = frozen.owners.get(name, dst)
-    factors = gather_factors(shards, frozen, name, owner)
+    factors = gather_factors(shards, frozen, name, owner) if isinstance(layer, LowRankLayer) else None
     if name in frozen.layers:
         base = frozen.read(name, device)
     else:  # no base: y = s·B·A·x
         base = torch.zeros(layer.weight_shape, device=device) if factors else None
-    if base is not None:
+    if base is not None and isinstance(layer, LowRankLayer):
         assert factors is not None
         layer.merge_(base, *factors)
     if name not in frozen.layers:

@@ -1,5 +1,6 @@
 """`ReLoRAEngine`: DeepSpeed's engine with the restart inside `engine.step()`; `zero.initialize` makes one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.exact_gradients import ExactGradients
+from relora_ds.zero.joint_norm import JointNorm
+from relora_ds.zero.owner_steps import OwnerSteps
 from relora_ds.zero.owner_updates import OwnerUpdates
 from relora_ds.zero.plain_model import save_plain
 from relora_ds.zero.randomness import seeded_forward
@@ -39,12 +42,15 @@ class ReLoRAEngine(DeepSpeedEngine):
         num_accumulated: backward passes since the last step at an accumulation boundary.
         exchange: with other islands, `exchange.exchange.Exchange`; None: there are none.
         residual: `OwnerUpdates` by what a one-sided chain leaves out, with `residual_every`; else None.
+        owner_steps: `OwnerSteps` of a model without factors, whose weights their owners update; else None.
         exact_gradients: what a step before a scheduled restart takes along, with `gradient_estimate: exact`.
     """
 
     exact_gradients: ExactGradients | None
     exchange: Any
+    owner_steps: OwnerSteps | None
     residual: OwnerUpdates | None
+    joint_norm: JointNorm
     decayed_group: int | None
 
     @property
@@ -84,8 +90,12 @@ class ReLoRAEngine(DeepSpeedEngine):
         if at_boundary := self.is_gradient_accumulation_boundary():
             self.num_accumulated = 0
         left = self._left_by_decay()  # from here on, the learning rate is the next step's
+        if at_boundary and self.owner_steps is not None:
+            self.owner_steps.gather(self._loss_scale())
         super().step(lr_kwargs)
         if self.was_step_applied():
+            if self.owner_steps is not None:
+                self._step_owners(self.owner_steps)
             if self.frozen.decay is not None:
                 self.frozen.decay.mul_(left)
             if self.t == 1:
@@ -97,6 +107,25 @@ class ReLoRAEngine(DeepSpeedEngine):
             self.after_step(self)
         elif at_boundary and self.residual is not None:
             self.residual.drop()  # it has gradients that are not finite, on some rank
+        elif at_boundary and self.owner_steps is not None:
+            self.owner_steps.drop()
+
+    def _loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale) if self.fp16_enabled() else 1.0
+
+    def _step_owners(self, owners: OwnerSteps) -> None:
+        norm = self.joint_norm.reported(self.get_global_grad_norm())
+        self._global_grad_norm = norm
+        owners.apply(self.t, self.lr_scheduler.last_multiplier, owners.coefficient(norm, self.gradient_clipping()))
+
+    def clip_fp32_gradients(self):
+        """At stage 0 in fp32; the other stages clip in their optimizers."""
+        if self.owner_steps is None:
+            super().clip_fp32_gradients()
+            return
+        norm = self.joint_norm.of(self._global_grad_norm)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, self.owner_steps.coefficient(norm, self.gradient_clipping()))
 
     @property
     def _own_seed(self) -> str | None:
@@ -132,7 +161,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         Raises:
             NonFiniteMergeError: the merged weights would not be finite; nothing was changed.
         """
-        if not self.frozen.layers:
+        if not self.frozen.lowrank:
             raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
         if self.num_accumulated:
             raise ValueError(
@@ -261,7 +290,9 @@ class ReLoRAEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs):
         # DeepSpeed skips a non-finite step on all ranks, except at stage 0 in fp32, where it applies the NaN.
-        if isinstance(self.optimizer, torch.optim.Optimizer) and not gradients_are_finite(self):
+        if isinstance(self.optimizer, torch.optim.Optimizer) and not (
+            gradients_are_finite(self) and math.isfinite(self.joint_norm.owners)
+        ):
             skip_step(self)
         else:
             super()._take_model_step(lr_kwargs)

@@ -3,7 +3,7 @@
 It says nothing about ZeRO stages or ranks: an engine of another stage and world size can resume from it.
 """
 
-from relora_ds.checkpoint.contents import DECAY, ISLANDS, RESIDUAL
+from relora_ds.checkpoint.contents import DECAY, ISLANDS, OWNERS, RESIDUAL
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _RESIDUAL = ("steps", "count")
@@ -20,6 +20,7 @@ def engine_state(engine) -> dict:
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
         **({} if engine.frozen.decay is None else {DECAY: float(engine.frozen.decay)}),
         **({} if engine.residual is None else {RESIDUAL: {key: getattr(engine.residual, key) for key in _RESIDUAL}}),
+        **({} if engine.owner_steps is None else {OWNERS: engine.owner_steps.about()}),
         **({} if engine.exchange is None else {ISLANDS: engine.exchange.state()}),
     }
 

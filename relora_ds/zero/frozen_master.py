@@ -7,6 +7,7 @@ that all ranks hold the same bytes by construction.
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.fp8 import multiplies_fp8
 from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
+from relora_ds.lowrank.owned_layer import OwnedLayer
+from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.storage import Storage, format_at, has_masters, is_sharded, shape_problems
 from relora_ds.zero.pinned import MasterStore
 from relora_ds.zero.shards import write_partition
@@ -34,7 +37,7 @@ def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
     return {name: owners[name] for name in sizes}
 
 
-def frozen_owners(layers: dict[str, LowRankLayer]) -> dict[str, int]:
+def frozen_owners(layers: Mapping[str, OwnedLayer]) -> dict[str, int]:
     """Return the rank that owns the weight of each layer, by name; layers without a base weight are left out."""
     sizes = {name: layer.weight_shape.numel() for name, layer in layers.items() if layer.weight is not None}
     return assign_owners(sizes, dist.get_world_size())
@@ -61,6 +64,8 @@ class FrozenWeights:
             fp32; at a merge rounded stochastically where it is bf16, and quantized to nearest otherwise.
         decay: ρ, one for all layers, which compute with `ρ·W`; None: nothing decays. It changes at every step, and W at
             merges only.
+        lowrank: those of the layers that have factors: all of them, or none.
+        one_sided: names of those whose A is frozen.
         masters: of the weights that this rank owns, fp32.
         ledgers: of the weights that this rank owns.
 
@@ -70,7 +75,7 @@ class FrozenWeights:
 
     def __init__(
         self,
-        layers: dict[str, LowRankLayer],
+        layers: Mapping[str, OwnedLayer],
         relora: ReLoRAConfig | None,
         *,
         precision: str,
@@ -101,11 +106,12 @@ class FrozenWeights:
             torch.device("cpu") if on_host else device,
             pinned=on_host and device.type == "cuda",
         )
-        self.one_sided = [name for name, layer in self.layers.items() if layer.one_sided]
+        self.lowrank = {name: layer for name, layer in self.layers.items() if isinstance(layer, LowRankLayer)}
+        self.one_sided = [name for name, layer in self.lowrank.items() if layer.one_sided]
         for layer in self.layers.values():
             empty = self.format.stored_like(layer.weight_shape, self.dtype, device if replicated else "meta")
             layer.store_weight(empty, self.format, as_buffer=replicated)
-            if layer.one_sided and replicated:
+            if replicated and isinstance(layer, LowRankLayer) and layer.one_sided:
                 layer.freeze_A_in_buffer(torch.empty(layer.shape_of_A, dtype=self.dtype, device=device))
 
     def set_decay(self, value: float) -> None:
@@ -155,6 +161,22 @@ class FrozenWeights:
         """Return the fp32 weight `[..., out, in]` that a stored copy stands for."""
         return self.format.dequantize(stored, self.layers[name].weight_shape, torch.float32)
 
+    def add(self, name: str, base: Tensor, change: Tensor, key: str) -> tuple[Tensor, Tensor]:
+        """Add `change` to an owned weight, `base` of `read`, which is used up, and keep it as the master.
+
+        key: of the rounding at random, where there is no master.
+
+        Returns the stored copy, and the ledger's samples of the change and of what the stored copy lost of it.
+        """
+        ledger = self.ledgers[name]
+        before = ledger.sample(self.dequantize(name, self.quantize(base)) if self.with_masters else base)
+        intended = ledger.sample(change)
+        base.add_(change)
+        stored = self.quantize(base, None if self.with_masters else keyed_generator(key, base.device))
+        self.keep(name, base)
+        lost = ledger.sample(self.dequantize(name, stored)).sub_(before).sub_(intended)
+        return stored, torch.stack([intended, lost])
+
     def add_to_ledgers(self, samples: dict[str, Tensor]) -> None:
         """Add changes of owned weights, `[2, n]` on the device: a ledger's samples of what was intended and lost."""
         if not samples:
@@ -178,13 +200,13 @@ class FrozenWeights:
 
     def read_A(self, name: str) -> Tensor:
         """Return a one-sided layer's A as forward reads it, in fp32: a new tensor on every rank. Collective."""
-        lora_A: Any = self.layers[name].lora_A
+        lora_A: Any = self.lowrank[name].lora_A
         with GatheredParameters([lora_A], enabled=is_partitioned(lora_A)):
             return lora_A.detach().to(torch.float32, copy=True)
 
     def publish_A(self, name: str, value: Tensor | None) -> None:
         """Broadcast the owner's new A of a one-sided layer, rounded to what forward reads, to where it reads it."""
-        layer = self.layers[name]
+        layer = self.lowrank[name]
         lora_A: Any = layer.lora_A
         if value is None:
             stored = torch.empty(layer.shape_of_A, dtype=self.dtype, device=self.device)

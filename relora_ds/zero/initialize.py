@@ -4,11 +4,10 @@ The engine is DeepSpeed's own with its class specialised (`zero.engine.ReLoRAEng
 `isinstance(engine, DeepSpeedEngine)`, `engine.module` and every other attribute keep working.
 """
 
-import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import deepspeed
@@ -22,16 +21,27 @@ from relora_ds.lowrank.orthogonal import orthogonal_update
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.words import for_everyone
-from relora_ds.lowrank.wrap import count_parameters, lowrank_layers, parameter_groups
+from relora_ds.lowrank.wrap import count_parameters, owned_layers, parameter_groups
+from relora_ds.matrix.optimizer import MatrixOptimizer
 from relora_ds.zero import accelerator, ds_adamw, ds_config, ds_types, optimizers
 from relora_ds.zero.allocate import allocate, nothing_broadcast
+from relora_ds.zero.arguments import (
+    argument_problems,
+    by_layer,
+    carried_config,
+    given,
+    matrix_problems,
+    schedule_problems,
+)
 from relora_ds.zero.checkpoints import EngineCheckpoints
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
 from relora_ds.zero.ds_resolve import resolve
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.fill import fill
 from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.joint_norm import JointNorm
 from relora_ds.zero.optimizers import make_optimizer
+from relora_ds.zero.owner_steps import OwnerSteps
 from relora_ds.zero.owner_updates import OwnerUpdates
 from relora_ds.zero.randomness import drops_values_only
 from relora_ds.zero.scheduler import ReLoRAScheduler
@@ -82,6 +92,8 @@ def initialize(
     after_step: Callable[[ReLoRAEngine], None] | None = None,
     weights: WeightSource | Nothing | None = None,
     islands: Islands | None = None,
+    matrix_optimizer: MatrixOptimizer | Mapping[str, MatrixOptimizer] | None = None,
+    matrix_lr: float | None = None,
 ):
     """Make DeepSpeed's 4-tuple, as `deepspeed.initialize` does, for a model that `relora_ds.wrap` has wrapped.
 
@@ -110,6 +122,9 @@ def initialize(
         after_step: called after every applied step; default: restart when it is due.
         weights: a source of the plain model's fp32 weights, read one tensor at a time, instead of the model's own
             values; `zero.weights.NOTHING` where a checkpoint is loaded next.
+        matrix_optimizer: of the weights of a model that is wrapped with `trains="none"`, which their owners update
+            from whole gradients (`relora_ds.matrix`); one for all, or one for each layer by its name.
+        matrix_lr: its peak learning rate; None = `lr`.
         islands: train as one of several islands, which exchange their updates at restarts (`relora_ds.Islands`).
 
     Returns:
@@ -120,7 +135,7 @@ def initialize(
             `relora` is another config than the model's; a model without values and without a source of them, or a
             source of another model's, before anything is built; a tensor that cannot be read, on every rank.
     """
-    relora = _carried_config(model, relora)
+    relora = carried_config(model, relora)
     curve = ScheduleConfig(
         total_steps,
         warmup_steps,
@@ -135,9 +150,11 @@ def initialize(
     settings = ds_config.load(config, ARGUMENT_NAMES["config"])
     passed: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
+    matrix_optimizers = by_layer(matrix_optimizer, model)
     _refuse(
-        _argument_problems(passed, optimizer, settings)
-        + _schedule_problems(curve)
+        matrix_problems(matrix_optimizer, matrix_optimizers, model, islands is not None)
+        + argument_problems(passed, optimizer, settings)
+        + schedule_problems(curve)
         + (islands.problems(relora) if islands is not None else [])
         + (
             ds_config.problems(
@@ -158,7 +175,7 @@ def initialize(
         accelerator.precision_problems(precision) + (storage_problems(relora, precision) if relora is not None else [])
     )
     optimizer = optimizer or ds_adamw.name_in(settings) or "adamw"
-    adamw = {**_ADAMW_DEFAULTS, **ds_adamw.values_in(settings), **_given(passed)}
+    adamw = {**_ADAMW_DEFAULTS, **ds_adamw.values_in(settings), **given(passed)}
     settings = resolve(
         settings,
         precision=precision,
@@ -173,7 +190,7 @@ def initialize(
 
     sources = sources_of(model, weights)
     device = accelerator.device_of_rank()
-    frozen = FrozenWeights(lowrank_layers(model), relora, precision=precision, stage=stage, device=device)
+    frozen = FrozenWeights(owned_layers(model), relora, precision=precision, stage=stage, device=device)
     if relora is not None and frozen.layers and dist.get_rank() == 0:
         for warning in storage_warnings(relora, precision, stage):
             logger.warning(for_everyone(warning))
@@ -209,7 +226,19 @@ def initialize(
     engine.decayed_group = decayed_group
     if decayed_group is not None:
         frozen.set_decay(1.0)
-    engine.exact_gradients = engine.residual = engine.exchange = None
+    engine.exact_gradients = engine.residual = engine.exchange = engine.owner_steps = None
+    engine.joint_norm = JointNorm()
+    if matrix_optimizers:
+        engine.joint_norm.install(engine.optimizer)
+        engine.owner_steps = OwnerSteps(
+            frozen,
+            shards,
+            engine.joint_norm,
+            matrix_optimizers,
+            lr=adamw["lr"] if matrix_lr is None else matrix_lr,
+            weight_decay=adamw["weight_decay"],
+            seed=seed,
+        )
     if relora is not None and relora.residual_every is not None and frozen.layers:
         update = functools.partial(orthogonal_update, lr=relora.residual_lr)
         engine.residual = OwnerUpdates(frozen, shards, relora.residual_every, update, seed)
@@ -220,37 +249,13 @@ def initialize(
     return engine, stepped, loader, scheduler
 
 
-def _carried_config(model: nn.Module, relora: ReLoRAConfig | None) -> ReLoRAConfig | None:
-    """Return the config that a model was wrapped with; ValueError where `relora`, or the lack of both, contradicts."""
-    carried = getattr(model, "relora_config", None)
-    if not lowrank_layers(model):
-        if relora is not None:
-            raise ValueError("relora: given, but the model has no low-rank layers; call relora_ds.wrap(model, config)")
-        return None
-    if carried is None and relora is None:
-        raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
-    if carried is not None and relora is not None and carried != relora:
-        raise ValueError(f"relora: {_differences(carried, relora)}; leave it out, the model carries its config")
-    return carried if relora is None else relora
-
-
-def _differences(carried: ReLoRAConfig, other: ReLoRAConfig) -> str:
-    """Return what two configs say differently, as a part of a sentence."""
-    now = dataclasses.asdict(other)
-    return ", ".join(
-        f"{name} is {now.get(name)!r}, and {value!r} in the config that the model was wrapped with"
-        for name, value in dataclasses.asdict(carried).items()
-        if now.get(name) != value
-    )
-
-
 def _decayed_group(groups: list[dict], frozen: FrozenWeights) -> int | None:
     """Return the index of the group whose weight decay acts on the frozen weights, that of `lora_B`; None without.
 
     Raises:
         ValueError: the groups do not agree on one.
     """
-    factors = {id(layer.lora_B) for layer in frozen.layers.values()}
+    factors = {id(layer.lora_B) for layer in frozen.lowrank.values()}
     found = [i for i, group in enumerate(groups) if any(id(p) in factors for p in group["params"])]
     if len({(groups[i]["lr"], groups[i]["weight_decay"]) for i in found}) > 1:
         raise ValueError(
@@ -258,38 +263,6 @@ def _decayed_group(groups: list[dict], frozen: FrozenWeights) -> int | None:
             "decay as one; put all lora_B into one group"
         )
     return next((i for i in found if groups[i]["weight_decay"]), None)
-
-
-def _argument_problems(passed: dict[str, Any], optimizer: str | None, settings: dict) -> list[str]:
-    """Return what is wrong with the optimizer and the values of it that were passed, one message each."""
-    found = ds_adamw.value_problems(_given(passed))
-    if optimizer is not None and optimizer not in optimizers.NAMES:
-        found.append(f"optimizer: {optimizer!r} is not available; use {' or '.join(map(repr, optimizers.NAMES))}")
-    elif reason := optimizers.unavailable(optimizer or ds_adamw.name_in(settings) or "adamw"):
-        found.append(f"optimizer: {reason}")
-    if passed["lr"] is None and "lr" not in ds_adamw.values_in(settings):
-        found.append("lr: not given, and config has no optimizer.params.lr; pass for instance lr=1e-3")
-    return found
-
-
-def _schedule_problems(curve: ScheduleConfig) -> list[str]:
-    """Return what is wrong with the arguments that make the learning-rate curve, one message each."""
-    found = []
-    if curve.total_steps < 1:
-        found.append(f"total_steps: {curve.total_steps} is not a number of steps; use 1 or more")
-    if curve.warmup_steps < 0:
-        found.append(f"warmup_steps: {curve.warmup_steps} is below 0; use 0 for no warm-up")
-    if not 0 <= curve.min_lr_ratio <= 1:
-        found.append(f"min_lr_ratio: {curve.min_lr_ratio} is not between 0 and 1; use for instance 0.1")
-    if curve.decay_steps is not None and curve.decay_steps < 1:
-        found.append(f"decay_steps: {curve.decay_steps} is not a number of steps; use 1 or more, or None")
-    elif curve.decay_steps is not None and curve.schedule != "wsd":
-        found.append(f"decay_steps: {curve.decay_steps} has no effect with schedule {curve.schedule}; leave it out")
-    return found or [problem for problem in [curve.problem()] if problem]
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _refuse(problems: list[str]) -> None:

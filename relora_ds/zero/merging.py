@@ -78,8 +78,8 @@ def merge(
     Returns `[‖stored ΔW − intended ΔW‖², ‖intended ΔW‖², ‖s·B·A‖², ‖W‖²]` of every layer, then the ledger's sums of the
     first two over all restarts, the same on every rank; and the checksums of the stored copies that this rank sends.
     """
-    squares = torch.zeros(len(frozen.layers), 6, dtype=torch.float64, device=device)  # a row is filled by its owner
-    rows = dict(zip(frozen.layers, squares, strict=True))
+    squares = torch.zeros(len(frozen.lowrank), 6, dtype=torch.float64, device=device)  # a row is filled by its owner
+    rows = dict(zip(frozen.lowrank, squares, strict=True))
     sent: dict[str, Tensor] = {}
     samples: dict[str, Tensor] = {}
     for names in rounds:
@@ -105,7 +105,7 @@ def merge(
         for name, row in zip(samples, sums.view(-1, 2).to(device), strict=True):  # in one copy
             rows[name][4:] = row
     dist.all_reduce(squares)
-    return dict(zip(frozen.layers, squares.tolist(), strict=True)), sent
+    return dict(zip(frozen.lowrank, squares.tolist(), strict=True)), sent
 
 
 def _merged(
@@ -128,7 +128,7 @@ def _merged(
     weight = _square(base)
     before = frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base
     if exchange is None:
-        intended, update = _own_update(frozen.layers[name], base, lora_A, lora_B)
+        intended, update = _own_update(frozen.lowrank[name], base, lora_A, lora_B)
     else:
         intended, update = exchange.update(name, base, lora_A)
     change = _square(intended)
@@ -179,7 +179,7 @@ def require_finite(
     Returns the factors of this rank's layers, where other ranks would have to send them again.
     """
     kept: dict[str, tuple[Tensor, Tensor]] = {}
-    rows = {name: row for row, name in enumerate(frozen.layers)}
+    rows = {name: row for row, name in enumerate(frozen.lowrank)}
     bad = torch.zeros(len(rows), dtype=torch.int32, device=device)
     failure = None
     for names in rounds:
@@ -194,7 +194,7 @@ def require_finite(
         if shards.partitioned:
             kept |= factors
     dist.all_reduce(bad)
-    found = dict(zip(frozen.layers, bad.tolist(), strict=True))
+    found = dict(zip(frozen.lowrank, bad.tolist(), strict=True))
     if names := [name for name, code in found.items() if code == _FAILED]:
         raise RuntimeError(
             f"restart: rank {frozen.owners[names[0]]} could not merge {names[0]}; nothing was changed"
@@ -213,4 +213,4 @@ def _can_merge(
     """Return whether the merged weight is finite in its stored copy: a bool scalar. Uses `base` up."""
     if with_all:
         return frozen.can_store(_merged(frozen, name, base, lora_A, lora_B, "")[0])
-    return frozen.can_store(frozen.layers[name].merge_(base, lora_A, lora_B))
+    return frozen.can_store(frozen.lowrank[name].merge_(base, lora_A, lora_B))

@@ -13,14 +13,12 @@ sum is the sum of those of the steps.
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.precision import exact_products
-from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.zero.accelerator import now
 from relora_ds.zero.frozen_master import FrozenWeights
+from relora_ds.zero.gradient_sums import GradientSums
 from relora_ds.zero.shards import ShardView
 
 COPIES = 4  # of a layer's W in fp32: what the owner of a square one has alive at once beside the sum itself
@@ -46,9 +44,7 @@ class OwnerUpdates:
         self.every, self.steps, self.count, self.seconds = every, 0, 0, 0.0
         self._frozen, self._shards, self._update, self._seed = frozen, shards, update, seed
         self._held: dict[str, Tensor] = {}  # of the owned weights: means over ranks, summed up until a checkpoint
-        self._sums: dict[str, GradientSum] = {}
-        for name, layer in frozen.layers.items():
-            self._sums[name] = layer.gradient_sum = GradientSum(layer.shape_of_gradient, frozen.device)
+        self._sums = GradientSums(frozen)
 
     def after_step(self, t: int, factor: float) -> None:
         """Count an applied step, and update W if a period ends with it.
@@ -81,7 +77,8 @@ class OwnerUpdates:
             for name, gradient in gradients.items():
                 change = None if gradient is None else self._change(name, gradient, bases.get(name), factor)
                 if (base := frozen.read(name, frozen.device)) is not None and change is not None:
-                    stored[name], samples[name] = self._store(name, base, change)
+                    key = f"{self._seed}/{self.count}/{name}.weight/residual"
+                    stored[name], samples[name] = frozen.add(name, base, change, key)
             for name in names:
                 frozen.publish(name, stored.pop(name, None), frozen.device)
         frozen.masters.settle()
@@ -94,8 +91,7 @@ class OwnerUpdates:
         """Begin another period, without what this one has so far."""
         self.steps = 0
         self._held.clear()
-        for total in self._sums.values():
-            total.values.zero_()
+        self._sums.drop()
 
     @torch.no_grad()
     def hold(self) -> dict[str, Tensor]:
@@ -103,7 +99,7 @@ class OwnerUpdates:
 
         The tensors stay as they are.
         """
-        for name in self._sums if self.steps else ():
+        for name in self._frozen.layers if self.steps else ():
             if (total := self._reduce(name)) is not None:
                 self._held[name] = total.to("cpu", copy=True)
                 total.zero_()
@@ -116,14 +112,11 @@ class OwnerUpdates:
         self._held = {name: read(name) for name in self._frozen.owned()} if steps else {}
 
     def _reduce(self, name: str) -> Tensor | None:
-        """Return the sum of a layer over steps, a mean over ranks: on the owner, in its place; else begin it anew."""
-        total, owner = self._sums[name].values, self._frozen.owners[name]
-        dist.reduce(total, owner)
-        if owner != dist.get_rank():
-            total.zero_()
-            return None
-        total.div_(dist.get_world_size())
-        return total.add_(self._held[name].to(total.device)) if name in self._held else total
+        """Return the sum of a layer over steps, a mean over ranks, on its owner."""
+        total = self._sums.reduce(name)
+        if total is None or name not in self._held:
+            return total
+        return total.add_(self._held[name].to(total.device))
 
     def _change(self, name: str, gradient: Tensor, basis: Tensor | None, factor: float) -> Tensor:
         """Return what to add to W, in its own layout. gradient: the sum of the layer, which begins anew."""
@@ -140,15 +133,3 @@ class OwnerUpdates:
         change.masked_fill_(~is_finite, 0.0)  # W stays as it is where the gradients of B have shown nothing
         gradient.zero_()
         return change.mT if layer.transposed else change
-
-    def _store(self, name: str, base: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Make a change on the owner. Return the stored copy, and the ledger's samples of what it meant and lost."""
-        frozen, ledger = self._frozen, self._frozen.ledgers[name]
-        before = ledger.sample(frozen.dequantize(name, frozen.quantize(base)) if frozen.with_masters else base)
-        intended = ledger.sample(change)
-        base.add_(change)
-        key = f"{self._seed}/{self.count}/{name}.weight/residual"
-        stored = frozen.quantize(base, None if frozen.with_masters else keyed_generator(key, base.device))
-        frozen.keep(name, base)
-        lost = ledger.sample(frozen.dequantize(name, stored)).sub_(before).sub_(intended)
-        return stored, torch.stack([intended, lost])

@@ -117,7 +117,7 @@ def restart(
         if exchange is None:
             gradients = subspaces.gradients(frozen)
         else:
-            gradients = {name: exchange.sketch(name) if name in frozen.ledgers else None for name in frozen.layers}
+            gradients = {name: exchange.sketch(name) if name in frozen.ledgers else None for name in frozen.lowrank}
         turns = _reinitialise(shards, frozen, subspaces, gradients, with_turns=rotates)
         if rotates:
             rotate_moments(shards, turns, frozen.owners)

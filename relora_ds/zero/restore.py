@@ -7,7 +7,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from relora_ds.checkpoint.contents import BUFFER, ISLAND_PART, ISLANDS, OTHER, PARTS, RESIDUAL, RESIDUAL_SUM, STORED
+from relora_ds.checkpoint.contents import (
+    BUFFER,
+    ISLAND_PART,
+    ISLANDS,
+    OTHER,
+    OWNER_STATE,
+    OWNERS,
+    PARTS,
+    RESIDUAL,
+    RESIDUAL_SUM,
+    STORED,
+)
 from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.lowrank.inventory import is_lora_parameter
@@ -43,6 +54,8 @@ def problems(manifest: Manifest, engine) -> list[str]:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+    if engine.owner_steps is not None and (was := manifest.engine.get(OWNERS)) != (asked := engine.owner_steps.about()):
+        found.append(f"matrix_optimizer was {was}, is {asked}; resume with the settings of the checkpoint")
     storage, current = Storage(**saved["frozen"]), engine.frozen.storage
     if engine.frozen.layers and not (storage.with_masters or storage.exact or storage.same_bytes(current)):
         found.append(
@@ -98,7 +111,7 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
     with ExitStack() as stack:
         try:
             saved = SavedTensors(directory, manifest, stack)
-            lack = _lack(saved, engine, begins_chain, bool(optimizer and _residual_steps(manifest)))
+            lack = _lack(saved, engine, begins_chain, optimizer, bool(optimizer and _residual_steps(manifest)))
         except (DamagedError, UnreadableError) as error:  # the other ranks wait for word
             lack = str(error)
         lacking = [lack] * dist.get_world_size()
@@ -123,6 +136,8 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         if engine.residual is not None:
             steps = _residual_steps(manifest) if optimizer else 0
             engine.residual.restore(steps, lambda name: saved.read(RESIDUAL_SUM + name))
+        if engine.owner_steps is not None:
+            engine.owner_steps.restore((lambda name: saved.read(OWNER_STATE + name)) if optimizer else None)
         if engine.exchange is not None:
             engine.exchange.restore(
                 manifest.engine.get(ISLANDS) if schedule else None,
@@ -143,7 +158,7 @@ def _residual_steps(manifest: Manifest) -> int:
     return manifest.engine.get(RESIDUAL, {"steps": 0})["steps"]
 
 
-def _lack(saved: SavedTensors, engine, begins_chain: bool, with_residual: bool) -> str | None:
+def _lack(saved: SavedTensors, engine, begins_chain: bool, optimizer: bool, with_residual: bool) -> str | None:
     """Return what this rank's part of an engine needs and this host does not see; None where it sees everything."""
     for shard in engine.shards:
         if begins_chain and is_lora_parameter(shard.name):
@@ -157,6 +172,9 @@ def _lack(saved: SavedTensors, engine, begins_chain: bool, with_residual: bool) 
             return saved.reason(f"{name}.lora_A", FROZEN)
         if with_residual and engine.residual is not None and not saved.has(RESIDUAL_SUM + name):
             return saved.reason(RESIDUAL_SUM + name, TRAINED)
+    for name in engine.owner_steps.names() if optimizer and engine.owner_steps is not None else ():
+        if not saved.has(OWNER_STATE + name):
+            return saved.reason(OWNER_STATE + name, TRAINED)
     if dist.get_rank() == 0:
         others = [OTHER + name for name, _ in other_parameters(engine)]
         buffers = [BUFFER + name for name in persistent_buffers(engine.module)]

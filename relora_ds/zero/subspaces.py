@@ -27,14 +27,14 @@ def watch_gradients(engine, due: bool) -> None:
     """
     frozen, config = engine.frozen, engine.relora
     engine.exact_gradients = None
-    for layer in frozen.layers.values():
+    for layer in frozen.lowrank.values():
         layer.sketch = None
     if not due:
         return
     if config.gradient_estimate == "exact":
         engine.exact_gradients = ExactGradients(frozen)
         return
-    for name, layer in frozen.layers.items():
+    for name, layer in frozen.lowrank.items():
         key, omega = f"{engine.seed}/{engine.t}/{name}/sketch", None
         if config.gradient_estimate == "warm_sketch":
             lora_B = f"{name}.lora_B"
@@ -61,7 +61,7 @@ class Subspaces:
 
     def gradients(self, frozen: FrozenWeights) -> dict[str, Tensor | None]:
         """Return what each layer's basis is computed from, a sum over the ranks, on its owner. Collective."""
-        return {name: self._gradient(name, frozen) for name in frozen.layers}
+        return {name: self._gradient(name, frozen) for name in frozen.lowrank}
 
     def choose(self, frozen: FrozenWeights, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Return the new A of every layer, `[..., r, in]` in fp32, on its owner; None elsewhere.
@@ -69,9 +69,9 @@ class Subspaces:
         Of Kaiming's, which are known by their key, every rank has all. gradients: see there; used up.
         """
         if self.config.restart_init == "kaiming":
-            return {name: self._initial(name, layer) for name, layer in frozen.layers.items()}
+            return {name: self._initial(name, layer) for name, layer in frozen.lowrank.items()}
         return {
-            name: self._basis(name, frozen.layers[name], gradients.pop(name)) if _is_mine(frozen, name) else None
+            name: self._basis(name, frozen.lowrank[name], gradients.pop(name)) if _is_mine(frozen, name) else None
             for name in list(gradients)
         }
 
@@ -80,14 +80,14 @@ class Subspaces:
         if self.config.restart_init == "kaiming":
             assert value is not None
             return value
-        sent = torch.empty(frozen.layers[name].shape_of_A, device=self.device) if value is None else value
+        sent = torch.empty(frozen.lowrank[name].shape_of_A, device=self.device) if value is None else value
         sent = sent.to(self.device).contiguous()
         dist.broadcast(sent, frozen.owners[name])
         return sent
 
     def _gradient(self, name: str, frozen: FrozenWeights) -> Tensor | None:
         """Return the sum over the ranks of what a layer took along, on its owner."""
-        layer = frozen.layers[name]
+        layer = frozen.lowrank[name]
         if self.exact is not None:
             return self.exact.take(name)
         if self.config.restart_init != "gradient" or layer.sketch is None:  # a restart by hand comes without
@@ -112,7 +112,7 @@ class Subspaces:
 @torch.no_grad()
 def begin_chain(shards: ShardView, frozen: FrozenWeights, seed: int, number: int) -> None:
     """Give the factors what they begin with, without moments. Collective. number: of the restarts so far."""
-    for name, layer in frozen.layers.items():
+    for name, layer in frozen.lowrank.items():
         write_initial_A(shards, frozen, name, layer, seed=seed, number=number)
         shards.write(f"{name}.lora_B", torch.zeros(shards[f"{name}.lora_B"].shape))
         for factor in ("lora_B",) if layer.one_sided else ("lora_A", "lora_B"):

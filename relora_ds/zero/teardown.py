@@ -8,7 +8,7 @@ import gc
 
 import torch
 
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.zero import accelerator
 
 
@@ -38,7 +38,7 @@ def release(engine) -> None:
     # replicated frozen weights are.
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data, tensor.grad = torch.empty(0, dtype=tensor.dtype), None
-    for layer in lowrank_layers(module).values():
+    for layer in owned_layers(module).values():
         layer.sketch = layer.gradient_sum = None
     engine.shards.__dict__.clear()
     engine.frozen.__dict__.clear()

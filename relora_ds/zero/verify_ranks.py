@@ -53,7 +53,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
         sums.append(checksum(piece, start))
         split.append(is_partitioned(parameter))
     stored: dict[str, Any] = {f"{name}.weight": layer.weight for name, layer in frozen.layers.items()}
-    stored |= {f"{name}.lora_A": frozen.layers[name].lora_A for name in frozen.one_sided}
+    stored |= {f"{name}.lora_A": frozen.lowrank[name].lora_A for name in frozen.one_sided}
     for name, tensor in stored.items():
         start, stop = partition_range(tensor) if is_partitioned(tensor) else (0, tensor.numel())
         piece = tensor.ds_tensor.data[: stop - start] if is_partitioned(tensor) else tensor.data.reshape(-1)

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora_ds.lowrank.inventory import full_shape, is_lora_parameter, lowrank_layers, plain_parameters
+from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.inventory import full_shape, is_lora_parameter, lowrank_layers, owned_layers, plain_parameters
 from relora_ds.zero.frozen_master import assign_owners, frozen_owners
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.shards import copy_common, partition_range
@@ -88,7 +89,7 @@ NOTHING = Nothing()
 
 def readers_of(model: nn.Module) -> dict[str, int]:
     """Return the rank that reads each tensor where every rank can: a frozen weight's owner, others in equal parts."""
-    layers = lowrank_layers(model)
+    layers = owned_layers(model)
     owners = {layers[name].plain_name(name): owner for name, owner in frozen_owners(layers).items()}
     others = {tensor.name: tensor.shape.numel() for tensor in plain_tensors(model) if tensor.name not in owners}
     return owners | assign_owners(others, dist.get_world_size())
@@ -112,11 +113,11 @@ def plain_tensors(model: nn.Module) -> list[PlainTensor]:
     found = plain_parameters(model)
     names = {id(parameter): names for names, parameter in found}
     shapes = {id(parameter): full_shape(parameter) for _, parameter in found}
-    for name, layer in lowrank_layers(model).items():
+    for name, layer in owned_layers(model).items():
         if layer.weight is not None:  # it may be packed, or a buffer
             names.setdefault(id(layer.weight), [layer.plain_name(name)])
             shapes[id(layer.weight)] = layer.weight_shape
-        if layer.one_sided:  # a buffer at times
+        if isinstance(layer, LowRankLayer) and layer.one_sided:  # a buffer at times
             names.setdefault(id(layer.lora_A), [f"{name}.lora_A"])
             shapes[id(layer.lora_A)] = layer.shape_of_A
     buffers = [PlainTensor([name], buffer.shape) for name, buffer in persistent_buffers(model).items()]

@@ -62,6 +62,12 @@ def test_nothing_comes_of_nothing():
     assert not orthogonalized(stack)[0].any() and orthogonalized(stack).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e-21, 1e-24, 1e-38])
+def test_a_gradient_whose_squares_are_0_in_fp32_is_not_blown_up(size):
+    update = orthogonalized((size * gradient((12, 30))).float())
+    assert update.isfinite().all() and torch.linalg.matrix_norm(update, 2) < 1.3
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_update_goes_down_and_tall_weights_take_longer_ones(shape):
     G = gradient(shape)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 ON_GPUS = "tests/emulated_cuda/test_engines.py::test_an_engine_from_its_building_to_its_release"
 STEP_ON_GPUS = "tests/emulated_cuda/test_step.py::test_the_host_waits_for_nothing_but_deepspeeds_optimizer"
+OWNERS = "tests/parity/test_owner.py::test_losses_and_weights_equal_plain_pytorch"
+STEPS_OF_OWNERS = "tests/zero/test_owner_steps.py"
 GUARD = "tests/training/test_guard.py"
 RESUME = "tests/training/test_resume.py::test_resume_is_exact"
 FORMATS = "tests/zero/test_formats.py"
@@ -17,6 +19,8 @@ REFRESH = "tests/zero/test_one_sided_refresh.py::test_the_second_refresh"
 MOMENTS = "tests/zero/test_moments.py::test_split_moments_are_pruned_as_whole_ones"
 NONFINITE = "tests/zero/test_nonfinite.py::test_one_bad_rank"
 OWNER_UPDATES = "tests/zero/test_owner_updates.py"
+FIRA = "tests/matrix/test_vectors.py::test_fira"
+ALL_RULES = "tests/matrix/test_all_rules.py"
 RETURN, VECTORS = "tests/exchange/test_return.py", "tests/exchange/test_vectors.py"
 WRITTEN = "test_masters_and_stored_copies_get_the_change"
 
@@ -63,6 +67,20 @@ MUTANTS = [
         "residual_sums_not_saved",
         (f"{OWNER_UPDATES}::test_a_run_resumes_to_the_bit[1-bf16-[4]]",),
         "residual/",
+    ),
+    # Update rules of whole matrices.
+    Mutant("matrix_signs_as_they_come", (f"{FIRA}[code_right]",), "not close"),
+    Mutant("matrix_limiter_keeps_the_unlimited_norm", (f"{FIRA}[code_right]",), "not close"),
+    Mutant("matrix_code_of_fira_with_the_papers_scale", (f"{FIRA}[code_left]",), "not close"),
+    Mutant(
+        "matrix_state_moves_without_a_gradient",
+        (f"{ALL_RULES}::test_a_matrix_without_a_gradient_keeps_w_and_its_state",),
+        "torch.equal(state[key][missing], before[key][missing])",
+    ),
+    Mutant(
+        "matrix_projection_of_any_weight",
+        (f"{ALL_RULES}::test_the_key_decides_projections_and_nothing_else_is_random",),
+        'updates(rule(), gradients, key="another")',
     ),
     # Writing a value: master and forward's copy.
     Mutant("stale_master", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
@@ -175,6 +193,15 @@ MUTANTS = [
         "islands_rounds_made_good_twice",
         (f"{RETURN}::test_from_a_checkpoint[3-relora-stages0-how0]",),
         "the islands train different models",
+    ),
+    # Owners' steps of whole weights.
+    Mutant("owners_clip_apart", (f"{OWNERS}[muon-1-1]",), "assert"),
+    Mutant("owners_not_published", (f"{OWNERS}[muon-1-1]",), "losses differ by"),
+    Mutant("owners_state_not_saved", (f"{STEPS_OF_OWNERS}::test_a_resume_to_the_bit[1-bf16-muon]",), "assert"),
+    Mutant(
+        "owners_step_of_a_skipped_one",
+        (f"{STEPS_OF_OWNERS}::test_a_step_that_is_not_finite_on_one_rank_changes_nothing[1-bf16-inf]",),
+        "assert",
     ),
     # The training step.
     Mutant(

@@ -7,7 +7,7 @@ import relora_ds
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.base_layer import initial_A
 from relora_ds.lowrank.reinit import random_basis
-from relora_ds.lowrank.wrap import lowrank_layers
+from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.zero.teardown import release as release_engine
 from tests.parity.reference import Reference, jagged_cosine
 from tests.small_models import FAMILIES, batch
@@ -70,6 +70,8 @@ def build(
     weight_decay=DECAY,
     lr=LR,
     optimizer=None,
+    matrix_optimizer=None,
+    clip=CLIP,
     **model_changes,
 ):
     """An engine on the shared small problem."""
@@ -88,7 +90,8 @@ def build(
         precision=precision,
         micro_batch_size=GLOBAL_BATCH // (dist.get_world_size() * accumulation),
         gradient_accumulation_steps=accumulation,
-        max_grad_norm=CLIP,
+        max_grad_norm=clip,
+        matrix_optimizer=matrix_optimizer,
     )
     return engine
 
@@ -199,7 +202,7 @@ def stored_weights(engine) -> dict[str, torch.Tensor]:
     from deepspeed.runtime.zero import GatheredParameters
 
     found = {}
-    for name, layer in lowrank_layers(engine.module).items():
+    for name, layer in owned_layers(engine.module).items():
         with GatheredParameters([layer.weight], enabled=hasattr(layer.weight, "ds_tensor")):
             found[name] = layer.weight.detach().to("cpu", copy=True)
     return found

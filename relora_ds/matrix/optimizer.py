@@ -1,0 +1,63 @@
+"""What an update rule is, and what all of them have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relora_ds.lowrank.precision import exact_products
+
+State = dict[str, Tensor]  # of one weight: fp32 on its device; counts are 0-dim int64 tensors on the CPU
+
+
+class MatrixOptimizer(ABC):
+    """An update rule. What it must remember of a weight is in the state of that weight.
+
+    Leading dimensions of a weight are experts, each a matrix of its own. A matrix whose gradient has a norm of 0, as
+    that of an expert without tokens, or one that is not finite, gets the update 0, and its part of the state stays as
+    it is. Counts advance nevertheless: the experts of a weight share them.
+
+    Attributes:
+        decays_first: weight decay, by `1 - lr · weight_decay`, comes before the update, as in torch's AdamW; else after
+            it, and acts on the updated W.
+    """
+
+    decays_first: bool = False
+
+    @abstractmethod
+    def begin(
+        self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """Return the state of a weight `[..., out, in]` before its first update. dtype: that of its gradients."""
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, state: State, lr: float, key: str) -> Tensor:
+        """Return what to add to W, a new tensor `[..., out, in]`; change `state` in place.
+
+        Args:
+            gradient: `[..., out, in]`, fp32 or fp64; it stays as it is.
+            key: of the weight. It decides what is random: equal keys give equal updates in every process.
+        """
+        norm = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
+        has_gradient = (norm > 0) & (norm < torch.inf)
+        with exact_products():
+            step = self._step(gradient, has_gradient, state, key)
+        return step.mul_(-lr).masked_fill_(~has_gradient, 0.0)
+
+    @abstractmethod
+    def _step(self, gradient: Tensor, has_gradient: Tensor, state: State, key: str) -> Tensor:
+        """Return what to subtract from W at a learning rate of 1, a new tensor; change `state` in place.
+
+        Of a matrix without a gradient it may be anything, also NaN, but the state keeps its values.
+
+        has_gradient: `[..., 1, 1]`, bool.
+        """
+
+
+def average_in(value: Tensor, mean: Tensor, decay: float, has_gradient: Tensor) -> Tensor:
+    """Move a running mean to `decay · mean + (1 - decay) · value`, in its place, and return it.
+
+    Where there is no gradient it stays as it is. has_gradient: see `MatrixOptimizer._step`.
+    """
+    return mean.lerp_(value.masked_fill(~has_gradient, 0.0), has_gradient.to(mean.dtype) * (1 - decay))

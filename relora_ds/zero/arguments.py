@@ -1,0 +1,103 @@
+"""The arguments of `initialize`: what goes together, and what is wrong with them, before anything is built."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from relora_ds.config import ReLoRAConfig
+from relora_ds.config.curve import ScheduleConfig
+from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.inventory import owned_layers
+from relora_ds.lowrank.targets import summary
+from relora_ds.matrix.optimizer import MatrixOptimizer
+from relora_ds.zero import ds_adamw, optimizers
+
+
+def carried_config(model: nn.Module, relora: ReLoRAConfig | None) -> ReLoRAConfig | None:
+    """Return the config that a model was wrapped with; ValueError where `relora`, or the lack of both, contradicts."""
+    carried = getattr(model, "relora_config", None)
+    if not owned_layers(model):
+        if relora is not None:
+            raise ValueError("relora: given, but the model has no low-rank layers; call relora_ds.wrap(model, config)")
+        return None
+    if carried is None and relora is None:
+        raise ValueError("relora: the model is wrapped; pass the ReLoRAConfig that it was wrapped with")
+    if carried is not None and relora is not None and carried != relora:
+        raise ValueError(f"relora: {_differences(carried, relora)}; leave it out, the model carries its config")
+    return carried if relora is None else relora
+
+
+def _differences(carried: ReLoRAConfig, other: ReLoRAConfig) -> str:
+    """Return what two configs say differently, as a part of a sentence."""
+    now = dataclasses.asdict(other)
+    return ", ".join(
+        f"{name} is {now.get(name)!r}, and {value!r} in the config that the model was wrapped with"
+        for name, value in dataclasses.asdict(carried).items()
+        if now.get(name) != value
+    )
+
+
+def by_layer(
+    optimizer: MatrixOptimizer | Mapping[str, MatrixOptimizer] | None, model: nn.Module
+) -> Mapping[str, MatrixOptimizer]:
+    """Return the optimizer of each layer of a model."""
+    if isinstance(optimizer, MatrixOptimizer):
+        return dict.fromkeys(owned_layers(model), optimizer)
+    return optimizer or {}
+
+
+def matrix_problems(
+    optimizer: Any, chosen: Mapping[str, MatrixOptimizer], model: nn.Module, is_island: bool
+) -> list[str]:
+    """Return why owners cannot update the weights as they are asked to, one message each."""
+    whole = [name for name, layer in owned_layers(model).items() if not isinstance(layer, LowRankLayer)]
+    if optimizer is None and whole:
+        return ["matrix_optimizer: not given, and the model is wrapped with trains='none'; pass e.g. relora_ds.Muon()"]
+    if optimizer is None:
+        return []
+    if not whole:
+        return ["matrix_optimizer: given, but the model has no weights for it; wrap it with trains='none'"]
+    found = []
+    if missing := [name for name in whole if name not in chosen]:
+        found.append(f"matrix_optimizer: {summary(missing)} has none; name every layer, or pass one for all")
+    if unknown := [name for name in chosen if name not in whole]:
+        found.append(f"matrix_optimizer: {summary(unknown)} is no layer with trains='none'; leave it out")
+    if is_island:
+        found.append(
+            "islands: owners' updates of whole weights are not exchanged; leave out islands or matrix_optimizer"
+        )
+    return found
+
+
+def argument_problems(passed: dict[str, Any], optimizer: str | None, settings: dict) -> list[str]:
+    """Return what is wrong with the optimizer and the values of it that were passed, one message each."""
+    found = ds_adamw.value_problems(given(passed))
+    if optimizer is not None and optimizer not in optimizers.NAMES:
+        found.append(f"optimizer: {optimizer!r} is not available; use {' or '.join(map(repr, optimizers.NAMES))}")
+    elif reason := optimizers.unavailable(optimizer or ds_adamw.name_in(settings) or "adamw"):
+        found.append(f"optimizer: {reason}")
+    if passed["lr"] is None and "lr" not in ds_adamw.values_in(settings):
+        found.append("lr: not given, and config has no optimizer.params.lr; pass for instance lr=1e-3")
+    return found
+
+
+def schedule_problems(curve: ScheduleConfig) -> list[str]:
+    """Return what is wrong with the arguments that make the learning-rate curve, one message each."""
+    found = []
+    if curve.total_steps < 1:
+        found.append(f"total_steps: {curve.total_steps} is not a number of steps; use 1 or more")
+    if curve.warmup_steps < 0:
+        found.append(f"warmup_steps: {curve.warmup_steps} is below 0; use 0 for no warm-up")
+    if not 0 <= curve.min_lr_ratio <= 1:
+        found.append(f"min_lr_ratio: {curve.min_lr_ratio} is not between 0 and 1; use for instance 0.1")
+    if curve.decay_steps is not None and curve.decay_steps < 1:
+        found.append(f"decay_steps: {curve.decay_steps} is not a number of steps; use 1 or more, or None")
+    elif curve.decay_steps is not None and curve.schedule != "wsd":
+        found.append(f"decay_steps: {curve.decay_steps} has no effect with schedule {curve.schedule}; leave it out")
+    return found or [problem for problem in [curve.problem()] if problem]
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

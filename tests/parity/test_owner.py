@@ -1,0 +1,39 @@
+"""Weights that their owners update from whole gradients, as in plain PyTorch, at every ZeRO stage."""
+
+import functools
+
+import pytest
+
+from tests.parity import owner
+from tests.ranks import ranks
+
+TOLERANCE = 1e-5
+expected = functools.cache(owner.reference)
+
+
+def check(results: list[dict], plain: dict, of_weights: float = 1e-3) -> None:
+    result = results[0]
+    for other in results:
+        assert other["losses"] == result["losses"] and other["norms"] == result["norms"]
+    assert min(result["norms"]) < owner.CLIP < max(result["norms"]), "clipping should act in some steps, not in all"
+    worst = max(abs(a - b) / abs(b) for a, b in zip(result["losses"], plain["losses"], strict=True))
+    assert worst <= TOLERANCE, f"losses differ by {worst:.2e}"
+    for name, weight in plain["weights"].items():
+        assert (result["weights"][name] - weight).norm() <= of_weights * weight.norm(), name
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", owner.OPTIMIZERS)
+def test_losses_and_weights_equal_plain_pytorch(name, stage, accumulation):
+    check(ranks(2).run(owner.train_case, stage, name, accumulation=accumulation), expected(name))
+
+
+def test_one_rank_alone():
+    check(ranks(1).run(owner.train_case, 1, "fira"), expected("fira"))
+
+
+@pytest.mark.parametrize(("stage", "family"), [(2, "gpt2"), pytest.param(3, "gpt2", marks=pytest.mark.slow)])
+def test_weights_that_are_stored_transposed(stage, family):
+    check(ranks(2).run(owner.train_case, stage, "apollo", family=family), expected("apollo", family))
