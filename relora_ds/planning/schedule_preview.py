@@ -33,7 +33,7 @@ def learning_rate(recipe: Recipe, phase: Phase, step: int) -> float:
         restart_every=relora.restart_every if relora else None,
         restart_warmup_steps=relora.restart_warmup_steps if relora else 0,
         min_lr_ratio=recipe.optim.min_lr_ratio,
-        schedule=recipe.optim.schedule,
+        schedule=phase.schedule,
         decay_steps=phase.decay_steps,
     )
 

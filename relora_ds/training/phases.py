@@ -39,8 +39,9 @@ class Phase:
     """Optimizer steps [start, stop) of the run under one method and one learning-rate curve.
 
     Attributes:
-        total_steps, warmup_steps, decay_steps: of the curve. The warm start's spans the whole run and is cut at the
-            transition, before wsd's decay; the low-rank phase has a curve of its own.
+        total_steps, warmup_steps, schedule, decay_steps: of the curve. The warm start's spans the whole run and is cut
+            at the transition; instead of wsd it is constant, because it has no decay. The low-rank phase has a curve
+            of its own.
     """
 
     name: str
@@ -50,7 +51,8 @@ class Phase:
     lr: float
     total_steps: int
     warmup_steps: int
-    decay_steps: int | None
+    schedule: str
+    decay_steps: int | None = None
 
     @property
     def restarts(self) -> list[int]:
@@ -76,14 +78,16 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     """Return the phases of a recipe, in order."""
     optim, method = recipe.optim, method_of(recipe)
     warm = method.warm_start_steps
-    last_steps = recipe.total_steps - warm
-    decay = decay_length(last_steps, optim.decay_steps) if optim.schedule == "wsd" else None
+    last_steps, decays_late = recipe.total_steps - warm, optim.schedule == "wsd"
+    decay = decay_length(last_steps, optim.decay_steps) if decays_late else None
     phases = []
     if warm:
         ramp = optim.warmup_steps if optim.warm_start_warmup_steps is None else optim.warm_start_warmup_steps
         lr = optim.lr if optim.warm_start_lr is None else optim.warm_start_lr
-        phases.append(Phase(WARM_START, methods_of(recipe)[0], 0, warm, lr, recipe.total_steps, ramp, decay))
-    phases.append(Phase(method.name, method, warm, recipe.total_steps, optim.lr, last_steps, optim.warmup_steps, decay))
+        schedule = "constant" if decays_late else optim.schedule
+        phases.append(Phase(WARM_START, methods_of(recipe)[0], 0, warm, lr, recipe.total_steps, ramp, schedule))
+    curve = last_steps, optim.warmup_steps, optim.schedule, decay
+    phases.append(Phase(method.name, method, warm, recipe.total_steps, optim.lr, *curve))
     return phases
 
 
@@ -112,7 +116,7 @@ def build_engine(
         total_steps=phase.total_steps,
         warmup_steps=phase.warmup_steps,
         min_lr_ratio=recipe.optim.min_lr_ratio,
-        schedule=recipe.optim.schedule,
+        schedule=phase.schedule,
         decay_steps=phase.decay_steps,
         betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
         eps=recipe.optim.eps,

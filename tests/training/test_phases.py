@@ -11,6 +11,7 @@ from relora_ds.planning.device_memory import DEVICE, HOST, KEPT, total
 from relora_ds.planning.network import network_of
 from relora_ds.training.phases import build_engine, hand_over, phases_of
 from relora_ds.training.preflight import check, resolve
+from relora_ds.zero.teardown import release
 from tests.ranks import ranks
 from tests.zero.live_tensors import live_bytes
 
@@ -73,8 +74,6 @@ def transition(stage, precision, carry, *more) -> dict:
     del weights, moments, now, value
     measured = live_bytes() - before
     _train(engine, plan, 1)
-    from relora_ds.zero.teardown import release
-
     release(engine)
     return {"full": full_bytes, "measured": measured}
 
@@ -123,3 +122,24 @@ def test_warm_start_has_a_curve_over_the_whole_run():
     assert (warm.start, warm.stop, warm.total_steps, warm.lr) == (0, 10, 40, 1e-3)
     assert (low.start, low.stop, low.total_steps, low.lr) == (10, 40, 30, 5e-3)
     assert math.isclose(low.total_steps + warm.stop, plan.recipe.total_steps)
+
+
+def last_rates_of_warm_start(*settings: str) -> list[float]:
+    """The learning rates of the warm start's last two steps, in its engine."""
+    plan = check("tiny", ["run_dir=unused", *settings])
+    warm, _ = phases_of(plan.recipe)
+    engine = build_engine(plan, warm)
+    rates = []
+    for t in (warm.stop - 2, warm.stop - 1):
+        engine.lr_scheduler.move_to(t)
+        rates.append(engine.lr_scheduler.get_last_lr()[0])
+    release(engine)
+    return rates
+
+
+@pytest.mark.parametrize("warm", ["warm_start_method=relora", "optim.warm_start_warmup_steps=41"])
+def test_wsd_has_no_decay_in_a_warm_start_that_its_ramp_or_warm_up_could_meet(warm):
+    """It would begin after step 40 of 42, where the warm start's curve has a restart, or its warm-up, at that time."""
+    settings = ["method=galore", "optim.schedule=wsd", "train.steps=42", "warm_start_steps=14", warm]
+    [rates] = ranks(1).run(last_rates_of_warm_start, *settings, "relora.restart_warmup_steps=2", "optim.lr=1.0")
+    assert rates == ([1.0, 1.0] if "relora" in warm else [12 / 41, 13 / 41])
