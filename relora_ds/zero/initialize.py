@@ -201,6 +201,8 @@ def initialize(
     _refuse([f"optimizer: {reason}"] if reason else [])
     inner = make_optimizer(optimizer, groups, model, **{**adamw, "betas": tuple(adamw["betas"])})
     decayed_group = _decayed_group(inner.param_groups, frozen)
+    indices = {id(p): i for i, group in enumerate(inner.param_groups) for p in group["params"]}
+    group_of = {name: indices[id(p)] for name, p in model.named_parameters() if id(p) in indices}
     with nothing_broadcast():
         engine, stepped, loader, scheduler = deepspeed.initialize(
             model=model,
@@ -212,7 +214,7 @@ def initialize(
         )
 
     order_gathers(engine)
-    shards = ShardView(engine)
+    shards = ShardView(engine, group_of)
     shards.create_adam_state()
     shards.drop_gathered_copies()
     fill(model, shards, frozen, sources, engine.device)

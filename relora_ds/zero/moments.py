@@ -66,9 +66,9 @@ def rotate_moments(shards: ShardView, turns: dict[str, Tensor], owners: dict[str
         turns: by layer, `old A · new Aᵀ`, `[..., r, r]`, the same names on every rank.
         owners: the rank that turns a layer's.
     """
-    step, betas = shards.adam_steps().get("lora", 0), shards.betas("lora")
     for name, turn in turns.items():
         lora_B = f"{name}.lora_B"
+        step, betas = shards.adam_of(lora_B)
         exp_avg, exp_avg_sq = (shards.gather([lora_B], what, dst=owners[name]).get(lora_B) for what in MOMENTS)
         turned = torch.empty(2, *shards[lora_B].shape, device=turn.device)
         if exp_avg is not None and exp_avg_sq is not None:

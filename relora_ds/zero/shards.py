@@ -260,11 +260,15 @@ def _adapter(engine: DeepSpeedEngine) -> _Adapter:
 
 
 class ShardView:
-    """The trainable parameters of a DeepSpeed engine, each as this rank's `Shard`, by name and in model order."""
+    """The trainable parameters of a DeepSpeed engine, each as this rank's `Shard`, by name and in model order.
 
-    def __init__(self, engine: DeepSpeedEngine):
+    group_of: the index of each one's parameter group, by name; groups may have no names, and DeepSpeed empties them.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, group_of: dict[str, int]):
         self._adapter = _adapter(engine)
         self._device = engine.device
+        self._group_of = group_of
         self._state = adam_state(self._adapter.inner)
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
@@ -375,9 +379,11 @@ class ShardView:
         groups = self._adapter.inner.param_groups
         return {groups[i].get("name", str(i)): self._state.step(flat) for i, flat in self._adapter.flats()}
 
-    def betas(self, group: str) -> tuple[float, float]:
-        """Return Adam's betas of the parameter group of that name."""
-        return next(g["betas"] for g in self._adapter.inner.param_groups if g.get("name") == group)
+    def adam_of(self, name: str) -> tuple[int, tuple[float, float]]:
+        """Return Adam's step count and betas of a parameter, also on ranks that have no piece of it."""
+        group = self._group_of[name]
+        step = next(self._state.step(flat) for i, flat in self._adapter.flats() if i == group)
+        return step, self._adapter.inner.param_groups[group]["betas"]
 
     def set_adam_steps(self, steps: dict[str, int]) -> None:
         """Set Adam's step count of the named parameter groups."""

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import relora_ds
 from tests.parity import cases
 from tests.parity.one_sided import rotated
 from tests.ranks import ranks
+from tests.small_models import llama
 from tests.zero.restarts import DTYPES, fingerprint, frozen_masters
 
 EVERY = 4
@@ -68,3 +70,20 @@ def second_refresh(stage, precision, reset) -> str:
 def test_the_second_refresh(stage, precision, reset):
     first, second = ranks(2).run(second_refresh, stage, precision, reset)
     assert first == second
+
+
+def losses(stage, *, own_groups: bool) -> list[float]:
+    """Two cycles, whose moments are rotated, in one parameter group of the caller's, or in the default ones."""
+    model = relora_ds.wrap(llama(), cases.one_sided_config(restart_every=EVERY, restart_warmup_steps=0))
+    own = [{"params": [p for p in model.parameters() if p.requires_grad]}] if own_groups else None
+    settings = {"lr": cases.LR, "total_steps": cases.STEPS, "precision": "fp32", "micro_batch_size": 12}
+    engine, *_ = relora_ds.initialize(model, cases.ds_settings(stage, "fp32"), param_groups=own, **settings)
+    found = [cases.train_step(engine, step) for step in range(2 * EVERY)]
+    cases.release(engine)
+    return found
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_parameter_groups_may_have_no_names(stage):
+    own, default = (ranks(2).run(losses, stage, own_groups=own)[0] for own in (True, False))
+    assert own == pytest.approx(default, rel=1e-6)
