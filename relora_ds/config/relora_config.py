@@ -114,16 +114,19 @@ class ReLoRAConfig:
 
     def conflicts(self, prefix: str) -> Iterator[str]:
         """Yield a message for values that do not go together."""
+        if self.trains == "none":
+            for name in ("restart_every", "residual_every", "lora_dropout"):
+                if value := getattr(self, name):
+                    yield f"{prefix}{name}: {value} has no factors to act on with {prefix}trains none; leave it out"
+        else:
+            yield from self._conflicts_of_factors(prefix)
         if self.target_modules == [] and not self.target_parameters:
             yield (
                 f"{prefix}target_modules: [] names nothing, and {prefix}target_parameters is not set; use e.g. "
                 "all-linear or [q_proj, v_proj]"
             )
-        if self.trains == "none":
-            for name in ("restart_every", "residual_every", "lora_dropout"):
-                if value := getattr(self, name):
-                    yield f"{prefix}{name}: {value} has no factors to act on with {prefix}trains none; leave it out"
-            return
+
+    def _conflicts_of_factors(self, prefix: str) -> Iterator[str]:
         every, ramp = self.restart_every, self.restart_warmup_steps
         if is_int(every) and is_int(ramp) and 1 <= every <= ramp:
             yield (

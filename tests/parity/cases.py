@@ -71,6 +71,7 @@ def build(
     lr=LR,
     optimizer=None,
     matrix_optimizer=None,
+    matrix_lr=None,
     clip=CLIP,
     **model_changes,
 ):
@@ -92,6 +93,7 @@ def build(
         gradient_accumulation_steps=accumulation,
         max_grad_norm=clip,
         matrix_optimizer=matrix_optimizer,
+        matrix_lr=matrix_lr,
     )
     return engine
 

@@ -21,6 +21,9 @@ OPTIMIZERS = {
     "muon": Muon(),
 }
 
+# At that of the others, SCALE moves weights by a fifth of their size in a step, and what rounding does grows.
+OWN_LR = {"scale": 1e-3}
+
 
 def config(**changes) -> ReLoRAConfig:
     return ReLoRAConfig(trains="none", **changes)
@@ -51,18 +54,18 @@ def reference(name: str, family: str = "llama", weight_decay: float = cases.DECA
         loss.backward()
         losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        lr = cases.LR * schedule(step)
+        lr, own_lr = (peak * schedule(step) for peak in (cases.LR, OWN_LR.get(name, cases.LR)))
         for group in adamw.param_groups:
             group["lr"] = lr
         adamw.step()
         with torch.no_grad():
             for layer, module in linears.items():
                 weight = _as_linear(module)
-                change = optimizer.update(_as_linear(module, "grad"), states[layer], lr, f"0/{layer}")
+                change = optimizer.update(_as_linear(module, "grad"), states[layer], own_lr, f"0/{layer}")
                 if optimizer.decays_first:
-                    weight.mul_(1 - lr * weight_decay).add_(change)
+                    weight.mul_(1 - own_lr * weight_decay).add_(change)
                 else:
-                    weight.add_(change).mul_(1 - lr * weight_decay)
+                    weight.add_(change).mul_(1 - own_lr * weight_decay)
         model.zero_grad()
     return {"losses": losses, "weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
 
@@ -74,7 +77,7 @@ def _as_linear(module: torch.nn.Module, what: str = "data") -> torch.Tensor:
 
 
 def build(stage: int, name: str, family: str = "llama", **how):
-    how = {"clip": CLIP, "relora": config(), **how}
+    how = {"clip": CLIP, "relora": config(), "matrix_lr": OWN_LR.get(name), **how}
     return cases.build(stage, family=family, matrix_optimizer=OPTIMIZERS[name], **how)
 
 
