@@ -34,7 +34,7 @@ ALLOWED = {
     "models": {"config"},
     "data": {"config"},
     "lowrank": {"config"},
-    "matrix": {"lowrank"},
+    "matrix": {"config", "lowrank"},
     "zero": {"config", "lowrank", "matrix", "checkpoint"},
     "checkpoint": {"config", "lowrank"},
     "methods": {"config", "models", "lowrank", "zero", "checkpoint"},

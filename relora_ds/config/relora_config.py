@@ -33,7 +33,7 @@ class ReLoRAConfig:
     trains: Literal["both", "B", "none"] = "both"
     """Which factors train. `B` alone makes a one-sided chain, as GaLore's: A is an orthonormal basis that stays for a
     cycle, without optimizer state and without traffic. With `none` there are no factors: the owner of each weight
-    updates it from its whole gradient, as the methods that set it do (`fira`, `apollo`, `scale`, `muon`)."""
+    updates it from its whole gradient, by the `matrix_optimizer` that `relora_ds.initialize` gets."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead, as in PEFT."""
     target_modules: Annotated[str | list[str], Names("all-linear or [q_proj, v_proj]", expression=True)] = "all-linear"

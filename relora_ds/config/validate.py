@@ -49,6 +49,11 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"
     elif recipe.overwrite and recipe.resume == "auto":  # what a path has to do with run_dir takes a look at both
         yield "overwrite: true would delete the run that resume: auto continues; set one of the two"
+    if recipe.relora.trains == "none":
+        yield (
+            "relora.trains: none is for initialize(matrix_optimizer=...) in a loop of one's own; use trains=both or "
+            "trains=B"
+        )
     if recipe.compile and recipe.relora.restart_init == "gradient":
         yield (
             "relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "

@@ -44,9 +44,14 @@ class LowRankLayer(OwnedLayer):
         weight_shape, weight, layout: as of an `OwnedLayer`; a weight None is LoRA without a base, `s·B·A` alone.
         r, lora_alpha, use_rslora: as in PEFT's `LoraConfig`; `s = lora_alpha / r`, or `lora_alpha / √r`.
         one_sided: A is frozen.
+
+    Attributes:
+        initial_seed: decides the values that the factors have when an engine is built, where the model had no values at
+            wrapping (on the meta device, or partitioned by ZeRO-3); None: they keep those that they have.
     """
 
     lora_dropout: float = 0.0
+    initial_seed: int | None = None
 
     def __init__(
         self,

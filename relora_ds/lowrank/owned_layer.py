@@ -33,15 +33,10 @@ class OwnedLayer(nn.Module):
         decay: ρ, a tensor without dimensions on the CPU: the layer computes with `ρ·W`. None: 1.
         sketch: set it to a `GradientTap`, and every backward adds W's gradient to it (linears, without dropout).
         gradient_sum: the same, for experts too.
-        one_sided: it has factors, and A is frozen.
-        initial_seed: decides the values that factors have when an engine is built; None: they keep those that they
-            have, or there are none.
     """
 
     weight: Any  # a parameter, a buffer or None
     decay: Tensor | None = None
-    one_sided: bool = False
-    initial_seed: int | None = None
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
     y = x Wᵀ + b
 
 Backward adds the gradient of W to `gradient_sum` instead of making a tensor of its own for it. The weight's owner takes
-it from there (`zero.owner_updates`).
+it from there (`zero.owner_steps`).
 """
 
 import torch

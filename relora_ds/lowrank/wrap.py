@@ -233,7 +233,8 @@ def _choose_what_trains(model: nn.Module, config: ReLoRAConfig) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     for layer in owned_layers(model).values():
+        is_one_sided = isinstance(layer, LowRankLayer) and layer.one_sided
         for name, parameter in layer.named_parameters(recurse=False):
-            parameter.requires_grad_(name != "weight" and not (name == "lora_A" and layer.one_sided))
+            parameter.requires_grad_(name != "weight" and not (name == "lora_A" and is_one_sided))
         if layer.weight is not None:  # a pattern may have named a parent of wrapped layers
             layer.weight.requires_grad_(False)

@@ -7,10 +7,12 @@ It came with the AdamW of Hugging Face's transformers: a step is `c·N` with `N 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from relora_ds.config.rules import Number
 from relora_ds.matrix.optimizer import State, average_in
 
 
@@ -19,7 +21,11 @@ class ProjectedAdam:
     """Adam of a projected gradient. The state has its moments `m` and `v`, and `step`, the number of updates."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
+    eps: Annotated[float, Number("above 0")] = 1e-6
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"ProjectedAdam.betas: {self.betas} is not two numbers inside [0, 1); use (0.9, 0.999)")
 
     def begin(self, shape: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> State:
         """Return the state before the first update. shape: of the projected gradient."""

@@ -10,11 +10,12 @@ Adam's moments are of R alone and carried from projection to projection. APOLLO-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from relora_ds.config.rules import Integer, Number
 from relora_ds.matrix import limiter
 from relora_ds.matrix.adam import ProjectedAdam
 from relora_ds.matrix.bases import like, norm_ratios, projected_shape, random_projection, tall
@@ -37,11 +38,11 @@ class Apollo(MatrixOptimizer):
         limits: the growth of the update.
     """
 
-    r: int
+    r: Annotated[int, Integer(1, example=128)]
     scale_type: Literal["channel", "tensor"] = "channel"
-    scale: float = 1.0
+    scale: Annotated[float, Number("above 0")] = 1.0
     scale_front: bool = False
-    update_proj_gap: int = 200
+    update_proj_gap: Annotated[int, Integer(1)] = 200
     limits: bool = True
     adam: ProjectedAdam = ProjectedAdam()
     _in_use: dict[str, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -13,11 +13,12 @@ Moments are carried from basis to basis.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from relora_ds.config.rules import Integer, Number
 from relora_ds.matrix import limiter
 from relora_ds.matrix.adam import ProjectedAdam
 from relora_ds.matrix.bases import dominant_basis, like, norm_ratios, projected_shape, tall, unit_basis
@@ -36,9 +37,9 @@ class Fira(MatrixOptimizer):
         update_proj_gap: T.
     """
 
-    r: int
-    alpha: float = 0.25
-    update_proj_gap: int = 200
+    r: Annotated[int, Integer(1, example=128)]
+    alpha: Annotated[float, Number("above 0")] = 0.25
+    update_proj_gap: Annotated[int, Integer(1)] = 200
     variant: Literal["code", "paper"] = "code"
     adam: ProjectedAdam = ProjectedAdam()
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from relora_ds.config.rules import Number
 from relora_ds.lowrank.orthogonal import orthogonalized
 from relora_ds.matrix.optimizer import MatrixOptimizer, State, average_in
 
@@ -25,7 +26,7 @@ class Muon(MatrixOptimizer):
 
     decays_first = True
 
-    momentum: float = 0.95
+    momentum: Annotated[float, Number("inside [0, 1)")] = 0.95
     adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
 
     def begin(

@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from relora_ds.config import fields
 from relora_ds.lowrank.precision import exact_products
 
 State = dict[str, Tensor]  # of one weight: fp32 on its device; counts are 0-dim int64 tensors on the CPU
@@ -18,12 +20,24 @@ class MatrixOptimizer(ABC):
     that of an expert without tokens, or one that is not finite, gets the update 0, and its part of the state stays as
     it is. Counts advance nevertheless: the experts of a weight share them.
 
+    Its settings are the fields of a dataclass, with the rules of a recipe's; ValueError names those that are wrong.
+
     Attributes:
         decays_first: weight decay, by `1 - lr · weight_decay`, comes before the update, as in torch's AdamW; else after
             it, and acts on the updated W.
     """
 
-    decays_first: bool = False
+    decays_first: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        known = fields.fields_of(type(self), f"{type(self).__name__}.")
+        found = [
+            field.problem(fields.value_of(self, key.partition(".")[2]))
+            for key, field in known.items()
+            if field.rules or field.choices
+        ]
+        if wrong := [*filter(None, found)]:
+            raise ValueError("\n".join(wrong))
 
     @abstractmethod
     def begin(

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from relora_ds.config.rules import Number
 from relora_ds.matrix.optimizer import MatrixOptimizer, State, average_in
 
 DIMENSIONS = {"hidden": -1, "head": -1, "embedding": -2}  # along which entries get a root mean square of 1
@@ -25,7 +26,7 @@ class Scale(MatrixOptimizer):
     decays_first = True
 
     kind: Literal["hidden", "head", "embedding"] = "hidden"
-    momentum: float = 0.9
+    momentum: Annotated[float, Number("inside [0, 1)")] = 0.9
 
     def begin(
         self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

@@ -54,7 +54,6 @@ class LoRA(LowRank):
 
     def recipe_problems(self) -> Iterator[str]:
         """Yield what does not go with the base."""
-        yield from super().recipe_problems()
         recipe = self.recipe
         if recipe.lora.base == "warm_start" and not (recipe.warm_start_steps or recipe.init_from):
             yield "lora.base: warm_start has nothing to start from; set warm_start_steps or init_from"

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from relora_ds.config import Recipe, ReLoRAConfig
@@ -69,14 +68,6 @@ class LowRank(TrainingMethod):
             warm,
             *([] if relora.residual_every is None else [relora.residual_every]),
         ]
-
-    def recipe_problems(self) -> Iterator[str]:
-        """Yield what leaves it without factors."""
-        if self.relora.trains == "none":
-            yield (
-                "relora.trains: none is for initialize(matrix_optimizer=...) in a loop of one's own; use trains=both "
-                "or trains=B"
-            )
 
     def problems(self, model: "nn.Module") -> list[str]:
         """Return why the low-rank updates do not fit `model`."""

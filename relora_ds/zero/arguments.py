@@ -1,6 +1,7 @@
 """The arguments of `initialize`: what goes together, and what is wrong with them, before anything is built."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,17 +50,19 @@ def by_layer(
 
 
 def matrix_problems(
-    optimizer: Any, chosen: Mapping[str, MatrixOptimizer], model: nn.Module, is_island: bool
+    optimizer: Any, chosen: Mapping[str, MatrixOptimizer], lr: float | None, model: nn.Module, is_island: bool
 ) -> list[str]:
     """Return why owners cannot update the weights as they are asked to, one message each."""
     whole = [name for name, layer in owned_layers(model).items() if not isinstance(layer, LowRankLayer)]
     if optimizer is None and whole:
         return ["matrix_optimizer: not given, and the model is wrapped with trains='none'; pass e.g. relora_ds.Muon()"]
     if optimizer is None:
-        return []
+        return [] if lr is None else [f"matrix_lr: {lr} has no effect without matrix_optimizer; leave it out"]
     if not whole:
         return ["matrix_optimizer: given, but the model has no weights for it; wrap it with trains='none'"]
     found = []
+    if lr is not None and not 0 < lr < math.inf:
+        found.append(f"matrix_lr: {lr} is not above 0; use for instance 1e-2, or None for lr")
     if missing := [name for name in whole if name not in chosen]:
         found.append(f"matrix_optimizer: {summary(missing)} has none; name every layer, or pass one for all")
     if unknown := [name for name in chosen if name not in whole]:

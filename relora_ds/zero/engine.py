@@ -13,7 +13,7 @@ from torch import Tensor
 from relora_ds.zero.attention_mask import skip_search
 from relora_ds.zero.collect import collect_merged
 from relora_ds.zero.exact_gradients import ExactGradients
-from relora_ds.zero.joint_norm import JointNorm
+from relora_ds.zero.joint_norm import JointNorm, clip_coefficient
 from relora_ds.zero.owner_steps import OwnerSteps
 from relora_ds.zero.owner_updates import OwnerUpdates
 from relora_ds.zero.plain_model import save_plain
@@ -116,7 +116,7 @@ class ReLoRAEngine(DeepSpeedEngine):
     def _step_owners(self, owners: OwnerSteps) -> None:
         norm = self.joint_norm.reported(self.get_global_grad_norm())
         self._global_grad_norm = norm
-        owners.apply(self.t, self.lr_scheduler.last_multiplier, owners.coefficient(norm, self.gradient_clipping()))
+        owners.apply(self.t, self.lr_scheduler.last_multiplier, clip_coefficient(norm, self.gradient_clipping()))
 
     def clip_fp32_gradients(self):
         """At stage 0 in fp32; the other stages clip in their optimizers."""
@@ -125,7 +125,7 @@ class ReLoRAEngine(DeepSpeedEngine):
             return
         norm = self.joint_norm.of(self._global_grad_norm)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.owner_steps.coefficient(norm, self.gradient_clipping()))
+        torch._foreach_mul_(gradients, clip_coefficient(norm, self.gradient_clipping()))
 
     @property
     def _own_seed(self) -> str | None:

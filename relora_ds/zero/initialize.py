@@ -152,7 +152,7 @@ def initialize(
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
     matrix_optimizers = by_layer(matrix_optimizer, model)
     _refuse(
-        matrix_problems(matrix_optimizer, matrix_optimizers, model, islands is not None)
+        matrix_problems(matrix_optimizer, matrix_optimizers, matrix_lr, model, islands is not None)
         + argument_problems(passed, optimizer, settings)
         + schedule_problems(curve)
         + (islands.problems(relora) if islands is not None else [])

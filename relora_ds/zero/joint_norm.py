@@ -48,6 +48,11 @@ class JointNorm:
         return math.hypot(float(norm), self.owners * float(self._wrapper.loss_scale))
 
 
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """Return what clipping multiplies all gradients with, as DeepSpeed computes it. max_norm: 0 for no clipping."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+
+
 def _install_12(joint: JointNorm, wrapper: Any) -> None:
     real = wrapper.scaled_global_norm
     wrapper.scaled_global_norm = lambda norm_type=2: torch.tensor(joint.scaled(real(norm_type)))

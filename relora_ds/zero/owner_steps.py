@@ -18,7 +18,6 @@ from torch import Tensor
 
 from relora_ds.lowrank.targets import summary
 from relora_ds.matrix.optimizer import MatrixOptimizer, State
-from relora_ds.zero.accelerator import now
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.gradient_sums import GradientSums
 from relora_ds.zero.joint_norm import JointNorm
@@ -35,9 +34,6 @@ class OwnerSteps:
         lr: peak learning rate.
         weight_decay: decoupled, of W.
         seed: with the layer's name decides what is random.
-
-    Attributes:
-        seconds: of the newest `gather` and `apply`.
     """
 
     def __init__(
@@ -51,7 +47,6 @@ class OwnerSteps:
         weight_decay: float,
         seed: int,
     ):
-        self.seconds = 0.0
         self._frozen, self._shards, self._joint, self._optimizers = frozen, shards, joint, optimizers
         self._lr, self._weight_decay, self._seed = lr, weight_decay, seed
         self._sums = GradientSums(frozen)
@@ -69,7 +64,6 @@ class OwnerSteps:
         Raises:
             ValueError: on every rank, where no gradient has reached a weight in the first steps; names it.
         """
-        started = now(self._frozen.device)
         squares = []
         for names in self._frozen.rounds():
             for name in names:
@@ -85,7 +79,6 @@ class OwnerSteps:
         self._joint.owners = norm if math.isfinite(norm) else math.inf
         if self._gathered < _FIRST:
             self._look_for_untrained(own)
-        self.seconds = now(self._frozen.device) - started
 
     @torch.no_grad()
     def apply(self, t: int, factor: float, coefficient: float) -> None:
@@ -96,7 +89,6 @@ class OwnerSteps:
             factor: the learning rate of this step, as a part of the peak.
             coefficient: what clipping multiplies gradients with.
         """
-        started = now(self._frozen.device)
         self._shards.drop_gathered_copies()
         frozen, samples = self._frozen, {}
         for names in frozen.rounds():
@@ -109,11 +101,6 @@ class OwnerSteps:
         frozen.masters.settle()
         frozen.add_to_ledgers(samples)
         self._gradients.clear()
-        self.seconds += now(frozen.device) - started
-
-    def coefficient(self, norm: float, max_norm: float) -> float:
-        """Return what clipping multiplies all gradients with. norm: of all of them; max_norm: 0 for no clipping."""
-        return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
 
     def drop(self) -> None:
         """Forget what `gather` has gathered: the step is not taken."""
@@ -129,8 +116,11 @@ class OwnerSteps:
         }
 
     def about(self) -> str:
-        """Return the optimizers and their settings, as a text."""
-        return " and ".join(dict.fromkeys(map(repr, self._optimizers.values())))
+        """Return the optimizers and their settings, as a text; by layer where they differ."""
+        texts = {name: repr(optimizer) for name, optimizer in self._optimizers.items()}
+        if len({*texts.values()}) == 1:
+            return next(iter(texts.values()))
+        return ", ".join(f"{name}: {texts[name]}" for name in self._frozen.layers)
 
     def names(self) -> list[str]:
         """Return the names of what `held` returns on this rank."""

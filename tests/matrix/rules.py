@@ -1,7 +1,4 @@
-"""What the tests of update rules share: the numbers of `fixtures/matrix`, a loop of steps, and one rule a kind."""
-
-import json
-from pathlib import Path
+"""What the tests of update rules share: a loop of steps, and one rule a kind."""
 
 import torch
 
@@ -9,8 +6,6 @@ from relora_ds.matrix.apollo import Apollo
 from relora_ds.matrix.fira import Fira
 from relora_ds.matrix.muon import Muon
 from relora_ds.matrix.scale import Scale
-
-FILES = Path(__file__).parents[1] / "fixtures" / "matrix"
 
 RULES = {
     "fira": lambda: Fira(2, update_proj_gap=3),
@@ -23,19 +18,6 @@ RULES = {
     "muon": lambda: Muon(),
 }
 SHAPES = [(6, 4), (4, 6), (5, 5)]
-
-
-def vectors(name):
-    """A file's numbers; lists become fp64 tensors."""
-
-    def convert(value):
-        if isinstance(value, dict):
-            return {key: convert(inner) for key, inner in value.items()}
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return [convert(inner) for inner in value]
-        return torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
-
-    return convert(json.loads((FILES / f"{name}.json").read_text()))
 
 
 def random(*shape, seed=0, dtype=torch.float64):

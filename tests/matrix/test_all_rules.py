@@ -1,11 +1,16 @@
 """What holds for every update rule: experts, missing gradients, resume, keys."""
 
 import io
+import re
 
 import pytest
 import torch
 
+from relora_ds.matrix.adam import ProjectedAdam
 from relora_ds.matrix.apollo import Apollo
+from relora_ds.matrix.fira import Fira
+from relora_ds.matrix.muon import Muon
+from relora_ds.matrix.scale import Scale
 from tests.matrix.rules import RULES, SHAPES, random, same, updates
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -145,3 +150,24 @@ def test_which_rules_decay_before_the_update():
         "scale of the embedding",
         "muon",
     }
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Fira(0), "Fira.r: 0"),
+        (lambda: Fira(4, update_proj_gap=0), "Fira.update_proj_gap: 0"),
+        (lambda: Fira(4, alpha=-1.0), "Fira.alpha: -1.0"),
+        (lambda: Fira(4, variant="papers"), "Fira.variant: 'papers'"),
+        (lambda: Apollo(4, "chanel"), "Apollo.scale_type: 'chanel'"),
+        (lambda: Apollo(4, scale=0.0), "Apollo.scale: 0"),
+        (lambda: Scale("hiden"), "Scale.kind: 'hiden'"),
+        (lambda: Scale(momentum=1.0), "Scale.momentum: 1"),
+        (lambda: Muon(momentum=2.0), "Muon.momentum: 2"),
+        (lambda: Muon(adjust="orginal"), "Muon.adjust: 'orginal'"),
+        (lambda: ProjectedAdam((0.9, 1.0)), "ProjectedAdam.betas"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(make, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()

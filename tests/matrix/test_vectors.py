@@ -8,10 +8,11 @@ from relora_ds.matrix.adam import ProjectedAdam
 from relora_ds.matrix.apollo import Apollo
 from relora_ds.matrix.fira import Fira
 from relora_ds.matrix.scale import Scale
-from tests.matrix.rules import same, trajectory, vectors
+from tests.matrix.rules import same, trajectory
+from tests.vectors import vectors
 
-FIRA = {case["name"]: case for case in vectors("fira")["cases"]}
-APOLLO = {case["name"]: case for case in vectors("apollo")["cases"]}
+FIRA = {case["name"]: case for case in vectors("matrix/fira")["cases"]}
+APOLLO = {case["name"]: case for case in vectors("matrix/apollo")["cases"]}
 
 
 @pytest.mark.parametrize("name", FIRA)
@@ -45,5 +46,5 @@ def test_apollo(name, monkeypatch):
     [("hidden", "W_hidden"), ("head", "W_last_layer_momentum_09"), ("embedding", "W_embedding")],
 )
 def test_scale(kind, expected):
-    case = vectors("scale")
+    case = vectors("matrix/scale")
     same(trajectory(Scale(kind), case["W0"], case["G"], case["lr"]), case[expected])

@@ -7,13 +7,14 @@ import torch
 
 from tests.parity import one_sided_cases
 from tests.parity.one_sided import Chain, GaLore
-from tests.parity.test_one_sided_vectors import lsq_gradient, vectors
+from tests.parity.test_one_sided_vectors import lsq_gradient
 from tests.ranks import ranks
+from tests.vectors import vectors
 
 
 @functools.cache
 def case() -> dict:
-    return vectors("lsq")
+    return vectors("galore/lsq")
 
 
 def settings(scaling: float = 1.0) -> dict:
@@ -84,6 +85,6 @@ def test_weight_decay_acts_on_the_whole_weight(stage):
 
 @pytest.mark.parametrize("name", ["right", "square", "right_torch_adam"])
 def test_given_gradients(name):
-    given = next(given for given in vectors("given_gradients")["cases"] if given["name"] == name)
+    given = next(given for given in vectors("galore/given_gradients")["cases"] if given["name"] == name)
     for result in ranks(2).run(one_sided_cases.given_gradients, given, stage=1):
         close(result.double(), given["W"])

@@ -1,30 +1,12 @@
 """The plain reference of one-sided chains against numbers and code that do not come from here, in fp64."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.parity.one_sided import Chain, GaLore, canonical_svd, right_basis, rotated
+from tests.vectors import vectors
 
-FILES = Path(__file__).parents[1] / "fixtures" / "galore"
-
-
-def vectors(name):
-    """A file's numbers; lists become fp64 tensors."""
-
-    def convert(value):
-        if isinstance(value, dict):
-            return {key: convert(inner) for key, inner in value.items()}
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return [convert(inner) for inner in value]
-        return torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
-
-    return convert(json.loads((FILES / f"{name}.json").read_text()))
-
-
-CASES = {case["name"]: case for case in vectors("given_gradients")["cases"]}
+CASES = {case["name"]: case for case in vectors("galore/given_gradients")["cases"]}
 RIGHT = [name for name, case in CASES.items() if case["side"] == "right"]
 
 
@@ -112,7 +94,7 @@ def test_the_sign_of_one_row_of_the_basis_moves_the_weight_where_moments_are_car
     bases = iter([case["basis"]["0"], flipped, case["basis"]["6"]])
     other = trajectory(galore(case, basis=lambda gradient, r: next(bases)), case["G"])
     moved = (other - case["W"]).abs().amax((1, 2))
-    same(moved, vectors("sign")["max_abs_difference"])
+    same(moved, vectors("galore/sign")["max_abs_difference"])
 
 
 def lsq_gradient(weight, X, Y):
@@ -123,7 +105,7 @@ def lsq_gradient(weight, X, Y):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_least_squares_through_the_chain_on_one_and_two_ranks(num_ranks, scaling):
     """Ranks average gradients of [out, r]: the mean of projections is the projection of the mean."""
-    case = vectors("lsq")
+    case = vectors("galore/lsq")
     parts = list(zip(case["X"].chunk(num_ranks), case["Y"].chunk(num_ranks), strict=True))
     chain = None
     for step, expected in enumerate(case["W"]):
@@ -143,7 +125,7 @@ def test_least_squares_through_the_chain_on_one_and_two_ranks(num_ranks, scaling
 
 
 def test_full_rank_is_adam_in_the_rotated_basis():
-    case = vectors("full_rank")
+    case = vectors("galore/full_rank")
     settings = dict(r=4, T=100, lr=case["lr"], alpha=1.0, eps=case["eps"], style="hf")
     same(trajectory(GaLore(case["W0"], **settings), case["G"]), case["W_rotated"])
     plain = GaLore(case["W0"], basis=lambda gradient, r: torch.eye(r, dtype=gradient.dtype), **settings)

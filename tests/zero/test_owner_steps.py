@@ -1,11 +1,13 @@
 """Steps of owners: what a skipped one changes, what a checkpoint has of them, what is sent, and what is refused."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import relora_ds
-from relora_ds.config import ReLoRAConfig
+from relora_ds.config import RecipeError, ReLoRAConfig, load_recipe
 from relora_ds.matrix.muon import Muon
 from relora_ds.zero.traffic import count_traffic
 from tests.parity import cases, owner
@@ -85,6 +87,54 @@ def spoiled_owner(stage, precision) -> tuple[bool, list[str]]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_skips_what_owners_cannot_take(stage, precision):
     assert ranks(2).run(spoiled_owner, stage, precision) == [(False, [])] * 2
+
+
+# -- clipping --------------------------------------------------------------------------------------------------------
+
+
+def clipped(stage, precision, accumulate: str | None) -> tuple[float, float, float, str]:
+    """What the optimizer that DeepSpeed wraps gets: this rank's sum of squares; then both norms, and the wrapper."""
+    real = cases.ds_settings
+    with mock.patch.object(
+        cases,
+        "ds_settings",
+        lambda *given, **how: {
+            **real(*given, **how),
+            **({"data_types": {"grad_accum_dtype": accumulate}} if accumulate else {}),
+        },
+    ):
+        engine = build(stage, "muon", precision=precision, clip=0.1)
+    inner, seen = engine.shards._adapter.inner, []
+    step = inner.step
+
+    def spy(*given, **how):
+        gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(sum(gradient.double().square().sum().item() for gradient in gradients))
+        return step(*given, **how)
+
+    inner.step = spy
+    train(engine, 0, 1)
+    result = sum(seen), float(engine.get_global_grad_norm()), engine.joint_norm.owners, type(engine.optimizer).__name__
+    cases.release(engine)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "accumulate", "wrapper"),
+    [
+        (0, "bf16", None, "FP16_UnfusedOptimizer"),
+        (1, "bf16", "fp32", "BF16_Optimizer"),
+        (1, "bf16", None, "DeepSpeedZeroOptimizer"),
+        (3, "bf16", None, "DeepSpeedZeroOptimizer_Stage3"),
+    ],
+)
+def test_deepspeed_clips_by_the_norm_of_all(stage, precision, accumulate, wrapper):
+    """Adam hardly depends on the length of a gradient, so that losses would not tell."""
+    results = ranks(2).run(clipped, stage, precision, accumulate)
+    squares = results[0][0] if stage == 0 else sum(square for square, *_ in results)
+    for _, norm, owners, kind in results:
+        assert kind == wrapper and 0 < owners < norm
+        assert squares**0.5 == pytest.approx(0.1 * (norm**2 - owners**2) ** 0.5 / norm, rel=0.01)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -236,6 +286,25 @@ def test_what_does_not_go_together_is_refused(config, given, said):
     model = relora_ds.wrap(FAMILIES["llama"](), config)
     with pytest.raises(ValueError, match=said):
         relora_ds.initialize(model, "zero1", lr=1e-3, total_steps=9, matrix_optimizer=given)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "said"),
+    [
+        (ReLoRAConfig(trains="none"), Muon(), "matrix_lr: -1.0 is not above 0"),
+        (ReLoRAConfig(r=4), None, "matrix_lr: -1.0 has no effect without matrix_optimizer"),
+    ],
+)
+def test_a_learning_rate_that_cannot_be_is_refused(config, given, said):
+    model = relora_ds.wrap(FAMILIES["llama"](), config)
+    with pytest.raises(ValueError, match=said):
+        relora_ds.initialize(model, "zero1", lr=1e-3, total_steps=9, matrix_optimizer=given, matrix_lr=-1.0)
+
+
+@pytest.mark.parametrize("method", ["relora", "lora", "galore", "full", "control"])
+def test_no_recipe_has_weights_without_factors(method):
+    with pytest.raises(RecipeError, match=r"relora.trains: none is for initialize\(matrix_optimizer=...\)"):
+        load_recipe("tiny", [f"method={method}", "relora.trains=none", "relora.restart_every=null"])
 
 
 @pytest.mark.parametrize("name", ["restart_every", "residual_every", "lora_dropout"])
