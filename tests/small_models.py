@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
+from relora_ds.architectures import ReLoRACoLAConfig
+
 # Odd sizes and three layers: flat partitions need padding, and tensors straddle ranks.
 VOCAB, LENGTH = 67, 12
 _SIZES = dict(
@@ -52,6 +54,11 @@ def mixtral(seed: int = 0, **changes):
     own = dict(hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_key_value_heads=2)
     experts = dict(num_local_experts=3, num_experts_per_tok=2)
     return _build(MixtralConfig(**{**_SIZES, **own, **experts, **changes}), seed)
+
+
+def cola(seed: int = 0, **changes):
+    """LLaMA's sizes, with two factors of rank 4 in place of each linear's weight."""
+    return _build(ReLoRACoLAConfig(**{**_SIZES, "num_key_value_heads": 2, "cola_r": 4, **changes}), seed)
 
 
 FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "qwen2": qwen2, "gpt2": gpt2, "mixtral": mixtral}

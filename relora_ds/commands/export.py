@@ -1,6 +1,7 @@
 """`python -m relora_ds export`."""
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -42,11 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         trust_remote_code=arguments.trust_remote_code,
     )
-    how = (
-        "PeftModel.from_pretrained, its base is in base/"
-        if arguments.format == "peft"
-        else "AutoModelForCausalLM.from_pretrained"
-    )
+    if arguments.format == "peft":
+        how = "PeftModel.from_pretrained, its base is in base/"
+    else:
+        how = "AutoModelForCausalLM.from_pretrained"
+        if "auto_map" in json.loads((arguments.directory / "config.json").read_text(encoding="utf-8")):
+            how += ", trust_remote_code=True"
     print(f"{arguments.directory}: {source} in {arguments.dtype}; load it with {how}")
     if not any(arguments.directory.glob("tokenizer*")):
         print("no tokenizer beside the checkpoint: save yours into the directory")

@@ -20,6 +20,7 @@ from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.runtime import accumulation_steps, resolve_precision
 from relora_ds.config.schema import (
     CheckpointConfig,
+    CoLAConfig,
     DataConfig,
     EvalConfig,
     GuardConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "METHODS",
     "PACKAGE_DIR",
     "CheckpointConfig",
+    "CoLAConfig",
     "DataConfig",
     "EvalConfig",
     "GuardConfig",

@@ -152,7 +152,7 @@ def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[st
     recipe, untrusted = Recipe(), set()
     for key, value in _method_defaults(values).items():
         section, _, leaf = key.rpartition(".")
-        setattr(getattr(recipe, section), leaf, value)
+        setattr(getattr(recipe, section) if section else recipe, leaf, value)
     for key, raw in values.items():
         if key in REMOVED:
             if spelling.show(raw) != REMOVED[key]:

@@ -32,8 +32,8 @@ def _warm_start_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
     warm, optim = method.warm_start_steps, recipe.optim
     if recipe.warm_start_steps and method.relora is None:
         yield (
-            f"warm_start_steps: {recipe.warm_start_steps} has no effect with method {method.name}: all of its steps "
-            "are full-rank"
+            f"warm_start_steps: {recipe.warm_start_steps} has no effect with method {method.name}, which has no "
+            "low-rank phase"
         )
     if recipe.carry_moments and not warm:
         yield "carry_moments: true has no effect without a warm start"

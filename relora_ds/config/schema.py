@@ -14,7 +14,7 @@ from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
 
-ActivationCheckpointing = Literal["none", "full", "selective", "cheap"]
+ActivationCheckpointing = Literal["none", "full", "selective", "cheap", "low_rank"]
 ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 ATTENTION: tuple[str, ...] = get_args(Attention)
@@ -64,6 +64,16 @@ class LoRAConfig:
     base: Literal["none", "random", "warm_start"] = "none"
     """`none` = no W at all, `y = s·B·A·x` (the paper's LoRA baseline); `random` = a frozen random W; `warm_start` = the
     W that the warm start (or `init_from`) leaves behind."""
+
+
+@dataclass(kw_only=True)
+class CoLAConfig:
+    """Methods `cola` and `cola_m` only: the network of `model` with factors in place of weights."""
+
+    r: Annotated[int, Integer(1)] = 128
+    """Rank of the factors, the same for every attention and feed-forward linear."""
+    only_lr_activation: bool = False
+    """Drop the feed-forward's own activation, so that the SiLU between the factors is the only one."""
 
 
 @dataclass(kw_only=True)
@@ -253,7 +263,8 @@ class Recipe:
 
     method: Annotated[str, OneOf(lambda: METHODS)] = "relora"
     """How the network is trained: at full rank (`full`), by a smaller network of as many parameters as `relora` would
-    train (`control`), or by low-rank updates (`lora`, `relora`, `galore`)."""
+    train (`control`), by low-rank updates (`lora`, `relora`, `galore`), or with two factors and an activation in place
+    of every weight (`cola`, and `cola_m`, which recomputes more)."""
     seed: Annotated[int, Integer(0, most=2**64 - 1)] = 0
     """Decides the initial weights, the order of the data and what A becomes at restarts."""
     run_dir: Annotated[str | None, FilePath()] = None
@@ -270,7 +281,8 @@ class Recipe:
     """Compile the layers with torch.compile, at ZeRO stages 0 to 2."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward computes again instead of keeping it: whole layers (`full`), all but the outputs of attention
-    and of every second large product (`selective`), or all but those of attention and large products (`cheap`)."""
+    and of every second large product (`selective`), all but those of attention and large products (`cheap`), or all but
+    the products with a low-rank A, which are r wide (`low_rank`)."""
     warm_start_steps: Annotated[int, Integer(0)] = 0
     """Steps of the warm start before the low-rank phase."""
     warm_start_method: Annotated[str, OneOf(lambda: METHODS)] = "full"
@@ -287,6 +299,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    cola: CoLAConfig = field(default_factory=CoLAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from relora_ds.checkpoint import manifest
 from relora_ds.checkpoint.model import CheckpointWeights
@@ -76,7 +77,8 @@ def export(
         **_about(tag),
     }
     write_text(
-        directory / "README.md", model_card(about, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft")
+        directory / "README.md",
+        model_card(about, model, read_text(tag.parent.parent / "recipe.yaml"), peft=format == "peft"),
     )
     return tag
 
@@ -147,11 +149,17 @@ _ROWS = {
 }
 
 
-def model_card(about: dict, recipe_yaml: str, peft: bool = False) -> str:
+def has_code_beside(model: PreTrainedModel) -> bool:
+    """Return True for a model whose code is copied beside its exported weights, and runs when they are loaded."""
+    return model._auto_class is not None
+
+
+def model_card(about: dict, model: PreTrainedModel, recipe_yaml: str, peft: bool = False) -> str:
     """Return the README.md of an exported model.
 
     Args:
         about: `model`, `verdict`, and what is known of the other keys of summary.json.
+        model: what is exported.
         recipe_yaml: the run's recipe, or "".
         peft: for an adapter with its base.
     """
@@ -168,12 +176,20 @@ tags: [relora, deepspeed]
 # {about["model"]}, pre-trained with relora_ds
 
 {about["verdict"]}
-{_PEFT_USE if peft else ""}
+{_PEFT_USE if peft else _CODE_USE if has_code_beside(model) else ""}
 | | |
 |---|---|
 {rows}
 {recipe}"""
 
+
+_CODE_USE = """
+The architecture is not transformers' own. Its code is beside the weights, and loading the model runs it:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY", trust_remote_code=True)
+```
+"""
 
 _PEFT_USE = """
 The adapter is the current cycle's `s·B·A`; everything else is the model in `base/`, and the adapter belongs to this

@@ -196,8 +196,8 @@ def save(saved: CheckpointWeights, base: PreTrainedModel, directory: Path) -> No
     config, layers = saved.contents.relora, saved.contents.layers
     if not layers or config is None:
         raise ValueError(
-            "--format peft: the checkpoint has no adapter, it trains at full rank (method full or "
-            "control, or the warm start); use --format hf"
+            "--format peft: the checkpoint has no adapter: its method has no low-rank updates, or its phase is the "
+            "warm start; use --format hf"
         )
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{BASE}.", dir=directory) as temporary:

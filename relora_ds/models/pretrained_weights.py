@@ -23,6 +23,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from relora_ds.architectures import has_code_of_others
 from relora_ds.models.loading import load_weights, refuse_missing
 from relora_ds.models.whole_weights import WholeWeights
 from relora_ds.models.without_values import build_without_values, tensor_names
@@ -112,7 +113,7 @@ def _conversion(model: PreTrainedModel, stored: list[Stored]) -> str | None:
     for name in ("quantization_config", "transformers_weights", "fusion_config"):
         if getattr(model.config, name, None) is not None:
             return f"its configuration has {name}"
-    if model.is_custom_code() or type(model.config).extra_files:
+    if has_code_of_others(model) or type(model.config).extra_files:
         return "it comes with code of its own"
     return None if all(one.path.suffix == ".safetensors" for one in stored) else "its weights are pickled"
 

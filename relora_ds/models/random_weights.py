@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from relora_ds.architectures import has_code_of_others
 from relora_ds.models.loading import from_config
 from relora_ds.models.traced_init import Call, traced_init
 from relora_ds.models.without_values import build_without_values, parameters_on_meta, persistent_buffers, set_value
@@ -71,7 +72,7 @@ class RandomWeights:
     def _trace(self) -> PreTrainedModel:
         with traced_init() as trace, parameters_on_meta() as registered:
             model = from_config(self._config, dtype=torch.float32)
-        if model.is_custom_code():  # not bound to what transformers' own families keep to
+        if has_code_of_others(model):  # not bound to what transformers' own families keep to
             return model
         parameters = dict(model.named_parameters())
         self._calls = {name: calls for name, parameter in parameters.items() if (calls := trace.calls(parameter))}

@@ -4,14 +4,17 @@
     selective    of a layer, the outputs of attention and of every second large product are kept (torchtitan's policy)
     cheap        the outputs of attention and of all large products are kept; what is repeated costs little: the
                  low-rank intermediate x Aᵀ, norms, activation functions, rotary embeddings, residual sums
+    low_rank     the layer's input and these x Aᵀ are kept, and all that is wide is repeated: CoLA-M's policy
 
 transformers decides what a decoder layer is; torch.utils.checkpoint repeats it, operator by operator. A low-rank
-layer is two operators (`lowrank.kernels`): the small product x Aᵀ, and the large one with all that is added to it.
+layer is two operators (`lowrank.kernels`): the small product x Aᵀ, and the large one with all that is added to it. In
+a CoLA network x Aᵀ is a plain product, known by the shape of Aᵀ.
 """
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable, Set
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from relora_ds.architectures.relora_cola import CoLALinear
+
+LOW_RANK = "low_rank"
+Shapes: TypeAlias = Set[tuple[int, ...]]
 # The operators, by name: not every version of torch, and not every process, has all of them.
 PRODUCTS = {
     "relora_ds::linear",
@@ -57,7 +64,7 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
 
     Args:
         model: wrapped or not, on any device (meta and fake tensors too).
-        mode: none, full, selective or cheap.
+        mode: none, full, selective, cheap or low_rank.
 
     Returns:
         The same model.
@@ -71,7 +78,7 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
         raise ValueError("\n".join(found))
     options: dict[str, Any] = {"use_reentrant": False}
     if mode != "full":
-        options["context_fn"] = functools.partial(_contexts, mode)
+        options["context_fn"] = functools.partial(_contexts, mode, _shapes_of_A(model))
     # The newer name of transformers 5, the older one warns where both are there.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
@@ -80,13 +87,19 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
     return model
 
 
-def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _shapes_of_A(model: PreTrainedModel) -> Shapes:
+    """Return the shapes `(in, r)` of the Aᵀ that a CoLA network multiplies with."""
+    return {(layer.in_features, layer.r) for layer in model.modules() if isinstance(layer, CoLALinear)}
+
+
+def _contexts(mode: str, shapes_of_A: Shapes = frozenset()) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Return the contexts of one layer's forward and of its repetition."""
     # Some versions of torch ask again in the repetition, whose first product is the first again.
     products = {False: itertools.count(), True: itertools.count()}
+    may_be_kept = functools.partial(_is_low_rank, shapes_of_A) if mode == LOW_RANK else _is_large
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        keep = _is_large(op, args)
+        keep = may_be_kept(op, args)
         if keep and mode == "selective" and not _is_attention(op):
             keep = next(products[context.is_recompute]) % 2 == 0
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -94,23 +107,24 @@ def _contexts(mode: str) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     contexts = create_selective_checkpoint_contexts(policy)
     if torch.compiler.is_compiling():  # torch.compile asks for the decision about every operator
         return contexts
-    return _LargeOperators(contexts[0]), _LargeOperators(contexts[1])
+    return _Shown(contexts[0], may_be_kept), _Shown(contexts[1], may_be_kept)
 
 
-class _LargeOperators(TorchDispatchMode):
-    """Show `mode` the products and attention, and hide all else from it.
+class _Shown(TorchDispatchMode):
+    """Show `mode` the operators whose results may be kept, and hide all else from it.
 
     torch's modes expect the same operators in forward and in its repetition. ZeRO-3's hooks gather weights between
     those of the layer, not always at the same places. A model may change a kept tensor in place
     (`ReLU(inplace=True)`): torch refuses some of these in backward and does not see others.
     """
 
-    def __init__(self, mode: TorchDispatchMode):
+    def __init__(self, mode: TorchDispatchMode, may_be_kept: Callable[[Any, tuple], bool]):
         super().__init__()
         self.mode: Any = mode  # its `storage` is of a class that torch does not export
+        self.may_be_kept = may_be_kept
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if _is_large(func, args):
+        if self.may_be_kept(func, args):
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         if isinstance(func, OpOverload) and func._schema.is_mutable:
             self._keep_copies_of(_written(func, args, kwargs or {}))
@@ -138,6 +152,10 @@ def _is_large(op, args) -> bool:
     if op.name() == "relora_ds::linear":
         return args[1] is not None  # without W there is s·B·h alone
     return op.name() in PRODUCTS or _is_attention(op)
+
+
+def _is_low_rank(shapes_of_A: Shapes, op, args) -> bool:
+    return op.name() == "relora_ds::product" or (op.name() == "aten::mm" and tuple(args[1].shape) in shapes_of_A)
 
 
 def _is_attention(op) -> bool:

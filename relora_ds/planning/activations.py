@@ -49,7 +49,7 @@ def activation_bytes(
     Two layers and three are traced, and the rest extrapolated: all layers of a network are alike.
 
     Args:
-        checkpointing: none, full, selective or cheap.
+        checkpointing: none, full, selective, cheap or low_rank.
         format: of the frozen weights of the method's low-rank layers.
     """
     config = copy.deepcopy(prepared_config(method, config))  # the control's network is another one

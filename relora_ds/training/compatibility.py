@@ -56,11 +56,12 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
             "resume: the checkpoint is of a loop of its own (engine.save_checkpoint), not of a run; begin a run with "
             "its weights: init_from=PATH"
         )
-    then, now = saved.run["recipe"], _flat(plan)
+    known = fields.fields_of(Recipe)
+    then, now = {name: known[name].default for name in _FIXED} | saved.run["recipe"], _flat(plan)  # some keys are newer
     found = [
-        f"{name} was {then.get(name)}, is {now.get(name)}"
+        f"{name} was {then[name]}, is {now[name]}"
         for name in _FIXED
-        if then.get(name) != now.get(name) and not (name == "method" and _both_are_chains(then, now))
+        if then[name] != now[name] and not (name == "method" and _both_are_chains(then, now))
     ]
     old, new = then["warm_start_steps"], now["warm_start_steps"]
     if old != new and saved.step > min(old, new):

@@ -304,8 +304,13 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
     if config is None:
         locate(recipe.init_from, "init_from")
         return []
-    there = _shapes(config_of(recipe.init_from, recipe.trust_remote_code, "init_from"))
-    here = _shapes(config)
+    theirs = config_of(recipe.init_from, recipe.trust_remote_code, "init_from")
+    if theirs.model_type != config.model_type:
+        return [
+            f"init_from: {recipe.init_from} holds a {theirs.model_type} model, and the recipe's is a "
+            f"{config.model_type}; export it, and use model.preset=null model.name_or_path=EXPORT data.tokenizer=EXPORT"
+        ]
+    there, here = _shapes(theirs), _shapes(config)
     name = next((name for name in [*here, *there] if here.get(name) != there.get(name)), None)
     return (
         []

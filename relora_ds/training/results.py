@@ -65,5 +65,5 @@ def write_results(run: RunState, summary: dict[str, Any]) -> None:
     tokenizer_files.save(tokenizer, export)
     if problem := tokenizer_files.misread(export, tokenizer, SAMPLES, recipe.trust_remote_code):
         logger.warning("%s", problem)
-    write_text(export / "README.md", model_card(summary, recipe.to_yaml()))
+    write_text(export / "README.md", model_card(summary, run.engine.module, recipe.to_yaml()))
     write_json(run.run_dir / "summary.json", summary)

@@ -15,6 +15,7 @@ EXPLAINED = {
     "model": "[Models](../guides/models.md)",
     "relora": "[ReLoRA](../concepts/relora.md), [Restart](../concepts/restart.md), [Memory](../guides/memory.md)",
     "lora": "[Methods](../guides/train.md#methods)",
+    "cola": "[CoLA](../guides/models.md#cola)",
     "train": "[Shipped recipes](recipes.md)",
     "optim": "[Phases of a run](../concepts/relora.md#phases-of-a-run), "
     "[Weight decay and clipping](../concepts/restart.md#weight-decay-and-clipping)",

@@ -188,6 +188,13 @@ def test_a_model_without_values_is_filled(checkout):
 
 
 @pytest.mark.slow
+def test_a_cola_network_of_your_own_becomes_an_engine(checkout):
+    block = next(b for b in fenced(DOCS / "guides/models.md", "python") if "ReLoRACoLAConfig" in b)
+    (checkout / "factors.py").write_text(block + "print(engine.module.config.cola_r)\n")
+    assert run("python factors.py", checkout).splitlines()[-1] == "128"
+
+
+@pytest.mark.slow
 def test_a_run_is_loaded(checkout):
     """As docs/guides/export.md does; the README's quickstart has been run before."""
     (block,) = fenced(DOCS / "guides/export.md", "python")

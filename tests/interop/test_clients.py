@@ -16,6 +16,7 @@ from relora_ds.interop.hf_export import export
 from relora_ds.zero.saved_config import save_model
 from tests.data.test_tokenizer_files import LLAMA, sentencepiece_directory
 from tests.interop.clients import Client
+from tests.small_models import batch, cola
 from tests.training.runs import run
 from tests.zero.test_saved_config import CASES, SIZES
 
@@ -127,6 +128,17 @@ def test_transformers_4_gives_the_runs_ids_and_loss(trained, transformers4, tmp_
         assert transformers4.run(TOKENIZE, directory=directory, texts=TEXTS) == here(directory)
     loss = transformers4.run(LOSS, directory=run_dir / "export", batches=tmp_path / "batches.npz")
     assert loss == pytest.approx(summary["val_loss"], rel=1e-5)
+
+
+def test_transformers_4_gives_the_logits_of_a_cola_network(transformers4, tmp_path):
+    """From the code beside the weights."""
+    trusting = LOGITS.replace("(directory, ", "(directory, trust_remote_code=True, ")
+    model, ids = cola(num_key_value_heads=1, hidden_act="linear").eval(), batch(0, 3)
+    save_model(model, tmp_path / "m")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    found = transformers4.run(trusting, models={"m": tmp_path / "m"}, ids=ids.tolist())["m"]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_llama_cpp_gives_the_runs_ids_and_adds_no_token(trained, llama_cpp, tmp_path):

@@ -170,7 +170,9 @@ def test_dtype(trained, tmp_path):
 
 def test_what_has_no_adapter(tmp_path):
     run(tmp_path / "r", "checkpoint.every=10", "train.steps=16")
-    with pytest.raises(ValueError, match=r"the checkpoint has no adapter, it trains at full rank .* use --format hf"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint has no adapter: .* its phase is the warm start; use --format hf"
+    ):
         export(tmp_path / "r", tmp_path / "out", format="peft", checkpoint="step_00000010")
     assert not (tmp_path / "out").exists()
     # the finished run has one: its last cycle

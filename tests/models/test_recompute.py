@@ -17,7 +17,7 @@ from relora_ds.models import recompute
 from relora_ds.planning.activations import _LiveBytes
 from tests.small_models import FAMILIES, batch
 
-MODES = ["full", "selective", "cheap"]
+MODES = ["full", "selective", "cheap", "low_rank"]
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -150,16 +150,19 @@ def repeated(mode: str, relora: ReLoRAConfig | None, **how) -> tuple[Counter, in
 
 
 @pytest.mark.parametrize("relora, product", [(ReLoRAConfig(r=4), "relora_ds::linear"), (None, "aten::mm")])
-@pytest.mark.parametrize("mode, products, attention", [("full", 7, 1), ("selective", 3, 0), ("cheap", 0, 0)])
+@pytest.mark.parametrize(
+    "mode, products, attention", [("full", 7, 1), ("selective", 3, 0), ("cheap", 0, 0), ("low_rank", 7, 1)]
+)
 def test_what_is_repeated(mode, products, attention, relora, product):
     """Of seven linears a layer, selective keeps the first, third, fifth and seventh; cheap keeps all."""
     found, num_layers = repeated(mode, relora)
-    if relora is None and mode == "full":
+    if relora is None and products == 7:
         products -= 1  # the last one's inputs are all that backward needs: repetition ends before it
     assert (found[product], found[ATTENTION]) == (products * num_layers, attention * num_layers)
     assert found["aten::silu"] == num_layers and found["aten::rsqrt"] == 2 * num_layers
     if relora is not None:
-        assert found["relora_ds::product"] == 7 * num_layers  # the low-rank intermediates, always
+        # the low-rank intermediates, unless it is these that are kept
+        assert found["relora_ds::product"] == (0 if mode == "low_rank" else 7 * num_layers)
 
 
 def test_no_folded_product_is_repeated_where_products_are_kept():
@@ -200,6 +203,7 @@ def test_what_is_kept(relora):
     kept = {mode: kept_by_a_layer(mode, relora) for mode in ("none", *MODES)}
     ffn, logsumexp = FFN / HIDDEN, HEADS / HIDDEN
     assert kept["full"] == 1  # the layer's input
+    assert kept["low_rank"] == 1 + (0 if relora is None else 7 * relora.r / HIDDEN)
     # ... and q, v, gate, down and attention with its log-sum-exp
     assert kept["selective"] == 1 + 3 + ffn + 1 + logsumexp
     # ... and k, o and up as well

@@ -82,7 +82,7 @@ def test_layers_keep_their_input_for_sums_of_gradients(precision):
     assert peaks[1] > 1.05 * peaks[0]
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective", "cheap"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "cheap", "low_rank"])
 def test_what_is_computed_twice_is_not_kept(checkpointing):
     recipe = load_recipe("tiny", ["model.preset=llama_20m", "data.vocab_size=512", "relora.r=64"])
     config, _ = network_of(recipe)

@@ -17,7 +17,7 @@ from tests.ranks import ranks
 from tests.small_models import FAMILIES
 from tests.training.runs import lines, losses
 
-MODES = ["full", "selective", "cheap"]
+MODES = ["full", "selective", "cheap", "low_rank"]
 RESTART = 3
 STEPS = 4
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -191,7 +191,7 @@ def train_recipe(overrides: list[str]) -> tuple[float, float]:
     calls, contexts = [], recompute._contexts
     plan = check("tiny", overrides)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(recompute, "_contexts", lambda mode: calls.append(mode) or contexts(mode))
+        monkeypatch.setattr(recompute, "_contexts", lambda *how: calls.append(how) or contexts(*how))
         summary = Trainer(plan).fit()
     num_micro_steps = plan.recipe.total_steps * plan.accumulation
     return len(calls) / (num_micro_steps * plan.model_config.num_hidden_layers), summary["val_loss"]

@@ -46,6 +46,7 @@ VARIANTS = {
     "ours, one-sided, warm sketch": (*_FROM_GRADIENT, "relora.gradient_estimate=warm_sketch"),
     "ours, one-sided, exact": (*_FROM_GRADIENT, "relora.gradient_estimate=exact"),
     "ours, one-sided, residual": (*_ONE_SIDED, "relora.residual_every=20"),
+    "CoLA": ("method=cola",),
 }
 
 # Of PEFT's, which of ours trains the same.
@@ -101,6 +102,7 @@ class Spec:
             f"train.batch_sequences={self.micro_batch_size * self.accumulation * world_size}",
             f"relora.r={self.r}",
             f"relora.lora_alpha={self.r}",
+            f"cola.r={self.r}",
             "relora.restart_every=1000",
             "warm_start_steps=0",
             f"relora.frozen_placement={self.placement}",

@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 
+from relora_ds.config.schema import ACTIVATION_CHECKPOINTING
 from relora_ds.lab.bench.baselines import FULL, VARIANTS, Spec, build, require, step
 from relora_ds.lab.bench.environment import rows_as_markdown
-
-MODES = ("none", "full", "selective", "cheap")
 
 # glibc: every allocation of 64 kB or more is mapped, and unmapped when it is freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
@@ -65,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing",
         nargs="+",
-        choices=MODES,
+        choices=ACTIVATION_CHECKPOINTING,
         default=["none", "full"],
         metavar="MODE",
-        help="of none, full, selective, cheap (default: none full)",
+        help=f"of {', '.join(ACTIVATION_CHECKPOINTING)} (default: none full)",
     )
 
 

@@ -48,6 +48,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "full rank, compiled": {"variant": FULL, "compile": True},
     "ours, compiled": {"variant": "ours, dense", "compile": True},
     "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"},
+    "CoLA-M": {"variant": "CoLA", "checkpointing": "low_rank"},
 }
 SHARED = ("preset", "r", "vocab_size", "seq_len", "precision", "stage")  # of all Specs
 WARM_STEPS = 2

@@ -74,6 +74,11 @@ def measure(sources: Sequence[Path], before: str | None = None, trust_remote_cod
     wrapped = {name for window in windows for name in window.contents.layers}
     layers = [linear_layers(window, wrapped, trust_remote_code) for window in windows]
     for window, names in zip(windows, layers, strict=True):
+        if not names:
+            raise ValueError(
+                f"{window.after}: its network has no linear layer beside its head (method cola trains two factors in "
+                "place of each weight), so it has no updates to measure; leave it out"
+            )
         _require_same_shapes(window, names)
     return {
         "share": RANK_SHARE,

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from relora_ds.checkpoint.job import Written
 from relora_ds.exchange.report import ExchangeReport
+from relora_ds.interop.hf_export import has_code_beside
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training import compatibility
@@ -110,7 +111,10 @@ class Console(Hook):
         )
         logs = run.run_dir / "tensorboard"
         curves = f"   curves: tensorboard --logdir {logs}" if "tensorboard" in run.recipe.log.to else ""
-        terminal.line(f"model: {run.run_dir / 'export'} (AutoModelForCausalLM.from_pretrained){curves}")
+        how = "AutoModelForCausalLM.from_pretrained"
+        if has_code_beside(run.engine.module):
+            how += ", trust_remote_code=True"
+        terminal.line(f"model: {run.run_dir / 'export'} ({how}){curves}")
 
     def close(self, run: RunState) -> None:
         if hasattr(self, "_terminal"):

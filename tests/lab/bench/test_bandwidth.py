@@ -36,6 +36,7 @@ def test_nothing_is_unexplained(argv):
         "ours, LoRA alone",
         "ours, dense",
         "ours, int8",
+        "CoLA",
     )
     assert {row["variant"] for row in result["rows"]} >= {"full rank", "PEFT, its default", "ours, int8"}
     for row in result["rows"]:

@@ -89,6 +89,7 @@ LAYER = {
         "ours, folded",
         "ours, one-sided, separate",
         "ours, one-sided, folded",
+        "CoLA",
     ],
 )
 def test_flops_are_what_torch_counts(variant):
