@@ -99,11 +99,6 @@ def _factors(names: list[str]) -> list[str]:
 
 
 def _max_update_over_lr(run: RunState) -> float:
-    engine, optim = run.engine, run.recipe.optim
-    return max_update_over_lr(
-        engine.shards,
-        _factors(engine.shards.names),
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
-        device=engine.device,
-    )
+    engine = run.engine
+    names, eps = _factors(engine.shards.names), run.recipe.optim.eps
+    return max_update_over_lr(engine.shards, names, eps=eps, device=engine.device)

@@ -44,13 +44,22 @@ def restore_engine_state(engine, state: dict, *, optimizer: bool = True, schedul
     engine.num_accumulated = 0
     if not optimizer:
         return
-    engine.shards.set_adam_steps(state["adam_steps"])
+    engine.shards.set_adam_steps({group: _steps_of(group, state["adam_steps"]) for group in engine.shards.adam_steps()})
     if not engine.fp16_enabled():  # DeepSpeed's bf16 wrapper of stage 0 has a scale too, and would divide by it
         return
     scaler = _scaler(engine)
     for name, value in state["loss_scaler"].items():
         if hasattr(scaler, name):
             setattr(scaler, name, value)
+
+
+def _steps_of(group: str, saved: dict[str, int]) -> int:
+    """Return Adam's step count of a parameter group. saved: by the names that the groups had."""
+    if group == "lora_A" and group not in saved:  # one group with B where there was no weight decay
+        group = "lora"
+    # Of a group that was none, the largest: with less than their own, moments would be taken for young ones, and a step
+    # would be many times as long.
+    return saved.get(group, max(saved.values(), default=0))
 
 
 def _scaler(engine):

@@ -117,7 +117,8 @@ def initialize(
         max_grad_norm: gradient clipping, 0 = none. None = what `config` says, else 1.0.
         training_data, collate_fn: a dataset, and how its items make a batch, for the loader that is returned.
         param_groups: default `lowrank.wrap.parameter_groups(model)`: LoRA factors, other matrices, and
-            vectors without weight decay.
+            vectors without weight decay. In groups of your own `lora_A` has no weight decay: that of `lora_B` acts on
+            the product.
         seed: decides the values of A after each restart.
         after_step: called after every applied step; default: restart when it is due.
         weights: a source of the plain model's fp32 weights, read one tensor at a time, instead of the model's own
@@ -200,7 +201,7 @@ def initialize(
     reason = optimizers.partition_problem(optimizer, groups, settings["zero_optimization"], dist.get_world_size())
     _refuse([f"optimizer: {reason}"] if reason else [])
     inner = make_optimizer(optimizer, groups, model, **{**adamw, "betas": tuple(adamw["betas"])})
-    decayed_group = _decayed_group(inner.param_groups, frozen)
+    decayed_group = optimizers.decayed_group(inner.param_groups, frozen.lowrank)
     indices = {id(p): i for i, group in enumerate(inner.param_groups) for p in group["params"]}
     group_of = {name: indices[id(p)] for name, p in model.named_parameters() if id(p) in indices}
     with nothing_broadcast():
@@ -249,22 +250,6 @@ def initialize(
     engine._checkpoints = EngineCheckpoints(engine)
     engine._masks_differ_on_cpu = drops_values_only(model)
     return engine, stepped, loader, scheduler
-
-
-def _decayed_group(groups: list[dict], frozen: FrozenWeights) -> int | None:
-    """Return the index of the group whose weight decay acts on the frozen weights, that of `lora_B`; None without.
-
-    Raises:
-        ValueError: the groups do not agree on one.
-    """
-    factors = {id(layer.lora_B) for layer in frozen.lowrank.values()}
-    found = [i for i, group in enumerate(groups) if any(id(p) in factors for p in group["params"])]
-    if len({(groups[i]["lr"], groups[i]["weight_decay"]) for i in found}) > 1:
-        raise ValueError(
-            f"param_groups: lora_B is in {len(found)} groups of different lr or weight_decay, and the frozen weights "
-            "decay as one; put all lora_B into one group"
-        )
-    return next((i for i in found if groups[i]["weight_decay"]), None)
 
 
 def _refuse(problems: list[str]) -> None:

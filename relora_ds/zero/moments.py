@@ -80,27 +80,22 @@ def rotate_moments(shards: ShardView, turns: dict[str, Tensor], owners: dict[str
 
 
 @torch.no_grad()
-def max_update_over_lr(
-    shards: ShardView, names: list[str], *, betas: tuple[float, float], eps: float, device: torch.device
-) -> float:
+def max_update_over_lr(shards: ShardView, names: list[str], *, eps: float, device: torch.device) -> float:
     """max |Δp| / lr of the last Adam step, weight decay not counted, over the named parameters. Collective.
 
     Computed from the moments after the step (in 8 bit, where the second one is not rounded to 0). About 1 in ordinary
     training; it is where a reset that kept m and zeroed v shows (10⁵ was seen), before the loss does.
     """
-    steps = shards.adam_steps()
-    step = steps.get("lora", max(steps.values(), default=0))
     largest = torch.zeros((), device=device)
-    if step > 0:
-        for name in names:
-            shard = shards[name]
-            if shard.exp_avg.numel():
-                m = shard.exp_avg.read() / (1 - betas[0] ** step)
-                v = shard.exp_avg_sq.read() / (1 - betas[1] ** step)
-                update = m / (v.sqrt() + eps)
-                if not shard.exp_avg_sq.is_view:  # rounded to 0 after the step, which it does not tell of then
-                    update = torch.where(v > 0, update, 0.0)
-                largest = torch.maximum(largest, update.abs().max().to(device))
+    for name in names:
+        shard, (step, betas) = shards[name], shards.adam_of(name)
+        if step > 0 and shard.exp_avg.numel():
+            m = shard.exp_avg.read() / (1 - betas[0] ** step)
+            v = shard.exp_avg_sq.read() / (1 - betas[1] ** step)
+            update = m / (v.sqrt() + eps)
+            if not shard.exp_avg_sq.is_view:  # rounded to 0 after the step, which it does not tell of then
+                update = torch.where(v > 0, update, 0.0)
+            largest = torch.maximum(largest, update.abs().max().to(device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 

@@ -6,12 +6,14 @@ allow.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import nn
 
+from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.inventory import full_shape
 from relora_ds.utils.versions import version_of
 from relora_ds.zero.moment_codes import BLOCK
@@ -75,6 +77,36 @@ def groups_for(name: str, groups: list[dict[str, Any]], model: nn.Module) -> lis
         for whole, bits in ((True, 32), (False, 8))
     ]
     return [group for group in split if group["params"]]
+
+
+def decayed_group(groups: list[dict[str, Any]], layers: Mapping[str, LowRankLayer]) -> int | None:
+    """Return the index of the group whose weight decay acts on the frozen weights, that of `lora_B`; None without.
+
+    Args:
+        groups: of an optimizer.
+        layers: the low-rank ones, by name.
+
+    Raises:
+        ValueError: A decays too, so that `B·A` would decay twice; or the groups of B differ.
+    """
+
+    def holding(factor: str) -> list[int]:
+        factors = {id(getattr(layer, factor)) for layer in layers.values()}
+        return [i for i, group in enumerate(groups) if any(id(p) in factors for p in group["params"])]
+
+    for i in holding("lora_A"):
+        if decay := groups[i]["weight_decay"]:
+            raise ValueError(
+                f"param_groups: group {i} has weight_decay {decay} and lora_A, so that lora_B @ lora_A would decay "
+                "twice; put all lora_A into a group with weight_decay=0, or leave out param_groups"
+            )
+    found = holding("lora_B")
+    if len({(groups[i]["lr"], groups[i]["weight_decay"]) for i in found}) > 1:
+        raise ValueError(
+            f"param_groups: lora_B is in {len(found)} groups of different lr or weight_decay, and the frozen weights "
+            "decay as one; put all lora_B into one group"
+        )
+    return next((i for i in found if groups[i]["weight_decay"]), None)
 
 
 def moment_bytes(numel: int) -> int:

@@ -150,7 +150,7 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         shards.write(name, shards.gather([name])[name])
     restore_engine_state(engine, manifest.engine, optimizer=optimizer, schedule=schedule)
     if begins_chain:
-        shards.set_adam_steps({"lora": 0})
+        shards.begin_adam(filter(is_lora_parameter, shards.names))
 
 
 def _residual_steps(manifest: Manifest) -> int:

@@ -375,7 +375,7 @@ class ShardView:
             self._state.zero(flat)
 
     def adam_steps(self) -> dict[str, int]:
-        """Adam's step count by parameter-group name ("lora", "lora_A", "matrices", "vectors")."""
+        """Adam's step count by parameter-group name ("lora", "lora_A", "matrices", "vectors"), else by index."""
         groups = self._adapter.inner.param_groups
         return {groups[i].get("name", str(i)): self._state.step(flat) for i, flat in self._adapter.flats()}
 
@@ -386,11 +386,19 @@ class ShardView:
         return step, self._adapter.inner.param_groups[group]["betas"]
 
     def set_adam_steps(self, steps: dict[str, int]) -> None:
-        """Set Adam's step count of the named parameter groups."""
+        """Set Adam's step count of the parameter groups with these names."""
         groups = self._adapter.inner.param_groups
         for i, flat in self._adapter.flats():
-            name = groups[i].get("name", str(i))
-            if name == "lora_A" and name not in steps:  # one group with B where there was no weight decay
-                name = "lora"
-            if name in steps:
+            if (name := groups[i].get("name", str(i))) in steps:
                 self._state.set_step(flat, steps[name])
+
+    def begin_adam(self, names: Iterable[str]) -> None:
+        """Set Adam's step count to 0 for parameters whose moments are 0.
+
+        One count is that of a whole group, so groups that hold others as well keep theirs.
+        """
+        begun = set(names)
+        shared = {group for name, group in self._group_of.items() if name not in begun}
+        for i, flat in self._adapter.flats():
+            if i not in shared:
+                self._state.set_step(flat, 0)
