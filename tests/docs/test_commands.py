@@ -176,6 +176,16 @@ def test_the_loop_of_your_own_runs(page, checkout):
 
 
 @pytest.mark.slow
+def test_galore_through_the_trainer(checkout):
+    """The guide's script, with the config of its section on GaLore."""
+    train, *others = fenced(DOCS / "guides/hf_trainer.md", "python")
+    (config,) = (block for block in others if "optimizer_reset" in block)
+    (checkout / "galore.py").write_text(re.sub(r"^config = .*\n", lambda _: config, train, flags=re.MULTILINE))
+    said = run("deepspeed --num_gpus 2 galore.py", checkout)
+    assert said.count("'restarts': ") == 2
+
+
+@pytest.mark.slow
 def test_a_model_without_values_is_filled(checkout):
     before = (
         "import relora_ds\nfrom tests.small_models import llama\n"

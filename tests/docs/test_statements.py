@@ -1,5 +1,6 @@
 """Sentences of the documentation that were wrong once, each held by what it speaks of."""
 
+import dataclasses
 import io
 import json
 import re
@@ -10,10 +11,11 @@ from collections import Counter
 import pytest
 import yaml
 
-from relora_ds.config import load_recipe, recipe_names
+from relora_ds.config import ReLoRAConfig, load_recipe, recipe_names
 from relora_ds.config.schema import ALIASES
 from relora_ds.data.gutenberg import NUM_BOOKS
 from relora_ds.lab.bench import checkpoint_cost
+from relora_ds.methods.galore import GaLore
 from relora_ds.planning.network import network_of
 from relora_ds.zero.traffic import expected_step
 from tests.docs import keys, tiny_runs
@@ -27,6 +29,15 @@ from tests.small_models import llama
 def text_of(page: str) -> str:
     """Return a page in one line."""
     return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_the_config_of_galore_is_that_of_the_method():
+    (block,) = (one for one in fenced(DOCS / "guides/hf_trainer.md", "python") if "optimizer_reset" in one)
+    names = {"ReLoRAConfig": ReLoRAConfig}
+    exec(block, names)
+    values = {f"relora.{name}": value for name, value in dataclasses.asdict(names["config"]).items()}
+    assert GaLore.defaults.items() <= {**values, "relora.restart_every": 200}.items()
+    assert f"in its paper {GaLore.defaults['relora.restart_every']}" in block
 
 
 def test_the_number_of_books():

@@ -25,6 +25,7 @@ from tests.interop.trainers import (
 from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import batch
+from tests.zero.restarts import fingerprint
 
 
 def micro_steps(accumulation: int) -> list[list[int]]:
@@ -33,8 +34,13 @@ def micro_steps(accumulation: int) -> list[list[int]]:
     return [epoch[step % len(epoch)] for step in range(STEPS)]
 
 
-def our_run(stage: int, precision: str, accumulation: int, lora_dropout: float, frozen: dict | None) -> dict:
-    """The same run in a loop of our own. The loss is summed, and divided by all labels, as the Trainer does."""
+def our_run(
+    directory: str, stage: int, precision: str, accumulation: int, lora_dropout: float, frozen: dict | None
+) -> dict:
+    """The same run in a loop of our own. The loss is summed, and divided by all labels, as the Trainer does.
+
+    Also saved where the Trainer is: within a period of residual updates that decides in which order its sums are added.
+    """
     config = relora_config(lora_dropout=lora_dropout, **(frozen or {}))
     engine, *_ = relora_ds.initialize(
         model=relora_ds.wrap(network(0, frozen), config),
@@ -60,7 +66,10 @@ def our_run(stage: int, precision: str, accumulation: int, lora_dropout: float, 
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             losses.append(loss.item())
-    found = {"losses": losses, "restarts": list(engine.restarts), "lr": lr}
+        if engine.t == SAVED_AT:
+            engine.save_checkpoint(directory)
+    weights = fingerprint(engine.collect_merged())
+    found = {"losses": losses, "restarts": list(engine.restarts), "lr": lr, "weights": weights}
     cases.release(engine)
     return found
 
@@ -73,6 +82,15 @@ def num_before(step: int, accumulation: int) -> int:
 
 INT8, NF4 = {"frozen_dtype": "int8"}, {"frozen_dtype": "nf4"}
 ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "warm_sketch", "optimizer_reset": "rotate"}
+# `method: galore` of a recipe; the steps of an epoch have 3, 3 and 1 micro-batches.
+GALORE = {
+    "trains": "B",
+    "restart_init": "gradient",
+    "gradient_estimate": "exact",
+    "optimizer_reset": "none",
+    "restart_warmup_steps": 0,
+}
+RESIDUAL = {**GALORE, "residual_every": 2}  # a checkpoint is within a period
 
 
 @pytest.mark.parametrize(
@@ -80,7 +98,7 @@ ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "wa
     [
         ("callback", 0, "fp32", 1, 0.0, None),
         ("subclass", 1, "fp32", 2, 0.3, None),
-        ("callback", 2, "fp32", 2, 0.0, ONE_SIDED),
+        ("callback", 2, "fp32", 3, 0.0, RESIDUAL),
         ("subclass", 3, "fp32", 1, 0.0, NF4),
         *(
             pytest.param(*how, marks=pytest.mark.slow)
@@ -92,6 +110,9 @@ ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "wa
                 ("callback", 1, "bf16", 1, 0.0, None),
                 ("subclass", 3, "bf16", 1, 0.0, None),
                 ("subclass", 3, "bf16", 1, 0.0, ONE_SIDED),
+                *(("callback", stage, "fp32", 3, 0.0, GALORE) for stage in (1, 2, 3)),
+                *(("subclass", stage, "fp32", 3, 0.0, RESIDUAL) for stage in (1, 3)),
+                ("callback", 2, "fp32", 2, 0.0, ONE_SIDED),
                 ("subclass", 1, "fp32", 2, 0.0, {**ONE_SIDED, "residual_every": 1}),
                 ("callback", 1, "fp32", 1, 0.0, None),
                 ("callback", 2, "fp32", 2, 0.0, None),
@@ -108,17 +129,17 @@ ONE_SIDED = {"trains": "B", "restart_init": "gradient", "gradient_estimate": "wa
 def test_losses_resume_and_models(tmp_path, kind, stage, precision, accumulation, lora_dropout, frozen):
     how = dict(stage=stage, precision=precision, accumulation=accumulation, lora_dropout=lora_dropout, frozen=frozen)
     whole = ranks(2).run(trainers_run, str(tmp_path), again=True, save=str(tmp_path / "merged"), kind=kind, **how)
-    ours = ranks(2).run(our_run, **how)
+    ours = ranks(2).run(our_run, str(tmp_path / "ours"), **how)
     resumed = ranks(2).run(trainers_run, str(tmp_path), resume=SAVED_AT, model_seed=1, kind=kind, **how)
     for rank in range(2):
         (run, same_trainer), [new_process] = whole[rank], resumed[rank]
         assert run["restarts"] == ours[rank]["restarts"] == [4, 8, 12] and run["t"] == STEPS
-        assert run["losses"] == ours[rank]["losses"]
+        assert run["losses"] == ours[rank]["losses"] and run["weights"] == ours[rank]["weights"]
         assert run["lr"] == pytest.approx(ours[rank]["lr"], rel=1e-12)
         assert [(entry["step"], entry["restarts"]) for entry in run["reports"]] == [(4, 1), (8, 2), (12, 3)]
         rest = run["losses"][num_before(SAVED_AT, accumulation) :]
         for again in (same_trainer, new_process):
-            assert again["losses"] == rest
+            assert again["losses"] == rest and again["weights"] == run["weights"]
             assert again["restarts"] == run["restarts"]
             assert again["eval"] == run["eval"] and tuple(again["eval"]) == EVALS
     # The plain model is fp32, from masters; the engine evaluates in bf16, or on what is stored.

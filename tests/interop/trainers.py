@@ -13,6 +13,7 @@ import relora_ds
 from relora_ds import IslandsConfig, ReLoRACallback, ReLoRATrainer
 from tests.parity import cases
 from tests.small_models import batch, llama
+from tests.zero.restarts import fingerprint
 
 MICRO, MICROS = 2, 7  # rows of a micro-batch; micro-batches of an epoch on each of two ranks: odd, so accumulation
 # by 2 ends the epoch with a step of one micro-batch
@@ -57,7 +58,7 @@ def network(seed: int, frozen: dict | None):
 
 
 def relora_config(**changes):
-    return cases.relora_config(restart_every=EVERY, restart_warmup_steps=REWARM, **changes)
+    return cases.relora_config(**{"restart_every": EVERY, "restart_warmup_steps": REWARM, **changes})
 
 
 @contextlib.contextmanager
@@ -149,6 +150,7 @@ def summary(trainer) -> dict:
         "rows": trainer.rows,
         "restarts": list(trainer.model_wrapped.restarts),
         "t": trainer.model_wrapped.t,
+        "weights": fingerprint(trainer.model_wrapped.collect_merged()),
         "lr": [entry["learning_rate"] for entry in history if "learning_rate" in entry],
         "eval": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
         "exchanges": [(entry["step"], entry["exchanges"]) for entry in history if "exchanges" in entry],
