@@ -210,7 +210,7 @@ class Trainer:
         if checkpoint is None:
             return
         if found := problems(checkpoint.manifest, run.engine):
-            raise ResumeError(f"resume: {checkpoint.directory} is of another network: {'; '.join(found)}")
+            raise ResumeError(f"resume: {checkpoint.directory} does not fit: {'; '.join(found)}")
         try:
             restore(run.engine, checkpoint.directory, checkpoint.manifest)
         except (DamagedError, UnreadableError) as error:

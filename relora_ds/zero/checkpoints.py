@@ -130,8 +130,8 @@ class EngineCheckpoints:
             if found is None:
                 logger.warning("load_checkpoint: there is no checkpoint in %s; nothing is loaded", load_dir)
                 return None, {}
-            if reasons := problems(found.manifest, self._engine):
-                raise ValueError(f"{found.directory} is of another network: {for_everyone('; '.join(reasons))}")
+            if reasons := problems(found.manifest, self._engine, optimizer=optimizer):
+                raise ValueError(f"{found.directory} does not fit: {for_everyone('; '.join(reasons))}")
             restore(self._engine, found.directory, found.manifest, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
             raise ValueError(f"load_checkpoint: {error}") from error

@@ -1,8 +1,10 @@
 """Put the state in a checkpoint into an engine of any ZeRO stage, number of ranks, precision and frozen format."""
 
+import dataclasses
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from relora_ds.checkpoint.contents import (
 )
 from relora_ds.checkpoint.manifest import FROZEN, TRAINED, DamagedError, Manifest, UnreadableError
 from relora_ds.checkpoint.tensors import SavedTensors
+from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.inventory import is_lora_parameter
 from relora_ds.lowrank.storage import Storage
 from relora_ds.zero.capture import description
@@ -29,17 +32,21 @@ from relora_ds.zero.frozen_state import other_parameters, restore_frozen_state
 from relora_ds.zero.plain_model import persistent_buffers
 from relora_ds.zero.subspaces import begin_chain
 
+_CHAIN = ("trains", "r", "lora_alpha", "use_rslora")  # of a ReLoRAConfig: what decides the factors
 
-def problems(manifest: Manifest, engine) -> list[str]:
-    """Return why an engine cannot resume from a checkpoint: another network, or a format that cannot be converted."""
+
+def problems(manifest: Manifest, engine, *, optimizer: bool = True) -> list[str]:
+    """Return why an engine cannot resume from a checkpoint: another network, or a format that cannot be converted.
+
+    optimizer: the state of the optimizer is to be restored as well.
+    """
     found, now = [], json.loads(json.dumps(description(engine)))
     saved = manifest.model
-    changes_chain = _changes_chain(manifest, engine)
-    if changes_chain and (reason := _chain_problem(manifest, engine)):
+    if reason := _chain_problem(manifest, engine) or (_period_problem(manifest, engine) if optimizer else None):
         found.append(reason)
     for what in ("parameters", "layers"):
         old, new = saved[what], now[what]
-        if changes_chain:
+        if _chain_changes(manifest, engine):
             old, new = _without_chain(old), _without_chain(new)
         stored = {f"{name}.weight" for name in engine.frozen.layers}  # flat, where it is packed; see the layers' shapes
         differ = [name for name in sorted({*old, *new} - stored) if old.get(name) != new.get(name)]
@@ -65,29 +72,54 @@ def problems(manifest: Manifest, engine) -> list[str]:
     return found
 
 
-def _changes_chain(manifest: Manifest, engine) -> bool:
-    """Return whether the checkpoint and the engine differ in which factors train (`relora.trains`)."""
-    was = any(layer.get("one_sided", False) for layer in manifest.model["layers"].values())
-    return bool(engine.frozen.layers) and was != bool(engine.frozen.one_sided)
+def _chain_changes(manifest: Manifest, engine) -> list[str]:
+    """Return how the factors of a checkpoint differ from those of an engine; [] where they are alike.
+
+    Of layers without a base B is no update that a restart could have merged: such factors have no beginning here.
+    """
+    layers, saved = engine.frozen.lowrank.values(), manifest.model["relora"]
+    if not saved or not layers or any(layer.weight is None for layer in layers):
+        return []
+    was, now = _chain_of(saved), _chain_of(dataclasses.asdict(engine.relora))
+    if was["trains"] == "none":
+        return []
+    return [f"relora.{name} was {was[name]}, is {now[name]}" for name in _CHAIN if was[name] != now[name]]
+
+
+def _chain_of(relora: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a config decides the factors; earlier versions had fewer names."""
+    return {name: relora.get(name, getattr(ReLoRAConfig, name)) for name in _CHAIN}
 
 
 def _chain_problem(manifest: Manifest, engine) -> str | None:
-    """Return why another kind of chain cannot begin from a checkpoint: an update of the old one is not merged yet."""
+    """Return why another chain cannot begin from a checkpoint: an update of the old one is not merged yet."""
     t, restarts = (manifest.engine["scheduler"][key] for key in ("t", "restarts"))
-    if t in (0, *restarts[-1:]):
-        return None
-    was, now = ("both", "B") if engine.frozen.one_sided else ("B", "both")
     last = restarts[-1] if restarts else 0
+    if t == last or not (changes := _chain_changes(manifest, engine)):
+        return None
     return (
-        f"relora.trains was {was}, is {now}, which can change directly after a restart only; resume from step "
-        f"{manifest.step - t + last}"
+        f"{' and '.join(changes)}, which can change directly after a restart only; resume from step "
+        f"{manifest.step - t + last}, or change it back"
+    )
+
+
+def _period_problem(manifest: Manifest, engine) -> str | None:
+    """Return why what a period of residual updates has summed up would be lost."""
+    steps = _residual_steps(manifest)
+    was = (manifest.model["relora"] or {}).get("residual_every")
+    now = None if engine.relora is None else engine.relora.residual_every
+    if not steps or was == now:
+        return None
+    return (
+        f"relora.residual_every was {was}, is {now}, which can change at the end of a period only; resume from step "
+        f"{manifest.step - steps}, or change it back"
     )
 
 
 def _without_chain(described: dict[str, dict]) -> dict[str, dict]:
-    """Return parameters or layers without what depends on which factors train."""
+    """Return parameters or layers without what another chain may have otherwise."""
     return {
-        name: {key: value for key, value in about.items() if key != "one_sided"}
+        name: {key: value for key, value in about.items() if key not in ("one_sided", "scaling")}
         for name, about in described.items()
         if not is_lora_parameter(name)
     }
@@ -101,13 +133,13 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         optimizer: with Adam's moments, its steps and the loss scale.
         schedule: with the steps and the restarts so far.
 
-    Where the engine trains other factors, these begin as they do after a restart, without moments.
+    Where the engine has other factors, these begin as they do after a restart, without moments.
 
     Raises:
         DamagedError: on every rank, where one of them does not see a file that it needs. Nothing has been changed then.
     """
     shards, storage = engine.shards, Storage(**manifest.model["frozen"])
-    begins_chain = _changes_chain(manifest, engine)
+    begins_chain = bool(_chain_changes(manifest, engine))
     with ExitStack() as stack:
         try:
             saved = SavedTensors(directory, manifest, stack)

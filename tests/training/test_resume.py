@@ -119,8 +119,8 @@ def test_what_would_make_another_run_is_refused_by_name(tmp_path):
         ("data.max_tokens=50000", "the training data or the tokenizer are others"),
         ("warm_start_steps=4", "warm_start_steps was 0, is 4"),
         ("method=lora", "method was relora"),
-        ("relora.r=8", "is of another network: "),
-        ("model.preset=llama_9m", "another network: "),
+        ("relora.r=8", "relora.r was 4, is 8, which can change directly after a restart only; resume from step 10"),
+        ("model.preset=llama_9m", "does not fit: "),
     ]:
         [message] = ranks(1).run(resume, [*overrides, changed])
         assert words in message and "resume" in message, changed
