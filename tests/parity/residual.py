@@ -1,5 +1,7 @@
 """One-sided chains with residual updates: in plain PyTorch, and what runs on the ranks to be compared with it."""
 
+import functools
+
 import torch
 
 from relora_ds.lowrank.reinit import random_basis
@@ -63,14 +65,48 @@ class ResidualReference(Reference):
         return found
 
 
-def reference(family: str = "llama", weight_decay: float = 0.0, reset: str = "rotate") -> dict:
-    model = FAMILIES[family]()
+class StoredReference(ResidualReference):
+    """Forward and backward read W as `rounded` leaves it; updates and merges change the master."""
+
+    def __init__(self, rounded, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rounded = rounded
+        self.masters = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        self._changed(lambda: None)
+
+    @torch.no_grad()
+    def _changed(self, change):
+        for name, layer in self.layers.items():
+            layer.weight.copy_(self.masters[name])
+        change()
+        for name, layer in self.layers.items():
+            self.masters[name] = layer.weight.detach().clone()
+            layer.weight.copy_(self.rounded(self.masters[name]))
+
+    def _update(self, lr):
+        self._changed(lambda: super(StoredReference, self)._update(lr))
+
+    def restart(self):
+        self._changed(super().restart)
+
+    def merged(self):
+        for name, layer in self.layers.items():
+            layer.weight.data.copy_(self.masters[name])
+        return super().merged()
+
+
+def reference(
+    family: str = "llama", weight_decay: float = 0.0, reset: str = "rotate", rounded=None, **model_changes
+) -> dict:
+    """The run and what it leaves. rounded: W as it is stored, in its own dtype and shape; by default W itself."""
+    model = FAMILIES[family](**model_changes)
 
     def random_A(name: str, restart: int) -> torch.Tensor:
         return random_basis(model.get_submodule(name).lora_A.shape, f"0/{restart}/{name}")
 
     schedule = jagged_cosine(cases.STEPS, cases.WARMUP, RESTART_EVERY, cases.REWARM, cases.MIN_RATIO)
-    plain = ResidualReference(
+    kind = ResidualReference if rounded is None else functools.partial(StoredReference, rounded)
+    plain = kind(
         *(model, 4, cases.SCALING, random_A, cases.LR, weight_decay, cases.CLIP, schedule, reset, 0.9), one_sided=True
     )
     losses = []
