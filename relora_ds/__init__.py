@@ -15,10 +15,10 @@ _HOMES = {
     "ReLoRATrainer": "relora_ds.interop.hf_trainer",
     "ReLoRACallback": "relora_ds.interop.hf_trainer",
     "Hook": "relora_ds.training.hooks",
-    "Fira": "relora_ds.matrix.fira",
-    "Apollo": "relora_ds.matrix.apollo",
-    "Scale": "relora_ds.matrix.scale",
-    "Muon": "relora_ds.matrix.muon",
+    "Fira": "relora_ds.matrix.fira_update",
+    "Apollo": "relora_ds.matrix.apollo_update",
+    "Scale": "relora_ds.matrix.scale_update",
+    "Muon": "relora_ds.matrix.muon_update",
 }
 __version__ = "0.2.0"
 __all__ = [*_HOMES, "__version__"]

@@ -172,7 +172,7 @@ def _phases(resolved, config) -> list[str]:
     ]
     notes = [
         "  * traced on a network without storage: an estimate. peak: what is kept, and the largest of backward, "
-        "optimizer and restart"
+        "optimizer, update and restart"
     ]
     if "full rank" in names:
         notes.append("  full rank: for comparison, no phase of this run")
@@ -183,18 +183,20 @@ def _sizes(names: list[str], costs: dict, run: dict, tokens_per_step: int) -> li
     from relora_ds.utils.text import human_count
 
     shapes = [costs[name].shapes for name in names]
+    everything = [s.num_trainable + s.num_frozen for s in shapes]
+    trainable = [s.num_trainable + s.num_owned for s in shapes]
     return [
         ["steps", *(f"{run[name][0]:,}" if name in run else "-" for name in names)],
         ["tokens", *(human_count(run[name][0] * tokens_per_step) if name in run else "-" for name in names)],
         ["restarts", *(str(run[name][1]) if name in run else "-" for name in names)],
-        ["parameters", *(human_count(s.num_trainable + s.num_frozen) for s in shapes)],
-        ["trainable (T)", *(human_count(s.num_trainable) for s in shapes)],
-        ["  of all", *(f"{100 * s.num_trainable / (s.num_trainable + s.num_frozen):.1f} %" for s in shapes)],
+        ["parameters", *map(human_count, everything)],
+        ["trainable (T)", *map(human_count, trainable)],
+        ["  of all", *(f"{100 * t / all:.1f} %" for t, all in zip(trainable, everything, strict=True))],
     ]
 
 
 def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]:
-    from relora_ds.planning.device_memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, peak, total
+    from relora_ds.planning.device_memory import BACKWARD, DEVICE, HOST, KEPT, OPTIMIZER, UPDATE, peak, total
     from relora_ds.planning.host import HOST_MOMENTS, moment_name
     from relora_ds.utils.text import human_bytes
 
@@ -208,7 +210,10 @@ def _memory(names: list[str], costs: dict, activations: dict) -> list[list[str]]
         rows.append(
             [f"{head}, kept between steps", *(human_bytes(total(costs[name].items, where, KEPT)) for name in names)]
         )
-        labels = {KEPT: "", **{when: f" ({moment_name(when)})" for when in (BACKWARD, OPTIMIZER, *HOST_MOMENTS)}}
+        labels = {
+            KEPT: "",
+            **{when: f" ({moment_name(when)})" for when in (BACKWARD, OPTIMIZER, UPDATE, *HOST_MOMENTS)},
+        }
         for what, when in sorted(kinds, key=lambda kind: list(labels).index(kind[1])):
             sizes = [
                 sum(i.size for i in costs[name].items if (i.what, i.when, i.where) == (what, when, where))

@@ -34,7 +34,12 @@ def _without(islands: IslandsConfig) -> Iterator[str]:
 def _phase_problems(recipe: Recipe, method: Method) -> Iterator[str]:
     islands, relora = recipe.islands, method.relora
     if relora is None or relora.restart_every is None or not method.is_chain:
-        if relora is not None:
+        if method.has_owners:
+            yield (
+                f"islands.count: {islands.count} with method {method.name}, whose owners update whole weights: what "
+                "becomes of these is not exchanged; use method=full, relora or galore"
+            )
+        elif relora is not None:
             yield (
                 f"islands.count: {islands.count} with method {method.name}: without restarts there is no step at which "
                 "updates could be exchanged; use method=relora or galore"

@@ -22,9 +22,10 @@ class Method:
     Attributes:
         name: in recipes.
         sections: of the recipe, that this method alone reads.
-        relora: the configuration of the low-rank layers; None for a model without any.
+        relora: the configuration of the wrapped layers; None for a model without any.
         has_base: whether frozen weights lie under the low-rank updates.
         is_chain: whether it merges its updates at restarts, so that another such method can continue from one.
+        has_owners: whether owners of the wrapped layers' weights update them, from whole gradients.
         can_warm_start: whether another method can continue from the weights that it leaves.
         defaults: recipe keys and the values that the method's name stands for.
     """
@@ -34,6 +35,7 @@ class Method:
     relora: ReLoRAConfig | None = None
     has_base: bool = True
     is_chain: bool = False
+    has_owners: bool = False
     can_warm_start: bool = True
     defaults: Mapping[str, Any] = MappingProxyType({})
 
@@ -48,9 +50,19 @@ class Method:
     # What the recipe means. Its values may be wrong, each on its own, where problems are looked for.
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether there are low-rank factors."""
+        return self.relora is not None and not self.has_owners
+
+    @property
     def label(self) -> str:
         """The method as tables and figures call it."""
         return self.name
+
+    @property
+    def rank(self) -> int | None:
+        """Of the low-rank updates, or of the subspace of a gradient; None without one."""
+        return None if self.relora is None else self.relora.r
 
     @property
     def full_rank_steps(self) -> int:
@@ -105,6 +117,10 @@ class Method:
     def param_groups(self, model: Any) -> list[dict]:
         """Return the optimizer's groups of a prepared model."""
         raise NotImplementedError
+
+    def matrix_optimizers(self, model: Any) -> Mapping[str, Any] | None:
+        """Return, for each layer of a prepared model whose owner updates it, the `MatrixOptimizer`; None without."""
+        return None
 
     def after_step(self, engine: Any) -> None:
         """Do what follows an applied optimizer step, such as a restart. engine: a `ReLoRAEngine`. On every rank."""

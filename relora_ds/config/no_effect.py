@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from relora_ds.config import data_values, fields
-from relora_ds.config.methods import Method, method_of, own_keys, warm_start_of
+from relora_ds.config.methods import Method, method_of, methods_of, own_keys, warm_start_of
 from relora_ds.config.schema import Recipe
 
 
@@ -30,7 +30,7 @@ def _trust(recipe: Recipe) -> Iterator[str]:
 
 def _warm_start_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
     warm, optim = method.warm_start_steps, recipe.optim
-    if recipe.warm_start_steps and method.relora is None:
+    if recipe.warm_start_steps and not method.is_low_rank:
         yield (
             f"warm_start_steps: {recipe.warm_start_steps} has no effect with method {method.name}, which has no "
             "low-rank phase"
@@ -63,6 +63,8 @@ def _schedule_warnings(recipe: Recipe) -> Iterator[str]:
 
 
 def _keys_of_other_methods(recipe: Recipe, method: Method) -> Iterator[str]:
+    if recipe.optim.matrix_lr is not None and not any(phase.has_owners for phase in methods_of(recipe)):
+        yield f"optim.matrix_lr: {recipe.optim.matrix_lr} has no effect with method {method.name}"
     known = fields.fields_of(Recipe)
     for key in own_keys():
         value = fields.value_of(recipe, key)

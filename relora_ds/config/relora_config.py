@@ -38,7 +38,8 @@ class ReLoRAConfig:
     """Scale by `lora_alpha / sqrt(r)` instead, as in PEFT."""
     target_modules: Annotated[str | list[str], Names("all-linear or [q_proj, v_proj]", expression=True)] = "all-linear"
     """Linear layers that become low-rank: `all-linear` (all but the output head), a list of module names or name
-    suffixes, or a regular expression that a whole module name matches. As in PEFT."""
+    suffixes, or a regular expression that a whole module name matches. As in PEFT. With `trains: none` also the head
+    and embeddings may be named; `all-matrices` is all linears and the input embedding."""
     exclude_modules: Annotated[str | list[str] | None, Names("[dt_proj, shared_expert_gate]", expression=True)] = None
     """What to leave out of `target_modules`: a list of names or suffixes, or a regular expression. As in PEFT."""
     target_parameters: Annotated[

@@ -51,8 +51,8 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield "overwrite: true would delete the run that resume: auto continues; set one of the two"
     if recipe.relora.trains == "none":
         yield (
-            "relora.trains: none is for initialize(matrix_optimizer=...) in a loop of one's own; use trains=both or "
-            "trains=B"
+            "relora.trains: none is what the methods fira, apollo, apollo_mini, scale and muon set; use one of them, "
+            "e.g. method=muon, or trains=both"
         )
     if recipe.compile and recipe.relora.restart_init == "gradient":
         yield (
@@ -163,7 +163,7 @@ def _batch_problem(recipe: Recipe) -> str | None:
 def _phase_problems(recipe: Recipe, method: Method) -> Iterator[str]:
     optim, total, warm = recipe.optim, recipe.total_steps, recipe.warm_start_steps
     length = "train.steps" if recipe.train.steps is not None else "train.tokens, in steps:"
-    low_rank = method.relora is not None
+    low_rank = method.is_low_rank
     if low_rank and method.full_rank_steps >= total:
         yield (
             f"warm_start_steps: {warm} leaves no low-rank steps of {length} {total}; use e.g. "

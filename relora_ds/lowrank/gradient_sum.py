@@ -23,6 +23,13 @@ class GradientSum:
         with exact_products(of_16_bit=g.dtype != torch.float32):
             self.values.addmm_(g.float().t(), rows.float())
 
+    def add_rows(self, ids: Tensor, g: Tensor, padding_idx: int | None = None) -> None:
+        """Add one backward of an embedding. ids: `[...]`; g: `[..., in]`; padding_idx: of a row without a gradient."""
+        ids, g = ids.flatten(), g.reshape(-1, g.shape[-1]).float()
+        if padding_idx is not None:
+            g = g.masked_fill((ids == padding_idx).unsqueeze(1), 0.0)
+        self.values.index_add_(0, ids, g)
+
     def add_gradient(self, gradient: Tensor) -> None:
         """Add one backward of a parameter, `[..., out, in]`."""
         self.values.add_(gradient)

@@ -33,7 +33,7 @@ def is_conv1d(module: nn.Module | None) -> bool:
 
 
 def peculiarity(linear: Any) -> str | None:
-    """Return why a linear's function is not `x Wᵀ + b`, or cannot be kept."""
+    """Return why a linear's function is not `x Wᵀ + b`, an embedding's no lookup, or why it cannot be kept."""
     if nn.parameter.is_lazy(linear.weight):
         return "has no shape yet (a lazy module); run the model once first"
     if "forward" in vars(linear):
@@ -43,10 +43,20 @@ def peculiarity(linear: Any) -> str | None:
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     ):
         return "has hooks, which wrapping would drop; remove them, or register them on the wrapped model"
+    if isinstance(linear, nn.Embedding):
+        return _of_embedding(linear)
     if set(linear._parameters) != {"weight", "bias"} or not isinstance(linear.weight, nn.Parameter):
         return "computes its weight from other tensors (weight norm, pruning or a parametrization)"
     if linear._buffers or linear._modules or not (is_conv1d(linear) or _is_plain(linear)):
         return f"is a {type(linear).__name__}, which computes something else than nn.Linear"
+    return None
+
+
+def _of_embedding(embedding: nn.Embedding) -> str | None:
+    if type(embedding).forward is not nn.Embedding.forward or set(embedding._parameters) != {"weight"}:
+        return f"is a {type(embedding).__name__}, which computes something else than nn.Embedding"
+    if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
+        return "has max_norm, sparse or scale_grad_by_freq set"
     return None
 
 
@@ -88,7 +98,8 @@ def read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             continue
         for name, flags in _weights_read_by(type(module)):  # type: ignore[arg-type]  # classes are hashable
             part = module._modules.get(name)
-            if part is not None and is_linear(part) and not any(getattr(module, flag, None) is False for flag in flags):
+            is_target = is_linear(part) or isinstance(part, nn.Embedding)
+            if part is not None and is_target and not any(getattr(module, flag, None) is False for flag in flags):
                 yield (
                     part,
                     (

@@ -11,9 +11,11 @@ from relora_ds.lowrank.peculiarities import is_linear
 from relora_ds.lowrank.storage import shape_problems
 from relora_ds.lowrank.targets import (
     ALL_LINEAR,
+    ALL_MATRICES,
     DEFAULT_TRAINABLE_MODULES,
     Targets,
     as_list,
+    can_be_target,
     find_targets,
     generic,
     matches,
@@ -32,6 +34,11 @@ def problems(model: nn.Module, config: ReLoRAConfig, *, base: bool = True) -> li
     format = format_of(config.frozen_dtype, "fp32") if base and not found else DENSE
     if owned_layers(model):
         found.append("model: it is wrapped already; wrap a fresh model, or merge_and_unwrap it first")
+    if config.target_modules == ALL_MATRICES and config.trains != "none":
+        found.append(
+            f"relora.target_modules: {ALL_MATRICES} has the head and the embedding, which get no low-rank update; use "
+            f"{ALL_LINEAR}, or a method whose owners update whole weights, e.g. scale"
+        )
     if config.trains == "B" and not base:
         found.append("relora.trains: B needs the frozen weights that lora.base none leaves out; use relora.trains=both")
     targets = find_targets(model, config)
@@ -72,10 +79,11 @@ def _examples(model: nn.Module, pattern: str | list[str]) -> str:
 
 def _module_problems(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:
     found = []
-    if config.target_modules == ALL_LINEAR:
+    if config.target_modules in (ALL_LINEAR, ALL_MATRICES):
         if not targets.linears and not targets.excluded and not config.target_parameters:
             found += _unfit_problems(targets.unfit) or [
-                "relora.target_modules: 'all-linear' matches nothing: the model has no linear beside its head"
+                f"relora.target_modules: '{config.target_modules}' matches nothing: the model has no linear beside its "
+                "head"
             ]
     else:
         found += _unfit_problems(targets.unfit)
@@ -85,7 +93,7 @@ def _module_problems(model: nn.Module, config: ReLoRAConfig, targets: Targets) -
                 found.append(
                     f"relora.target_modules: {_quoted(pattern)} matches no module; {_examples(model, pattern)}"
                 )
-            elif not any(map(is_linear, named)):
+            elif not any(can_be_target(module, config) for module in named):
                 found.append(
                     f"relora.target_modules: {_quoted(pattern)} matches no linear; {_examples(model, pattern)}"
                 )
@@ -106,6 +114,12 @@ def _parameter_problems(model: nn.Module, config: ReLoRAConfig, targets: Targets
                 f"relora.target_parameters: {pattern!r} matches no parameter; {_stacked(model)}, and what belongs to "
                 "a linear is named by its module in relora.target_modules"
             )
+    embeddings = [name for name, module in targets.linears.items() if isinstance(module, nn.Embedding)]
+    if embeddings and config.frozen_dtype != "auto":
+        found.append(
+            f"relora.frozen_dtype: {config.frozen_dtype} is for linears, and {summary(embeddings)} is an embedding; "
+            f"use frozen_dtype=auto, or {_leave_out(embeddings, targets)}"
+        )
     if targets.parameters and config.trains == "none":
         found.append(
             "relora.target_parameters: owners update linears only; leave it out, so that these parameters train with "
@@ -139,7 +153,7 @@ def _shared_problems(model: nn.Module, targets: Targets) -> list[str]:
         return []
     return [
         f"relora.target_modules: the weight of {summary(shared)} is shared with another module and cannot "
-        f"be frozen and merged for one of them; leave it out, for instance with {_leave_out(shared, targets)}"
+        f"be updated for one of them; leave it out, for instance with {_leave_out(shared, targets)}"
     ]
 
 
@@ -189,7 +203,7 @@ def _rank_problems(targets: Targets, config: ReLoRAConfig) -> list[str]:
 def warnings(model: nn.Module, config: ReLoRAConfig) -> list[str]:
     """Return what wrapping a plain model with a config that has no problems leaves out or does not do."""
     targets, found = find_targets(model, config), []
-    if config.target_modules == ALL_LINEAR:
+    if config.target_modules in (ALL_LINEAR, ALL_MATRICES):
         found += [
             f"relora.target_modules: {text}. It is left out and gets no low-rank update; {remedy} says so"
             for text, remedy in _unfit_texts(targets.unfit)
@@ -237,7 +251,7 @@ def _trainable_warnings(model: nn.Module, config: ReLoRAConfig, targets: Targets
 
 def _parameters_of(targets: Targets) -> set[int]:
     """Return the ids of the targets' weights and biases."""
-    biases = {id(linear._parameters["bias"]) for linear in targets.linears.values()}
+    biases = {id(linear._parameters.get("bias")) for linear in targets.linears.values()}
     return {id(weight) for weight in targets.weights.values()} | biases
 
 

@@ -16,6 +16,7 @@ from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.peculiarities import is_linear, peculiarity, read_directly
 
 ALL_LINEAR = "all-linear"
+ALL_MATRICES = "all-matrices"  # the head and the input embedding too: weights that owners update
 DEFAULT_TRAINABLE_MODULES = ("embeddings", "head", "norms")
 
 
@@ -66,10 +67,10 @@ class ParameterPlace:
 def find_targets(model: nn.Module, config: ReLoRAConfig) -> Targets:
     """Find the linears that `target_modules` names and `exclude_modules` does not, and what `target_parameters` names.
 
-    "all-linear" is every linear but the output head (PEFT's rule). A module with several names is one target, and
-    is named by any of them.
+    "all-linear" is every linear but the output head (PEFT's rule), "all-matrices" the head too, and the input
+    embedding. A module with several names is one target, and is named by any of them.
     """
-    head, is_all, found = output_head(model), config.target_modules == ALL_LINEAR, Targets()
+    found = Targets()
     directly_read = {id(part): reason for part, reason in read_directly(model)}
     for names, module in named_places(model):
         for leaf in _named_leaves(names, module, config.target_parameters):
@@ -78,7 +79,7 @@ def find_targets(model: nn.Module, config: ReLoRAConfig) -> Targets:
                 found.unfit_parameters[_joined(names[0], leaf)] = reason
             else:
                 found.parameters[_joined(names[0], leaf)] = place
-        if not is_linear(module) or not (module is not head if is_all else matches(names, config.target_modules)):
+        if not can_be_target(module, config) or not _is_chosen(names, module, model, config):
             continue
         if matches(names, config.exclude_modules):
             found.excluded.append(names[0])
@@ -87,6 +88,19 @@ def find_targets(model: nn.Module, config: ReLoRAConfig) -> Targets:
         else:
             found.linears[names[0]] = module
     return found
+
+
+def can_be_target(module: nn.Module, config: ReLoRAConfig) -> bool:
+    """Return whether `target_modules` may name a module: a linear, or an embedding where there are no factors."""
+    return is_linear(module) or (config.trains == "none" and isinstance(module, nn.Embedding))
+
+
+def _is_chosen(names: list[str], module: nn.Module, model: nn.Module, config: ReLoRAConfig) -> bool:
+    if config.target_modules == ALL_LINEAR:
+        return is_linear(module) and module is not output_head(model)
+    if config.target_modules == ALL_MATRICES:
+        return is_linear(module) or module is input_embedding(model)
+    return matches(names, config.target_modules)
 
 
 def target_linears(model: nn.Module, config: ReLoRAConfig) -> dict[str, nn.Module]:
@@ -139,6 +153,12 @@ def replace_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> Non
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the output embedding, where the model says which module it is."""
     get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the input embedding, where the model says which module it is."""
+    get = getattr(model, "get_input_embeddings", None)
     return get() if get is not None else None
 
 

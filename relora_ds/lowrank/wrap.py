@@ -25,6 +25,7 @@ from relora_ds.lowrank.inventory import (
     print_trainable_parameters,
 )
 from relora_ds.lowrank.linear import ReLoRALinear
+from relora_ds.lowrank.owned_embedding import OwnedEmbedding
 from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.owned_linear import OwnedLinear
 from relora_ds.lowrank.parameter import ReLoRAParameter, install, uninstall
@@ -93,7 +94,9 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
     linears: dict[str, nn.Module] = {}
     layers: dict[str, OwnedLayer] = {}
     for name, linear in targets.linears.items():
-        layers[name] = linears[name] = _wrapped_linear(linear, config, base)
+        layers[name] = linears[name] = (
+            OwnedEmbedding(linear) if isinstance(linear, nn.Embedding) else _wrapped_linear(linear, config, base)
+        )
     replace_modules(model, linears)
     for name, place in targets.parameters.items():
         parameter = place.parameter
@@ -121,7 +124,10 @@ def unwrap(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     linears: dict[str, nn.Module] = {}
     for name, layer in owned_layers(model).items():
         weight = nn.Parameter(weights[name])
-        if isinstance(layer, (ReLoRALinear, OwnedLinear)):
+        if isinstance(layer, OwnedEmbedding):
+            linears[name] = layer.plain()
+            linears[name].register_parameter("weight", weight)
+        elif isinstance(layer, (ReLoRALinear, OwnedLinear)):
             linears[name] = linear = _plain_linear(layer)
             linear.register_parameter("weight", weight)
             linear.register_parameter("bias", layer.bias)

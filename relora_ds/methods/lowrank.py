@@ -1,25 +1,15 @@
-"""What methods with low-rank updates have in common: the surgery, and a warm start before them."""
+"""What methods with low-rank updates have in common: a warm start before them."""
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
 
-from relora_ds.config import Recipe, ReLoRAConfig
+from relora_ds.config import Recipe
 from relora_ds.config.methods import method_class, warm_start_of
-from relora_ds.methods.base import TrainingMethod
-
-if TYPE_CHECKING:
-    from torch import nn
+from relora_ds.methods.wrapped import Wrapped
 
 
-class LowRank(TrainingMethod):
+class LowRank(Wrapped):
     """A low-rank pair per linear layer, over a frozen weight or in place of one."""
-
-    relora: ReLoRAConfig
-
-    def __init__(self, recipe: Recipe):
-        super().__init__(recipe)
-        self.relora = recipe.relora
 
     @classmethod
     def of_warm_start(cls, recipe: Recipe) -> "LowRank":
@@ -68,21 +58,3 @@ class LowRank(TrainingMethod):
             warm,
             *([] if relora.residual_every is None else [relora.residual_every]),
         ]
-
-    def problems(self, model: "nn.Module") -> list[str]:
-        """Return why the low-rank updates do not fit `model`."""
-        from relora_ds.lowrank.wrap import problems
-
-        return problems(model, self.relora, base=self.has_base)
-
-    def warnings(self, model: "nn.Module") -> list[str]:
-        """Return what stays frozen though one might expect it to train."""
-        from relora_ds.lowrank.wrap import warnings
-
-        return warnings(model, self.relora)
-
-    def prepare(self, model: "nn.Module") -> "nn.Module":
-        """Replace the target layers, and freeze what does not train."""
-        from relora_ds.lowrank.wrap import wrap_quietly
-
-        return wrap_quietly(model, self.relora, seed=self.recipe.seed, base=self.has_base)

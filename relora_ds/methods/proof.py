@@ -164,10 +164,11 @@ def _prove(
 
 
 def _possible_targets(model: nn.Module) -> list[str]:
-    """Return the names of all linears, and of all parameters of other modules."""
+    """Return the names of all linears and embeddings, and of all parameters of other modules."""
     found = []
     for (name, *_), module in named_places(model):
-        found += [name] if is_linear(module) else [f"{name}.{leaf}" for leaf in module._parameters]
+        is_whole = is_linear(module) or isinstance(module, nn.Embedding)
+        found += [name] if is_whole else [f"{name}.{leaf}" for leaf in module._parameters]
     return found
 
 

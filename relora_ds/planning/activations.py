@@ -61,7 +61,7 @@ def activation_bytes(
             model = from_config(config, dtype=DTYPES[precision], attn_implementation=attn_implementation)
             if method.relora is not None:
                 model = cast(PreTrainedModel, store(method.prepare(model), format))
-                if method.relora.residual_every is not None:  # then layers keep x for backward
+                if method.relora.residual_every is not None or method.has_owners:  # then layers keep x for backward
                     _sum_gradients(model)
             live = _traced(recompute.apply(model, checkpointing), micro_batch_size, seq_len)
         return max([live.peak, *(alive + _bytes_of(product) for product, alive in live.products.items())])

@@ -96,7 +96,7 @@ def advise(resolved: Resolved, link: Link, device: torch.device) -> Advice:
         return found
 
     own = []
-    for r in ranks_to_try(recipe.relora.r) if method.relora is not None else [None]:
+    for r in ranks_to_try(recipe.relora.r) if method.is_low_rank else [None]:
         variant = recipe if r is None else dataclasses.replace(recipe, relora=dataclasses.replace(recipe.relora, r=r))
         own += candidates(variant, method_of(variant), r)
     full = candidates(recipe, full_rank(recipe), None)

@@ -11,7 +11,7 @@ from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
 from relora_ds.planning.planned_exchange import exchange_bytes, exchange_items
 from relora_ds.planning.planned_storage import format_here, storage_of
-from relora_ds.planning.planned_traffic import residual_bytes, restart_bytes, step_bytes
+from relora_ds.planning.planned_traffic import restart_bytes, step_bytes, update_bytes
 from relora_ds.training.preflight import Resolved
 from relora_ds.zero.merging import peak_bytes
 from relora_ds.zero.owner_updates import COPIES
@@ -93,16 +93,23 @@ def cost(
         items.append(device_memory.Item("a merge", merge, when=device_memory.RESTART))
         restart = restart_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
     if method.relora is not None and method.relora.residual_every is not None and shapes.merged:
-        residual = residual_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
+        residual = update_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
         if restart is None:  # that needs more, at another time
-            largest = max(shape.numel() for shape in shapes.merged.values())
-            size = device_memory.MASTER * COPIES * largest
-            items.append(device_memory.Item("a residual update", size, when=device_memory.RESTART))
+            size = _copies_of_largest(shapes)
+            items.append(device_memory.Item("a residual update", size, when=device_memory.UPDATE))
+    if method.relora is not None and method.has_owners:
+        update = update_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
+        items.append(device_memory.Item("an owner's update", _copies_of_largest(shapes), when=device_memory.UPDATE))
+        step = step and (step[0] + update[0], step[1] + update[1])
     exchange = None
     if recipe.islands.count is not None:
         exchange = exchange_bytes(shapes, method.relora, recipe.islands.compress)
         items += exchange_items(shapes, method.relora, recipe.islands, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual, exchange)
+
+
+def _copies_of_largest(shapes: Shapes) -> int:
+    return device_memory.MASTER * COPIES * max(shape.numel() for shape in shapes.merged.values())
 
 
 def activations_of(

@@ -11,7 +11,7 @@ weights, `e` bytes for one that trains, `f` bytes for one that is frozen (see `l
 
 With `optim.name: adamw_8bit` moments are 2T and a 32nd of that, instead of 8T, but for embeddings.
 Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device. With
-`relora.residual_every` each rank has sums of all their gradients, 4F.
+`relora.residual_every`, and where owners update them in every step, each rank has sums of all their gradients, 4F.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +33,7 @@ DEVICE, HOST = "device", "host"
 KEPT = "kept"  # alive between steps
 BACKWARD = "backward"  # besides, at most, while backward runs
 OPTIMIZER = "optimizer"  # besides, at most, while the optimizer steps
+UPDATE = "update"  # besides, at most, while owners update frozen weights
 RESTART = "restart"  # besides, at most, while a restart merges
 
 
@@ -52,9 +53,10 @@ def total(items: list[Item], where: str, *when: str) -> int:
 
 
 def peak(items: list[Item], activations: int = 0) -> int:
-    """Bytes on the device at the highest of three summits: backward, with its activations, optimizer, and restart."""
+    """Bytes on the device at the highest summit: backward, with its activations, optimizer, update, or restart."""
     return total(items, DEVICE, KEPT) + max(
-        total(items, DEVICE, BACKWARD) + activations, *(total(items, DEVICE, when) for when in (OPTIMIZER, RESTART))
+        total(items, DEVICE, BACKWARD) + activations,
+        *(total(items, DEVICE, when) for when in (OPTIMIZER, UPDATE, RESTART)),
     )
 
 
@@ -114,9 +116,11 @@ def state(
                 HOST if relora.frozen_master == "cpu" else DEVICE,
             )
         )
-    if relora is not None and relora.residual_every is not None:
+    if relora is not None and (relora.residual_every is not None or shapes.owner_state):
         sums = MASTER * sum(shape.numel() for shape in shapes.merged.values())
         items.append(Item("sums of the frozen weights' gradients", sums))
+    if shapes.owner_state:
+        items.append(Item("state of the owners", most_owned(shapes, world_size, shapes.owner_state.__getitem__)))
     ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))
     items.append(Item("ledgers of the merges", ledgers, HOST))
     return [item for item in items if item.size]

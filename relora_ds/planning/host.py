@@ -45,6 +45,9 @@ def moments(
     if relora is not None and relora.residual_every is not None:
         sums = most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())
         items += [Item("sums of the frozen weights' gradients", sums, HOST, CHECKPOINT)]
+    if shapes.owner_state:
+        state = most_owned(shapes, world_size, shapes.owner_state.__getitem__)
+        items += [Item("copies of the owners' state", state, HOST, CHECKPOINT)]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
     if masters and relora is not None and relora.frozen_master == "cpu":
         items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))

@@ -153,8 +153,8 @@ def _seconds_of_layers(build, config, device, layers: int, micro_batch_size: int
 
 def flops_per_token(shapes: Shapes, config: PretrainedConfig, seq_len: int) -> float:
     """FLOPs of forward and backward; the input embedding is looked up and not multiplied."""
-    trainable, frozen = shapes.looked_up
-    return flops.flops_per_token(shapes.num_trainable - trainable, shapes.num_frozen - frozen, config, seq_len)
+    trainable, frozen = shapes.num_trainable + shapes.num_owned, shapes.num_frozen - shapes.num_owned
+    return flops.flops_per_token(trainable - shapes.looked_up[0], frozen - shapes.looked_up[1], config, seq_len)
 
 
 def forward_flops_per_token(shapes: Shapes, config: PretrainedConfig, seq_len: int) -> float:

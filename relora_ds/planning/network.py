@@ -15,6 +15,7 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.data.tokenizer import num_ids
 from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.wrap import owned_layers
+from relora_ds.matrix.optimizer import MatrixOptimizer
 from relora_ds.methods import Method
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.models.loading import load_config
@@ -33,6 +34,8 @@ class Shapes:
         bases: elements of the `lora_A` that are frozen, by layer: all of them, or none.
         repeated, repeated_merged: what trains, and the layers of `merged`, in all decoder layers but the last. Where
             activations are checkpointed, ZeRO-3 gathers these for the repetition too; the last layer is still there.
+        owner_state: bytes that the owner of the weight of a layer remembers for its updates, by layer: of all of
+            `merged`, or of none.
         in_8_bit: of each of `groups`, whether its moments are; () where none are.
         looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
     """
@@ -46,11 +49,17 @@ class Shapes:
     repeated_merged: frozenset[str] = frozenset()
     looked_up: tuple[int, int] = (0, 0)
     in_8_bit: tuple[bool, ...] = ()
+    owner_state: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def num_trainable(self) -> int:
-        """T."""
+        """T, what DeepSpeed's optimizer trains."""
         return sum(map(sum, self.groups))
+
+    @property
+    def num_owned(self) -> int:
+        """Elements of the frozen weights that owners train."""
+        return sum(self.merged[name].numel() for name in self.owner_state)
 
     @property
     def num_frozen(self) -> int:
@@ -107,6 +116,8 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     embedding = cast(Tensor, model.get_input_embeddings().weight)
     head = model.get_output_embeddings()
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
+    rules = method.matrix_optimizers(model) or {}
+    owned = {id(layers[name].weight) for name in rules}
     groups = groups_for(method.recipe.optim.name, method.param_groups(model), model)
     return Shapes(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -115,9 +126,14 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in of_layers),
         factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in lowrank.values()),
         bases={name: layer.lora_A.numel() for name, layer in bases.items()},
+        owner_state={name: _state_bytes(rule, layers[name].shape_of_gradient) for name, rule in rules.items()},
         repeated=tuple(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)
         ),
         repeated_merged=frozenset(name for name in layers if name.startswith(repeated)),
-        looked_up=(looked_up, 0) if embedding.requires_grad else (0, looked_up),
+        looked_up=(looked_up, 0) if embedding.requires_grad or id(embedding) in owned else (0, looked_up),
     )
+
+
+def _state_bytes(rule: MatrixOptimizer, shape: torch.Size) -> int:
+    return sum(value.nbytes for value in rule.begin(shape, "meta").values())

@@ -88,10 +88,10 @@ def restart_bytes(
     return one_way + both_ways, (one_way + 2 * both_ways) * share
 
 
-def residual_bytes(
+def update_bytes(
     shapes: Shapes, zero: dict, relora: ReLoRAConfig, *, precision: str, world_size: int
 ) -> tuple[float, float]:
-    """`(payload, wire)` of one update of the frozen weights by what a one-sided chain leaves out.
+    """`(payload, wire)` of one update of the frozen weights by their owners: in a step, or by a chain's residual.
 
     Every sum of gradients is reduced to the owner in fp32, and every frozen weight is broadcast as it is stored. ZeRO-3
     gathers the bases first and, without masters, the frozen weights, unless they are replicated; and once more the

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.wrap import count_parameters, full_shape, lowrank_layers
 from relora_ds.models.flops import flops_per_token, has_experts, peak_flops
 from relora_ds.training.state import RunState
@@ -74,7 +75,8 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> float | None:
     embedding, head = cast(nn.Parameter, model.get_input_embeddings().weight), model.get_output_embeddings()
     if head is None or head.weight is not embedding:  # it is looked up and not multiplied
         size = full_shape(embedding).numel()
-        trainable, total = trainable - size * embedding.requires_grad, total - size
+        trains = embedding.requires_grad or isinstance(model.get_input_embeddings(), OwnedLayer)
+        trainable, total = trainable - size * trains, total - size
     layers = lowrank_layers(model).values()
     trainable += sum(layer.weight_shape.numel() for layer in layers if layer.gradient_sum is not None)
     return flops_per_token(trainable, total - trainable, config, seq_len)

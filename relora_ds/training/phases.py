@@ -127,6 +127,8 @@ def build_engine(
         weight_decay=recipe.optim.weight_decay,
         optimizer=recipe.optim.name,
         param_groups=phase.method.param_groups(model),
+        matrix_optimizer=phase.method.matrix_optimizers(model),
+        matrix_lr=recipe.optim.matrix_lr if phase.method.has_owners else None,
         seed=phase.method.recipe.seed,
         after_step=phase.method.after_step,
         weights=_weights(plan, model, handover, resuming),

@@ -21,7 +21,7 @@ from relora_ds.lowrank.orthogonal import orthogonal_update
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.words import for_everyone
-from relora_ds.lowrank.wrap import count_parameters, owned_layers, parameter_groups
+from relora_ds.lowrank.wrap import full_shape, owned_layers, parameter_groups
 from relora_ds.matrix.optimizer import MatrixOptimizer
 from relora_ds.zero import accelerator, ds_adamw, ds_config, ds_types, optimizers
 from relora_ds.zero.allocate import allocate, nothing_broadcast
@@ -183,7 +183,7 @@ def initialize(
         **batch,
         world_size=dist.get_world_size(),
         max_grad_norm=1.0 if max_grad_norm is None else max_grad_norm,
-        num_trainable=count_parameters(model)[0],
+        num_trainable=sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad),
         cpu=not accelerator.is_cuda(),
         names=ARGUMENT_NAMES,
     )

@@ -16,6 +16,10 @@ EXPLAINED = {
     "relora": "[ReLoRA](../concepts/relora.md), [Restart](../concepts/restart.md), [Memory](../guides/memory.md)",
     "lora": "[Methods](../guides/train.md#methods)",
     "cola": "[CoLA](../guides/models.md#cola)",
+    "fira": "[Methods](../guides/train.md#methods)",
+    "apollo": "[Methods](../guides/train.md#methods)",
+    "scale": "[Methods](../guides/train.md#methods)",
+    "muon": "[Methods](../guides/train.md#methods)",
     "train": "[Shipped recipes](recipes.md)",
     "optim": "[Phases of a run](../concepts/relora.md#phases-of-a-run), "
     "[Weight decay and clipping](../concepts/restart.md#weight-decay-and-clipping)",

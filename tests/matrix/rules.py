@@ -2,16 +2,16 @@
 
 import torch
 
-from relora_ds.matrix.apollo import Apollo
-from relora_ds.matrix.fira import Fira
-from relora_ds.matrix.muon import Muon
-from relora_ds.matrix.scale import Scale
+from relora_ds.matrix.apollo_update import Apollo
+from relora_ds.matrix.fira_update import Fira
+from relora_ds.matrix.muon_update import Muon
+from relora_ds.matrix.scale_update import Scale
 
 RULES = {
     "fira": lambda: Fira(2, update_proj_gap=3),
     "fira paper": lambda: Fira(2, update_proj_gap=3, variant="paper"),
     "apollo": lambda: Apollo(2, update_proj_gap=3),
-    "apollo mini": lambda: Apollo(1, "tensor", 128.0, update_proj_gap=3),
+    "apollo mini": lambda: Apollo(1, scale_type="tensor", scale=128.0, update_proj_gap=3),
     "scale": lambda: Scale(),
     "scale of the head": lambda: Scale("head"),
     "scale of the embedding": lambda: Scale("embedding"),

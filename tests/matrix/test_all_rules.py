@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from relora_ds.matrix.adam import ProjectedAdam
-from relora_ds.matrix.apollo import Apollo
-from relora_ds.matrix.fira import Fira
-from relora_ds.matrix.muon import Muon
-from relora_ds.matrix.scale import Scale
+from relora_ds.matrix.apollo_update import Apollo
+from relora_ds.matrix.fira_update import Fira
+from relora_ds.matrix.muon_update import Muon
+from relora_ds.matrix.scale_update import Scale
 from tests.matrix.rules import RULES, SHAPES, random, same, updates
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -159,7 +159,7 @@ def test_which_rules_decay_before_the_update():
         (lambda: Fira(4, update_proj_gap=0), "Fira.update_proj_gap: 0"),
         (lambda: Fira(4, alpha=-1.0), "Fira.alpha: -1.0"),
         (lambda: Fira(4, variant="other"), "Fira.variant: 'other'"),
-        (lambda: Apollo(4, "rows"), "Apollo.scale_type: 'rows'"),
+        (lambda: Apollo(4, scale_type="rows"), "Apollo.scale_type: 'rows'"),
         (lambda: Apollo(4, scale=0.0), "Apollo.scale: 0"),
         (lambda: Scale("layer"), "Scale.kind: 'layer'"),
         (lambda: Scale(momentum=1.0), "Scale.momentum: 1"),

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from relora_ds.matrix import apollo
+from relora_ds.matrix import apollo_update
 from relora_ds.matrix.adam import ProjectedAdam
-from relora_ds.matrix.apollo import Apollo
-from relora_ds.matrix.fira import Fira
+from relora_ds.matrix.apollo_update import Apollo
+from relora_ds.matrix.fira_update import Fira
 from relora_ds.matrix.limiter import limit_growth
-from relora_ds.matrix.muon import Muon
-from relora_ds.matrix.scale import Scale
+from relora_ds.matrix.muon_update import Muon
+from relora_ds.matrix.scale_update import Scale
 from tests.matrix.rules import SHAPES, random, same, trajectory, updates
 from tests.parity.one_sided import GaLore
 
@@ -31,15 +31,15 @@ def test_fira_of_the_paper_is_galore_at_the_full_rank_and_the_code_is_not(shape)
     """GaLore is Adam in the basis: nothing is left out of the gradient."""
     weight, gradients = random(*shape), random(7, *shape, seed=1)
     expected = galore(weight, gradients, r=min(shape), T=3)
-    same(trajectory(Fira(min(shape), 0.25, 3, "paper"), weight, gradients), expected)
-    assert (trajectory(Fira(min(shape), 0.25, 3), weight, gradients) - expected).abs().max() > 1e-2
+    same(trajectory(Fira(min(shape), update_proj_gap=3, variant="paper"), weight, gradients), expected)
+    assert (trajectory(Fira(min(shape), update_proj_gap=3), weight, gradients) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_fira_has_galores_update_inside_the_basis(variant):
     """Of the paper: what is added to it lies outside. The code adds 1 - α of the inside too."""
     weight, gradients = random(6, 4), random(1, 6, 4, seed=1)
-    rule = Fira(2, 0.25, 3, variant)
+    rule = Fira(2, update_proj_gap=3, variant=variant)
     state = rule.begin((6, 4), dtype=torch.float64)
     added = trajectory(rule, weight, gradients, state=state) - galore(weight, gradients, r=2, T=3)
     inside = added[0] @ state["basis"].T
@@ -50,7 +50,7 @@ def test_fira_has_galores_update_inside_the_basis(variant):
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_apollo_does_not_see_a_factor_of_the_gradient(shape, scale_type):
-    rule = Apollo(2, scale_type, limits=False, update_proj_gap=3, adam=NO_EPS)
+    rule = Apollo(2, scale_type=scale_type, limits=False, update_proj_gap=3, adam=NO_EPS)
     gradients = random(7, *shape)
     same(updates(rule, 1e3 * gradients), updates(rule, gradients), 1e-6)
 
@@ -59,7 +59,7 @@ def test_apollo_does_not_see_a_factor_of_the_gradient(shape, scale_type):
 def test_apollo_with_an_orthogonal_projection_of_the_full_rank_has_the_lengths_of_adam(shape, monkeypatch):
     """Rows are as long as Adam's in that basis, which keeps the lengths of the gradient's rows."""
     turn = torch.linalg.qr(random(min(shape), min(shape)))[0]
-    monkeypatch.setattr(apollo, "random_projection", lambda shape, r, key: turn)
+    monkeypatch.setattr(apollo_update, "random_projection", lambda shape, r, key: turn)
     rule = Apollo(min(shape), limits=False, adam=NO_EPS)
     gradients = random(3, *shape)
     state, adam_state = (r.begin(shape, dtype=torch.float64) for r in (rule, Apollo(min(shape))))
@@ -78,7 +78,7 @@ def test_the_experts_of_apollo_share_a_projection_that_is_drawn_once_for_its_tim
         drawn.append(key)
         return random(r, 4)
 
-    monkeypatch.setattr(apollo, "random_projection", projection)
+    monkeypatch.setattr(apollo_update, "random_projection", projection)
     rule, gradients = Apollo(2, update_proj_gap=3), random(7, 5, 6, 4)
     states = {key: rule.begin((5, 6, 4), dtype=torch.float64) for key in ("a", "b")}
     for gradient in gradients:
@@ -91,7 +91,7 @@ def test_the_experts_of_apollo_share_a_projection_that_is_drawn_once_for_its_tim
 def test_the_limiter_sees_the_scale_of_apollo_if_it_comes_first(factor):
     state = {}
     for front in (False, True):
-        rule = Apollo(1, "tensor", factor, scale_front=front)
+        rule = Apollo(1, scale_type="tensor", scale=factor, scale_front=front)
         state[front] = rule.begin((6, 4), dtype=torch.float64)
         rule.update(random(6, 4), state[front], 1.0, "")
     same(state[True]["norm"], factor**0.5 * state[False]["norm"])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from relora_ds.matrix.apollo import Apollo
+from relora_ds.matrix.apollo_update import Apollo
 from relora_ds.matrix.bases import random_projection
-from relora_ds.matrix.fira import Fira
-from relora_ds.matrix.muon import Muon
+from relora_ds.matrix.fira_update import Fira
+from relora_ds.matrix.muon_update import Muon
 from tests.matrix.rules import SHAPES, random, same, trajectory
 from tests.parity.one_sided import canonical_svd
 
@@ -47,7 +47,7 @@ def test_fira_as_its_authors_wrote_it(r, shape, monkeypatch):
     group = dict(rank=r, update_proj_gap=T, alpha=0.25, proj_type="std")
     settings = dict(lr=LR, weight_decay=DECAY, no_deprecation_warning=True)
     expected = theirs(lambda W: fira.FiraAdamW([dict(params=[W], **group)], **settings), weight, gradients)
-    same(trajectory(Fira(r, 0.25, T), weight, gradients, LR, DECAY), expected)
+    same(trajectory(Fira(r, alpha=0.25, update_proj_gap=T), weight, gradients, LR, DECAY), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,7 +76,7 @@ def test_apollo_as_its_authors_wrote_it(r, scale_type, scale, scale_front, limit
     group = dict(rank=r, update_proj_gap=T, scale=scale, scale_type=scale_type, proj="random", proj_type="std")
     settings = dict(lr=LR, weight_decay=DECAY, scale_front=scale_front, disable_nl=not limits)
     expected = theirs(lambda W: apollo_torch.APOLLOAdamW([dict(params=[W], **group)], **settings), weight, gradients)
-    rule = Apollo(r, scale_type, scale, scale_front, T, limits)
+    rule = Apollo(r, scale_type=scale_type, scale=scale, scale_front=scale_front, update_proj_gap=T, limits=limits)
     same(trajectory(rule, weight, gradients, LR, DECAY), expected)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from relora_ds.matrix import bases
 from relora_ds.matrix.bases import dominant_basis, projected_shape, random_projection, unit_basis
-from relora_ds.matrix.fira import Fira
+from relora_ds.matrix.fira_update import Fira
 from tests.matrix.rules import SHAPES, random, same, updates
 from tests.parity.one_sided import canonical_svd
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from relora_ds.matrix import apollo
+from relora_ds.matrix import apollo_update
 from relora_ds.matrix.adam import ProjectedAdam
-from relora_ds.matrix.apollo import Apollo
-from relora_ds.matrix.fira import Fira
-from relora_ds.matrix.scale import Scale
+from relora_ds.matrix.apollo_update import Apollo
+from relora_ds.matrix.fira_update import Fira
+from relora_ds.matrix.scale_update import Scale
 from tests.matrix.rules import same, trajectory
 from tests.vectors import vectors
 
@@ -18,7 +18,13 @@ APOLLO = {case["name"]: case for case in vectors("matrix/apollo")["cases"]}
 @pytest.mark.parametrize("name", FIRA)
 def test_fira(name):
     case = FIRA[name]
-    rule = Fira(case["r"], case["alpha"], case["T"], case["variant"], ProjectedAdam(eps=case["eps"]))
+    rule = Fira(
+        case["r"],
+        ProjectedAdam(eps=case["eps"]),
+        alpha=case["alpha"],
+        update_proj_gap=case["T"],
+        variant=case["variant"],
+    )
     state = rule.begin(case["W0"].shape, dtype=torch.float64)
     weight, norms = case["W0"], []
     for gradient, expected in zip(case["G"], case["W"], strict=True):
@@ -33,7 +39,7 @@ def test_apollo(name, monkeypatch):
     case = APOLLO[name]
     is_left = case["m"] < case["n"]
     given = iter(case["P"].mT if is_left else case["P"])
-    monkeypatch.setattr(apollo, "random_projection", lambda shape, r, key: next(given))
+    monkeypatch.setattr(apollo_update, "random_projection", lambda shape, r, key: next(given))
     options = {key: case[key] for key in ("scale_type", "scale", "scale_front")}
     adam = ProjectedAdam(eps=case["eps"])
     rule = Apollo(case["r"], update_proj_gap=case["T"], limits=case["limiter"], adam=adam, **options)

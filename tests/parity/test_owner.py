@@ -30,6 +30,15 @@ def test_losses_and_weights_equal_plain_pytorch(name, stage, accumulation):
     check(ranks(2).run(owner.train_case, stage, name, accumulation=accumulation), expected(name))
 
 
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_row_of_the_padding_has_no_gradient(stage):
+    name, padding = "scale, all matrices", {"pad_token_id": 3}
+    results = ranks(2).run(owner.train_case, stage, name, **padding)
+    check(results, owner.reference(name, **padding))
+    row = results[0]["weights"]["model.embed_tokens.weight"][3]
+    assert row.count_nonzero() == 0, "it begins with zeros, and stays"
+
+
 def test_one_rank_alone():
     check(ranks(1).run(owner.train_case, 1, "fira"), expected("fira"))
 

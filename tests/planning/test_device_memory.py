@@ -29,7 +29,9 @@ def measure(changes: list[str]) -> dict[str, int]:
     _step(engine, 1, lambda: record("after backward"))
     hook.remove()
     record("after steps")
-    if engine.frozen.layers and engine.frozen.with_masters:  # below fp32: they have been merged into
+    if (
+        engine.relora is not None and engine.relora.trains != "none" and engine.frozen.with_masters
+    ):  # below fp32: they have been merged into
         engine.restart()
         record("after a restart")
         _step(engine, 2)
@@ -114,6 +116,20 @@ def test_state_in_8_bit(stage, precision, method):
 )
 def test_state_of_packed_weights(stage, precision, options):
     compare(overrides(stage, precision, "relora", 1, *(f"relora.{name}={value}" for name, value in options.items())))
+
+
+@pytest.mark.parametrize(
+    "stage, precision, method",
+    [
+        pytest.param(0, "fp32", "fira", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", "apollo_mini", marks=pytest.mark.slow),
+        (2, "bf16", "scale"),
+        (3, "fp32", "muon"),
+        pytest.param(3, "bf16", "fira", marks=pytest.mark.slow),
+    ],
+)
+def test_state_where_owners_update_whole_weights(stage, precision, method):
+    compare(overrides(stage, precision, method))
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -91,6 +91,33 @@ def test_bytes_are_those_that_are_sent(stage, precision, more):
             assert result["residual"] == pytest.approx(both, rel=0.01)
 
 
+def sent_with_owners(changes: list[str]) -> tuple[float, float]:
+    """On a rank: `(payload, wire)` of the third step."""
+    engine = build(changes)
+    for step in range(3):
+        with count_traffic() as traffic:
+            micro_step(engine, step)
+            engine.step()
+    release(engine)
+    return traffic.payload, traffic.wire
+
+
+@pytest.mark.parametrize(
+    "stage, precision, method",
+    [
+        (0, "fp32", "muon"),
+        pytest.param(1, "bf16", "fira", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", "muon", marks=pytest.mark.slow),
+        pytest.param(3, "bf16", "muon", marks=pytest.mark.slow),
+        (3, "bf16", "scale"),
+    ],
+)
+def test_bytes_of_a_step_with_owners(stage, precision, method):
+    changes = overrides(stage, precision, method)
+    for result in ranks(2).run(sent_with_owners, changes):
+        assert result == pytest.approx(planned(changes).step, rel=0.01)
+
+
 def test_a_restart_in_training_at_stage_3(tmp_path):
     changes = [
         "model.preset=llama_20m",

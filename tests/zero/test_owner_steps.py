@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import relora_ds
 from relora_ds.config import RecipeError, ReLoRAConfig, load_recipe
-from relora_ds.matrix.muon import Muon
+from relora_ds.matrix.muon_update import Muon
 from relora_ds.zero.traffic import count_traffic
 from tests.parity import cases, owner
 from tests.ranks import ranks

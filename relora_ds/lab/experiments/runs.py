@@ -111,7 +111,7 @@ def result_of(run: Run, directory: Path) -> dict:
                 "full_rank_bytes_wire",
             )
         },
-        "r": None if method.relora is None else method.relora.r,
+        "r": method.rank,
         "tokens_per_s": {phase: found[len(found) // 2] for phase, found in speeds.items()},
         "loss_at_switch": next((line["val_loss"] for line in evaluations if line["step"] == transition), None),
         # Of the whole validation split: a part of it has another loss (`eval.max_tokens`).

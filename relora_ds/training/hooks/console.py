@@ -140,7 +140,7 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
         )
     for phase in phases:
         steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
-        if phase.method.relora is not None:
+        if phase.method.is_low_rank:
             if phase.name != phase.method.name:
                 steps += f" by {phase.method.name}"
             steps += f", restarts after {_some(phase.restarts)}" if phase.restarts else ", no restart"

@@ -3,19 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from relora_ds.config.rules import Number
+from relora_ds.config.matrix_config import ScaleConfig
 from relora_ds.matrix.optimizer import MatrixOptimizer, State, average_in
 
 DIMENSIONS = {"hidden": -1, "head": -1, "embedding": -2}  # along which entries get a root mean square of 1
 
 
-@dataclass(frozen=True)
-class Scale(MatrixOptimizer):
+@dataclass
+class Scale(MatrixOptimizer, ScaleConfig):
     """SCALE. The state has `momentum` for the head, else nothing.
 
     Attributes:
@@ -26,7 +26,6 @@ class Scale(MatrixOptimizer):
     decays_first = True
 
     kind: Literal["hidden", "head", "embedding"] = "hidden"
-    momentum: Annotated[float, Number("inside [0, 1)")] = 0.9
 
     def begin(
         self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

@@ -3,18 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from relora_ds.config.rules import Number
+from relora_ds.config.matrix_config import MuonConfig
 from relora_ds.lowrank.orthogonal import orthogonalized
 from relora_ds.matrix.optimizer import MatrixOptimizer, State, average_in
 
 
-@dataclass(frozen=True)
-class Muon(MatrixOptimizer):
+@dataclass
+class Muon(MatrixOptimizer, MuonConfig):
     """Muon. The state has `momentum`, the mean gradient.
 
     Attributes:
@@ -25,9 +24,6 @@ class Muon(MatrixOptimizer):
     """
 
     decays_first = True
-
-    momentum: Annotated[float, Number("inside [0, 1)")] = 0.95
-    adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
 
     def begin(
         self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

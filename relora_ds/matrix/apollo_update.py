@@ -10,12 +10,13 @@ Adam's moments are of R alone and carried from projection to projection. APOLLO-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from relora_ds.config.rules import Integer, Number
+from relora_ds.config.matrix_config import ApolloConfig
+from relora_ds.config.rules import Integer
 from relora_ds.matrix import limiter
 from relora_ds.matrix.adam import ProjectedAdam
 from relora_ds.matrix.bases import like, norm_ratios, projected_shape, random_projection, tall
@@ -24,8 +25,8 @@ from relora_ds.matrix.optimizer import MatrixOptimizer, State
 DIMENSIONS: dict[str, int | tuple[int, int]] = {"channel": -1, "tensor": (-2, -1)}
 
 
-@dataclass(frozen=True)
-class Apollo(MatrixOptimizer):
+@dataclass
+class Apollo(MatrixOptimizer, ApolloConfig):
     """APOLLO. The state has those of Adam and the limiter.
 
     P is not in it: the key of the weight and the number of the projection decide P. It is kept as long as it is in use.
@@ -39,11 +40,6 @@ class Apollo(MatrixOptimizer):
     """
 
     r: Annotated[int, Integer(1, example=128)]
-    scale_type: Literal["channel", "tensor"] = "channel"
-    scale: Annotated[float, Number("above 0")] = 1.0
-    scale_front: bool = False
-    update_proj_gap: Annotated[int, Integer(1)] = 200
-    limits: bool = True
     adam: ProjectedAdam = ProjectedAdam()
     _in_use: dict[str, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 

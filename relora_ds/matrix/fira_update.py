@@ -13,20 +13,21 @@ Moments are carried from basis to basis.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from relora_ds.config.rules import Integer, Number
+from relora_ds.config.matrix_config import FiraConfig
+from relora_ds.config.rules import Integer
 from relora_ds.matrix import limiter
 from relora_ds.matrix.adam import ProjectedAdam
 from relora_ds.matrix.bases import dominant_basis, like, norm_ratios, projected_shape, tall, unit_basis
 from relora_ds.matrix.optimizer import MatrixOptimizer, State
 
 
-@dataclass(frozen=True)
-class Fira(MatrixOptimizer):
+@dataclass
+class Fira(MatrixOptimizer, FiraConfig):
     """Fira. The state has `basis` beside those of Adam and the limiter.
 
     A matrix that never had a gradient when the basis was chosen has the first unit vectors for one.
@@ -35,12 +36,10 @@ class Fira(MatrixOptimizer):
         r: of the basis; of a weight with a shorter side, that.
         alpha: α.
         update_proj_gap: T.
+        variant: as above.
     """
 
     r: Annotated[int, Integer(1, example=128)]
-    alpha: Annotated[float, Number("above 0")] = 0.25
-    update_proj_gap: Annotated[int, Integer(1)] = 200
-    variant: Literal["code", "paper"] = "code"
     adam: ProjectedAdam = ProjectedAdam()
 
     def begin(

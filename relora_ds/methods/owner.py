@@ -1,0 +1,104 @@
+"""What methods have in common whose update of a weight needs its whole gradient.
+
+ZeRO's shards have parts of a gradient only. So the weights do not belong to DeepSpeed's optimizer: each has an owner
+among the ranks, which gets the reduced gradient and updates the weight by a rule of `relora_ds.matrix`. What is no
+target, such as norms, trains with AdamW.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from relora_ds.config import Recipe
+from relora_ds.methods.wrapped import Wrapped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from relora_ds.matrix.adam import ProjectedAdam
+    from relora_ds.matrix.optimizer import MatrixOptimizer
+
+_OF_FACTORS = ("restart_every", "residual_every", "lora_dropout")
+_WHAT_AND_HOW = (
+    *("target_modules", "exclude_modules", "target_parameters", "trainable_modules"),
+    *("frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement"),
+)
+
+
+class Owner(Wrapped):
+    """Full-rank training in which owners update the weights of linears.
+
+    Attributes:
+        has_rank: whether the rule works in a subspace, of rank `relora.r`.
+    """
+
+    has_owners = True
+    has_rank: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.relora = copy.copy(recipe.relora)  # unchecked: the recipe's own checks name what is wrong
+        self.relora.trains = "none"
+        for name in _OF_FACTORS:
+            setattr(self.relora, name, getattr(type(self.relora), name))
+
+    @classmethod
+    def of_warm_start(cls, recipe: Recipe) -> "Owner":
+        """Return the method with what its name stands for."""
+        for key, value in cls.defaults.items():
+            section, _, leaf = key.rpartition(".")
+            recipe = dataclasses.replace(
+                recipe, **{section: dataclasses.replace(getattr(recipe, section), **{leaf: value})}
+            )
+        return cls(recipe)
+
+    @property
+    def rank(self) -> int | None:
+        """Of the subspace, for rules that have one."""
+        return self.relora.r if self.has_rank else None
+
+    @property
+    def speed_key(self) -> list:
+        """What owners compute, and how weights are stored."""
+        relora = self.relora
+        return [self.name, self.rank, relora.target_modules, relora.trainable_modules, relora.frozen_dtype]
+
+    def recipe_problems(self) -> Iterator[str]:
+        """Yield what owners' updates do not go with."""
+        if self.recipe.compile:
+            yield (
+                f"compile: true hides every layer's backward, which adds gradients up for method {self.name}; use "
+                "compile=false"
+            )
+
+    def recipe_warnings(self) -> Iterator[str]:
+        """Yield what is for low-rank factors alone. As a warm start: nothing, the method after it may have factors."""
+        relora, read = self.recipe.relora, (*_WHAT_AND_HOW, *(["r"] * self.has_rank))
+        if self.recipe.method != self.name:
+            return
+        changed = {
+            f"relora.{field.name}": getattr(relora, field.name)
+            for field in dataclasses.fields(relora)
+            if field.name not in read and getattr(relora, field.name) != field.default
+        }
+        if changed:
+            values = ", ".join(f"{key}: {value}" for key, value in changed.items())
+            yield f"{values} has no effect with method {self.name}, which has no low-rank factors"
+
+    def matrix_optimizers(self, model: "nn.Module") -> "Mapping[str, MatrixOptimizer]":
+        """Return the rule of each wrapped layer of a prepared model, by name."""
+        from relora_ds.lowrank.wrap import owned_layers
+
+        return dict.fromkeys(owned_layers(model), self.rule())
+
+    def rule(self) -> "MatrixOptimizer":
+        """Return the rule of a linear's weight."""
+        raise NotImplementedError
+
+    def projected_adam(self) -> "ProjectedAdam":
+        """Return Adam with the recipe's values, as rules have it that project."""
+        from relora_ds.matrix.adam import ProjectedAdam
+
+        optim = self.recipe.optim
+        return ProjectedAdam(betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)

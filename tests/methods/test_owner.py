@@ -1,0 +1,133 @@
+"""Methods whose owners update whole weights: what a recipe makes of them, and what does not go with them."""
+
+import pytest
+
+from relora_ds.config import RecipeError, load_recipe, method_of, no_effect
+from relora_ds.config.methods import warm_start_of
+from relora_ds.matrix.adam import ProjectedAdam
+from relora_ds.matrix.apollo_update import Apollo
+from relora_ds.matrix.fira_update import Fira
+from relora_ds.matrix.muon_update import Muon
+from relora_ds.matrix.scale_update import Scale
+from relora_ds.models.build import meta_model
+from relora_ds.planning.network import network_of, shapes_of
+from relora_ds.training.preflight import resolve
+
+METHODS = ("fira", "apollo", "apollo_mini", "scale", "muon")
+SMALL = ["model.preset=llama_20m", "train.steps=20", "train.batch_sequences=8", "optim.warmup_steps=2"]
+HUGGING_FACE = ProjectedAdam(betas=(0.9, 0.95), eps=1e-6)
+
+
+def recipe(tmp_path, method: str, *overrides: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"method: {method}\n")
+    return load_recipe(str(path), [*SMALL, *overrides])
+
+
+def rules(recipe) -> dict:
+    method, (config, _) = method_of(recipe), network_of(recipe)
+    return method.matrix_optimizers(method.prepare(meta_model(config)))
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "expected"),
+    [
+        (
+            "fira",
+            ["relora.r=8", "fira.variant=paper", "fira.alpha=0.5", "optim.betas=[0.9, 0.95]"],
+            Fira(8, HUGGING_FACE, alpha=0.5, variant="paper"),
+        ),
+        ("apollo", ["relora.r=8", "apollo.update_proj_gap=50"], Apollo(8, ProjectedAdam(), update_proj_gap=50)),
+        ("apollo_mini", ["relora.r=8"], Apollo(1, ProjectedAdam(), scale_type="tensor", scale=128.0)),
+        ("muon", ["muon.momentum=0.9", "muon.adjust=original"], Muon(momentum=0.9, adjust="original")),
+    ],
+)
+def test_a_recipe_says_what_the_rule_of_every_linear_is(tmp_path, method, overrides, expected):
+    found = rules(recipe(tmp_path, method, *overrides))
+    assert len(found) == 7 * 4 and all(rule == expected for rule in found.values())
+    assert not any(name in found for name in ("lm_head", "model.embed_tokens"))
+
+
+def test_scale_has_rules_of_its_own_for_head_and_embedding(tmp_path):
+    found = rules(recipe(tmp_path, "scale", "scale.momentum=0.8"))
+    assert found["lm_head"] == Scale("head", momentum=0.8)
+    assert found["model.embed_tokens"] == Scale("embedding", momentum=0.8)
+    assert {rule.kind for name, rule in found.items() if name.startswith("model.layers")} == {"hidden"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_of_the_network_trains_from_the_first_step_to_the_last(tmp_path, method):
+    found = recipe(tmp_path, method)
+    assert not no_effect.warnings(found)
+    method = method_of(found)
+    assert method.warm_start_steps == 0 and method.num_restarts == 0 and not method.is_low_rank
+    config, _ = network_of(found)
+    shapes, full = shapes_of(method, config), shapes_of(method_of(recipe(tmp_path, "full")), config)
+    assert shapes.num_trainable + shapes.num_owned == full.num_trainable and shapes.num_owned == shapes.num_frozen
+    assert shapes.looked_up == full.looked_up
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_warm_start_with_what_the_name_stands_for(tmp_path, method):
+    overrides = [f"warm_start_method={method}", "warm_start_steps=8", "relora.restart_every=6", "relora.r=4"]
+    found = recipe(tmp_path, "relora", *overrides, "relora.restart_warmup_steps=1")
+    warm = warm_start_of(found)
+    assert warm.has_owners and found.relora.trains == "both" and not no_effect.warnings(found)
+    config, _ = network_of(found)
+    rule = next(iter(warm.matrix_optimizers(warm.prepare(meta_model(config))).values()))
+    if method == "apollo_mini":
+        assert (rule.scale, rule.scale_type, rule.r, rule.adam.eps) == (128.0, "tensor", 1, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("muon", "compile=true", "compile: true hides every layer's backward"),
+        ("muon", "relora.trains=none", "relora.trains: none is what the methods"),
+        ("muon", "muon.momentum=1", "muon.momentum: 1.0 is outside"),
+        ("fira", "fira.variant=theirs", "fira.variant: 'theirs'"),
+        ("fira", "fira.update_proj_gap=0", "fira.update_proj_gap: 0"),
+        ("apollo", "apollo.scale_type=row", "apollo.scale_type: 'row'"),
+        ("apollo", "optim.matrix_lr=0", "optim.matrix_lr: 0"),
+        ("muon", "islands.count=2", "islands.count: 2 with method muon, whose owners update whole weights"),
+    ],
+)
+def test_what_it_cannot_be(tmp_path, method, override, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(tmp_path, method, override)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("full", "optim.matrix_lr=0.01", "optim.matrix_lr: 0.01 has no effect with method full"),
+        ("relora", "muon.momentum=0.9", "muon.momentum: 0.9 has no effect with method relora"),
+        ("muon", "apollo.scale=2", "apollo.scale: 2.0 has no effect with method muon"),
+        ("muon", "relora.r=8", "relora.r: 8 has no effect with method muon"),
+        ("fira", "relora.lora_alpha=8", "relora.lora_alpha: 8.0 has no effect with method fira"),
+        ("muon", "warm_start_steps=5", "warm_start_steps: 5 has no effect with method muon"),
+    ],
+)
+def test_what_has_no_effect(tmp_path, method, override, message):
+    assert any(message in found for found in no_effect.warnings(recipe(tmp_path, method, override)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["relora.frozen_dtype=int8"], "relora.frozen_dtype: int8 is for linears, and model.embed_tokens"),
+        (["method=relora", "warm_start_steps=0"], "relora.target_modules: all-matrices has the head"),
+    ],
+)
+def test_what_an_embedding_does_not_go_with(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve("tiny", ["method=scale", "relora.target_modules=all-matrices", *changes], 1, to_run=False)
+
+
+def test_tied_embeddings_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 20, "n_layer": 2, "n_head": 2}')
+    model = ["model.preset=null", f"model.name_or_path={tmp_path / 'config.json'}"]
+    with pytest.raises(RecipeError, match="the weight of .*lm_head.* is shared .* relora.exclude_modules=") as found:
+        resolve("tiny", ["method=scale", *model], 1, to_run=False)
+    assert "merged" not in str(found.value)
+    resolve("tiny", ["method=scale", *model, "relora.exclude_modules=[wte, lm_head]"], 1, to_run=False)
