@@ -47,6 +47,8 @@ for network in "512 llama_60m 128 32" "1024 medium_4 256 64" "2048 wide_2 512 12
   done
 done
 bench restart --presets llama_20m llama_60m --stages 1 3 --masters cpu --out $out/restart.json
+bench restart --presets llama_20m llama_60m --stages 1 --masters cpu --variants "ours, one-sided, random" \
+  "ours, one-sided, sketch" "ours, one-sided, warm sketch" "ours, one-sided, exact" --out $out/restart_subspaces.json
 chains=("full rank" "PEFT, same modules train" "ours, dense" "ours, bf16" "ours, one-sided, exact"
   "ours, one-sided, sketch" "ours, one-sided, random" "ours, one-sided, residual")
 bench memory --preset llama_130m --r 192 --threads 1 --variants "${chains[@]}" --out $out/memory_chains_130m.json
