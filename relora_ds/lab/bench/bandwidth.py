@@ -131,6 +131,8 @@ def count(spec: Spec) -> dict:
     expected = expected_collectives(
         **dataclasses.asdict(_sizes(engine)), stage=spec.stage, accumulation=spec.accumulation, world_size=n
     )
+    for collective, size in _of_owners(engine).items():
+        expected[collective] = expected.get(collective, 0) + size
     counted = traffic.by_collective(at_least=CONTROL)
     release(engine)
     return {
@@ -170,6 +172,25 @@ def _sizes(engine) -> _Sizes:
         element_size=2 if engine.bfloat16_enabled() else 4,
         kept_whole=max((numel[id(p)] for p in parameters if getattr(p, "ds_persist", False)), default=0),
     )
+
+
+def _of_owners(engine) -> dict[str, int]:
+    """Return what owners get and publish in a step: every gradient in fp32, and every weight as it is stored.
+
+    ZeRO-3 gathers the weights first, where they are their own masters, and afterwards what it keeps whole once more.
+    """
+    if engine.owner_steps is None:
+        return {}
+    layers = engine.frozen.layers.values()
+    stored = sum(layer.weight_shape.numel() * layer.weight.element_size() for layer in layers)
+    sent = {"reduce": 4 * sum(layer.weight_shape.numel() for layer in layers), "broadcast": stored}
+    if engine.zero_optimization_stage() == 3:
+        again = [p for p in engine.module.parameters() if p.ds_persist]
+        if not engine.frozen.with_masters:
+            again += [layer.weight for layer in layers]
+        n = dist.get_world_size()
+        sent["all_gather"] = sum(-(-p.ds_numel // n) * n * p.element_size() for p in again)  # in equal parts
+    return sent
 
 
 def markdown(result: dict) -> str:

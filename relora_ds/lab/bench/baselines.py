@@ -47,6 +47,11 @@ VARIANTS = {
     "ours, one-sided, exact": (*_FROM_GRADIENT, "relora.gradient_estimate=exact"),
     "ours, one-sided, residual": (*_ONE_SIDED, "relora.residual_every=20"),
     "CoLA": ("method=cola",),
+    "Fira": ("method=fira",),
+    "APOLLO": ("method=apollo",),
+    "APOLLO-Mini": ("method=apollo_mini",),
+    "SCALE": ("method=scale",),
+    "Muon": ("method=muon",),
 }
 
 # Of PEFT's, which of ours trains the same.

@@ -37,6 +37,8 @@ def test_nothing_is_unexplained(argv):
         "ours, dense",
         "ours, int8",
         "CoLA",
+        "Muon",
+        "SCALE",
     )
     assert {row["variant"] for row in result["rows"]} >= {"full rank", "PEFT, its default", "ours, int8"}
     for row in result["rows"]:
