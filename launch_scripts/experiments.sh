@@ -27,6 +27,6 @@ else
     # glibc returns large blocks to the system after every step and faults them in again: a fifth of the time.
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_TOP_PAD_=100000000
 fi
-read -ra suites <<<"${SUITES:-lr main ablation reset precision rank horizon variants galore islands island_choices}"
+read -ra suites <<<"${SUITES:-lr main ablation reset precision rank horizon variants galore rivals islands island_choices}"
 exec "$PYTHON" -m relora_ds reproduce "${suites[@]}" --scale "$scale" --runs "runs/$scale" --results "$results" \
     "${machine[@]}" "$@"

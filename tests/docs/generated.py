@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from tests.docs import api, cli, keys
+from tests.docs import api, cli, keys, method_costs
 from tests.docs.pages import DOCS, ROOT
 
 if sys.version_info >= (3, 11):
@@ -122,6 +122,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("guides/logging.md", "events"): events,
     ("guides/logging.md", "arguments"): arguments,
     ("guides/memory.md", "moments"): moments,
+    ("guides/methods.md", "costs"): method_costs.markdown,
     ("guides/resume.md", "fixed keys"): fixed_keys,
     ("reference/recipe.md", "keys"): keys.markdown,
     ("reference/cli.md", "commands"): cli.markdown,
