@@ -18,7 +18,9 @@ done
 bench two-hosts --rate 1gbit --shapes wide_4 --repeats 9 --variants "PEFT, its default" "ours, LoRA alone" \
   "PEFT, same modules train" "ours, dense" --out $out/two_hosts_1gbit_peft.json
 bench two-hosts --rate 1gbit --stage 0 --shapes wide_4 --out $out/two_hosts_stage_0.json
-bench islands --links 1gbit,100mbit/50ms,20mbit/100ms/0.1% --recipe tiny_full --out $out/islands.json
+OMP_NUM_THREADS=1 bench islands --recipe tiny_full --repeats 2 \
+  --out $out/islands.json model.preset=llama_20m train.micro_batch_size=1 train.batch_sequences=2 relora.r=16 \
+  relora.lora_alpha=16 islands.compress=int4
 
 # In bf16; on a CPU without units for it, add --precision fp32.
 baselines=("PEFT, its default" "PEFT, same modules train" "ours, LoRA alone" "ours, dense")

@@ -166,7 +166,10 @@ def test_a_checkpoint_of_another_format_is_converted_from_its_masters(stage, bef
 def test_without_masters_a_checkpoint_of_another_format_is_refused(stage, tmp_path):
     before, after = dict(frozen_dtype="int8", frozen_master="none"), dict(frozen_dtype="nf4")
     for result in ranks(2).run(converted, stage, str(tmp_path), before, after):
-        assert "network: frozen_dtype was int8, is nf4" in result["error"] and "without fp32 masters" in result["error"]
+        assert (
+            "does not fit: frozen_dtype was int8, is nf4" in result["error"]
+            and "without fp32 masters" in result["error"]
+        )
 
 
 def logged(**options) -> list[str]:
