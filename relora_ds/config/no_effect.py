@@ -65,8 +65,8 @@ def _schedule_warnings(recipe: Recipe) -> Iterator[str]:
 def _keys_of_other_methods(recipe: Recipe, method: Method) -> Iterator[str]:
     if recipe.optim.matrix_lr is not None and not any(phase.has_owners for phase in methods_of(recipe)):
         yield f"optim.matrix_lr: {recipe.optim.matrix_lr} has no effect with method {method.name}"
-    known = fields.fields_of(Recipe)
+    known, read = fields.fields_of(Recipe), {section for phase in methods_of(recipe) for section in phase.sections}
     for key in own_keys():
         value = fields.value_of(recipe, key)
-        if key.partition(".")[0] not in method.sections and value != known[key].default:
+        if key.partition(".")[0] not in read and value != known[key].default:
             yield f"{key}: {value} has no effect with method {method.name}"

@@ -255,8 +255,13 @@ def _parameters_of(targets: Targets) -> set[int]:
     return {id(weight) for weight in targets.weights.values()} | biases
 
 
-def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:
-    """Return a message on the parameters that have no low-rank update and do not train either."""
+def left_frozen(model: nn.Module, config: ReLoRAConfig) -> list[str]:
+    """Return the names of the parameters of a plain model that are no targets and do not train whole either."""
+    return list(_left_frozen(model, config, find_targets(model, config))[0])
+
+
+def _left_frozen(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> tuple[dict[str, int], int]:
+    """Return `({name: size}, size of everything)`."""
     trains = _parameters_of(targets) | trained_whole(model, config)
     frozen: dict[int, str] = {}
     sizes: dict[int, int] = {}
@@ -265,11 +270,17 @@ def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: Targets) ->
             sizes[id(parameter)] = full_shape(parameter).numel()
             if id(parameter) not in trains:
                 frozen.setdefault(id(parameter), f"{names[0]}.{leaf}".removeprefix("."))
+    return {name: sizes[key] for key, name in frozen.items()}, sum(sizes.values())
+
+
+def _frozen_warning(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:
+    """Return a message on the parameters that have no low-rank update and do not train either."""
+    frozen, everything = _left_frozen(model, config, targets)
     if not frozen:
         return []
-    share = 100 * sum(sizes[key] for key in frozen) / sum(sizes.values())
+    share = 100 * sum(frozen.values()) / everything
     return [
         f"{share:.3g} % of the parameters are frozen for good, because neither relora.target_modules, "
         "relora.target_parameters (for fused experts) nor relora.trainable_modules names them: "
-        f"{summary(list(frozen.values()))}"
+        f"{summary(list(frozen))}"
     ]

@@ -49,6 +49,10 @@ class Apollo(MatrixOptimizer, ApolloConfig):
         adam = self.adam.begin(projected_shape(shape, self.r), device, dtype)
         return {**adam, **(limiter.begin(shape, device, dtype) if self.limits else {})}
 
+    def kept_bytes(self, shape: Sequence[int]) -> int:
+        """Return the size of P in fp32."""
+        return 4 * self.r * min(shape[-2:])
+
     def _step(self, gradient: Tensor, has_gradient: Tensor, state: State, key: str) -> Tensor:
         projection = self._projection(int(state["step"]) // self.update_proj_gap, gradient, key)
         whole = tall(gradient)

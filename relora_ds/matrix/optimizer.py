@@ -45,6 +45,10 @@ class MatrixOptimizer(ABC):
     ) -> State:
         """Return the state of a weight `[..., out, in]` before its first update. dtype: that of its gradients."""
 
+    def kept_bytes(self, shape: Sequence[int]) -> int:
+        """Return what is kept on the device of a weight's owner beside its state, and is in no checkpoint."""
+        return 0
+
     @torch.no_grad()
     def update(self, gradient: Tensor, state: State, lr: float, key: str) -> Tensor:
         """Return what to add to W, a new tensor `[..., out, in]`; change `state` in place.

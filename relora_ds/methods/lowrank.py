@@ -20,8 +20,8 @@ class LowRank(Wrapped):
         """
         relora = copy.copy(recipe.relora)  # unchecked: the recipe's own checks name what is wrong
         for key, value in method_class(recipe.method).defaults.items():
-            name = key.removeprefix("relora.")
-            if name != "restart_every" and getattr(relora, name) == value:
+            section, _, name = key.rpartition(".")
+            if section == "relora" and name != "restart_every" and getattr(relora, name) == value:
                 setattr(relora, name, getattr(type(relora), name))
         for key, value in cls.defaults.items():
             setattr(relora, key.removeprefix("relora."), value)

@@ -45,12 +45,13 @@ class Owner(Wrapped):
 
     @classmethod
     def of_warm_start(cls, recipe: Recipe) -> "Owner":
-        """Return the method with what its name stands for."""
+        """Return the method with what its name stands for, where the recipe does not say otherwise."""
         for key, value in cls.defaults.items():
-            section, _, leaf = key.rpartition(".")
-            recipe = dataclasses.replace(
-                recipe, **{section: dataclasses.replace(getattr(recipe, section), **{leaf: value})}
-            )
+            name, _, leaf = key.rpartition(".")
+            section = copy.copy(getattr(recipe, name))  # unchecked: the recipe's own checks name what is wrong
+            if getattr(section, leaf) == getattr(type(section), leaf):
+                setattr(section, leaf, value)
+            recipe = dataclasses.replace(recipe, **{name: section})
         return cls(recipe)
 
     @property
@@ -71,6 +72,21 @@ class Owner(Wrapped):
                 f"compile: true hides every layer's backward, which adds gradients up for method {self.name}; use "
                 "compile=false"
             )
+
+    def problems(self, model: "nn.Module") -> list[str]:
+        """Return why `model` cannot be wrapped, or what of it would not train."""
+        from relora_ds.lowrank.problems import left_frozen
+        from relora_ds.lowrank.targets import DEFAULT_TRAINABLE_MODULES, as_list, summary
+
+        found = super().problems(model)
+        if not found and (names := left_frozen(model, self.relora)):
+            whole = as_list(self.relora.trainable_modules) or [*DEFAULT_TRAINABLE_MODULES]
+            modules = dict.fromkeys(name.split(".")[-2] for name in names)
+            found.append(
+                f"relora.trainable_modules: {summary(names)} would be frozen for good, and method {self.name} trains "
+                f"every weight; use relora.trainable_modules=[{', '.join([*whole, *modules])}]"
+            )
+        return found
 
     def recipe_warnings(self) -> Iterator[str]:
         """Yield what is for low-rank factors alone. As a warm start: nothing, the method after it may have factors."""

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.config import Recipe, RecipeError
 from relora_ds.lowrank.formats import DTYPES
+from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.methods import Method, full_rank, method_of
 from relora_ds.models import recompute
@@ -117,6 +118,8 @@ def _measured_seconds(method: Method, config: PretrainedConfig, resolved: Resolv
                 weight = layer.weight
                 assert isinstance(weight, torch.Tensor)
                 layer.store_weight(format.quantize(weight.detach().float(), dtype), format, as_buffer=False)
+                if method.has_owners:
+                    layer.gradient_sum = GradientSum(layer.shape_of_gradient, device)
         return recompute.apply(cast(PreTrainedModel, prepared), recipe.activation_checkpointing)
 
     return seconds_per_token(

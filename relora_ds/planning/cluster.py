@@ -157,13 +157,15 @@ def passes_of(shapes: Shapes, zero: dict, accumulation: int) -> float:
     At stage 3 a bucket is what is prefetched: an estimate, of forward and backward.
     """
     stage, trainable = zero["stage"], shapes.num_trainable
+    of_owners = 2 * len(shapes.owner_state)  # a gradient and a weight of each layer
     if stage == 3:
         gathered = math.ceil((trainable + shapes.num_frozen) / int(zero["stage3_prefetch_bucket_size"]))
-        return accumulation * (2 * gathered + math.ceil(trainable / zero["reduce_bucket_size"]))
+        return of_owners + accumulation * (2 * gathered + math.ceil(trainable / zero["reduce_bucket_size"]))
     reduced = 2 * math.ceil(trainable / zero["reduce_bucket_size"])
     if stage == 0:
-        return reduced
-    return reduced * (accumulation if stage == 2 else 1) + math.ceil(trainable / zero["allgather_bucket_size"])
+        return of_owners + reduced
+    repeated = reduced * (accumulation if stage == 2 else 1)
+    return of_owners + repeated + math.ceil(trainable / zero["allgather_bucket_size"])
 
 
 def with_batch_for(recipe: Recipe, world_size: int) -> Recipe:

@@ -120,7 +120,8 @@ def state(
         sums = MASTER * sum(shape.numel() for shape in shapes.merged.values())
         items.append(Item("sums of the frozen weights' gradients", sums))
     if shapes.owner_state:
-        items.append(Item("state of the owners", most_owned(shapes, world_size, shapes.owner_state.__getitem__)))
+        held = most_owned(shapes, world_size, lambda name: shapes.owner_state[name] + shapes.owner_kept[name])
+        items.append(Item("state of the owners", held))
     ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))
     items.append(Item("ledgers of the merges", ledgers, HOST))
     return [item for item in items if item.size]

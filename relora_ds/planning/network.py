@@ -36,6 +36,7 @@ class Shapes:
             activations are checkpointed, ZeRO-3 gathers these for the repetition too; the last layer is still there.
         owner_state: bytes that the owner of the weight of a layer remembers for its updates, by layer: of all of
             `merged`, or of none.
+        owner_kept: bytes that the owner keeps beside it, on its device alone, likewise.
         in_8_bit: of each of `groups`, whether its moments are; () where none are.
         looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
     """
@@ -50,6 +51,7 @@ class Shapes:
     looked_up: tuple[int, int] = (0, 0)
     in_8_bit: tuple[bool, ...] = ()
     owner_state: dict[str, int] = dataclasses.field(default_factory=dict)
+    owner_kept: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def num_trainable(self) -> int:
@@ -127,6 +129,7 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
         factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in lowrank.values()),
         bases={name: layer.lora_A.numel() for name, layer in bases.items()},
         owner_state={name: _state_bytes(rule, layers[name].shape_of_gradient) for name, rule in rules.items()},
+        owner_kept={name: rule.kept_bytes(layers[name].shape_of_gradient) for name, rule in rules.items()},
         repeated=tuple(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)
         ),

@@ -119,7 +119,7 @@ def build_engine(
         schedule=phase.schedule,
         decay_steps=phase.decay_steps,
         betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
-        eps=recipe.optim.eps,
+        eps=phase.method.recipe.optim.eps,
         precision=plan.precision,
         micro_batch_size=recipe.train.micro_batch_size,
         gradient_accumulation_steps=plan.accumulation,

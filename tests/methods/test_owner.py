@@ -79,6 +79,26 @@ def test_a_warm_start_with_what_the_name_stands_for(tmp_path, method):
         assert (rule.scale, rule.scale_type, rule.r, rule.adam.eps) == (128.0, "tensor", 1, 1e-6)
 
 
+def test_a_warm_start_keeps_what_the_recipe_says(tmp_path):
+    changes = ["warm_start_method=apollo_mini", "warm_start_steps=8", "relora.r=4", "apollo.scale=64"]
+    found = recipe(tmp_path, "relora", *changes, "relora.restart_every=6", "relora.restart_warmup_steps=1")
+    assert not no_effect.warnings(found)
+    warm, (config, _) = warm_start_of(found), network_of(found)
+    rule = next(iter(warm.matrix_optimizers(warm.prepare(meta_model(config))).values()))
+    assert (rule.scale, rule.scale_type) == (64.0, "tensor") and warm.recipe.optim.eps == 1e-6
+
+
+def test_values_that_clash_are_problems_of_the_recipe(tmp_path):
+    changes = ["warm_start_method=scale", "warm_start_steps=8", "relora.restart_every=6"]
+    with pytest.raises(RecipeError, match="relora.restart_every: 6 is not above relora.restart_warmup_steps 100"):
+        recipe(tmp_path, "relora", *changes)
+
+
+def test_a_low_rank_warm_start_has_no_effect(tmp_path):
+    found = recipe(tmp_path, "apollo", "warm_start_method=galore", "warm_start_steps=8")
+    assert any("warm_start_steps: 8 has no effect" in warning for warning in no_effect.warnings(found))
+
+
 @pytest.mark.parametrize(
     ("method", "override", "message"),
     [
@@ -122,6 +142,15 @@ def test_what_has_no_effect(tmp_path, method, override, message):
 def test_what_an_embedding_does_not_go_with(changes, message):
     with pytest.raises(RecipeError, match=message):
         resolve("tiny", ["method=scale", "relora.target_modules=all-matrices", *changes], 1, to_run=False)
+
+
+def test_what_would_stay_frozen_is_refused_by_name():
+    changes = ["method=muon", "relora.exclude_modules=[q_proj]"]
+    remedy = "relora.trainable_modules=[embeddings, head, norms, q_proj]"
+    with pytest.raises(RecipeError, match=r"q_proj.weight \(and 1 like it\) would be frozen for good") as found:
+        resolve("tiny", changes, 1, to_run=False)
+    assert remedy in str(found.value)
+    resolve("tiny", [*changes, remedy], 1, to_run=False)
 
 
 def test_tied_embeddings_are_refused_by_name(tmp_path):

@@ -3,10 +3,10 @@
 import pytest
 
 from relora_ds.config import load_recipe
-from relora_ds.methods import method_of
-from relora_ds.planning.cluster import Cluster, Step, Wire, parse_cluster, predict_step, with_batch_for
+from relora_ds.methods import full_rank, method_of
+from relora_ds.planning.cluster import Cluster, Step, Wire, parse_cluster, passes_of, predict_step, with_batch_for
 from relora_ds.planning.cost import cost
-from relora_ds.planning.network import network_of
+from relora_ds.planning.network import network_of, shapes_of
 from relora_ds.training.preflight import Resolved, resolve
 
 FAST, SLOW = Wire(100e9, 1e-6), Wire(1e9, 50e-6)
@@ -55,6 +55,17 @@ def predicted(*changes: str) -> tuple[Step, Resolved]:
     config, _ = network_of(resolved.recipe)
     method = method_of(resolved.recipe)
     return predict_step(resolved, method, config, Cluster(1, 2, FAST, SLOW), stage=1, device_flops=1e12), resolved
+
+
+def test_owners_send_every_layer_by_itself():
+    """The 14 linears of two layers: a reduced gradient and a broadcast weight each."""
+    resolved = resolve("tiny", ["method=muon"], 2, to_run=False)
+    config, _ = network_of(resolved.recipe)
+    muon, full = (shapes_of(method, config) for method in (method_of(resolved.recipe), full_rank(resolved.recipe)))
+    for stage in (0, 1, 3):
+        zero = {"stage": stage, "reduce_bucket_size": 10**9, "allgather_bucket_size": 10**9}
+        zero["stage3_prefetch_bucket_size"] = 10**9
+        assert passes_of(muon, zero, 2) - passes_of(full, zero, 2) == 2 * 14
 
 
 def test_a_step_has_its_share_of_a_residual_update():

@@ -25,9 +25,10 @@ def data_parallel_bytes(recipe: Recipe, ranks: int) -> int:
     methods, sent = methods_of(recipe), 0.0
     warm = methods[-1].warm_start_steps
     for method, steps in zip(reversed(methods), (recipe.total_steps - warm, warm), strict=False):
+        shapes = shapes_of(method, config)
         _, wire = expected_step(
             0,
-            trainable=shapes_of(method, config).num_trainable,
+            trainable=shapes.num_trainable + shapes.num_owned,  # what owners train is reduced and broadcast: the same
             frozen_bytes=0,
             element_size=4,
             accumulation=1,

@@ -11,6 +11,7 @@ from relora_ds.exchange.report import ExchangeReport
 from relora_ds.interop.hf_export import has_code_beside
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
+from relora_ds.methods import method_of
 from relora_ds.training import compatibility
 from relora_ds.training.epochs import epochs_line
 from relora_ds.training.figures import is_shown
@@ -207,7 +208,8 @@ def _frozen_weights(plan: Plan) -> list[str]:
     masters = "" if stored == "fp32" else ", no masters"
     if has_masters(relora, plan.precision):
         masters = f", fp32 masters on the {'host' if relora.frozen_master == 'cpu' else 'device'}"
-    return [f"frozen weights: {stored}{masters}"]
+    kind = "owned" if method_of(plan.recipe).has_owners else "frozen"
+    return [f"{kind} weights: {stored}{masters}"]
 
 
 def _some(steps: list[int]) -> str:

@@ -52,6 +52,8 @@ def test_bytes_of_data_parallel_are_those_of_every_phase():
     full, low_rank, steps = 231_744, 141_248, 8000  # of its header
     assert data_parallel_bytes(recipe, 2) == 4 * (2000 * full + 6000 * low_rank)
     assert data_parallel_bytes(load_recipe("tiny_full"), 4) == steps * 4 * full * 3 // 2
+    for method in ("muon", "scale"):  # what owners train is reduced and broadcast
+        assert data_parallel_bytes(load_recipe("tiny_full", [f"method={method}"]), 2) == 4 * steps * full
     result = {"islands": None, "recipe": ["tiny_full"]}
     assert link_bytes(result, [2, 4]) == [2 * steps * 4 * full, 3 * steps * 4 * full] and link_bytes(result, []) == []
 
