@@ -67,6 +67,11 @@ def _model_problems(trainer: Trainer, config: ReLoRAConfig | None) -> list[str]:
     if hasattr(trainer, "relora_settings") or trainer.model_wrapped is not trainer.model:
         return ["trainer: it has a ReLoRACallback, or an engine, already; build a new Trainer"]
     carried = getattr(trainer.model, "relora_config", None)
+    if carried is not None and carried.trains == "none":
+        return [
+            "model: it is wrapped with trains='none', for optimizers of whole matrices, which the Trainer has none of; "
+            "wrap it with factors, or train it in a loop of your own, relora_ds.initialize(matrix_optimizer=...)"
+        ]
     if carried is None or not lowrank_layers(trainer.model):
         return ["model: it has no low-rank layers; call relora_ds.wrap(model, config) before the Trainer"]
     if config is not None and config != carried:

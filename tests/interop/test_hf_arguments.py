@@ -49,6 +49,16 @@ def test_a_decay_that_meets_a_restart_is_refused(tmp_path):
     assert message.startswith(f"TrainingArguments.lr_scheduler_kwargs num_decay_steps: {STEPS} of {STEPS} steps begins")
 
 
+def of_whole_matrices(directory: str) -> str:
+    with made_trainer(directory, 1, frozen={"trains": "none", "restart_every": None}, kind="nothing") as trainer:
+        return said(lambda: ReLoRACallback(trainer))
+
+
+def test_a_model_for_optimizers_of_whole_matrices_is_refused(tmp_path):
+    [message] = ranks(1).run(of_whole_matrices, str(tmp_path))
+    assert message.startswith("model: it is wrapped with trains='none', for optimizers of whole matrices")
+
+
 def refused(directory: str, changes: dict) -> list[str]:
     """What the callback and the subclass say."""
 
