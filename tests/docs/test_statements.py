@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import re
 import statistics
@@ -73,6 +74,21 @@ def test_the_leads_at_toy_size():
     assert sentence in text_of("docs/concepts/comparison.md")
     assert all(max(rows["ReLoRA"].differences(rows[other])) < 0 for other in ("LoRA, warm start", "Control"))
     assert "ReLoRA ends below LoRA on the same warm start and below" in text_of("README.md")
+
+
+def test_what_becomes_of_islands_updates():
+    """As docs/results/training.md orders them."""
+    losses = {
+        row.row.name.removeprefix("full rank, ").removesuffix(", H 200"): row.losses[0]
+        for row in results.measured("tiny", "island_choices")[2]
+        if row.row.name.startswith("full rank")
+    }
+    order = ["Nesterov 0.5", "average", "Nesterov", "average, reset", "Nesterov, reset"]
+    assert [losses[name] for name in order] == sorted(losses[name] for name in order)
+    differences = [losses[b] - losses[a] for a, b in itertools.pairwise(order)]
+    assert abs(losses["Nesterov"] - losses["Nesterov, fp32"]) < min(differences) < differences[2]
+    said = "Nesterov with the smaller momentum ended lowest, with DiLoCo's above the plain average"
+    assert said in text_of("docs/results/training.md")
 
 
 def test_the_costs_of_masks_and_of_merges_without_a_master():
