@@ -90,9 +90,9 @@ class Owner(Wrapped):
 
     def recipe_warnings(self) -> Iterator[str]:
         """Yield what is for low-rank factors alone. As a warm start: nothing, the method after it may have factors."""
-        relora, read = self.recipe.relora, (*_WHAT_AND_HOW, *(["r"] * self.has_rank))
         if self.recipe.method != self.name:
             return
+        relora, read = self.recipe.relora, (*_WHAT_AND_HOW, *(["r"] * self.has_rank))
         changed = {
             f"relora.{field.name}": getattr(relora, field.name)
             for field in dataclasses.fields(relora)

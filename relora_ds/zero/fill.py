@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
+from relora_ds.zero.partitions import write_partition
 from relora_ds.zero.plain_model import persistent_buffers
-from relora_ds.zero.shards import PIECE, ShardView, write_partition
+from relora_ds.zero.shards import PIECE, ShardView
 from relora_ds.zero.subspaces import write_initial_A
 from relora_ds.zero.together import together
 from relora_ds.zero.weights import (

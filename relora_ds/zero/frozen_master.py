@@ -23,8 +23,8 @@ from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.storage import Storage, format_at, has_masters, is_sharded, shape_problems
+from relora_ds.zero.partitions import write_partition
 from relora_ds.zero.pinned import MasterStore
-from relora_ds.zero.shards import write_partition
 
 
 def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:

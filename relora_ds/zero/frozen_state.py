@@ -13,7 +13,7 @@ from torch import Tensor
 from relora_ds.checkpoint.contents import INTENDED, LOST, OTHER, STORED
 from relora_ds.lowrank.storage import Storage
 from relora_ds.zero.frozen_master import is_partitioned
-from relora_ds.zero.shards import write_partition
+from relora_ds.zero.partitions import write_partition
 
 Read = Callable[[str], Tensor]  # the tensor of that name in a checkpoint
 

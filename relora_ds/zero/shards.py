@@ -18,7 +18,6 @@ is cached: DeepSpeed replaces its tensors when it loads a checkpoint.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +25,12 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from relora_ds.zero.adam_state import MOMENTS, DenseMoment, Moment, adam_state
+from relora_ds.zero.partitions import copy_common, partition_range, write_partition
 
 PIECE = 1 << 20  # elements that are sent at a time where no rank but one needs the whole tensor
 
@@ -222,29 +221,6 @@ _ADAPTERS = {
     BF16_Optimizer: _LinkedBF16,
     DeepSpeedZeroOptimizer_Stage3: _Stage3,
 }
-
-
-def partition_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return the half-open range of the flattened parameter in this rank's ZeRO-3 partition; the rest is padding."""
-    partitioned: Any = parameter  # with DeepSpeed's attributes
-    length = partitioned.ds_tensor.ds_numel
-    start = min(partitioned.ds_numel, length * partitioned.ds_zero_partition_rank)
-    return start, min(partitioned.ds_numel, start + length)
-
-
-def write_partition(parameter: nn.Parameter, value: Tensor, start: int = 0) -> None:
-    """Store this rank's part of `value`, which begins at element `start`, in a ZeRO-3 parameter, not gathered."""
-    partitioned: Any = parameter  # with DeepSpeed's attributes
-    assert partitioned.ds_status == ZeroParamStatus.NOT_AVAILABLE, "gathered: the edit would go unseen"
-    first, stop = partition_range(parameter)
-    copy_common(partitioned.ds_tensor.data[: stop - first], first, value.reshape(-1), start)
-
-
-def copy_common(into: Tensor, into_start: int, piece: Tensor, start: int) -> None:
-    """Copy what two 1-D pieces of one tensor have in common, of which each begins at an element of it."""
-    first, stop = max(into_start, start), min(into_start + into.numel(), start + piece.numel())
-    if first < stop:
-        into[first - into_start : stop - into_start].copy_(piece[first - start : stop - start])
 
 
 def _adapter(engine: DeepSpeedEngine) -> _Adapter:

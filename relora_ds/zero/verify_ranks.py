@@ -14,7 +14,8 @@ from torch import Tensor
 
 from relora_ds.lowrank.wrap import is_lora_parameter
 from relora_ds.zero.frozen_master import FrozenWeights, is_partitioned
-from relora_ds.zero.shards import ShardView, partition_range
+from relora_ds.zero.partitions import partition_range
+from relora_ds.zero.shards import ShardView
 
 _CHUNK = 1 << 22  # elements at a time: the int64 products take 8 bytes each
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

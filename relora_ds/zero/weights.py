@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.inventory import full_shape, is_lora_parameter, lowrank_layers, owned_layers, plain_parameters
 from relora_ds.zero.frozen_master import assign_owners, frozen_owners
+from relora_ds.zero.partitions import copy_common, partition_range
 from relora_ds.zero.plain_model import persistent_buffers
-from relora_ds.zero.shards import copy_common, partition_range
 
 
 class WeightSource(Protocol):

@@ -9,6 +9,8 @@ from relora_ds.planning.network import network_of
 from relora_ds.training.phases import Phase, build_engine, phases_of
 from relora_ds.training.preflight import Plan, Resolved, resolve
 from relora_ds.zero.engine import ReLoRAEngine
+from relora_ds.zero.teardown import release
+from relora_ds.zero.traffic import count_traffic
 from tests.islands.servers import SECRET
 
 WORLD = 2
@@ -50,6 +52,17 @@ def micro_step(engine: ReLoRAEngine, number: int) -> None:
     generator = torch.Generator().manual_seed(1000 * dist.get_rank() + number)
     tokens = torch.randint(0, VOCAB, (1, 4), generator=generator)
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+
+
+def sent_in_a_step(changes: list[str]) -> tuple[float, float]:
+    """On a rank: `(payload, wire)` of the third step."""
+    engine = build(changes)
+    for step in range(3):
+        with count_traffic() as traffic:
+            micro_step(engine, step)
+            engine.step()
+    release(engine)
+    return traffic.payload, traffic.wire
 
 
 def _read(changes: list[str]) -> tuple[Resolved, Phase]:

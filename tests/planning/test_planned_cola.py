@@ -6,22 +6,9 @@ from relora_ds.config import load_recipe, method_of
 from relora_ds.methods import full_rank
 from relora_ds.planning.activations import activation_bytes, prepared_config
 from relora_ds.planning.network import network_of
-from relora_ds.zero.teardown import release
-from relora_ds.zero.traffic import count_traffic
-from tests.planning.engines import build, micro_step, overrides, planned
+from tests.planning.engines import overrides, planned, sent_in_a_step
 from tests.planning.test_activations import SIZES, measured, nothing_but_what_a_gpu_allocates  # noqa: F401 (a fixture)
 from tests.ranks import ranks
-
-
-def sent(changes: list[str]) -> tuple[float, float]:
-    """On a rank: `(payload, wire)` of the third step."""
-    engine = build(changes)
-    for step in range(3):
-        with count_traffic() as traffic:
-            micro_step(engine, step)
-            engine.step()
-    release(engine)
-    return traffic.payload, traffic.wire
 
 
 @pytest.mark.parametrize(
@@ -37,7 +24,7 @@ def test_bytes_are_those_that_are_sent(method, stage, precision):
     changes = overrides(stage, precision, method, 1, "cola.r=16")
     expected = planned(changes)
     assert expected.restart is None
-    for result in ranks(2).run(sent, changes):
+    for result in ranks(2).run(sent_in_a_step, changes):
         assert result == pytest.approx(expected.step, rel=0.01)
 
 
@@ -45,7 +32,7 @@ def test_bytes_are_those_that_are_sent(method, stage, precision):
 def test_what_stage_3_gathers_for_the_repetition_is_counted_at_the_most():
     """It keeps what trains from the repetition to the backward, in a network as small as this one."""
     plain, recomputed = (overrides(3, "fp32", method, 1, "cola.r=16") for method in ("cola", "cola_m"))
-    for payload, _ in ranks(2).run(sent, recomputed):
+    for payload, _ in ranks(2).run(sent_in_a_step, recomputed):
         assert planned(plain).step[0] == pytest.approx(payload, rel=0.01)
         assert payload < planned(recomputed).step[0]
 

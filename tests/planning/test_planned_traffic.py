@@ -10,7 +10,7 @@ from relora_ds.training.phases import phases_of
 from relora_ds.training.preflight import resolve
 from relora_ds.zero.teardown import release
 from relora_ds.zero.traffic import count_traffic
-from tests.planning.engines import build, micro_step, overrides, planned
+from tests.planning.engines import build, micro_step, overrides, planned, sent_in_a_step
 from tests.ranks import ranks
 from tests.training.runs import lines, run
 
@@ -91,17 +91,6 @@ def test_bytes_are_those_that_are_sent(stage, precision, more):
             assert result["residual"] == pytest.approx(both, rel=0.01)
 
 
-def sent_with_owners(changes: list[str]) -> tuple[float, float]:
-    """On a rank: `(payload, wire)` of the third step."""
-    engine = build(changes)
-    for step in range(3):
-        with count_traffic() as traffic:
-            micro_step(engine, step)
-            engine.step()
-    release(engine)
-    return traffic.payload, traffic.wire
-
-
 @pytest.mark.parametrize(
     "stage, precision, method",
     [
@@ -114,7 +103,7 @@ def sent_with_owners(changes: list[str]) -> tuple[float, float]:
 )
 def test_bytes_of_a_step_with_owners(stage, precision, method):
     changes = overrides(stage, precision, method)
-    for result in ranks(2).run(sent_with_owners, changes):
+    for result in ranks(2).run(sent_in_a_step, changes):
         assert result == pytest.approx(planned(changes).step, rel=0.01)
 
 
