@@ -68,10 +68,11 @@ def test_a_decision_without_a_late_island_which_replays_it(tmp_path):
 
 
 def test_an_island_that_was_killed_comes_back_with_an_older_checkpoint(tmp_path):
-    with serving(tmp_path, timeout_s=0.3) as served, joined(served.address, "a") as (a,):
+    with serving(tmp_path, timeout_s=1.0) as served, joined(served.address, "a") as (a,):
         with joined(served.address, "b") as (b,):
             for one in (a, b):
                 one.contribute(1, {"w": b"of one"}, {}, 1)
+            assert [*a.decision(1).islands] == ["a", "b"]
         for round in (2, 3):
             a.contribute(round, {"w": bytes([round])}, {}, round)
             assert a.decision(round).missing == ("b",)
