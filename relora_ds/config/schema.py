@@ -244,7 +244,7 @@ class IslandsConfig:
     """Learning rate of the outer optimizer; null = 1 for `average`, 0.7 for `nesterov`."""
     outer_momentum: Annotated[float, Number("inside [0, 1)")] = 0.9
     """Momentum of `nesterov`."""
-    compress: Literal["none", "bf16", "int8", "int4"] = "none"
+    compress: Literal["none", "bf16", "int8", "int4", "int2"] = "none"
     """How updates of embeddings, head, norms, and of full-rank training are sent. What rounding leaves out is added to
     the next update. Factors A and B are sent in fp32."""
     moments: Literal["keep", "reset"] = "keep"
