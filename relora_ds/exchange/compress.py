@@ -68,7 +68,7 @@ def _even_levels(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _four_levels(blocks: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """Do as `_even_levels`. Only the first `numel` elements of `blocks` are values: what fills the last block is none."""
+    """Do as `_even_levels`. Only the first `numel` elements of `blocks` are values: the rest fills the last block."""
     counts = torch.full((len(blocks), 1), float(BLOCK), device=blocks.device)
     counts[-1] = numel - (len(blocks) - 1) * BLOCK
     spacing = _SPACING * (blocks.square().sum(dim=1, keepdim=True) / counts).sqrt()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from relora_ds.matrix.adam import ProjectedAdam
     from relora_ds.matrix.optimizer import MatrixOptimizer
 
-_OF_FACTORS = ("restart_every", "residual_every", "lora_dropout")
+_OF_FACTORS = ("restart_every", "restart_init", "gradient_estimate", "residual_every", "lora_dropout")
 _WHAT_AND_HOW = (
     *("target_modules", "exclude_modules", "target_parameters", "trainable_modules"),
     *("frozen_dtype", "frozen_double_quant", "frozen_master", "frozen_placement"),

@@ -13,8 +13,8 @@ from relora_ds.planning.planned_exchange import exchange_bytes, exchange_items
 from relora_ds.planning.planned_storage import format_here, storage_of
 from relora_ds.planning.planned_traffic import restart_bytes, step_bytes, update_bytes
 from relora_ds.training.preflight import Resolved
+from relora_ds.zero import owner_steps, owner_updates
 from relora_ds.zero.merging import peak_bytes
-from relora_ds.zero.owner_updates import COPIES
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,12 @@ def cost(
     if method.relora is not None and method.relora.residual_every is not None and shapes.merged:
         residual = update_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
         if restart is None:  # that needs more, at another time
-            size = _copies_of_largest(shapes)
+            size = _copies_of_largest(shapes, owner_updates.COPIES)
             items.append(device_memory.Item("a residual update", size, when=device_memory.UPDATE))
     if method.relora is not None and method.has_owners:
         update = update_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
-        items.append(device_memory.Item("an owner's update", _copies_of_largest(shapes), when=device_memory.UPDATE))
+        size = _copies_of_largest(shapes, owner_steps.COPIES)
+        items.append(device_memory.Item("an owner's update", size, when=device_memory.UPDATE))
         step = step and (step[0] + update[0], step[1] + update[1])
     exchange = None
     if recipe.islands.count is not None:
@@ -108,8 +109,8 @@ def cost(
     return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual, exchange)
 
 
-def _copies_of_largest(shapes: Shapes) -> int:
-    return device_memory.MASTER * COPIES * max(shape.numel() for shape in shapes.merged.values())
+def _copies_of_largest(shapes: Shapes, copies: int) -> int:
+    return device_memory.MASTER * copies * max(shape.numel() for shape in shapes.merged.values())
 
 
 def activations_of(

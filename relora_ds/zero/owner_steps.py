@@ -23,6 +23,7 @@ from relora_ds.zero.gradient_sums import GradientSums
 from relora_ds.zero.joint_norm import JointNorm
 from relora_ds.zero.shards import ShardView
 
+COPIES = 5  # of a weight in fp32: what the rules have alive at once beside the gradient, and more than adding needs
 _FIRST = 2  # steps, in which a weight may have no gradient: behind a layer that begins with zeros, the first has none
 
 
@@ -92,10 +93,15 @@ class OwnerSteps:
         self._shards.drop_gathered_copies()
         frozen, samples = self._frozen, {}
         for names in frozen.rounds():
+            # Before W is read: the device has room for one of the two.
+            changes = {
+                name: self._change(name, self._lr * factor, coefficient) for name in names if name in self._states
+            }
             stored: dict[str, Tensor] = {}
             for name in names:
                 if (base := frozen.read(name, frozen.device)) is not None:
-                    stored[name], samples[name] = self._update(name, base, t, self._lr * factor, coefficient)
+                    change = self._with_decay(name, changes.pop(name), base, self._lr * factor)
+                    stored[name], samples[name] = frozen.add(name, base, change, f"{self._seed}/{t}/{name}.weight/step")
             for name in names:
                 frozen.publish(name, stored.pop(name, None), frozen.device)
         frozen.masters.settle()
@@ -156,16 +162,19 @@ class OwnerSteps:
                 "or its result is not used; leave it out with relora.exclude_modules"
             )
 
-    def _update(self, name: str, base: Tensor, t: int, lr: float, coefficient: float) -> tuple[Tensor, Tensor]:
-        """Step one owned weight. Return its stored copy and the ledger's samples."""
-        layer, optimizer, gradient = self._frozen.layers[name], self._optimizers[name], self._gradients.pop(name)
+    def _change(self, name: str, lr: float, coefficient: float) -> Tensor:
+        """Return what the rule adds to an owned weight, in its own layout."""
+        layer, gradient = self._frozen.layers[name], self._gradients.pop(name)
         if coefficient != 1:
             gradient.mul_(coefficient)
-        change = optimizer.update(gradient, self._states[name], lr, f"{self._seed}/{name}")
+        change = self._optimizers[name].update(gradient, self._states[name], lr, f"{self._seed}/{name}")
         gradient.zero_()
-        change = change.mT if layer.transposed else change
+        return change.mT if layer.transposed else change
+
+    def _with_decay(self, name: str, change: Tensor, base: Tensor, lr: float) -> Tensor:
+        """Return the change of W by the rule and by weight decay."""
         if decay := lr * self._weight_decay:
             # W' = (1 - decay)·W + change, or (1 - decay)·(W + change): as the method's authors have it.
-            change = change if optimizer.decays_first else change.mul_(1 - decay)
-            change = change.add(base, alpha=-decay)
-        return self._frozen.add(name, base, change, f"{self._seed}/{t}/{name}.weight/step")
+            change = change if self._optimizers[name].decays_first else change.mul_(1 - decay)
+            change = change.add_(base, alpha=-decay)
+        return change

@@ -11,7 +11,9 @@ from relora_ds.matrix.apollo_update import Apollo
 from relora_ds.matrix.fira_update import Fira
 from relora_ds.matrix.muon_update import Muon
 from relora_ds.matrix.scale_update import Scale
+from relora_ds.zero.owner_steps import COPIES
 from tests.matrix.rules import RULES, SHAPES, random, same, updates
+from tests.peak_bytes import PeakBytes
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 EXPERTS, STEPS = 3, 7
@@ -111,6 +113,19 @@ def test_updates_are_new_tensors_and_gradients_stay(rule, shape):
     update = rule.update(gradient, rule.begin(shape, dtype=torch.float64), 1.0, "a weight")
     update.zero_()
     assert update.shape == shape and torch.equal(gradient, random(*shape))
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (2, 128, 128)])
+def test_the_most_that_updates_have_on_a_device_is_what_plans_count(shape):
+    """Of matrices as large as the gradient; a basis of the full rank is the most that Fira can have."""
+    rules = [*(make() for make in RULES.values()), Fira(256), Apollo(128)]
+    peaks = []
+    for rule in rules:
+        state, gradient = rule.begin(shape), random(*shape, dtype=torch.float32)
+        with PeakBytes() as memory:
+            rule.update(gradient, state, 0.1, "a weight")
+        peaks.append(memory.peak / gradient.nbytes)
+    assert COPIES - 0.1 < max(peaks) < COPIES + 0.1
 
 
 @every_rule

@@ -10,7 +10,9 @@ from relora_ds.matrix.fira_update import Fira
 from relora_ds.matrix.muon_update import Muon
 from relora_ds.matrix.scale_update import Scale
 from relora_ds.models.build import meta_model
+from relora_ds.planning import host
 from relora_ds.planning.network import network_of, shapes_of
+from relora_ds.planning.planned_storage import storage_of
 from relora_ds.training.preflight import resolve
 
 METHODS = ("fira", "apollo", "apollo_mini", "scale", "muon")
@@ -77,6 +79,20 @@ def test_a_warm_start_with_what_the_name_stands_for(tmp_path, method):
     rule = next(iter(warm.matrix_optimizers(warm.prepare(meta_model(config))).values()))
     if method == "apollo_mini":
         assert (rule.scale, rule.scale_type, rule.r, rule.adam.eps) == (128.0, "tensor", 1, 1e-6)
+
+
+def test_an_owner_phase_collects_no_gradients_for_the_restarts_after_it(tmp_path):
+    changes = [
+        "warm_start_method=muon",
+        "warm_start_steps=8",
+        "relora.restart_every=6",
+        "relora.restart_warmup_steps=1",
+    ]
+    found = recipe(tmp_path, "relora", *changes, "relora.restart_init=gradient", "relora.gradient_estimate=exact")
+    warm, (config, _) = warm_start_of(found), network_of(found)
+    storage = storage_of(shapes_of(warm, config), warm.relora, precision="fp32", stage=1)
+    items = host.moments(shapes_of(warm, config), storage, warm.relora, world_size=2, after_warm_start=False)
+    assert items and not any("exact" in item.what for item in items)
 
 
 def test_a_warm_start_keeps_what_the_recipe_says(tmp_path):
