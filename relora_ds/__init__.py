@@ -2,8 +2,6 @@
 
 import importlib
 
-import wrapt
-
 _HOMES = {
     "ReLoRAConfig": "relora_ds.config",
     "wrap": "relora_ds.methods.wrapping",
@@ -24,12 +22,6 @@ _HOMES = {
 }
 __version__ = "0.2.0"
 __all__ = [*_HOMES, "__version__"]
-
-
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _make_networks_known(_module) -> None:
-    """Make transformers' Auto classes know the networks of relora_ds, whichever of the two is imported first."""
-    importlib.import_module("relora_ds.architectures")
 
 
 def __getattr__(name: str):

@@ -1,7 +1,7 @@
 """Networks of relora_ds's own. Each is one file that imports nothing of relora_ds, because it is copied into exports.
 
 Importing the room makes them known to transformers' Auto classes, so that a run's checkpoints and exports are loaded
-without running the copies in them. `import relora_ds` does so as soon as transformers has these classes.
+without running the copies in them.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel

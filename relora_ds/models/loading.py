@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import relora_ds.architectures  # noqa: F401 (known to the Auto classes from here on)
 from relora_ds.config.remote_code import UntrustedCode, is_refusal
 
 
