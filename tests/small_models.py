@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
-from relora_ds.architectures import ReLoRACoLAConfig
+from relora_ds.architectures import ReLoRACoLAConfig, ReLoRACRNetConfig
 
 # Odd sizes and three layers: flat partitions need padding, and tensors straddle ranks.
 VOCAB, LENGTH = 67, 12
@@ -59,6 +59,11 @@ def mixtral(seed: int = 0, **changes):
 def cola(seed: int = 0, **changes):
     """LLaMA's sizes, with two factors of rank 4 in place of each linear's weight."""
     return _build(ReLoRACoLAConfig(**{**_SIZES, "num_key_value_heads": 2, "cola_r": 4, **changes}), seed)
+
+
+def crnet(seed: int = 0, **changes):
+    """LLaMA's sizes; the linears of the second layer and the third add a product of rank 4 to the layer before's."""
+    return _build(ReLoRACRNetConfig(**{**_SIZES, "num_key_value_heads": 2, "crnet_r": 4, **changes}), seed)
 
 
 FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "qwen2": qwen2, "gpt2": gpt2, "mixtral": mixtral}

@@ -7,8 +7,9 @@ without running the copies in them.
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from relora_ds.architectures.relora_cola import ReLoRACoLAConfig, ReLoRACoLAForCausalLM
+from relora_ds.architectures.relora_crnet import ReLoRACRNetConfig, ReLoRACRNetForCausalLM
 
-NETWORKS = (ReLoRACoLAForCausalLM,)
+NETWORKS = (ReLoRACoLAForCausalLM, ReLoRACRNetForCausalLM)
 
 for _network in NETWORKS:
     AutoConfig.register(_network.config_class.model_type, _network.config_class)
@@ -20,4 +21,11 @@ def has_code_of_others(model: PreTrainedModel) -> bool:
     return model.is_custom_code() and not isinstance(model, NETWORKS)
 
 
-__all__ = ["NETWORKS", "ReLoRACoLAConfig", "ReLoRACoLAForCausalLM", "has_code_of_others"]
+__all__ = [
+    "NETWORKS",
+    "ReLoRACRNetConfig",
+    "ReLoRACRNetForCausalLM",
+    "ReLoRACoLAConfig",
+    "ReLoRACoLAForCausalLM",
+    "has_code_of_others",
+]

@@ -16,7 +16,7 @@ from relora_ds.interop.hf_export import export
 from relora_ds.zero.saved_config import save_model
 from tests.data.test_tokenizer_files import LLAMA, sentencepiece_directory
 from tests.interop.clients import Client
-from tests.small_models import batch, cola
+from tests.small_models import batch, cola, crnet
 from tests.training.runs import run
 from tests.zero.test_saved_config import CASES, SIZES
 
@@ -130,10 +130,11 @@ def test_transformers_4_gives_the_runs_ids_and_loss(trained, transformers4, tmp_
     assert loss == pytest.approx(summary["val_loss"], rel=1e-5)
 
 
-def test_transformers_4_gives_the_logits_of_a_cola_network(transformers4, tmp_path):
+@pytest.mark.parametrize("network", [cola, crnet])
+def test_transformers_4_gives_the_logits_of_a_network_of_our_own(transformers4, tmp_path, network):
     """From the code beside the weights."""
     trusting = LOGITS.replace("(directory, ", "(directory, trust_remote_code=True, ")
-    model, ids = cola(num_key_value_heads=1, hidden_act="linear").eval(), batch(0, 3)
+    model, ids = network(num_key_value_heads=1, hidden_act="linear").eval(), batch(0, 3)
     save_model(model, tmp_path / "m")
     with torch.no_grad():
         expected = model(input_ids=ids).logits
