@@ -100,13 +100,7 @@ def read_directly(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             part = module._modules.get(name)
             is_target = is_linear(part) or isinstance(part, nn.Embedding)
             if part is not None and is_target and not any(getattr(module, flag, None) is False for flag in flags):
-                yield (
-                    part,
-                    (
-                        f"is not always called: {type(module).__name__} reads its weight directly, where the "
-                        "low-rank update would be missing"
-                    ),
-                )
+                yield part, f"is not always called: {type(module).__name__} reads its weight past the layer"
 
 
 @functools.cache

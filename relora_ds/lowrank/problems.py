@@ -205,7 +205,7 @@ def warnings(model: nn.Module, config: ReLoRAConfig) -> list[str]:
     targets, found = find_targets(model, config), []
     if config.target_modules in (ALL_LINEAR, ALL_MATRICES):
         found += [
-            f"relora.target_modules: {text}. It is left out and gets no low-rank update; {remedy} says so"
+            f"relora.target_modules: {text}. It is left out; {remedy} says so"
             for text, remedy in _unfit_texts(targets.unfit)
         ]
     if config.exclude_modules and not targets.excluded:
@@ -234,6 +234,7 @@ def _product_warnings(config: ReLoRAConfig, targets: Targets) -> list[str]:
 def _trainable_warnings(model: nn.Module, config: ReLoRAConfig, targets: Targets) -> list[str]:
     """Return a message for each name of `trainable_modules` that names targets only, which do not train whole."""
     found, places, frozen = [], list(named_places(model)), _parameters_of(targets)
+    how = "owners train all of it" if config.trains == "none" else "all of it gets low-rank updates on frozen weights"
     for pattern in as_list(config.trainable_modules):
         named = [module for names, module in places if matches(names, [pattern])]
         parameters = {id(parameter) for module in named for parameter in module.parameters()}
@@ -243,8 +244,8 @@ def _trainable_warnings(model: nn.Module, config: ReLoRAConfig, targets: Targets
         names = [name for name, linear in targets.linears.items() if id(linear) in inside]
         remedy = _leave_out(names, targets) if names else "fewer names in relora.target_parameters"
         found.append(
-            f"relora.trainable_modules: {pattern!r} has no effect: all of it gets low-rank updates on frozen weights; "
-            f"to train it whole, leave it out of those with {remedy}"
+            f"relora.trainable_modules: {pattern!r} has no effect: {how}; to train it with the optimizer, "
+            f"leave it out with {remedy}"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Low-rank updates tried on a small copy: the same function, gradients, merging, stored weights."""
+"""Wrapped layers tried on a small copy: the same function, gradients, merging, stored weights."""
 
 import copy
 import dataclasses
@@ -10,12 +10,16 @@ from transformers import PreTrainedModel
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DENSE, format_of
+from relora_ds.lowrank.gradient_sum import GradientSum
+from relora_ds.lowrank.inventory import owned_layers
 from relora_ds.lowrank.wrap import lowrank_layers, merge_and_unwrap, wrap_quietly
 from relora_ds.methods.small_copy import distance, first_line, run, tokens
 
 SAME = 2e-5  # of logits, relative, in fp32; rounding alone gives 5e-7 in a LLaMA and 1e-5 in a Gemma 4
 _MAX_BATCHES = 4  # until every routed expert has had a token
-NO_GRADIENT = "would not train: no gradient reaches its low-rank update (it is not called, or its result is not used)"
+_SAME_GRADIENT = 1e-3  # relative, in fp32
+NO_GRADIENT = "would not train: no gradient reaches it (it is not called, or its result is not used)"
+NOT_ALL_OF_IT = "would be trained by a part of its gradient (the model reads the weight without calling the layer)"
 
 
 class Trial:
@@ -44,6 +48,8 @@ class Trial:
                         return dict.fromkeys(names, "changes the model's function when it is wrapped")
             if untrained := _without_gradient(model):
                 return dict.fromkeys(untrained, NO_GRADIENT)
+            if self.relora.trains == "none" and (partly := _without_all_of_it(copy.deepcopy(self.model), model)):
+                return dict.fromkeys(partly, NOT_ALL_OF_IT)
             with torch.no_grad():
                 return self._merge_faults(model, ids, names)
         except Exception as error:  # whatever the code of a family raises
@@ -78,19 +84,48 @@ class Trial:
 
 
 def _without_gradient(model: Any) -> list[str]:
-    """Return the wrapped layers whose B gets no gradient. An expert without a token goes by the others of its kind."""
-    layers, missing = lowrank_layers(model), []
-    model.train()
+    """Return the wrapped layers that get no gradient. An expert without a token goes by the others of its kind."""
+    layers, missing = owned_layers(model), []
+    for layer in layers.values():
+        layer.gradient_sum = None if hasattr(layer, "lora_B") else GradientSum(layer.shape_of_gradient)
     for number in range(_MAX_BATCHES):
-        torch.default_generator.manual_seed(number)
-        ids = tokens(model, number)
-        model(input_ids=ids, labels=ids).loss.backward()
-        missing = [name for name, layer in layers.items() if layer.lora_B.grad is None or not layer.lora_B.grad.any()]
+        _backward(model, number)
+        missing = [name for name, layer in layers.items() if not _has_gradient(layer)]
         if not missing:
             break
-    model.eval()
     trains = {_without_experts(name) for name in layers.keys() - set(missing)}
     return [name for name in missing if "expert" not in name or _without_experts(name) not in trains]
+
+
+def _has_gradient(layer: Any) -> bool:
+    gradient = layer.lora_B.grad if layer.gradient_sum is None else layer.gradient_sum.values
+    return gradient is not None and bool(gradient.any())
+
+
+def _without_all_of_it(plain: Any, model: Any) -> list[str]:
+    """Return the layers whose owners get another gradient than autograd has of the same weight in the plain model."""
+    layers = owned_layers(model)
+    for layer in layers.values():
+        layer.gradient_sum = GradientSum(layer.shape_of_gradient)
+    for one in (plain, model):
+        _backward(one, 0)
+    found = []
+    for name, layer in layers.items():
+        gradient, whole = layer.gradient_sum.values, plain.get_parameter(layer.plain_name(name)).grad
+        whole = torch.zeros(layer.weight_shape) if whole is None else whole
+        whole = whole.mT if layer.transposed else whole
+        if not (gradient - whole).norm() <= _SAME_GRADIENT * whole.norm():
+            found.append(name)
+    return found
+
+
+def _backward(model: Any, number: int) -> None:
+    """Run a batch through a model as it trains, with the same random numbers for the same `number`."""
+    torch.default_generator.manual_seed(number)
+    ids = tokens(model, number)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.eval()
 
 
 def _without_experts(name: str) -> str:

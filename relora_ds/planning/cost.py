@@ -1,6 +1,6 @@
 """What a method costs one rank, at one ZeRO stage and world size: memory and bytes on the wire."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -102,6 +102,8 @@ def cost(
         size = _copies_of_largest(shapes, owner_steps.COPIES)
         items.append(device_memory.Item("an owner's update", size, when=device_memory.UPDATE))
         step = step and (step[0] + update[0], step[1] + update[1])
+        # They are stored as frozen ones are, and train.
+        items = [replace(item, what=item.what.replace("frozen weights", "owners' weights")) for item in items]
     exchange = None
     if recipe.islands.count is not None:
         exchange = exchange_bytes(shapes, method.relora, recipe.islands.compress)

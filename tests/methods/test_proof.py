@@ -58,6 +58,7 @@ def test_what_trains_is_not_refused(config, attention):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+OWNED = ReLoRAConfig(trains="none")
 EXPERTS = dataclasses.replace(CONFIG, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
 
 
@@ -176,6 +177,36 @@ def test_linears_that_wrapping_would_break_are_named(how, reason, monkeypatch):
     assert problem.startswith("relora.target_modules: model.layers.0.mlp.up_proj.inner (and 6 like it) ")
     assert reason in problem and problem.endswith("leave it out with relora.exclude_modules=[inner]")
     assert prove(config, dataclasses.replace(CONFIG, exclude_modules=["inner"])).problems == []
+
+
+@pytest.mark.parametrize(
+    "how, reason", [("read", "no gradient reaches"), ("read and called", "a part of its gradient")]
+)
+def test_weights_whose_owners_would_get_no_gradient_or_a_part_are_named(how, reason, monkeypatch):
+    init = LlamaForCausalLM.__init__
+
+    def patched(self, config):
+        init(self, config)
+        self.model.layers[0].mlp.up_proj = Gate(self.model.layers[0].mlp.up_proj, how)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", patched)
+    (problem,) = prove(LlamaConfig(num_hidden_layers=1), OWNED).problems
+    assert problem.startswith("relora.target_modules: model.layers.0.mlp.up_proj.inner would ") and reason in problem
+
+
+@pytest.mark.parametrize(
+    "config, relora",
+    [
+        (LlamaConfig(), OWNED),
+        (LlamaConfig(), dataclasses.replace(OWNED, target_modules="all-matrices")),
+        (Qwen2Config(tie_word_embeddings=True), OWNED),
+        (GPT2Config(), OWNED),
+        (MixtralConfig(), OWNED),
+    ],
+    ids=["linears", "all matrices", "tied", "Conv1D", "mixture"],
+)
+def test_owners_get_the_gradient_that_autograd_has(config, relora):
+    assert prove(config, relora, attention="eager") == proof.Proof()
 
 
 def test_a_fault_is_named_though_not_every_target_could_be_tried(monkeypatch):
