@@ -120,11 +120,6 @@ def _parameter_problems(model: nn.Module, config: ReLoRAConfig, targets: Targets
             f"relora.frozen_dtype: {config.frozen_dtype} is for linears, and {summary(embeddings)} is an embedding; "
             f"use frozen_dtype=auto, or {_leave_out(embeddings, targets)}"
         )
-    if targets.parameters and config.trains == "none":
-        found.append(
-            "relora.target_parameters: owners update linears only; leave it out, so that these parameters train with "
-            "the optimizer of relora.trainable_modules"
-        )
     if targets.parameters and config.lora_dropout:
         found.append(
             f"relora.lora_dropout: {config.lora_dropout:g} is not supported with relora.target_parameters, whose "

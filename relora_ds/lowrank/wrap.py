@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.attribute import install, uninstall
 from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.inventory import (
     count_parameters,
@@ -28,10 +29,11 @@ from relora_ds.lowrank.linear import ReLoRALinear
 from relora_ds.lowrank.owned_embedding import OwnedEmbedding
 from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.owned_linear import OwnedLinear
-from relora_ds.lowrank.parameter import ReLoRAParameter, install, uninstall
+from relora_ds.lowrank.owned_parameter import OwnedParameter
+from relora_ds.lowrank.parameter import ReLoRAParameter
 from relora_ds.lowrank.peculiarities import is_conv1d
 from relora_ds.lowrank.problems import problems, warnings
-from relora_ds.lowrank.targets import find_targets, replace_modules, target_linears, trained_whole
+from relora_ds.lowrank.targets import ParameterPlace, find_targets, replace_modules, target_linears, trained_whole
 from relora_ds.lowrank.ties import align_tie_flag
 from relora_ds.lowrank.words import in_python
 
@@ -99,14 +101,8 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
         )
     replace_modules(model, linears)
     for name, place in targets.parameters.items():
-        parameter = place.parameter
-        layers[name] = summed = ReLoRAParameter(
-            full_shape(parameter),
-            parameter if base else None,
-            transposed=place.transposed,
-            **_options(config, parameter),
-        )
-        install(place.module, place.leaf, summed)
+        layers[name] = layer = _wrapped_parameter(place, config, base)
+        install(place.module, place.leaf, layer)
     for name, layer in layers.items():
         if isinstance(layer, LowRankLayer):
             layer.initial_seed = None if name in filled else seed
@@ -160,6 +156,14 @@ def _wrapped_linear(linear: nn.Module, config: ReLoRAConfig, base: bool) -> ReLo
         transposed=transposed,
         **_options(config, weight),
     )
+
+
+def _wrapped_parameter(place: ParameterPlace, config: ReLoRAConfig, base: bool) -> ReLoRAParameter | OwnedParameter:
+    weight, shape = place.parameter, full_shape(place.parameter)
+    if config.trains == "none":
+        return OwnedParameter(shape, weight, transposed=place.transposed)
+    options = _options(config, weight)
+    return ReLoRAParameter(shape, weight if base else None, transposed=place.transposed, **options)
 
 
 def _plain_linear(layer: ReLoRALinear | OwnedLinear) -> nn.Module:

@@ -80,11 +80,18 @@ class Owner(Wrapped):
 
         found = super().problems(model)
         if not found and (names := left_frozen(model, self.relora)):
-            whole = as_list(self.relora.trainable_modules) or [*DEFAULT_TRAINABLE_MODULES]
-            modules = dict.fromkeys(name.split(".")[-2] for name in names)
+            stacked = [name for name in names if model.get_parameter(name).ndim > 2]  # the experts of a mixture
+            remedies = []
+            if modules := dict.fromkeys(name.split(".")[-2] for name in names if name not in stacked):
+                whole = as_list(self.relora.trainable_modules) or [*DEFAULT_TRAINABLE_MODULES]
+                remedies.append(f"relora.trainable_modules=[{', '.join([*whole, *modules])}]")
+            if leaves := dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacked):
+                remedies.append(
+                    f"relora.target_parameters=[{', '.join([*as_list(self.relora.target_parameters), *leaves])}]"
+                )
             found.append(
                 f"relora.trainable_modules: {summary(names)} would be frozen for good, and method {self.name} trains "
-                f"every weight; use relora.trainable_modules=[{', '.join([*whole, *modules])}]"
+                f"every weight; use {' '.join(remedies)}"
             )
         return found
 

@@ -1,6 +1,9 @@
 """Methods whose owners update whole weights: what a recipe makes of them, and what does not go with them."""
 
+import re
+
 import pytest
+from transformers import MixtralConfig
 
 from relora_ds.config import RecipeError, load_recipe, method_of, no_effect
 from relora_ds.config.methods import warm_start_of
@@ -167,6 +170,18 @@ def test_what_would_stay_frozen_is_refused_by_name():
         resolve("tiny", changes, 1, to_run=False)
     assert remedy in str(found.value)
     resolve("tiny", [*changes, remedy], 1, to_run=False)
+
+
+def test_experts_that_would_stay_frozen_are_refused_with_what_trains_them(tmp_path):
+    MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=2).save_pretrained(
+        tmp_path
+    )
+    changes = ["method=muon", "model.preset=null", f"model.name_or_path={tmp_path}"]
+    with pytest.raises(RecipeError, match="experts.gate_up_proj, .* would be frozen for good") as found:
+        resolve("tiny", changes, 1, to_run=False)
+    remedies = re.findall(r"relora\.\w+=\[[^]]*\]", str(found.value))
+    assert [one.partition("=")[0] for one in remedies] == ["relora.trainable_modules", "relora.target_parameters"]
+    resolve("tiny", [*changes, *remedies], 1, to_run=False)
 
 
 def test_tied_embeddings_are_refused_by_name(tmp_path):

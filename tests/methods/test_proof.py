@@ -201,9 +201,10 @@ def test_weights_whose_owners_would_get_no_gradient_or_a_part_are_named(how, rea
         (LlamaConfig(), dataclasses.replace(OWNED, target_modules="all-matrices")),
         (Qwen2Config(tie_word_embeddings=True), OWNED),
         (GPT2Config(), OWNED),
-        (MixtralConfig(), OWNED),
+        (MixtralConfig(), dataclasses.replace(OWNED, target_parameters=EXPERTS.target_parameters)),
+        (GptOssConfig(), dataclasses.replace(OWNED, target_parameters=EXPERTS.target_parameters, target_modules=[])),
     ],
-    ids=["linears", "all matrices", "tied", "Conv1D", "mixture"],
+    ids=["linears", "all matrices", "tied", "Conv1D", "experts", "transposed experts"],
 )
 def test_owners_get_the_gradient_that_autograd_has(config, relora):
     assert prove(config, relora, attention="eager") == proof.Proof()

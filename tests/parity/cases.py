@@ -33,12 +33,16 @@ def relora_config(**changes) -> ReLoRAConfig:
     )
 
 
+EXPERTS = {
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    "trainable_modules": ["embeddings", "head", "norms", "gate"],
+}
+
+
 def family_config(family: str, **changes) -> ReLoRAConfig:
     """`relora_config` with what a family needs: experts are named, and a router trains as a whole."""
     if family == "mixtral":
-        experts = ["experts.gate_up_proj", "experts.down_proj"]
-        trainable = ["embeddings", "head", "norms", "gate"]
-        changes = {"target_parameters": experts, "trainable_modules": trainable, **changes}
+        changes = {**EXPERTS, **changes}
     return relora_config(**changes)
 
 

@@ -36,16 +36,17 @@ def by_layer(name: str, model: torch.nn.Module) -> dict:
     linears = [layer for layer, module in model.named_modules() if type(module).__name__ in kinds]
     if isinstance(optimizer, dict):
         return {**dict.fromkeys(linears, Scale()), **optimizer}
-    return {layer: optimizer for layer in linears if model.get_submodule(layer) is not head}
+    experts = [layer for layer, parameter in model.named_parameters() if parameter.ndim == 3]
+    return dict.fromkeys([*(one for one in linears if model.get_submodule(one) is not head), *experts], optimizer)
 
 
 def reference(name: str, family: str = "llama", weight_decay: float = cases.DECAY, **changes) -> dict:
     """One process: all gradients clipped together, AdamW for the rest, the optimizer for what it is for."""
     model = FAMILIES[family](0, **changes)
     optimizers = by_layer(name, model)
-    linears = {layer: model.get_submodule(layer) for layer in optimizers}
-    states = {layer: optimizers[layer].begin(_as_linear(module).shape) for layer, module in linears.items()}
-    owned = {id(module.weight) for module in linears.values()}
+    weights = {layer: _weight(model, layer) for layer in optimizers}
+    states = {layer: optimizers[layer].begin(_as_linear(*weight).shape) for layer, weight in weights.items()}
+    owned = {id(weight) for weight, _ in weights.values()}
     rest = [p for p in model.parameters() if id(p) not in owned]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
@@ -65,9 +66,10 @@ def reference(name: str, family: str = "llama", weight_decay: float = cases.DECA
             group["lr"] = lr
         adamw.step()
         with torch.no_grad():
-            for layer, module in linears.items():
-                weight, optimizer = _as_linear(module), optimizers[layer]
-                change = optimizer.update(_as_linear(module, "grad"), states[layer], own_lr, f"0/{layer}")
+            for layer, (parameter, transposed) in weights.items():
+                weight, optimizer = _as_linear(parameter.data, transposed), optimizers[layer]
+                gradient = _as_linear(parameter.grad, transposed)
+                change = optimizer.update(gradient, states[layer], own_lr, f"0/{layer}")
                 if optimizer.decays_first:
                     weight.mul_(1 - own_lr * weight_decay).add_(change)
                 else:
@@ -76,15 +78,23 @@ def reference(name: str, family: str = "llama", weight_decay: float = cases.DECA
     return {"losses": losses, "weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
 
 
-def _as_linear(module: torch.nn.Module, what: str = "data") -> torch.Tensor:
-    """Its weight, or the gradient of it, as `[out, in]`; a Conv1D has `[in, out]`. An embedding's, as it is."""
-    value = getattr(module.weight, what)
-    return value.t() if type(module).__name__ == "Conv1D" else value
+def _weight(model: torch.nn.Module, layer: str) -> tuple[torch.nn.Parameter, bool]:
+    """The weight of a layer, which may be a parameter itself, and whether it is `[in, out]`."""
+    if layer in dict(model.named_parameters()):
+        return model.get_parameter(layer), False
+    module = model.get_submodule(layer)
+    return module.weight, type(module).__name__ == "Conv1D"
+
+
+def _as_linear(value: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return value.mT if transposed else value
 
 
 def build(stage: int, name: str, family: str = "llama", **how):
     optimizer = OPTIMIZERS[name]
     relora = config(target_modules="all-matrices") if isinstance(optimizer, dict) else config()
+    if family == "mixtral":
+        relora = config(**cases.EXPERTS)
     if isinstance(optimizer, dict):
         optimizer = by_layer(name, FAMILIES[family](0))
     how = {"clip": CLIP, "relora": relora, "matrix_lr": OWN_LR.get(name), **how}

@@ -46,3 +46,14 @@ def test_one_rank_alone():
 @pytest.mark.parametrize(("stage", "family"), [(2, "gpt2"), pytest.param(3, "gpt2", marks=pytest.mark.slow)])
 def test_weights_that_are_stored_transposed(stage, family):
     check(ranks(2).run(owner.train_case, stage, "apollo", family=family), expected("apollo", family))
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "name"), [(1, "muon"), (3, "fira"), pytest.param(0, "apollo", marks=pytest.mark.slow)]
+)
+def test_experts_of_which_not_every_rank_uses_each(stage, name, accumulation):
+    zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}  # else weights this small stay gathered
+    how = {"family": "mixtral", "accumulation": accumulation, "zero": zero}
+    results = ranks(2).run(owner.train_case, stage, name, **how)
+    check(results, expected(name, "mixtral"), of_weights=1e-3)

@@ -7,7 +7,7 @@ from transformers import GPT2Config, MixtralConfig
 
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.zero.teardown import release
-from tests.planning.engines import build, overrides, planned
+from tests.planning.engines import build, overrides, planned, sent_in_a_step
 from tests.planning.test_device_memory import compare
 from tests.planning.test_planned_traffic import sent
 from tests.ranks import ranks
@@ -27,11 +27,11 @@ CONFIGS = {
 }
 
 
-def changes(directory: Path, kind: str, stage: int, precision: str) -> list[str]:
+def changes(directory: Path, kind: str, stage: int, precision: str, method: str = "relora") -> list[str]:
     CONFIGS[kind].save_pretrained(directory)
     experts = ["relora.target_parameters=[experts.gate_up_proj,experts.down_proj]"] if kind == "experts" else []
     more = ["model.preset=null", f"model.name_or_path={directory}", "relora.frozen_dtype=int8", *experts]
-    return overrides(stage, precision, "relora", 1, *more)
+    return overrides(stage, precision, method, 1, *more)
 
 
 def counted(changes: list[str]) -> tuple[int, int]:
@@ -66,4 +66,14 @@ def test_bytes_are_those_of_the_engine(tmp_path, kind, stage, precision):
     for result in ranks(2).run(sent, recipe):
         assert result["step"] == pytest.approx(expected.step, rel=0.01)
         assert result["restart"] == pytest.approx(expected.restart, rel=0.01)
+    compare(recipe)
+
+
+@pytest.mark.parametrize(("stage", "method"), [(3, "muon"), pytest.param(1, "fira", marks=pytest.mark.slow)])
+def test_experts_that_owners_update(tmp_path, stage, method):
+    gate = "relora.trainable_modules=[embeddings,head,norms,gate]"
+    recipe = [*changes(tmp_path, "experts", stage, "bf16", method), gate]
+    expected = planned(recipe)
+    for step in ranks(2).run(sent_in_a_step, recipe):
+        assert step == pytest.approx(expected.step, rel=0.01)
     compare(recipe)
