@@ -44,7 +44,7 @@ class ReLoRACRNetConfig(LlamaConfig):
     _auto_class = "AutoConfig"
 
     crnet_r: int = 96
-    crnet_beta: float = 0.5
+    crnet_beta: float = 1.0
 
 
 def scale(beta: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from relora_ds.config.runtime import accumulation_steps, resolve_precision
 from relora_ds.config.schema import (
     CheckpointConfig,
     CoLAConfig,
+    CRNetConfig,
     DataConfig,
     EvalConfig,
     GuardConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "DS_CONFIG_DIR",
     "METHODS",
     "PACKAGE_DIR",
+    "CRNetConfig",
     "CheckpointConfig",
     "CoLAConfig",
     "DataConfig",

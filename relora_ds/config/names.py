@@ -17,6 +17,7 @@ METHODS = {
     "galore": "relora_ds.methods.galore:GaLore",
     "cola": "relora_ds.methods.cola:CoLA",
     "cola_m": "relora_ds.methods.cola_m:CoLAM",
+    "crnet": "relora_ds.methods.crnet:CRNet",
     "fira": "relora_ds.methods.fira:Fira",
     "apollo": "relora_ds.methods.apollo:Apollo",
     "apollo_mini": "relora_ds.methods.apollo_mini:ApolloMini",

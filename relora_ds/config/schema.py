@@ -78,6 +78,16 @@ class CoLAConfig:
 
 
 @dataclass(kw_only=True)
+class CRNetConfig:
+    """Method `crnet` only: the network of `model`, each of whose layers adds to what the one before has computed."""
+
+    r: Annotated[int, Integer(1)] = 96
+    """Rank of the factors, the same for every attention and feed-forward linear after the first layer."""
+    beta: Annotated[float, Number("above 0")] = 1.0
+    """The factor of the layer before, as every linear begins with it."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """Length and batch. Exactly one of `steps` and `tokens`, and one of `batch_sequences` and `batch_tokens`."""
 
@@ -268,8 +278,9 @@ class Recipe:
     method: Annotated[str, OneOf(lambda: METHODS)] = "relora"
     """How the network is trained: at full rank by AdamW (`full`), or by what owners of the weights do with whole
     gradients (`fira`, `apollo`, `apollo_mini`, `scale`, `muon`); by a smaller network of as many parameters as `relora`
-    would train (`control`); by low-rank updates (`lora`, `relora`, `galore`); or with two factors and an activation in
-    place of every weight (`cola`, and `cola_m`, which recomputes more)."""
+    would train (`control`); by low-rank updates (`lora`, `relora`, `galore`); with two factors and an activation in
+    place of every weight (`cola`, and `cola_m`, which recomputes more); or with two factors beside what the layer
+    before has computed (`crnet`)."""
     seed: Annotated[int, Integer(0, most=2**64 - 1)] = 0
     """Decides the initial weights, the order of the data and what A becomes at restarts."""
     run_dir: Annotated[str | None, FilePath()] = None
@@ -305,6 +316,7 @@ class Recipe:
     relora: ReLoRAConfig = field(default_factory=ReLoRAConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     cola: CoLAConfig = field(default_factory=CoLAConfig)
+    crnet: CRNetConfig = field(default_factory=CRNetConfig)
     fira: FiraConfig = field(default_factory=FiraConfig)
     apollo: ApolloConfig = field(default_factory=ApolloConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)

@@ -16,6 +16,7 @@ EXPLAINED = {
     "relora": "[ReLoRA](../concepts/relora.md), [Restart](../concepts/restart.md), [Memory](../guides/memory.md)",
     "lora": "[Methods](../guides/train.md#methods)",
     "cola": "[CoLA](../guides/models.md#cola)",
+    "crnet": "[CR-Net](../guides/models.md#cr-net)",
     "fira": "[Methods](../guides/train.md#methods)",
     "apollo": "[Methods](../guides/train.md#methods)",
     "scale": "[Methods](../guides/train.md#methods)",

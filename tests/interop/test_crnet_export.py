@@ -44,7 +44,7 @@ def test_the_export_is_the_trained_network_with_and_without_relora_ds(tmp_path, 
     }
     here = AutoModelForCausalLM.from_pretrained(directory).eval()
     assert type(here) is ReLoRACRNetForCausalLM and type(AutoConfig.from_pretrained(directory)) is type(here.config)
-    assert not any((module.beta == 0.5).all() for module in here.modules() if hasattr(module, "beta"))
+    assert not any((module.beta == 1).all() for module in here.modules() if hasattr(module, "beta"))
     with torch.no_grad():
         torch.testing.assert_close(here(input_ids=ids).logits, trained, rtol=1e-5, atol=1e-6)
     there = elsewhere(directory, ids, tmp_path)
