@@ -4,6 +4,7 @@ import importlib
 
 _HOMES = {
     "ReLoRAConfig": "relora_ds.config",
+    "SwitchLoRAConfig": "relora_ds.config",
     "wrap": "relora_ds.methods.wrapping",
     "merge_and_unwrap": "relora_ds.lowrank.wrap",
     "lr_multiplier": "relora_ds.lowrank.schedule",

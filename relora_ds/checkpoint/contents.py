@@ -4,7 +4,8 @@ In `trained_RANK.safetensors`, whose metadata have the ranges of the flattened p
 
     master/NAME, exp_avg/NAME, exp_avg_sq/NAME      1-D, fp32
     buffer/NAME                                     persistent buffers, of rank 0
-    owner/NAME/WHAT                                 state of the optimizer of an owned weight, whole, of its owner
+    owner/NAME/WHAT                                 state of the optimizer of an owned weight, or candidates for A and B
+                                                    of a layer and whose turn it is, whole, of its owner
     islands/KIND/NAME                               anchors, outer momenta and errors of compression, in fp32, of owners
     residual/NAME                                   gradients of a frozen weight, summed up within a period, `[out, in]`
                                                     in fp32, of its owner
@@ -35,7 +36,7 @@ DECAY = "decay"  # key of the engine's state: ρ, what weight decay has left of 
 RESIDUAL = "residual"  # key of the engine's state: {"steps": of the period so far, "count": of the updates so far}
 RESIDUAL_SUM = "residual/"
 
-OWNERS = "owners"  # key of the engine's state: the optimizers of owned weights, as a text
+OWNERS = "owners"  # key of the engine's state: the optimizers of owned weights, or what is switched, as a text
 OWNER_STATE = "owner/"
 
 ISLANDS = "islands"  # key of the engine's state: {"round": exchanges so far, "t": the step of the newest}

@@ -33,6 +33,7 @@ from relora_ds.config.schema import (
     Recipe,
     TrainConfig,
 )
+from relora_ds.config.switch_config import SwitchLoRAConfig
 
 __all__ = [
     "DS_CONFIG_DIR",
@@ -53,6 +54,7 @@ __all__ = [
     "ReLoRAConfig",
     "Recipe",
     "RecipeError",
+    "SwitchLoRAConfig",
     "TrainConfig",
     "accumulation_steps",
     "ds_config_names",

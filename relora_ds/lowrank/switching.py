@@ -13,6 +13,7 @@ layer, so that all ranks know it without being told.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,6 +52,39 @@ def num_switched(expected: float, key: str) -> int:
     """Return `expected` rounded at random, without bias. key: decides."""
     whole = math.floor(expected)
     return whole + (keyed_seed(key) / 2**63 < expected - whole)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is switched of a layer at a step: indices in A and B, and of the candidates that take their places."""
+
+    rows: list[int]
+    columns: list[int]
+    new_rows: list[int]
+    new_columns: list[int]
+
+    @property
+    def pairs(self) -> list[int]:
+        """The indices of which a row of A and a column of B are needed."""
+        return sorted({*self.rows, *self.columns})
+
+
+def turn_of(r: int, candidates: int, counts: tuple[int, int], expected: float, key: str) -> Turn:
+    """Return what is switched of a layer of rank `r`: windows that follow those before them, B's half a circle ahead.
+
+    Args:
+        candidates: for A, and for B; at least `r`.
+        counts: rows of A and columns of B that were switched so far.
+        expected: how many to switch of each on average; below `r`.
+        key: decides what they are rounded to.
+    """
+    (from_A, from_B), (of_A, of_B) = counts, (num_switched(expected, f"{key}/{factor}") for factor in "AB")
+    return Turn(
+        window(from_A, of_A, r),
+        window(r // 2 + from_B, of_B, r),
+        window(from_A, of_A, candidates),
+        window(from_B, of_B, candidates),
+    )
 
 
 def window(start: int, count: int, size: int) -> list[int]:

@@ -5,15 +5,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
-from relora_ds.config import ReLoRAConfig
+from relora_ds.config import ReLoRAConfig, fields
 from relora_ds.config.curve import ScheduleConfig
+from relora_ds.config.switch_config import SwitchLoRAConfig
+from relora_ds.lowrank.base_format import Packed
 from relora_ds.lowrank.base_layer import LowRankLayer
-from relora_ds.lowrank.inventory import owned_layers
+from relora_ds.lowrank.formats import format_of
+from relora_ds.lowrank.inventory import lowrank_layers, owned_layers
+from relora_ds.lowrank.storage import is_sharded
 from relora_ds.lowrank.targets import summary
 from relora_ds.matrix.optimizer import MatrixOptimizer
 from relora_ds.zero import ds_adamw, optimizers
+from relora_ds.zero.ds_config import ARGUMENT_NAMES
 
 
 def carried_config(model: nn.Module, relora: ReLoRAConfig | None) -> ReLoRAConfig | None:
@@ -72,6 +79,63 @@ def matrix_problems(
             "islands: owners' updates of whole weights are not exchanged; leave out islands or matrix_optimizer"
         )
     return found
+
+
+def switching_problems(
+    switching: SwitchLoRAConfig | None,
+    model: nn.Module,
+    optimizer: str,
+    weight_decay: float,
+    settings: dict,
+    is_island: bool,
+) -> list[str]:
+    """Return why vectors of A and B cannot be switched, one message each."""
+    if switching is None:
+        return []
+    layers = lowrank_layers(model)
+    relora: ReLoRAConfig | None = getattr(model, "relora_config", None)
+    if not layers or relora is None:
+        return ["switching: given, but the model has no low-rank layers; call relora_ds.wrap(model, config)"]
+    found = [*fields.problems(switching, "switching.")]
+    if relora.trains != "both":
+        found.append(f"relora.trains: {relora.trains} has no rows of A to switch; use both, or leave out switching")
+    if relora.frozen_dtype != "fp32":
+        found.append(f"relora.frozen_dtype: {relora.frozen_dtype} may round W at every switch; use fp32")
+    for name in ("restart_every", "lora_dropout"):
+        if value := getattr(relora, name):
+            off = "None" if name == "restart_every" else "0"
+            found.append(f"relora.{name}: {value} does not go with switching, which keeps the function; use {off}")
+    if names := [name for name, layer in layers.items() if layer.experts or layer.weight is None]:
+        found.append(
+            f"relora.target_parameters: {summary(names)} has experts in one parameter, or no W, and switching is for "
+            "matrices; leave it out, or leave out switching"
+        )
+    if optimizer != "adamw":
+        found.append(f"optimizer: {optimizer} keeps no step count for each vector; use adamw with switching")
+    if weight_decay:
+        found.append(f"weight_decay: {weight_decay} of B would have to act on W too, which switching does not; use 0")
+    zero = settings.get("zero_optimization") or {}
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device", "none") != "none":
+            found.append(f"{ARGUMENT_NAMES['config']}: {name} does not go with switching; leave it out")
+    if is_island:
+        found.append("islands: switches are not exchanged; leave out islands or switching")
+    return found
+
+
+def switching_partition_problems(model: nn.Module, relora: ReLoRAConfig, precision: str, stage: int) -> list[str]:
+    """Return why ZeRO-3's pieces of W could not be added to: a number of four bytes would lie on two ranks."""
+    format, ranks = format_of(relora.frozen_dtype, precision), dist.get_world_size()
+    if not is_sharded(relora, stage) or not isinstance(format, Packed):
+        return []
+    layers = owned_layers(model).items()
+    cut = [name for name, layer in layers if -(-format.num_bytes(layer.weight_shape) // ranks) % torch.float32.itemsize]
+    if not cut:
+        return []
+    return [
+        f"relora.frozen_placement: {relora.frozen_placement} cuts {summary(cut)} within a number on {ranks} ranks; use "
+        "replicated, or another number of ranks"
+    ]
 
 
 def argument_problems(passed: dict[str, Any], optimizer: str | None, settings: dict) -> list[str]:

@@ -53,7 +53,7 @@ class EngineSource:
 
 def cycle_of(engine) -> int:
     """Return how often the frozen weights of an engine have changed."""
-    others = engine.t if engine.owner_steps is not None else 0 if engine.residual is None else engine.residual.count
+    others = engine.t if engine.owned_state is not None else 0 if engine.residual is None else engine.residual.count
     return len(engine.restarts) + others
 
 
@@ -84,8 +84,8 @@ def capture(engine, peers: list[int], with_frozen: bool, copies: HostCopies | No
         }
     if engine.residual is not None:
         copied |= {RESIDUAL_SUM + name: value for name, value in engine.residual.hold().items()}
-    if engine.owner_steps is not None:
-        copied |= {OWNER_STATE + name: value for name, value in engine.owner_steps.held().items()}
+    if engine.owned_state is not None:
+        copied |= {OWNER_STATE + name: value for name, value in engine.owned_state.held().items()}
     if engine.exchange is not None:
         copied |= {ISLAND_PART + name: value for name, value in engine.exchange.held().items()}
     return Captured(

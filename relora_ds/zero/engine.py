@@ -21,6 +21,7 @@ from relora_ds.zero.randomness import seeded_forward
 from relora_ds.zero.restart import RestartReport, restart
 from relora_ds.zero.step_checks import gradients_are_finite, skip_step, warn_of_untrained
 from relora_ds.zero.subspaces import watch_gradients
+from relora_ds.zero.switches import Switching
 from relora_ds.zero.together import together
 
 
@@ -42,6 +43,7 @@ class ReLoRAEngine(DeepSpeedEngine):
         num_accumulated: backward passes since the last step at an accumulation boundary.
         exchange: with other islands, `exchange.exchange.Exchange`; None: there are none.
         residual: `OwnerUpdates` by what a one-sided chain leaves out, with `residual_every`; else None.
+        switching: `Switching` of rows of A and columns of B; else None.
         owner_steps: `OwnerSteps` of a model without factors, whose weights their owners update; else None.
         exact_gradients: what a step before a scheduled restart takes along, with `gradient_estimate: exact`.
     """
@@ -50,6 +52,7 @@ class ReLoRAEngine(DeepSpeedEngine):
     exchange: Any
     owner_steps: OwnerSteps | None
     residual: OwnerUpdates | None
+    switching: Switching | None
     joint_norm: JointNorm
     decayed_group: int | None
 
@@ -102,6 +105,8 @@ class ReLoRAEngine(DeepSpeedEngine):
                 warn_of_untrained(self)
             if self.residual is not None:
                 self.residual.after_step(self.t, self.lr_scheduler.last_multiplier)
+            if self.switching is not None:
+                self.switching.after_step(self.t)
             if self.exchange is not None:
                 self.exchange.after_step()
             self.after_step(self)
@@ -126,6 +131,11 @@ class ReLoRAEngine(DeepSpeedEngine):
         norm = self.joint_norm.of(self._global_grad_norm)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, clip_coefficient(norm, self.gradient_clipping()))
+
+    @property
+    def owned_state(self) -> OwnerSteps | Switching | None:
+        """What has state by layer, on the owner of each, that checkpoints save."""
+        return self.switching if self.owner_steps is None else self.owner_steps
 
     @property
     def _own_seed(self) -> str | None:
@@ -163,6 +173,8 @@ class ReLoRAEngine(DeepSpeedEngine):
         """
         if not self.frozen.lowrank:
             raise ValueError("restart: the model has no low-rank layer with a base weight to merge into")
+        if self.switching is not None:
+            raise ValueError("restart: vectors of A and B are switched one by one here, and nothing restarts")
         if self.num_accumulated:
             raise ValueError(
                 "restart: gradients of the old A and B are being accumulated; call it after the step() "

@@ -20,7 +20,7 @@ def engine_state(engine) -> dict:
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
         **({} if engine.frozen.decay is None else {DECAY: float(engine.frozen.decay)}),
         **({} if engine.residual is None else {RESIDUAL: {key: getattr(engine.residual, key) for key in _RESIDUAL}}),
-        **({} if engine.owner_steps is None else {OWNERS: engine.owner_steps.about()}),
+        **({} if engine.owned_state is None else {OWNERS: engine.owned_state.about()}),
         **({} if engine.exchange is None else {ISLANDS: engine.exchange.state()}),
     }
 

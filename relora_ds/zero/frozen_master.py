@@ -23,7 +23,7 @@ from relora_ds.lowrank.frozen import MergeLedger, round_unbiased
 from relora_ds.lowrank.owned_layer import OwnedLayer
 from relora_ds.lowrank.seeding import keyed_generator
 from relora_ds.lowrank.storage import Storage, format_at, has_masters, is_sharded, shape_problems
-from relora_ds.zero.partitions import write_partition
+from relora_ds.zero.partitions import partition_range, write_partition
 from relora_ds.zero.pinned import MasterStore
 
 
@@ -197,6 +197,17 @@ class FrozenWeights:
             write_partition(weight, stored)
         else:
             weight.data.copy_(stored)
+
+    def stored_fp32(self, name: str) -> tuple[Tensor, int]:
+        """Return what this rank stores of a weight in fp32: 1-D, writable; and the element of W that it begins at."""
+        weight: Any = self.layers[name].weight
+        start, stored = 0, weight.data
+        if is_partitioned(weight):
+            start, stop = partition_range(weight)
+            stored = weight.ds_tensor.data[: stop - start]
+        if stored.dtype == torch.uint8:  # packed, and padded at its end
+            stored, start = stored.view(torch.float32), start // 4
+        return stored.view(-1)[: max(0, self.layers[name].weight_shape.numel() - start)], start
 
     def read_A(self, name: str) -> Tensor:
         """Return a one-sided layer's A as forward reads it, in fp32: a new tensor on every rank. Collective."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from relora_ds.config import ReLoRAConfig
 from relora_ds.config.curve import ScheduleConfig
+from relora_ds.config.switch_config import SwitchLoRAConfig
 from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.orthogonal import orthogonal_update
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
@@ -32,6 +33,8 @@ from relora_ds.zero.arguments import (
     given,
     matrix_problems,
     schedule_problems,
+    switching_partition_problems,
+    switching_problems,
 )
 from relora_ds.zero.checkpoints import EngineCheckpoints
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
@@ -48,6 +51,8 @@ from relora_ds.zero.scheduler import ReLoRAScheduler
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.start import init_distributed
 from relora_ds.zero.streams import order_gathers
+from relora_ds.zero.switches import Switching
+from relora_ds.zero.vectors import VectorAdamW
 from relora_ds.zero.weights import Nothing, WeightSource, sources_of
 
 logger = logging.getLogger(__name__)
@@ -94,6 +99,7 @@ def initialize(
     islands: Islands | None = None,
     matrix_optimizer: MatrixOptimizer | Mapping[str, MatrixOptimizer] | None = None,
     matrix_lr: float | None = None,
+    switching: SwitchLoRAConfig | None = None,
 ):
     """Make DeepSpeed's 4-tuple, as `deepspeed.initialize` does, for a model that `relora_ds.wrap` has wrapped.
 
@@ -126,6 +132,8 @@ def initialize(
         matrix_optimizer: of the weights of a model that is wrapped with `trains="none"`, which their owners update
             from whole gradients (`relora_ds.matrix`); one for all, or one for each layer by its name.
         matrix_lr: its peak learning rate; None = `lr`.
+        switching: switch rows of A and columns of B against candidates at every step (`relora_ds.SwitchLoRAConfig`),
+            for which W is stored in fp32. A and B then begin with values of this method, and W with what is left.
         islands: train as one of several islands, which exchange their updates at restarts (`relora_ds.Islands`).
 
     Returns:
@@ -155,6 +163,14 @@ def initialize(
     _refuse(
         matrix_problems(matrix_optimizer, matrix_optimizers, matrix_lr, model, islands is not None)
         + argument_problems(passed, optimizer, settings)
+        + switching_problems(
+            switching,
+            model,
+            optimizer or ds_adamw.name_in(settings) or "adamw",
+            {**ds_adamw.values_in(settings), **given(passed)}.get("weight_decay", 0.0),
+            settings,
+            islands is not None,
+        )
         + schedule_problems(curve)
         + (islands.problems(relora) if islands is not None else [])
         + (
@@ -189,6 +205,9 @@ def initialize(
     )
     stage = settings["zero_optimization"]["stage"]
 
+    if switching is not None and relora is not None:
+        _refuse(switching_partition_problems(model, relora, precision, stage))
+
     sources = sources_of(model, weights)
     device = accelerator.device_of_rank()
     frozen = FrozenWeights(owned_layers(model), relora, precision=precision, stage=stage, device=device)
@@ -200,8 +219,15 @@ def initialize(
     groups = param_groups or parameter_groups(model, weight_decay=adamw["weight_decay"])
     reason = optimizers.partition_problem(optimizer, groups, settings["zero_optimization"], dist.get_world_size())
     _refuse([f"optimizer: {reason}"] if reason else [])
-    inner = make_optimizer(optimizer, groups, model, **{**adamw, "betas": tuple(adamw["betas"])})
+    inner = make_optimizer(
+        optimizer, groups, model, by_vector=switching is not None, **{**adamw, "betas": tuple(adamw["betas"])}
+    )
     decayed_group = optimizers.decayed_group(inner.param_groups, frozen.lowrank)
+    _refuse(
+        [f"param_groups: group {decayed_group} has lora_B and weight_decay, which does not go with switching; use 0"]
+        if switching is not None and decayed_group is not None
+        else []
+    )
     indices = {id(p): i for i, group in enumerate(inner.param_groups) for p in group["params"]}
     group_of = {name: indices[id(p)] for name, p in model.named_parameters() if id(p) in indices}
     with nothing_broadcast():
@@ -229,7 +255,7 @@ def initialize(
     engine.decayed_group = decayed_group
     if decayed_group is not None:
         frozen.set_decay(1.0)
-    engine.exact_gradients = engine.residual = engine.exchange = engine.owner_steps = None
+    engine.exact_gradients = engine.residual = engine.exchange = engine.owner_steps = engine.switching = None
     engine.joint_norm = JointNorm()
     if matrix_optimizers:
         engine.joint_norm.install(engine.optimizer)
@@ -245,6 +271,10 @@ def initialize(
     if relora is not None and relora.residual_every is not None and frozen.layers:
         update = functools.partial(orthogonal_update, lr=relora.residual_lr)
         engine.residual = OwnerUpdates(frozen, shards, relora.residual_every, update, seed)
+    if switching is not None:
+        assert isinstance(inner, VectorAdamW)
+        engine.switching = Switching(frozen, shards, inner, switching, seed=seed, total_steps=total_steps)
+        engine.switching.begin()
     if islands is not None:
         engine.exchange = islands.join(engine)
     engine._checkpoints = EngineCheckpoints(engine)

@@ -17,6 +17,7 @@ from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.inventory import full_shape
 from relora_ds.utils.versions import version_of
 from relora_ds.zero.moment_codes import BLOCK
+from relora_ds.zero.vectors import VectorAdamW
 
 NAMES = ("adamw", "adamw_8bit")
 OLDEST = "0.50"  # bitsandbytes' first version that steps 8-bit moments on CPUs: those of an offloaded optimizer
@@ -123,9 +124,16 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    by_vector: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer `name`, one of `NAMES`, of the model's parameter groups."""
+    """Return the optimizer `name`, one of `NAMES`, of the model's parameter groups.
+
+    by_vector: an AdamW that can count steps by vector.
+    """
     values: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if by_vector:
+        assert name == "adamw"
+        return VectorAdamW(groups, fused=True, **values)
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **values)
     return _adamw_8bit()(groups_for(name, groups, model), **values)

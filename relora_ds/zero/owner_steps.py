@@ -37,6 +37,8 @@ class OwnerSteps:
         seed: with the layer's name decides what is random.
     """
 
+    argument = "matrix_optimizer"  # of `initialize`
+
     def __init__(
         self,
         frozen: FrozenWeights,

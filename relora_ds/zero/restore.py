@@ -61,8 +61,9 @@ def problems(manifest: Manifest, engine, *, optimizer: bool = True) -> list[str]
         for name in sorted({*old, *new} - {"auto_map"})  # saving writes it: where the code is that comes along
         if old.get(name) != new.get(name)
     ]
-    if engine.owner_steps is not None and (was := manifest.engine.get(OWNERS)) != (asked := engine.owner_steps.about()):
-        found.append(f"matrix_optimizer was {was}, is {asked}; resume with the settings of the checkpoint")
+    owned = engine.owned_state
+    if owned is not None and (was := manifest.engine.get(OWNERS)) != (asked := owned.about()):
+        found.append(f"{owned.argument} was {was}, is {asked}; resume with the settings of the checkpoint")
     storage, current = Storage(**saved["frozen"]), engine.frozen.storage
     if engine.frozen.layers and not (storage.with_masters or storage.exact or storage.same_bytes(current)):
         found.append(
@@ -168,8 +169,8 @@ def restore(engine, directory: Path, manifest: Manifest, *, optimizer: bool = Tr
         if engine.residual is not None:
             steps = _residual_steps(manifest) if optimizer else 0
             engine.residual.restore(steps, lambda name: saved.read(RESIDUAL_SUM + name))
-        if engine.owner_steps is not None:
-            engine.owner_steps.restore((lambda name: saved.read(OWNER_STATE + name)) if optimizer else None)
+        if engine.owned_state is not None:
+            engine.owned_state.restore((lambda name: saved.read(OWNER_STATE + name)) if optimizer else None)
         if engine.exchange is not None:
             engine.exchange.restore(
                 manifest.engine.get(ISLANDS) if schedule else None,
@@ -204,7 +205,7 @@ def _lack(saved: SavedTensors, engine, begins_chain: bool, optimizer: bool, with
             return saved.reason(f"{name}.lora_A", FROZEN)
         if with_residual and engine.residual is not None and not saved.has(RESIDUAL_SUM + name):
             return saved.reason(RESIDUAL_SUM + name, TRAINED)
-    for name in engine.owner_steps.names() if optimizer and engine.owner_steps is not None else ():
+    for name in engine.owned_state.names() if optimizer and engine.owned_state is not None else ():
         if not saved.has(OWNER_STATE + name):
             return saved.reason(OWNER_STATE + name, TRAINED)
     if dist.get_rank() == 0:

@@ -16,7 +16,7 @@ There is one small adapter per DeepSpeed wrapper; a wrapper that none of them kn
 is cached: DeepSpeed replaces its tensors when it loads a checkpoint.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -291,6 +291,26 @@ class ShardView:
     def forward_copy(self, name: str) -> tuple[Tensor, int]:
         """Return this rank's piece of what forward reads, 1-D, and its start in the flattened parameter."""
         return self._adapter.forward_copy(self._parameters[name])
+
+    def numbered(
+        self, number: Callable[[str, Tensor], Tensor], names: Iterable[str]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each tensor that the optimizer steps on this rank and that has elements of some parameters.
+
+        Beside it comes an int32 tensor of its length: `number(name, indices)` at the places of these elements, of which
+        `indices` are those in the flattened parameter; 0 elsewhere.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for name in names:
+            at = self._adapter.locate(self._parameters[name])
+            if at.flat is None or at.start == at.stop:
+                continue
+            flat, numbers = found.setdefault(
+                id(at.flat), (at.flat, torch.zeros(at.flat.numel(), dtype=torch.int32, device=at.flat.device))
+            )
+            indices = torch.arange(at.start, at.stop, device=flat.device)
+            numbers[at.offset : at.offset + at.stop - at.start] = number(name, indices).to(torch.int32)
+        yield from found.values()
 
     def drop_gathered_copies(self) -> None:
         """Call before writing: ZeRO-3 may still hold whole parameters from the last forward."""

@@ -33,7 +33,9 @@ def checksum(piece: Tensor, start: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *, device: torch.device) -> str:
+def verify(
+    shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *, device: torch.device, what: str = "restart"
+) -> str:
     """Compare W, A and B over all ranks, as forward reads them; returns the common checksum. Collective.
 
     Where ranks hold whole tensors, each one's checksum must be the same everywhere. Where ZeRO-3 splits a
@@ -42,6 +44,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
 
     Args:
         sent: the checksums of the weights that this rank owns, taken before they were broadcast.
+        what: an error is about.
 
     Raises:
         RuntimeError: naming the first tensor that differs.
@@ -91,7 +94,7 @@ def verify(shards: ShardView, frozen: FrozenWeights, sent: dict[str, Tensor], *,
     if wrong.any():
         first = names[int(wrong.nonzero()[0])]
         raise RuntimeError(
-            f"restart: the ranks do not agree on {first}, or its master and stored copy differ; "
+            f"{what}: the ranks do not agree on {first}, or its master and stored copy differ; "
             "training cannot continue from here. Resume from the last checkpoint and report this"
         )
     return hashlib.sha256(common.numpy().tobytes()).hexdigest()[:16]

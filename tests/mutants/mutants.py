@@ -11,6 +11,8 @@ ON_GPUS = "tests/emulated_cuda/test_engines.py::test_an_engine_from_its_building
 STEP_ON_GPUS = "tests/emulated_cuda/test_step.py::test_the_host_waits_for_nothing_but_deepspeeds_optimizer"
 OWNERS = "tests/parity/test_owner.py::test_losses_and_weights_equal_plain_pytorch"
 STEPS_OF_OWNERS = "tests/zero/test_owner_steps.py"
+SWITCHES = "tests/zero/test_switching.py"
+SWITCHES_IN_PLAIN = "tests/parity/test_switching.py::test_losses_and_weights_equal_plain_pytorch"
 GUARD = "tests/training/test_guard.py"
 RESUME = "tests/training/test_resume.py::test_resume_is_exact"
 FORMATS = "tests/zero/test_formats.py"
@@ -202,6 +204,23 @@ MUTANTS = [
         "owners_step_of_a_skipped_one",
         (f"{STEPS_OF_OWNERS}::test_a_step_that_is_not_finite_on_one_rank_changes_nothing[1-bf16-inf]",),
         "assert",
+    ),
+    # Switches of vectors.
+    Mutant("switches_keep_moments", ("tests/lowrank/test_switching.py::test_steps_after_a_freeze",), "not close"),
+    Mutant(
+        "switches_column_against_the_old_row",
+        ("tests/lowrank/test_switching.py::test_many_switches_keep_the_function[rows1-columns1-dtype1-1e-06]",),
+        "not close",
+    ),
+    Mutant("switches_reset_what_is_switched", (f"{SWITCHES_IN_PLAIN}[1-1]",), "losses differ by"),
+    Mutant("switches_candidates_of_each_rank", (f"{SWITCHES_IN_PLAIN}[0-1]",), "assert"),
+    Mutant(
+        "switches_of_a_skipped_step",
+        (f"{SWITCHES}::test_a_step_that_is_not_finite_on_one_rank_changes_nothing[1-bf16-inf]",),
+        "assert",
+    ),
+    Mutant(
+        "switches_counts_not_restored", (f"{SWITCHES}::test_a_resume_to_the_bit_within_a_freeze[1-bf16]",), "assert"
     ),
     # The training step.
     Mutant(

@@ -77,6 +77,7 @@ def build(
     matrix_optimizer=None,
     matrix_lr=None,
     clip=CLIP,
+    switching=None,
     **model_changes,
 ):
     """An engine on the shared small problem."""
@@ -98,6 +99,7 @@ def build(
         max_grad_norm=clip,
         matrix_optimizer=matrix_optimizer,
         matrix_lr=matrix_lr,
+        switching=switching,
     )
     return engine
 
