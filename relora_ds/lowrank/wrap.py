@@ -101,8 +101,8 @@ def wrap_quietly(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0, base:
         )
     replace_modules(model, linears)
     for name, place in targets.parameters.items():
-        layers[name] = layer = _wrapped_parameter(place, config, base)
-        install(place.module, place.leaf, layer)
+        layers[name] = wrapped = _wrapped_parameter(place, config, base)
+        install(place.module, place.leaf, wrapped)
     for name, layer in layers.items():
         if isinstance(layer, LowRankLayer):
             layer.initial_seed = None if name in filled else seed

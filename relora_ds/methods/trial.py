@@ -104,17 +104,17 @@ def _has_gradient(layer: Any) -> bool:
 
 def _without_all_of_it(plain: Any, model: Any) -> list[str]:
     """Return the layers whose owners get another gradient than autograd has of the same weight in the plain model."""
-    layers = owned_layers(model)
-    for layer in layers.values():
-        layer.gradient_sum = GradientSum(layer.shape_of_gradient)
+    layers, sums = owned_layers(model), {}
+    for name, layer in layers.items():
+        layer.gradient_sum = sums[name] = GradientSum(layer.shape_of_gradient)
     for one in (plain, model):
         _backward(one, 0)
     found = []
     for name, layer in layers.items():
-        gradient, whole = layer.gradient_sum.values, plain.get_parameter(layer.plain_name(name)).grad
+        whole = plain.get_parameter(layer.plain_name(name)).grad
         whole = torch.zeros(layer.weight_shape) if whole is None else whole
         whole = whole.mT if layer.transposed else whole
-        if not (gradient - whole).norm() <= _SAME_GRADIENT * whole.norm():
+        if not (sums[name].values - whole).norm() <= _SAME_GRADIENT * whole.norm():
             found.append(name)
     return found
 

@@ -14,7 +14,7 @@ def test_defaults_of_the_outer_optimizer():
     def outer(*overrides: str) -> tuple[float, float]:
         return load_recipe("base.yaml", [*ISLAND, *overrides]).islands.outer
 
-    assert outer() == (0.7, 0.9)
+    assert outer() == (0.7, 0.5)
     assert outer("islands.outer_optimizer=average") == (1.0, 0.0)
     assert outer("islands.outer_lr=0.5", "islands.outer_momentum=0") == (0.5, 0.0)
 
