@@ -52,3 +52,14 @@ class MuonConfig:
     adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """How the learning rate depends on the shape. `match_rms_adamw`: times `0.2 · √max(out, in)`, so that entries move
     as far as AdamW moves them (arXiv 2502.16982); `original`: times `√max(1, out/in)`."""
+
+
+@dataclass(kw_only=True)
+class SSTConfig:
+    """Method `sst` only; its rank is `relora.r`: the triplets of singular vectors and value that train at a time."""
+
+    iteration_steps: Annotated[int, Integer(1)] = 200
+    """Steps for which the same singular vectors train. After `p / r` such iterations, p the smaller side of the weight,
+    it is decomposed anew."""
+    iteration_warmup_steps: Annotated[int, Integer(0)] = 20
+    """Steps of the linear warm-up of the weights' learning rate in each iteration."""

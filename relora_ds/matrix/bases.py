@@ -55,9 +55,14 @@ def dominant_basis(gradient: Tensor, r: int) -> Tensor | None:
         left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     except torch.linalg.LinAlgError:
         return None
-    signs = left.gather(-2, left.abs().argmax(-2, keepdim=True)).sign()
+    signs = column_signs(left)
     of_shorter = right * signs.mT if gradient.shape[-2] >= gradient.shape[-1] else (left * signs).mT
     return of_shorter[..., :r, :]
+
+
+def column_signs(columns: Tensor) -> Tensor:
+    """Return the sign of the entry of the largest magnitude in each column, `[..., 1, columns]`."""
+    return columns.gather(-2, columns.abs().argmax(-2, keepdim=True)).sign()
 
 
 def random_projection(shape: Sequence[int], r: int, key: str) -> Tensor:

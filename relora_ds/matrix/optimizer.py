@@ -10,7 +10,7 @@ from torch import Tensor
 from relora_ds.config import fields
 from relora_ds.lowrank.precision import exact_products
 
-State = dict[str, Tensor]  # of one weight: fp32 on its device; counts are 0-dim int64 tensors on the CPU
+State = dict[str, Tensor]  # of one weight: fp32 or indices on its device; counts are 0-dim int64 tensors on the CPU
 
 
 class MatrixOptimizer(ABC):
@@ -25,9 +25,15 @@ class MatrixOptimizer(ABC):
     Attributes:
         decays_first: weight decay, by `1 - lr · weight_decay`, comes before the update, as in torch's AdamW; else after
             it, and acts on the updated W.
+        reads_weight: `update` is to get W.
+        takes_experts: weights may have leading dimensions.
+        takes_weight_decay: something else may change W too.
     """
 
     decays_first: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
+    takes_experts: ClassVar[bool] = True
+    takes_weight_decay: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = fields.fields_of(type(self), f"{type(self).__name__}.")
@@ -50,20 +56,26 @@ class MatrixOptimizer(ABC):
         return 0
 
     @torch.no_grad()
-    def update(self, gradient: Tensor, state: State, lr: float, key: str) -> Tensor:
+    def update(self, gradient: Tensor, state: State, lr: float, key: str, weight: Tensor | None = None) -> Tensor:
         """Return what to add to W, a new tensor `[..., out, in]`; change `state` in place.
 
         Args:
             gradient: `[..., out, in]`, fp32 or fp64; it stays as it is.
             key: of the weight. It decides what is random: equal keys give equal updates in every process.
+            weight: W, where the rule reads it; it stays as it is.
         """
         norm = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
         has_gradient = (norm > 0) & (norm < torch.inf)
         with exact_products():
-            step = self._step(gradient, has_gradient, state, key)
-        return step.mul_(-lr).masked_fill_(~has_gradient, 0.0)
+            change = self._change(gradient, has_gradient, state, lr, key, weight)
+        return change.masked_fill_(~has_gradient, 0.0)
 
-    @abstractmethod
+    def _change(
+        self, gradient: Tensor, has_gradient: Tensor, state: State, lr: float, key: str, weight: Tensor | None
+    ) -> Tensor:
+        """Return what to add to W, a new tensor. A rule defines this, or `_step`, which has what both say."""
+        return self._step(gradient, has_gradient, state, key).mul_(-lr)
+
     def _step(self, gradient: Tensor, has_gradient: Tensor, state: State, key: str) -> Tensor:
         """Return what to subtract from W at a learning rate of 1, a new tensor; change `state` in place.
 
@@ -71,6 +83,7 @@ class MatrixOptimizer(ABC):
 
         has_gradient: `[..., 1, 1]`, bool.
         """
+        raise NotImplementedError
 
 
 def average_in(value: Tensor, mean: Tensor, decay: float, has_gradient: Tensor) -> Tensor:

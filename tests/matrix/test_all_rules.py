@@ -11,6 +11,7 @@ from relora_ds.matrix.apollo_update import Apollo
 from relora_ds.matrix.fira_update import Fira
 from relora_ds.matrix.muon_update import Muon
 from relora_ds.matrix.scale_update import Scale
+from relora_ds.matrix.sst_update import SST
 from relora_ds.zero.owner_steps import COPIES
 from tests.matrix.rules import RULES, SHAPES, random, same, updates
 from tests.peak_bytes import PeakBytes
@@ -126,6 +127,14 @@ def test_the_most_that_updates_have_on_a_device_is_what_plans_count(shape):
             rule.update(gradient, state, 0.1, "a weight")
         peaks.append(memory.peak / gradient.nbytes)
     assert COPIES - 0.1 < max(peaks) < COPIES + 0.1
+
+
+@pytest.mark.parametrize("r", [8, 256])
+def test_a_rule_that_reads_w_has_no_more_with_it(r):
+    state, gradient, weight = SST(r).begin((256, 256)), *(random(256, 256, dtype=torch.float32) for _ in range(2))
+    with PeakBytes() as memory:
+        SST(r).update(gradient, state, 0.1, "a weight", weight)
+    assert 2 < 1 + memory.peak / gradient.nbytes < COPIES + 0.1
 
 
 @every_rule

@@ -23,6 +23,7 @@ NONFINITE = "tests/zero/test_nonfinite.py::test_one_bad_rank"
 OWNER_UPDATES = "tests/zero/test_owner_updates.py"
 FIRA = "tests/matrix/test_vectors.py::test_fira"
 ALL_RULES = "tests/matrix/test_all_rules.py"
+SST = "tests/matrix/test_sst.py"
 RETURN, VECTORS = "tests/exchange/test_return.py", "tests/exchange/test_vectors.py"
 WRITTEN = "test_masters_and_stored_copies_get_the_change"
 
@@ -84,6 +85,21 @@ MUTANTS = [
         (f"{ALL_RULES}::test_the_key_decides_projections_and_nothing_else_is_random",),
         'updates(rule(), gradients, key="another")',
     ),
+    # Sparse spectral training.
+    Mutant(
+        "sst_gradients_with_sigma", (f"{SST}::test_the_rule_of_w_is_training_of_its_factors[shape0-3]",), "not close"
+    ),
+    Mutant("sst_columns_of_any_length", (f"{SST}::test_one_step",), "not close"),
+    Mutant(
+        "sst_moments_of_other_columns",
+        (f"{SST}::test_moments_begin_again_with_other_columns_and_those_of_sigma_with_a_decomposition",),
+        "kept == [new",
+    ),
+    Mutant("sst_sigma_below_0", (f"{SST}::test_sigma_ends_at_0_and_columns_keep_their_length",), ">= 0"),
+    Mutant(
+        "sst_samples_the_largest", (f"{SST}::test_sampling_is_without_replacement_and_by_probability",), "not close"
+    ),
+    Mutant("sst_decomposes_once", (f"{SST}::test_the_rule_of_w_is_training_of_its_factors[shape0-3]",), "not close"),
     # Writing a value: master and forward's copy.
     Mutant("stale_master", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
     Mutant("stale_forward_copy", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
