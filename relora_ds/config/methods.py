@@ -14,6 +14,7 @@ from relora_ds.config import fields
 from relora_ds.config.names import METHODS
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.schema import Recipe
+from relora_ds.config.switch_config import SwitchLoRAConfig
 
 
 class Method:
@@ -27,6 +28,8 @@ class Method:
         is_chain: whether it merges its updates at restarts, so that another such method can continue from one.
         has_owners: whether owners of the wrapped layers' weights update them, from whole gradients.
         can_warm_start: whether another method can continue from the weights that it leaves.
+        no_warm_start: why not, where it cannot.
+        switching: how rows of A and columns of B are switched; None where they are not.
         defaults: recipe keys and the values that the method's name stands for.
     """
 
@@ -37,6 +40,8 @@ class Method:
     is_chain: bool = False
     has_owners: bool = False
     can_warm_start: bool = True
+    no_warm_start: str = "trains a network of another shape, whose weights method {method} cannot take over"
+    switching: SwitchLoRAConfig | None = None
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, recipe: Recipe):
@@ -97,6 +102,10 @@ class Method:
     def recipe_warnings(self) -> Iterator[str]:
         """Yield what has no effect with the method, or not the expected one. Only for a recipe without problems."""
         yield from ()
+
+    def deepspeed_problems(self, settings: dict[str, Any]) -> list[str]:
+        """Return what of a DeepSpeed configuration the method does not work with."""
+        return []
 
     # The model, an `nn.Module`, which has no values yet.
 

@@ -15,6 +15,7 @@ METHODS = {
     "lora": "relora_ds.methods.lora:LoRA",
     "relora": "relora_ds.methods.relora:ReLoRA",
     "galore": "relora_ds.methods.galore:GaLore",
+    "switchlora": "relora_ds.methods.switchlora:SwitchLoRA",
     "cola": "relora_ds.methods.cola:CoLA",
     "cola_m": "relora_ds.methods.cola_m:CoLAM",
     "crnet": "relora_ds.methods.crnet:CRNet",

@@ -14,6 +14,7 @@ from relora_ds.config.matrix_config import ApolloConfig, FiraConfig, MuonConfig,
 from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
+from relora_ds.config.switch_config import SwitchLoRAConfig
 
 ActivationCheckpointing = Literal["none", "full", "selective", "cheap", "low_rank"]
 ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
@@ -278,9 +279,9 @@ class Recipe:
     method: Annotated[str, OneOf(lambda: METHODS)] = "relora"
     """How the network is trained: at full rank by AdamW (`full`), or by what owners of the weights do with whole
     gradients (`fira`, `apollo`, `apollo_mini`, `scale`, `muon`); by a smaller network of as many parameters as `relora`
-    would train (`control`); by low-rank updates (`lora`, `relora`, `galore`); with two factors and an activation in
-    place of every weight (`cola`, and `cola_m`, which recomputes more); or with two factors beside what the layer
-    before has computed (`crnet`)."""
+    would train (`control`); by low-rank updates (`lora`, `relora`, `galore`, `switchlora`); with two factors and an
+    activation in place of every weight (`cola`, and `cola_m`, which recomputes more); or with two factors beside what
+    the layer before has computed (`crnet`)."""
     seed: Annotated[int, Integer(0, most=2**64 - 1)] = 0
     """Decides the initial weights, the order of the data and what A becomes at restarts."""
     run_dir: Annotated[str | None, FilePath()] = None
@@ -321,6 +322,7 @@ class Recipe:
     apollo: ApolloConfig = field(default_factory=ApolloConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
+    switchlora: SwitchLoRAConfig = field(default_factory=SwitchLoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)

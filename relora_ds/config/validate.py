@@ -209,8 +209,8 @@ def _warm_start_problems(recipe: Recipe, method: Method) -> Iterator[str]:
         return
     if not method_class(name).can_warm_start:
         yield (
-            f"warm_start_method: {name} trains a network of another shape, whose weights method {recipe.method} cannot "
-            "take over; use e.g. warm_start_method=full"
+            f"warm_start_method: {name} {method_class(name).no_warm_start.format(method=recipe.method)}; use e.g. "
+            "warm_start_method=full"
         )
         return
     warm = warm_start_of(recipe)

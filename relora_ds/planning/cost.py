@@ -11,6 +11,7 @@ from relora_ds.planning.activations import activation_bytes
 from relora_ds.planning.network import Shapes, shapes_of
 from relora_ds.planning.planned_exchange import exchange_bytes, exchange_items
 from relora_ds.planning.planned_storage import format_here, storage_of
+from relora_ds.planning.planned_switches import switch_bytes, switch_items
 from relora_ds.planning.planned_traffic import restart_bytes, step_bytes, update_bytes
 from relora_ds.training.preflight import Resolved
 from relora_ds.zero import owner_steps, owner_updates
@@ -104,6 +105,17 @@ def cost(
         step = step and (step[0] + update[0], step[1] + update[1])
         # They are stored as frozen ones are, and train.
         items = [replace(item, what=item.what.replace("frozen weights", "owners' weights")) for item in items]
+    if method.switching is not None and method.relora is not None:
+        items += switch_items(shapes, stage=stage, world_size=world_size)
+        switches = switch_bytes(
+            shapes,
+            method.relora.r,
+            method.switching,
+            total_steps=recipe.total_steps,
+            stage=stage,
+            world_size=world_size,
+        )
+        step = step and (step[0] + switches[0], step[1] + switches[1])
     exchange = None
     if recipe.islands.count is not None:
         exchange = exchange_bytes(shapes, method.relora, recipe.islands.compress)

@@ -129,6 +129,7 @@ def build_engine(
         param_groups=phase.method.param_groups(model),
         matrix_optimizer=phase.method.matrix_optimizers(model),
         matrix_lr=recipe.optim.matrix_lr if phase.method.has_owners else None,
+        switching=phase.method.switching,
         seed=phase.method.recipe.seed,
         after_step=phase.method.after_step,
         weights=_weights(plan, model, handover, resuming),

@@ -138,7 +138,7 @@ def resolve(
     except RecipeError as error:
         problems += error.problems
     settings, found = _deepspeed_of(recipe, precision, accumulation)
-    problems += found
+    problems += found + [text for method in methods_of(recipe) for text in method.deepspeed_problems(settings)]
     if recipe.precision == "auto":
         precision = ds_config.precision_of(settings) or precision
     problems += storage_problems(recipe.relora, precision)

@@ -2,7 +2,7 @@
 
     after an applied step   which vectors are switched follows from the seed, the step and the layer's name
     exchange                one sum over the ranks brings every rank the vectors that are involved: those of A and B
-                            from whoever has pieces of them, candidates from the host of the owner of W. Each element
+                            from the ranks with pieces of them, candidates from the host of the owner of W. Each element
                             comes from one rank, so the sum is exact
     switch                  every rank writes its pieces of the new vectors, masters and copies for forward, and adds to
                             its own W what the product lost

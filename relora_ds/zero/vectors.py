@@ -9,7 +9,8 @@ from torch import Tensor
 from relora_ds.lowrank.vector_adam import update_, vector_steps
 from relora_ds.zero.shards import ShardView
 
-_CHUNK = 1 << 22  # elements that are updated at a time, with five fp32 tensors of their size
+CHUNK = 1 << 22  # elements that are updated at a time
+COPIES = 5  # fp32 tensors of their size that are alive meanwhile
 
 
 @dataclass(frozen=True)
@@ -105,5 +106,5 @@ class VectorAdamW(torch.optim.AdamW):
             state["step"], self._resets, freeze_steps=self._freeze_steps, lr=float(group["lr"]), betas=betas
         )
         flats = (p, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"], self._of[id(p)])
-        for values, g, m, v, of in zip(*(flat.view(-1).split(_CHUNK) for flat in flats), strict=True):
+        for values, g, m, v, of in zip(*(flat.view(-1).split(CHUNK) for flat in flats), strict=True):
             update_(values, g, m, v, of, steps, betas=betas, eps=group["eps"])

@@ -21,6 +21,7 @@ EXPLAINED = {
     "apollo": "[Methods](../guides/train.md#methods)",
     "scale": "[Methods](../guides/train.md#methods)",
     "muon": "[Methods](../guides/train.md#methods)",
+    "switchlora": "[Methods](../guides/train.md#methods)",
     "train": "[Shipped recipes](recipes.md)",
     "optim": "[Phases of a run](../concepts/relora.md#phases-of-a-run), "
     "[Weight decay and clipping](../concepts/restart.md#weight-decay-and-clipping)",

@@ -85,7 +85,8 @@ def test_what_a_recipe_means_is_the_methods_answer():
     given += ["optim.warmup_steps=20"]
     answers = {}
     for name in METHODS:
-        method = method_of(load_recipe("tiny", [*given, f"method={name}"]))
+        refused = ["warm_start_steps=0"] if name == "switchlora" else []
+        method = method_of(load_recipe("tiny", [*given, *refused, f"method={name}"]))
         answers[name] = (method.full_rank_steps, method.low_rank_steps, method.num_restarts, method.warm_start_steps)
     assert answers == {
         "full": (600, 0, 0, 0),
@@ -93,6 +94,7 @@ def test_what_a_recipe_means_is_the_methods_answer():
         "lora": (0, 600, 0, 0),
         "relora": (100, 500, 3, 100),
         "galore": (100, 500, 3, 100),
+        "switchlora": (0, 600, 0, 0),
         "cola": (600, 0, 0, 0),
         "cola_m": (600, 0, 0, 0),
         "crnet": (600, 0, 0, 0),

@@ -46,6 +46,7 @@ VARIANTS = {
     "ours, one-sided, warm sketch": (*_FROM_GRADIENT, "relora.gradient_estimate=warm_sketch"),
     "ours, one-sided, exact": (*_FROM_GRADIENT, "relora.gradient_estimate=exact"),
     "ours, one-sided, residual": (*_ONE_SIDED, "relora.residual_every=20"),
+    "SwitchLoRA": ("method=switchlora", "relora.restart_every=null", "relora.lora_alpha=1"),
     "CoLA": ("method=cola",),
     "Fira": ("method=fira",),
     "APOLLO": ("method=apollo",),
