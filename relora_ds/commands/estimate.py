@@ -132,14 +132,15 @@ def _by_checkpointing(resolved, method, config, known: int | None) -> dict[str, 
     from relora_ds.config.schema import ACTIVATION_CHECKPOINTING
     from relora_ds.models import recompute
     from relora_ds.models.build import meta_model
+    from relora_ds.planning.activations import prepared_config
     from relora_ds.planning.cost import activations_of
 
-    found = {}
+    found, trained = {}, meta_model(prepared_config(method, config))
     for mode in ACTIVATION_CHECKPOINTING:
         recipe = dataclasses.replace(resolved.recipe, activation_checkpointing=mode)
         if mode == resolved.recipe.activation_checkpointing:
             found[mode] = known
-        elif not recompute.problems(meta_model(config), mode):
+        elif not recompute.problems(trained, mode):
             found[mode] = activations_of(dataclasses.replace(resolved, recipe=recipe), method, config)
     return found
 

@@ -16,7 +16,7 @@ from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
 from relora_ds.config.switch_config import SwitchLoRAConfig
 
-ActivationCheckpointing = Literal["none", "full", "selective", "cheap", "low_rank"]
+ActivationCheckpointing = Literal["none", "full", "selective", "cheap", "low_rank", "inverted"]
 ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 ATTENTION: tuple[str, ...] = get_args(Attention)
@@ -299,7 +299,8 @@ class Recipe:
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward computes again instead of keeping it: whole layers (`full`), all but the outputs of attention
     and of every second large product (`selective`), all but those of attention and large products (`cheap`), or all but
-    the products with a low-rank A, which are r wide (`low_rank`)."""
+    the products with a low-rank A, which are r wide (`low_rank`; `inverted` also finds what the layer before has
+    computed, in the network of `crnet`)."""
     warm_start_steps: Annotated[int, Integer(0)] = 0
     """Steps of the warm start before the low-rank phase."""
     warm_start_method: Annotated[str, OneOf(lambda: METHODS)] = "full"

@@ -54,6 +54,11 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
             "relora.trains: none is what the methods fira, apollo, apollo_mini, scale and muon set; use one of them, "
             "e.g. method=muon, or trains=both"
         )
+    if recipe.compile and recipe.activation_checkpointing == "inverted":
+        yield (
+            "activation_checkpointing: inverted reads every layer's β in forward, which compile: true cannot; use "
+            "low_rank, or compile=false"
+        )
     if recipe.compile and recipe.relora.restart_init == "gradient":
         yield (
             "relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "

@@ -5,16 +5,17 @@
     cheap        the outputs of attention and of all large products are kept; what is repeated costs little: the
                  low-rank intermediate x Aᵀ, norms, activation functions, rotary embeddings, residual sums
     low_rank     the layer's input and these x Aᵀ are kept, and all that is wide is repeated: CoLA-M's policy
+    inverted     the same, but a CR-Net's layer does not keep what the layer before has computed (`models.inversion`)
 
 transformers decides what a decoder layer is; torch.utils.checkpoint repeats it, operator by operator. A low-rank
 layer is two operators (`lowrank.kernels`): the small product x Aᵀ, and the large one with all that is added to it. In
-a CoLA network x Aᵀ is a plain product, known by the shape of Aᵀ.
+a CoLA network or a CR-Net x Aᵀ is a plain product, known by the shape of Aᵀ.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Set
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from relora_ds.architectures import ReLoRACRNetForCausalLM
 from relora_ds.architectures.relora_cola import CoLALinear
+from relora_ds.architectures.relora_crnet import CRNetLinear
+from relora_ds.models import inversion
 
-LOW_RANK = "low_rank"
+LOW_RANK, INVERTED = "low_rank", "inverted"
 Shapes: TypeAlias = Set[tuple[int, ...]]
 # The operators, by name: not every version of torch, and not every process, has all of them.
 PRODUCTS = {
@@ -50,7 +54,12 @@ ATTENTION = {
 
 
 def problems(model: PreTrainedModel, mode: str) -> list[str]:
-    """Return why `model` (which may be on meta) cannot be checkpointed so."""
+    """Return why `model` (which may be on meta), as it will train, cannot be checkpointed so."""
+    if mode == INVERTED and not isinstance(model, ReLoRACRNetForCausalLM):
+        return [
+            "activation_checkpointing: inverted finds what the layer before has computed from the layer's own output, "
+            f"which only a CR-Net allows, and a {model.config.model_type} model trains; use low_rank, or method=crnet"
+        ]
     if mode == "none" or model.supports_gradient_checkpointing:
         return []
     return [
@@ -64,13 +73,13 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
 
     Args:
         model: wrapped or not, on any device (meta and fake tensors too).
-        mode: none, full, selective, cheap or low_rank.
+        mode: none, full, selective, cheap, low_rank or inverted.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: transformers does not support it for this model.
+        ValueError: transformers does not support it for this model, or it is inverted and the model is no CR-Net.
     """
     if mode == "none":
         return model
@@ -84,19 +93,26 @@ def apply(model: PreTrainedModel, mode: str) -> PreTrainedModel:
     enable(options)
     # It would compute the gradient of frozen embeddings' output, which only reentrant checkpointing needs.
     model.disable_input_require_grads()
+    if mode == INVERTED:
+        inversion.apply(cast(ReLoRACRNetForCausalLM, model))
     return model
 
 
+def period(mode: str) -> int:
+    """Return after how many layers what is kept of a layer repeats itself."""
+    return inversion.EVERY if mode == INVERTED else 1
+
+
 def _shapes_of_A(model: PreTrainedModel) -> Shapes:
-    """Return the shapes `(in, r)` of the Aᵀ that a CoLA network multiplies with."""
-    return {(layer.in_features, layer.r) for layer in model.modules() if isinstance(layer, CoLALinear)}
+    """Return the shapes `(in, r)` of the Aᵀ that a CoLA network or a CR-Net multiplies with."""
+    return {(layer.in_features, layer.r) for layer in model.modules() if isinstance(layer, CoLALinear | CRNetLinear)}
 
 
 def _contexts(mode: str, shapes_of_A: Shapes = frozenset()) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Return the contexts of one layer's forward and of its repetition."""
     # Some versions of torch ask again in the repetition, whose first product is the first again.
     products = {False: itertools.count(), True: itertools.count()}
-    may_be_kept = functools.partial(_is_low_rank, shapes_of_A) if mode == LOW_RANK else _is_large
+    may_be_kept = functools.partial(_is_low_rank, shapes_of_A) if mode in (LOW_RANK, INVERTED) else _is_large
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
         keep = may_be_kept(op, args)

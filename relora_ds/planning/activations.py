@@ -44,16 +44,18 @@ def activation_bytes(
     checkpointing: str = "none",
     format: Format = DENSE,
 ) -> int | None:
-    """Peak bytes of a micro-step beside weights, gradients and optimizer; None for a network that cannot be traced.
+    """Peak bytes of a micro-step beside weights, gradients and optimizer; None where they cannot be traced.
 
-    Two layers and three are traced, and the rest extrapolated: all layers of a network are alike.
+    Two layers and three are traced, and the rest extrapolated: all layers of a network are alike, or every eighth is.
 
     Args:
-        checkpointing: none, full, selective, cheap or low_rank.
+        checkpointing: none, full, selective, cheap, low_rank or inverted.
         format: of the frozen weights of the method's low-rank layers.
     """
     config = copy.deepcopy(prepared_config(method, config))  # the control's network is another one
     num_layers = getattr(config, "num_hidden_layers", 0)
+    if recompute.problems(meta_model(config), checkpointing):
+        return None
 
     def peak(layers: int) -> int:
         config.num_hidden_layers = layers
@@ -67,14 +69,16 @@ def activation_bytes(
         return max([live.peak, *(alive + _bytes_of(product) for product, alive in live.products.items())])
 
     try:
-        if num_layers <= 3:
+        period = recompute.period(checkpointing)
+        few = 2 + (num_layers - 2) % period
+        if num_layers <= few + period:
             return peak(num_layers)
-        two, three = peak(2), peak(3)
+        least, more = peak(few), peak(few + period)
     except (RuntimeError, ImportError):
         # Operators whose result depends on data, such as a mixture of experts' routing, or an attention implementation
         # that this machine lacks.
         return None
-    return two + (num_layers - 2) * (three - two)
+    return least + (num_layers - few) // period * (more - least)
 
 
 def prepared_config(method: Method, config: PretrainedConfig) -> PretrainedConfig:

@@ -234,12 +234,13 @@ def _deepspeed_of(recipe: Recipe, precision: str, accumulation: int) -> tuple[di
 
 def _model_problems(recipe: Recipe) -> list[str]:
     """Return what is wrong between method and network, which has no storage and a guessed vocabulary."""
-    model = _guessed_model(recipe)
-    return (
-        attention.problems(model, recipe.model.attn_implementation)
-        + _phases_problems(recipe, model)
-        + recompute.problems(model, recipe.activation_checkpointing)
-    )
+    model, mode = _guessed_model(recipe), recipe.activation_checkpointing
+    found = attention.problems(model, recipe.model.attn_implementation) + _phases_problems(recipe, model)
+    if mode == recompute.INVERTED:
+        if found:
+            return found
+        model = method_of(recipe).prepare(model)  # what trains may be another network
+    return found + recompute.problems(model, mode)
 
 
 def machine_problems(recipe: Recipe) -> list[str]:

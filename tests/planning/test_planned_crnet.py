@@ -4,6 +4,7 @@ import pytest
 
 from relora_ds.config import load_recipe, method_of
 from relora_ds.methods import full_rank
+from relora_ds.models import recompute
 from relora_ds.planning.activations import activation_bytes, prepared_config
 from relora_ds.planning.network import network_of
 from tests.planning.engines import overrides, planned, sent_in_a_step
@@ -26,7 +27,20 @@ def test_bytes_are_those_that_are_sent(stage, precision):
         assert result == pytest.approx(expected.step, rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depth", [21])
+def test_every_eighth_layer_is_counted(depth):
+    """What is extrapolated from fewer layers is what a trace of all of them finds."""
+    recipe = load_recipe("tiny", ["method=crnet", "warm_start_steps=0", "crnet.r=8"])
+    method, (config, _) = method_of(recipe), network_of(recipe)
+    config.num_hidden_layers = depth
+    how = dict(precision="fp32", checkpointing="inverted", micro_batch_size=2, seq_len=32)
+    found = activation_bytes(method, config, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "period", lambda mode: depth)
+        assert found == activation_bytes(method, config, **how)
+
+
+@pytest.mark.parametrize("mode", ["none", "inverted", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_trace_finds_the_peak_of_real_allocations(mode):
     changes = ["method=crnet", "warm_start_steps=0", "model.preset=llama_20m", "data.vocab_size=512", "crnet.r=64"]
     recipe = load_recipe("tiny", changes)

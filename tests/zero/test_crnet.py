@@ -70,3 +70,20 @@ def test_two_ranks_train_as_one_plain_process(stage, accumulation, reference):
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-5)
     betas = torch.cat([weight for name, weight in found["weights"].items() if name.endswith("beta")])
     assert len(betas) == 21 and not (betas == 1).any(), "every one trains"
+
+
+NONE_KEPT = {"stage3_param_persistence_threshold": 0}  # else parameters as small as these stay gathered
+
+
+@pytest.mark.parametrize(
+    "stage, accumulation, zero",
+    [
+        (3, 1, NONE_KEPT),
+        *(pytest.param(*each, {}, marks=pytest.mark.slow) for each in ((0, 4), (1, 1), (2, 4), (3, 4))),
+    ],
+)
+def test_what_is_found_in_backward_is_what_was_stored(stage, accumulation, zero):
+    stored, found = (ranks(2).run(train, stage, accumulation, mode, zero=zero)[0] for mode in ("none", "inverted"))
+    assert found["losses"][0] == stored["losses"][0] and found["losses"] == pytest.approx(stored["losses"], rel=1e-6)
+    for name, weight in stored["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-5)
