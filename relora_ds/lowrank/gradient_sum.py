@@ -1,5 +1,7 @@
 """The whole gradient of a low-rank layer's W, summed up where it is computed."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,12 @@ class GradientSum:
 
     Args:
         shape: `[..., out, in]`, whatever the layout of the weight.
+
+    Attributes:
+        added: called after every backward that has added to it.
     """
+
+    added: Callable[[], None] | None = None
 
     def __init__(self, shape: torch.Size, device: torch.device | str = "cpu"):
         self.values = torch.zeros(shape, device=device)
@@ -22,6 +29,7 @@ class GradientSum:
         """Add one backward of a linear. g: `[n, out]`; rows: `[n, in]`, its input."""
         with exact_products(of_16_bit=g.dtype != torch.float32):
             self.values.addmm_(g.float().t(), rows.float())
+        self._tell()
 
     def add_rows(self, ids: Tensor, g: Tensor, padding_idx: int | None = None) -> None:
         """Add one backward of an embedding. ids: `[...]`; g: `[..., in]`; padding_idx: of a row without a gradient."""
@@ -29,7 +37,13 @@ class GradientSum:
         if padding_idx is not None:
             g = g.masked_fill((ids == padding_idx).unsqueeze(1), 0.0)
         self.values.index_add_(0, ids, g)
+        self._tell()
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add one backward of a parameter, `[..., out, in]`."""
         self.values.add_(gradient)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.added is not None:
+            self.added()

@@ -149,6 +149,11 @@ class ReLoRAEngine(DeepSpeedEngine):
         group = self.lr_scheduler.optimizer.param_groups[self.decayed_group]
         return 1 - group["lr"] * group["weight_decay"]
 
+    def _backward_prologue(self):
+        super()._backward_prologue()
+        if self.owner_steps is not None:
+            self.owner_steps.begin_backward(is_last=self.is_gradient_accumulation_boundary())
+
     def _backward_epilogue(self):
         # Our own count: DeepSpeed's micro_steps is not restored by a load, and counts calls of step(), which a loop
         # that sets the accumulation boundary itself (accelerate's) makes at the boundary only.

@@ -1,8 +1,9 @@
 """Optimizer steps of whole matrices, by the owners of the weights: ZeRO's shards have parts of a gradient only.
 
-    in every backward      each layer adds its gradient of W to an fp32 sum on its device; nothing is sent
-    at the boundary        `gather`: the sums are reduced to the owners, which tell their norms. DeepSpeed clips its own
-                           gradients by the norm of all, and skips the step where any is not finite
+    in every backward      each layer adds its gradient of W to an fp32 sum on its device. The last one of a step starts
+                           to reduce each sum to the owner as soon as it is complete
+    at the boundary        `gather`: the owners tell their norms. DeepSpeed clips its own gradients by the norm of all,
+                           and skips the step where any is not finite
     after DeepSpeed's step `apply`: each owner updates its fp32 master, one layer at a time, and broadcasts the stored
                            copy, as at a merge; where the step was skipped, `drop`
 
@@ -52,10 +53,14 @@ class OwnerSteps:
     ):
         self._frozen, self._shards, self._joint, self._optimizers = frozen, shards, joint, optimizers
         self._lr, self._weight_decay, self._seed = lr, weight_decay, seed
-        self._sums = GradientSums(frozen)
+        self._sums = GradientSums(frozen, overlaps=True)
         self._gradients: dict[str, Tensor] = {}
         self._never_trained, self._gathered = {name for name in frozen.owned() if "expert" not in name}, 0
         self._states = self._begin()
+
+    def begin_backward(self, *, is_last: bool) -> None:
+        """Tell of the coming backward. is_last: of its optimizer step."""
+        self._sums.begin_backward(is_last=is_last)
 
     @torch.no_grad()
     def gather(self, loss_scale: float) -> None:
@@ -68,6 +73,7 @@ class OwnerSteps:
             ValueError: on every rank, where no gradient has reached a weight in the first steps; names it.
         """
         squares = []
+        self._sums.start_left()
         for names in self._frozen.rounds():
             for name in names:
                 if (gradient := self._sums.reduce(name)) is None:
