@@ -43,6 +43,9 @@ class Switching:
         adam: what DeepSpeed wraps.
         seed: with the layer's name and the step decides everything that is random.
         total_steps: of the run.
+
+    Attributes:
+        last_exchange: bytes that were summed over the ranks after the last step.
     """
 
     argument = "switching"  # of `initialize`
@@ -59,7 +62,7 @@ class Switching:
     ):
         self._frozen, self._shards, self._config = frozen, shards, config
         self._seed, self._total_steps = seed, total_steps
-        self._layers = frozen.lowrank
+        self._layers, self.last_exchange = frozen.lowrank, 0
         # Vectors are numbered: of each layer A's rows, then B's columns. Counts by layer: switched of A, of B.
         self._numbers, end = {}, 0
         for name, layer in self._layers.items():
@@ -89,6 +92,7 @@ class Switching:
         Raises:
             RuntimeError: from time to time, where ranks hold different bytes; names the first tensor.
         """
+        self.last_exchange = 0
         if turns := self._due(t):
             self._shards.drop_gathered_copies()
             vectors, reset = self._exchange(turns), []
@@ -187,7 +191,9 @@ class Switching:
                 ):
                     into.copy_(held[numbers])
         # Where every rank has whole masters, candidates alone are sent.
-        dist.all_reduce(buffer if self._shards.partitioned else buffer[sum(sizes[: len(trained)]) :])
+        sent = buffer if self._shards.partitioned else buffer[sum(sizes[: len(trained)]) :]
+        dist.all_reduce(sent)
+        self.last_exchange = sent.nbytes
         return {name: (of_A, of_B, new_A, new_B) for name, (of_A, of_B, new_A, new_B) in vectors.items()}
 
     def _switch(self, name: str, turn: Turn, of_A: Tensor, of_B: Tensor, new_A: Tensor, new_B: Tensor) -> None:

@@ -30,7 +30,18 @@ def live_bytes() -> int:
     return torch.cuda.memory_allocated()
 
 
-def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, relora=None, sizes=None, islands=None):
+def build(
+    stage: int,
+    *,
+    precision="bf16",
+    offload=False,
+    zero=None,
+    layers=2,
+    relora=None,
+    sizes=None,
+    islands=None,
+    switching=None,
+):
     """An engine on a small LLaMA, whose sizes every format can store."""
     config = ReLoRAConfig(**{**dict(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1), **(relora or {})})
     sizes = {"hidden_size": 32, "intermediate_size": 48, **(sizes or {})}
@@ -45,6 +56,7 @@ def build(stage: int, *, precision="bf16", offload=False, zero=None, layers=2, r
         precision=precision,
         micro_batch_size=6,
         islands=islands,
+        switching=switching,
     )
     return engine
 

@@ -1,5 +1,6 @@
 """Switches on ZeRO's shards: what they keep, what a skipped step changes, checkpoints, bytes, and what is refused."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -125,6 +126,7 @@ def sent(stage) -> list[tuple[int, int]]:
             rows, columns = engine.frozen.layers[name].in_features, engine.frozen.layers[name].out_features
             numbers += len(turn.new_rows) * rows + len(turn.new_columns) * columns
             numbers += len(turn.pairs) * (rows + columns) if stage else 0
+        assert engine.switching.last_exchange == traffic.payload
         found.append((traffic.payload, 4 * numbers))
 
     engine.switching.after_step = counted
@@ -251,6 +253,7 @@ def test_other_settings_are_refused(tmp_path):
         ({}, {"weight_decay": 0.1}, "weight_decay: 0.1 of B would have to act on W too"),
         ({}, {"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit keeps no step count for each vector"),
         ({}, {"config": cases.ds_settings(1, "fp32", offload=True)}, "offload_optimizer does not go with switching"),
+        ({}, {"islands": SimpleNamespace(problems=lambda relora: [])}, "islands: switches are not exchanged"),
         ({}, {"switching": SwitchLoRAConfig(interval=0)}, "switching.interval: 0 is not an integer"),
     ],
 )

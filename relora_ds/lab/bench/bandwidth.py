@@ -133,6 +133,8 @@ def count(spec: Spec) -> dict:
     )
     for collective, size in _of_owners(engine).items():
         expected[collective] = expected.get(collective, 0) + size
+    if engine.switching is not None:
+        expected["all_reduce"] = expected.get("all_reduce", 0) + engine.switching.last_exchange
     counted = traffic.by_collective(at_least=CONTROL)
     release(engine)
     return {
