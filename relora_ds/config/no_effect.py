@@ -14,10 +14,22 @@ def warnings(recipe: Recipe) -> list[str]:
         *_trust(recipe),
         *_warm_start_warnings(recipe, method),
         *_schedule_warnings(recipe),
+        *_island_warnings(recipe),
         *_keys_of_other_methods(recipe, method),
         *method.recipe_warnings(),
         *data_values.warnings(recipe.data),
     ]
+
+
+def _island_warnings(recipe: Recipe) -> Iterator[str]:
+    islands = recipe.islands
+    if islands.compress_factors != "none" and not any(method.is_chain for method in methods_of(recipe)):
+        yield (
+            f"islands.compress_factors: {islands.compress_factors} has no effect with method {recipe.method}, which "
+            "exchanges no factors"
+        )
+    if islands.outer_optimizer == "average" and islands.outer_momentum != type(islands).outer_momentum:
+        yield f"islands.outer_momentum: {islands.outer_momentum} has no effect with outer_optimizer average"
 
 
 def _trust(recipe: Recipe) -> Iterator[str]:

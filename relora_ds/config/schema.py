@@ -257,7 +257,9 @@ class IslandsConfig:
     """Momentum of `nesterov`. DiLoCo has 0.9, which has learned worse in our small networks."""
     compress: Literal["none", "bf16", "int8", "int4", "int2"] = "none"
     """How updates of embeddings, head, norms, and of full-rank training are sent. What rounding leaves out is added to
-    the next update. Factors A and B are sent in fp32."""
+    the next update."""
+    compress_factors: Literal["none", "bf16", "int8"] = "none"
+    """How factors A and B are sent. What rounding leaves out of them is lost: the next ones span another subspace."""
     moments: Literal["keep", "reset"] = "keep"
     """What becomes of Adam's moments of these at an exchange. Those of A and B: `relora.optimizer_reset`."""
     timeout_s: Annotated[int, Integer(1)] = 600

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora_ds.exchange.compress import unpack
 from relora_ds.islands.answers import Decision
 from relora_ds.islands.refusals import LinkError, LinkRefused, Stopped
 from relora_ds.zero.together import together
@@ -37,9 +38,9 @@ class Arrived:
         """Return what was sent, 1-D uint8 on the CPU; it can be read only."""
         return torch.frombuffer(self.blobs[name], dtype=torch.uint8)
 
-    def tensor(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """Return a new fp32 tensor of what was sent without compression."""
-        return self.bytes_of(name).view(torch.float32).view(shape).to(device, copy=True)
+    def tensor(self, name: str, shape: torch.Size, device: torch.device, compression: str = "none") -> Tensor:
+        """Return a new fp32 tensor of what was sent with this compression."""
+        return unpack(self.bytes_of(name), shape, compression).to(device, copy=True)
 
 
 def linked(talk: Callable[[], object]) -> None:

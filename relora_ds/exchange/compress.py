@@ -1,4 +1,4 @@
-"""Updates of embeddings, head, norms and of full-rank training, made small for a slow link.
+"""Updates, made small for a slow link.
 
     none    4 bytes an element: the fp32 values themselves
     bf16    2
@@ -9,8 +9,9 @@
 Integers are symmetric. The levels of int8 and int4 are evenly spaced up to a block's largest element. Those of int2 are
 -3, -1, 1 and 3 times the scale, as four levels up to the largest element would leave next to nothing of the others:
 elements are divided between them as is best for a normal distribution (Max, 1960: levels 0.9957 standard deviations
-apart), and the scale is the one with the least squared error. What rounding leaves out is kept on the sender and added
-to the next update (error feedback), so that it arrives later instead of never.
+apart), and the scale is the one with the least squared error. What rounding leaves out of embeddings, head, norms and
+full-rank updates is kept on the sender and added to the next update (error feedback), so that it arrives later instead
+of never.
 """
 
 from typing import Literal, get_args

@@ -5,8 +5,10 @@ since the last one, its update:
 
     merged weights      (ρ - 1)·W + s·B·A, of which the factors are sent. Averaged are the products: the product of
                         averaged factors is another matrix
-    everything else     what the masters have moved away from the anchor, their value after the last exchange, made
-    that trains         small by `exchange.compress`
+    everything else     what the masters have moved away from the anchor, their value after the last exchange
+    that trains
+
+Both are made small by `exchange.compress`.
 
 Every weight has one owner rank in each island, which sends, receives and computes for it: the mean over the islands in
 the server's decision, weighted by what they have trained on and summed in the order of their names, so that all islands
@@ -52,6 +54,7 @@ class Exchange:
         islands: the membership that all engines of a run share.
         every: steps between the exchanges of an engine without restarts. One with restarts exchanges at each of them.
         compression: of everything but factors.
+        factor_compression: of factors.
         resets_moments: whether Adam's moments of all that is no factor begin anew.
 
     Attributes:
@@ -72,6 +75,7 @@ class Exchange:
         *,
         every: int | None,
         compression: str,
+        factor_compression: str,
         resets_moments: bool,
     ):
         self.round, self.t = 0, 0
@@ -79,7 +83,8 @@ class Exchange:
         self.takes_place, self.origin = False, ""
         self.engine, self.island, self._islands = engine, islands.name, islands
         self._link, self._outer, self._has_begun = link, outer, False
-        self._every, self._compression, self._resets_moments = every, compression, resets_moments
+        self._every, self._resets_moments = every, resets_moments
+        self._compression, self._factor_compression = compression, factor_compression
         self._replays, self._waited = False, 0.0
         self._who: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
         shards = engine.shards
@@ -185,8 +190,9 @@ class Exchange:
         mean = torch.zeros_like(base)
         for arrived in self._arrived:
             if not layer.one_sided:
-                lora_A = arrived.tensor(f"{name}.lora_A", layer.shape_of_A, base.device)
-            lora_B = arrived.tensor(f"{name}.lora_B", shape_of_B, base.device).mul_(arrived.weight)
+                lora_A = arrived.tensor(f"{name}.lora_A", layer.shape_of_A, base.device, self._factor_compression)
+            lora_B = arrived.tensor(f"{name}.lora_B", shape_of_B, base.device, self._factor_compression)
+            lora_B.mul_(arrived.weight)
             layer.add_update_(mean, lora_A, lora_B)
         norm = mean.square().sum(dtype=torch.float64)
         if layer.decay is not None:
@@ -225,9 +231,9 @@ class Exchange:
     def _own(self, factors: Factors, sketches: Mapping[str, Tensor | None]) -> dict[str, Any]:
         blobs = {}
         for name, lora_A, lora_B in factors:
-            blobs[f"{name}.lora_B"] = _bytes(lora_B)
+            blobs[f"{name}.lora_B"] = _bytes(lora_B, self._factor_compression)
             if name not in self.engine.frozen.one_sided:
-                blobs[f"{name}.lora_A"] = _bytes(lora_A)
+                blobs[f"{name}.lora_A"] = _bytes(lora_A, self._factor_compression)
         world_size = dist.get_world_size()
         blobs |= {_SKETCH + name: _bytes(value / world_size) for name, value in sketches.items() if value is not None}
         for name, value in self._masters():
@@ -266,9 +272,10 @@ class Exchange:
             shapes = {f"{name}.lora_B": (*layer.experts, layer.out_features, layer.r)}
             if name not in frozen.one_sided:
                 shapes[f"{name}.lora_A"] = layer.shape_of_A
+            how = self._factor_compression
+            sizes |= {blob: compress.num_bytes(torch.Size(shape).numel(), how) for blob, shape in shapes.items()}
             if self._has_sketches():
-                shapes[_SKETCH + name] = sketch_shape(layer.r, layer.in_features)
-            sizes |= {blob: 4 * torch.Size(shape).numel() for blob, shape in shapes.items()}
+                sizes[_SKETCH + name] = 4 * torch.Size(sketch_shape(layer.r, layer.in_features)).numel()
         return sizes | {
             name: compress.num_bytes(value.numel(), self._compression) for name, value in self._anchors.items()
         }
@@ -340,6 +347,6 @@ class Exchange:
         self._outer.restore([*owned, *self._anchors], lambda name: read(_MOMENTUM + name) if state else None)
 
 
-def _bytes(value: Tensor) -> memoryview:
-    """Return an fp32 tensor's bytes."""
-    return value.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
+def _bytes(value: Tensor, compression: str = "none") -> memoryview:
+    """Return the bytes that are sent of an fp32 tensor."""
+    return compress.pack(value.detach().to("cpu", torch.float32), compression).numpy().data

@@ -25,7 +25,16 @@ from relora_ds.lowrank.words import in_python
 if TYPE_CHECKING:
     from relora_ds.islands.client import Link
 
-_OF_ALL = ("sync_every", "outer_optimizer", "outer_lr", "outer_momentum", "compress", "moments", "timeout_s")
+_OF_ALL = (
+    "sync_every",
+    "outer_optimizer",
+    "outer_lr",
+    "outer_momentum",
+    "compress",
+    "compress_factors",
+    "moments",
+    "timeout_s",
+)
 
 
 class Islands:
@@ -83,6 +92,7 @@ class Islands:
             self,
             every=self.config.sync_every,
             compression=self.config.compress,
+            factor_compression=self.config.compress_factors,
             resets_moments=self.config.moments == "reset",
         )
         if self._exchange is not None:

@@ -118,7 +118,7 @@ def cost(
         step = step and (step[0] + switches[0], step[1] + switches[1])
     exchange = None
     if recipe.islands.count is not None:
-        exchange = exchange_bytes(shapes, method.relora, recipe.islands.compress)
+        exchange = exchange_bytes(shapes, method.relora, recipe.islands)
         items += exchange_items(shapes, method.relora, recipe.islands, world_size=world_size)
     return Cost(stage, world_size, accumulation, shapes, items, step, restart, residual, exchange)
 

@@ -11,13 +11,13 @@ from relora_ds.planning.network import Shapes
 from relora_ds.zero.frozen_master import assign_owners
 
 
-def exchange_bytes(shapes: Shapes, relora: ReLoRAConfig | None, compression: str) -> int:
+def exchange_bytes(shapes: Shapes, relora: ReLoRAConfig | None, islands: IslandsConfig) -> int:
     """Return what all ranks of an island together send, and receive of each other island.
 
-    Factors that train go in fp32, and everything else that trains as `compression` makes it. Where the next basis comes
-    from the gradient its sketch goes too; not in the last exchange of a phase, which no cycle follows.
+    Factors that train and everything else that trains are made as small as `islands` says. Where the next basis comes
+    from the gradient its sketch goes too, in fp32; not in the last exchange of a phase, which no cycle follows.
     """
-    (size,) = _update_bytes(shapes, relora, compression, 1)
+    (size,) = _update_bytes(shapes, relora, islands, 1)
     return size
 
 
@@ -42,7 +42,7 @@ def exchange_items(
         "momenta of the outer optimizer": max(momenta) if islands.outer[1] else 0,
         "errors of the compression": max(anchors) if islands.compress != "none" else 0,
     }
-    updates = islands.count * max(_update_bytes(shapes, relora, islands.compress, world_size))
+    updates = islands.count * max(_update_bytes(shapes, relora, islands, world_size))
     items = [
         *(Item(what, size, HOST) for what, size in kept.items()),
         *(
@@ -54,15 +54,16 @@ def exchange_items(
     return [item for item in items if item.size]
 
 
-def _update_bytes(shapes: Shapes, relora: ReLoRAConfig | None, compression: str, world_size: int) -> list[int]:
+def _update_bytes(shapes: Shapes, relora: ReLoRAConfig | None, islands: IslandsConfig, world_size: int) -> list[int]:
     """Return the bytes that each rank sends in an exchange, and receives of each other island."""
     sent = [0] * world_size
     for size, owner in _rest(shapes, world_size):
-        sent[owner] += num_bytes(size, compression)
+        sent[owner] += num_bytes(size, islands.compress)
     factors = dict(zip(shapes.merged, shapes.factors, strict=True))
     owners = assign_owners({name: shape.numel() for name, shape in shapes.merged.items()}, world_size)
     for name, (in_A, in_B) in factors.items():
-        sent[owners[name]] += 4 * (in_B if shapes.bases else in_A + in_B)
+        for size in (in_B,) if shapes.bases else (in_A, in_B):
+            sent[owners[name]] += num_bytes(size, islands.compress_factors)
         if relora is not None and relora.restart_init == "gradient":
             sent[owners[name]] += 4 * sketch_shape(relora.r, in_A // relora.r).numel()
     return sent

@@ -73,7 +73,7 @@ def predict_islands(
     every = (relora.restart_every if relora is not None else None) or islands.sync_every
     if islands.count is None or every is None:
         return None
-    size = exchange_bytes(shapes, relora, islands.compress)
+    size = exchange_bytes(shapes, relora, islands)
     exchange = exchange_seconds(size, islands.count, outside)
     seconds = step.seconds + exchange / every
     recipe = with_batch_for(resolved.recipe, cluster.world_size)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relora_ds.config import load_recipe
+from relora_ds.config import load_recipe, no_effect
 from tests.config.test_mistakes import only_problem, problems_of
 
 pytestmark = pytest.mark.usefixtures("base_recipe")
@@ -53,3 +53,15 @@ def test_mistakes(overrides, start):
 def test_a_warm_start_needs_an_interval_too():
     found = only_problem(COUNT, ADDRESS)
     assert found.startswith("islands.sync_every: null, and method full has no restarts to exchange at")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("method=full", "islands.compress_factors=int8"), "compress_factors: int8 has no effect with method full"),
+        (("islands.outer_optimizer=average", "islands.outer_momentum=0.9"), "outer_momentum: 0.9 has no effect"),
+    ],
+)
+def test_what_has_no_effect_is_said(overrides, said):
+    assert any(said in one for one in no_effect.warnings(load_recipe("base.yaml", [*ISLAND, *overrides])))
+    assert not any("islands" in one for one in no_effect.warnings(load_recipe("base.yaml", [*ISLAND])))

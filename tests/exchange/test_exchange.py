@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from relora_ds.exchange.compress import pack, unpack
 from tests import small_models
 from tests.exchange import cases
 from tests.exchange.cases import EVERY, ROUNDS, at_once, worlds
@@ -33,15 +34,21 @@ def check_equal(results: list[list[dict]]) -> None:
                 assert torch.equal(value, other[name]), name
 
 
-def expected_weights(results: list[list[dict]], round: int, weights: list[float]) -> dict[str, torch.Tensor]:
-    """Return what the plain mean of the islands' updates makes of the weights after `round` exchanges, in fp64."""
+def expected_weights(
+    results: list[list[dict]], round: int, weights: list[float], factors: str = "none"
+) -> dict[str, torch.Tensor]:
+    """Return what the plain mean of the islands' updates makes of the weights after `round` exchanges, in fp64.
+
+    factors: how these were sent.
+    """
     before = results[0][0]["weights"][round]
     found = {name: value.double() for name, value in before.items()}
     for part, island in zip(weights, results, strict=True):
         for rank in island:
             for layer, (lora_A, lora_B) in rank["sent"][round].items():
                 found[f"{layer}.weight"] += part * (rank["rho"][round] - 1) * before[f"{layer}.weight"].double()
-                found[f"{layer}.weight"] += part * 2.0 * (lora_B.double() @ lora_A.double())
+                lora_A, lora_B = (unpack(pack(one, factors), one.shape, factors).double() for one in (lora_A, lora_B))
+                found[f"{layer}.weight"] += part * 2.0 * (lora_B @ lora_A)
             for name, value in rank["anchors"][round].items():
                 found[name] += part * (value.double() - before[name].double())
     return found
@@ -94,23 +101,36 @@ def test_one_island_by_itself_is_none(method, stage, precision, tmp_path):
         assert all(torch.equal(value, its_weights[name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("compress", [pytest.param("none", marks=SLOW), "int4"])
-@pytest.mark.parametrize("method", ["galore", pytest.param("relora", marks=SLOW), pytest.param("full", marks=SLOW)])
-def test_bytes_are_those_of_the_formula(method, compress, tmp_path):
-    """r·(in + out) for each weight, r·out and a sketch where A is common, and 4 or about 1/2 byte of all else."""
-    results = train((1, 2), tmp_path, method=method, compress=compress)
+@pytest.mark.parametrize(
+    ("method", "compress", "factors"),
+    [
+        ("galore", "int4", "none"),
+        ("relora", "none", "int8"),
+        pytest.param("galore", "none", "bf16", marks=SLOW),
+        pytest.param("relora", "int4", "none", marks=SLOW),
+        pytest.param("full", "none", "none", marks=SLOW),
+        pytest.param("full", "int4", "none", marks=SLOW),
+    ],
+)
+def test_bytes_are_those_of_the_formula(method, compress, factors, tmp_path):
+    """r·(in + out) for each weight, r·out and a sketch where A is common, and all else: of 4 bytes, or of fewer."""
+    results = train((1, 2), tmp_path, method=method, compress=compress, compress_factors=factors)
     for told in (results[0][0], results[1][0]):
-        assert told["bytes"] == [expected_bytes(method, compress, round) for round in range(ROUNDS)]
+        assert told["bytes"] == [expected_bytes(method, compress, factors, round) for round in range(ROUNDS)]
 
 
-def expected_bytes(method: str, compress: str, round: int) -> tuple[int, int]:
+def expected_bytes(method: str, compress: str, of_factors: str, round: int) -> tuple[int, int]:
     """Return what an island sends, and receives of one other, by the shapes of the model."""
     linears, others = [], []
     for name, parameter in small_models.llama().named_parameters():
         is_low_rank = method != "full" and "layers" in name and parameter.ndim == 2
         (linears if is_low_rank else others).append(parameter.shape)
     r = 4
-    factors = sum(4 * r * (out if method == "galore" else out + into) for out, into in linears)
+    numbers = [r * one for out, into in linears for one in ((out,) if method == "galore" else (out, into))]
+    if of_factors == "int8":
+        factors = sum(number + 2 * -(-number // 64) for number in numbers)
+    else:
+        factors = sum(numbers) * (2 if of_factors == "bf16" else 4)
     if method == "galore" and round < ROUNDS - 1:  # no cycle follows the last exchange
         factors += sum(4 * (r + 8) * into for _, into in linears)
     blocks = sum(-(-shape.numel() // 64) for shape in others)
@@ -120,10 +140,20 @@ def expected_bytes(method: str, compress: str, round: int) -> tuple[int, int]:
     return factors + dense, factors + dense
 
 
-@pytest.mark.slow  # the vectors say the same
-@pytest.mark.parametrize("method", ["relora", "random", "galore", "full"])
-def test_the_mean_of_products_is_added(method, tmp_path):
-    results = train((1, 1), tmp_path, method=method, outer_optimizer="average", each=[{"size": 2}, {"size": 6}])
+@pytest.mark.parametrize(
+    ("method", "factors"),
+    [
+        ("relora", "int8"),
+        # The vectors say the same.
+        *(pytest.param(method, "none", marks=SLOW) for method in ("relora", "random", "galore", "full")),
+        pytest.param("random", "bf16", marks=SLOW),
+    ],
+)
+def test_the_mean_of_products_is_added(method, factors, tmp_path):
+    """Of the factors as they were sent, also of an island's own."""
+    how = {"outer_optimizer": "average", "compress_factors": factors}
+    results = train((1, 1), tmp_path, method=method, **how, each=[{"size": 2}, {"size": 6}])
+    check_equal(results)
     for round in range(ROUNDS):
-        for name, value in expected_weights(results, round, [0.25, 0.75]).items():
+        for name, value in expected_weights(results, round, [0.25, 0.75], factors).items():
             assert (results[0][0]["weights"][round + 1][name] - value).norm() <= 1e-6 * value.norm(), (round, name)

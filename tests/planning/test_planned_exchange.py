@@ -48,7 +48,10 @@ def test_by_hand():
         (UPDATES, RESTART): 3 * update,
     }
     other_rank = (2 + 30) + (2 + 5) + 4 * (8 + 8)
-    assert exchange_bytes(SHAPES, ReLoRAConfig(r=2, lora_alpha=2), "int4") == update + other_rank
+    relora = ReLoRAConfig(r=2, lora_alpha=2)
+    assert exchange_bytes(SHAPES, relora, IslandsConfig(compress="int4")) == update + other_rank
+    in_8_bits = IslandsConfig(compress="int4", compress_factors="int8")
+    assert exchange_bytes(SHAPES, relora, in_8_bits) == 54 + (32 + 7) + (8 + 16 + 8 + 8) + 4 * 2
 
 
 def test_what_is_not_needed_is_not_kept():
