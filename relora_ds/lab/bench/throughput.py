@@ -49,6 +49,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "ours, compiled": {"variant": "ours, dense", "compile": True},
     "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"},
     "CoLA-M": {"variant": "CoLA", "checkpointing": "low_rank"},
+    "CR-Net, inverted": {"variant": "CR-Net", "checkpointing": "inverted"},
 }
 SHARED = ("preset", "r", "vocab_size", "seq_len", "precision", "stage")  # of all Specs
 WARM_STEPS = 2

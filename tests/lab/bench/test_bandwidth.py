@@ -37,6 +37,7 @@ def test_nothing_is_unexplained(argv):
         "ours, dense",
         "ours, int8",
         "CoLA",
+        "CR-Net",
         "Muon",
         "SCALE",
     )

@@ -90,6 +90,7 @@ LAYER = {
         "ours, one-sided, separate",
         "ours, one-sided, folded",
         "CoLA",
+        "CR-Net",
     ],
 )
 def test_flops_are_what_torch_counts(variant):
