@@ -20,6 +20,7 @@ _HOMES = {
     "Apollo": "relora_ds.matrix.apollo_update",
     "Scale": "relora_ds.matrix.scale_update",
     "Muon": "relora_ds.matrix.muon_update",
+    "SST": "relora_ds.matrix.sst_update",
 }
 __version__ = "0.2.0"
 __all__ = [*_HOMES, "__version__"]

@@ -24,6 +24,7 @@ METHODS = {
     "apollo_mini": "relora_ds.methods.apollo_mini:ApolloMini",
     "scale": "relora_ds.methods.scale:Scale",
     "muon": "relora_ds.methods.muon:Muon",
+    "sst": "relora_ds.methods.sst:SST",
 }
 
 

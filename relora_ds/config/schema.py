@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from relora_ds.config import spelling
 from relora_ds.config.curve import Schedule
-from relora_ds.config.matrix_config import ApolloConfig, FiraConfig, MuonConfig, ScaleConfig
+from relora_ds.config.matrix_config import ApolloConfig, FiraConfig, MuonConfig, ScaleConfig, SSTConfig
 from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
 from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
@@ -116,8 +116,8 @@ class OptimConfig:
     warm_start_lr: Annotated[float | None, Number("above 0", example=0.001)] = None
     """Peak learning rate of the warm start; null = `lr`."""
     matrix_lr: Annotated[float | None, Number("above 0", example=0.01)] = None
-    """Peak learning rate of the weights that owners update (methods `fira`, `apollo`, `apollo_mini`, `scale`, `muon`),
-    in either phase; null = that of the rest."""
+    """Peak learning rate of the weights that owners update (methods `fira`, `apollo`, `apollo_mini`, `scale`, `muon`,
+    `sst`), in either phase; null = that of the rest."""
     warmup_steps: Annotated[int, Integer(0)] = 500
     """Steps of the linear warm-up at the start of a phase."""
     warm_start_warmup_steps: Annotated[int | None, Integer(0, example=500)] = None
@@ -280,10 +280,10 @@ class Recipe:
 
     method: Annotated[str, OneOf(lambda: METHODS)] = "relora"
     """How the network is trained: at full rank by AdamW (`full`), or by what owners of the weights do with whole
-    gradients (`fira`, `apollo`, `apollo_mini`, `scale`, `muon`); by a smaller network of as many parameters as `relora`
-    would train (`control`); by low-rank updates (`lora`, `relora`, `galore`, `switchlora`); with two factors and an
-    activation in place of every weight (`cola`, and `cola_m`, which recomputes more); or with two factors beside what
-    the layer before has computed (`crnet`)."""
+    gradients (`fira`, `apollo`, `apollo_mini`, `scale`, `muon`, `sst`); by a smaller network of as many parameters as
+    `relora` would train (`control`); by low-rank updates (`lora`, `relora`, `galore`, `switchlora`); with two factors
+    and an activation in place of every weight (`cola`, and `cola_m`, which recomputes more); or with two factors beside
+    what the layer before has computed (`crnet`)."""
     seed: Annotated[int, Integer(0, most=2**64 - 1)] = 0
     """Decides the initial weights, the order of the data and what A becomes at restarts."""
     run_dir: Annotated[str | None, FilePath()] = None
@@ -326,6 +326,7 @@ class Recipe:
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     switchlora: SwitchLoRAConfig = field(default_factory=SwitchLoRAConfig)
+    sst: SSTConfig = field(default_factory=SSTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)

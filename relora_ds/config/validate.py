@@ -51,8 +51,8 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield "overwrite: true would delete the run that resume: auto continues; set one of the two"
     if recipe.relora.trains == "none":
         yield (
-            "relora.trains: none is what the methods fira, apollo, apollo_mini, scale and muon set; use one of them, "
-            "e.g. method=muon, or trains=both"
+            "relora.trains: none is what the methods fira, apollo, apollo_mini, scale, muon and sst set; use one of "
+            "them, e.g. method=muon, or trains=both"
         )
     if recipe.compile and recipe.activation_checkpointing == "inverted":
         yield (

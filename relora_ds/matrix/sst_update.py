@@ -35,8 +35,8 @@ class SST(MatrixOptimizer, SSTConfig):
     Attributes:
         r: triplets that train at a time; of a weight with a shorter side, all.
         betas, eps: Adam's.
-        iteration_steps: T.
-        iteration_warmup_steps: as above.
+        iteration_steps: T, updates in which the same columns train.
+        iteration_warmup_steps: updates of an iteration in which the learning rate climbs.
     """
 
     reads_weight: ClassVar[bool] = True

@@ -81,6 +81,23 @@ def matrix_problems(
     return found
 
 
+def rule_problems(chosen: Mapping[str, MatrixOptimizer], weight_decay: Any, model: nn.Module) -> list[str]:
+    """Return what rules cannot do with the weights that they are for, one message each."""
+    found, layers = [], owned_layers(model)
+    if weight_decay and (rule := next((rule for rule in chosen.values() if not rule.takes_weight_decay), None)):
+        found.append(
+            f"weight_decay: {weight_decay} is not supported with {type(rule).__name__}, whose factors alone change a "
+            "weight; use 0.0, or another matrix_optimizer"
+        )
+    stacked = [name for name, rule in chosen.items() if name in layers and layers[name].experts]
+    if wrong := [name for name in stacked if not chosen[name].takes_experts]:
+        found.append(
+            f"matrix_optimizer: {summary(wrong)} has a matrix for each expert, which {type(chosen[wrong[0]]).__name__} "
+            "does not take; leave it out of target_parameters"
+        )
+    return found
+
+
 def switching_problems(
     switching: SwitchLoRAConfig | None,
     model: nn.Module,

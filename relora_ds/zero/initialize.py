@@ -32,6 +32,7 @@ from relora_ds.zero.arguments import (
     carried_config,
     given,
     matrix_problems,
+    rule_problems,
     schedule_problems,
     switching_partition_problems,
     switching_problems,
@@ -160,6 +161,7 @@ def initialize(
     passed: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "accumulation": gradient_accumulation_steps}
     matrix_optimizers = by_layer(matrix_optimizer, model)
+    decay = {**ds_adamw.values_in(settings), **given(passed)}.get("weight_decay", 0.0)
     _refuse(
         matrix_problems(matrix_optimizer, matrix_optimizers, matrix_lr, model, islands is not None)
         + argument_problems(passed, optimizer, settings)
@@ -167,10 +169,11 @@ def initialize(
             switching,
             model,
             optimizer or ds_adamw.name_in(settings) or "adamw",
-            {**ds_adamw.values_in(settings), **given(passed)}.get("weight_decay", 0.0),
+            decay,
             settings,
             islands is not None,
         )
+        + rule_problems(matrix_optimizers, decay, model)
         + schedule_problems(curve)
         + (islands.problems(relora) if islands is not None else [])
         + (

@@ -22,6 +22,7 @@ EXPLAINED = {
     "scale": "[Methods](../guides/train.md#methods)",
     "muon": "[Methods](../guides/train.md#methods)",
     "switchlora": "[Methods](../guides/train.md#methods)",
+    "sst": "[Sparse Spectral Training](../guides/train.md#sparse-spectral-training)",
     "train": "[Shipped recipes](recipes.md)",
     "optim": "[Phases of a run](../concepts/relora.md#phases-of-a-run), "
     "[Weight decay and clipping](../concepts/restart.md#weight-decay-and-clipping)",

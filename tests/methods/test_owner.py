@@ -12,13 +12,14 @@ from relora_ds.matrix.apollo_update import Apollo
 from relora_ds.matrix.fira_update import Fira
 from relora_ds.matrix.muon_update import Muon
 from relora_ds.matrix.scale_update import Scale
+from relora_ds.matrix.sst_update import SST
 from relora_ds.models.build import meta_model
 from relora_ds.planning import host
 from relora_ds.planning.network import network_of, shapes_of
 from relora_ds.planning.planned_storage import storage_of
 from relora_ds.training.preflight import resolve
 
-METHODS = ("fira", "apollo", "apollo_mini", "scale", "muon")
+METHODS = ("fira", "apollo", "apollo_mini", "scale", "muon", "sst")
 SMALL = ["model.preset=llama_20m", "train.steps=20", "train.batch_sequences=8", "optim.warmup_steps=2"]
 HUGGING_FACE = ProjectedAdam(betas=(0.9, 0.95), eps=1e-6)
 
@@ -45,6 +46,11 @@ def rules(recipe) -> dict:
         ("apollo", ["relora.r=8", "apollo.update_proj_gap=50"], Apollo(8, ProjectedAdam(), update_proj_gap=50)),
         ("apollo_mini", ["relora.r=8"], Apollo(1, ProjectedAdam(), scale_type="tensor", scale=128.0)),
         ("muon", ["muon.momentum=0.9", "muon.adjust=original"], Muon(momentum=0.9, adjust="original")),
+        (
+            "sst",
+            ["relora.r=8", "sst.iteration_steps=50", "sst.iteration_warmup_steps=5", "optim.betas=[0.9, 0.95]"],
+            SST(8, (0.9, 0.95), iteration_steps=50, iteration_warmup_steps=5),
+        ),
     ],
 )
 def test_a_recipe_says_what_the_rule_of_every_linear_is(tmp_path, method, overrides, expected):
@@ -128,6 +134,9 @@ def test_a_low_rank_warm_start_has_no_effect(tmp_path):
         ("fira", "fira.update_proj_gap=0", "fira.update_proj_gap: 0"),
         ("apollo", "apollo.scale_type=row", "apollo.scale_type: 'row'"),
         ("apollo", "optim.matrix_lr=0", "optim.matrix_lr: 0"),
+        ("sst", "sst.iteration_steps=0", "sst.iteration_steps: 0"),
+        ("sst", "optim.weight_decay=0.1", "optim.weight_decay: 0.1 is not supported with method sst"),
+        ("sst", "relora.target_parameters=[w]", "relora.target_parameters: .* is not supported with method sst"),
         ("muon", "islands.count=2", "islands.count: 2 with method muon, whose owners update whole weights"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_a_recipe_means_is_the_methods_answer():
         "cola": (600, 0, 0, 0),
         "cola_m": (600, 0, 0, 0),
         "crnet": (600, 0, 0, 0),
-        **dict.fromkeys(("fira", "apollo", "apollo_mini", "scale", "muon"), (600, 0, 0, 0)),
+        **dict.fromkeys(("fira", "apollo", "apollo_mini", "scale", "muon", "sst"), (600, 0, 0, 0)),
     }
     lora = method_of(load_recipe("tiny", [*given, "method=lora", "lora.base=warm_start"]))
     assert (lora.full_rank_steps, lora.low_rank_steps, lora.num_restarts) == (100, 500, 0)

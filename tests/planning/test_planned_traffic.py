@@ -99,6 +99,7 @@ def test_bytes_are_those_that_are_sent(stage, precision, more):
         pytest.param(2, "bf16", "muon", marks=pytest.mark.slow),
         pytest.param(3, "bf16", "muon", marks=pytest.mark.slow),
         (3, "bf16", "scale"),
+        pytest.param(1, "bf16", "sst", marks=pytest.mark.slow),
     ],
 )
 def test_bytes_of_a_step_with_owners(stage, precision, method):

@@ -14,14 +14,18 @@ from tests.training.test_resume import resume
 FIRA = ["method=fira", "fira.update_proj_gap=5", "warm_start_steps=0", "train.steps=12"]
 SCALE = ["method=scale", "deepspeed=zero3", "optim.lr=1e-3", "warm_start_steps=0", "train.steps=12"]
 
+SST = ["method=sst", "sst.iteration_steps=5", "relora.r=16", "warm_start_steps=0", "train.steps=12"]
+
 
 def exported(directory):
     return load_file(directory / "export" / "model.safetensors")
 
 
-@pytest.mark.parametrize("settings", [FIRA, pytest.param(SCALE, marks=pytest.mark.slow)], ids=["fira", "scale"])
+@pytest.mark.parametrize(
+    "settings", [FIRA, pytest.param(SCALE, marks=pytest.mark.slow), SST], ids=["fira", "scale", "sst"]
+)
 def test_resume_is_exact_and_on_other_ranks_near(settings, tmp_path):
-    """After step 8 Fira is inside of an interval."""
+    """After step 8 Fira is inside of an interval, and SST inside of an iteration."""
     whole = tmp_path / "whole"
     run(whole, *settings, "checkpoint.every=8", "checkpoint.keep_last=9")
     again, elsewhere = tmp_path / "again", tmp_path / "elsewhere"

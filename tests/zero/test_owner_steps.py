@@ -305,7 +305,7 @@ def test_a_learning_rate_that_cannot_be_is_refused(config, given, said):
 
 @pytest.mark.parametrize("method", ["relora", "lora", "galore", "full", "control"])
 def test_a_recipe_names_the_method_instead(method):
-    with pytest.raises(RecipeError, match="relora.trains: none is what the methods fira, .* and muon set"):
+    with pytest.raises(RecipeError, match="relora.trains: none is what the methods fira, .* and sst set"):
         load_recipe("tiny", [f"method={method}", "relora.trains=none", "relora.restart_every=null"])
 
 

@@ -54,6 +54,7 @@ VARIANTS = {
     "APOLLO-Mini": ("method=apollo_mini",),
     "SCALE": ("method=scale",),
     "Muon": ("method=muon",),
+    "SST": ("method=sst",),
 }
 
 # Of PEFT's, which of ours trains the same.

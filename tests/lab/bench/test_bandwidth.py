@@ -40,6 +40,7 @@ def test_nothing_is_unexplained(argv):
         "CR-Net",
         "Muon",
         "SCALE",
+        "SST",
     )
     assert {row["variant"] for row in result["rows"]} >= {"full rank", "PEFT, its default", "ours, int8"}
     for row in result["rows"]:

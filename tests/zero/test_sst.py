@@ -1,0 +1,156 @@
+"""Owners of factors: a skipped step, resume in the middle of an iteration and over a decomposition, bytes, refusals."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import relora_ds
+from relora_ds.config import ReLoRAConfig
+from relora_ds.matrix import spectral
+from relora_ds.matrix.sst_update import SST
+from relora_ds.zero.traffic import count_traffic
+from tests.parity import cases, owner, sst
+from tests.ranks import ranks
+from tests.small_models import FAMILIES
+from tests.zero.test_nonfinite import spoiled_step
+from tests.zero.test_owner_steps import all_of, train
+
+# Of k and v rounds have six steps: both are within an iteration, and the first is before a decomposition, of which the
+# second sees another one.
+SAVED_AT, END = 5, 14
+
+
+def spoiled(stage, precision) -> tuple[bool, list[str]]:
+    engine = sst.build(stage, precision=precision)
+    train(engine, 0, 4)
+    before = all_of(engine)
+    spoiled_step(engine, float("nan"))
+    after, applied = all_of(engine), engine.was_step_applied()
+    cases.release(engine)
+    return applied, [what for what in before if before[what] != after[what]]
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(stage, precision):
+    assert ranks(2).run(spoiled, stage, precision) == [(False, [])] * 2
+
+
+def run(stage, precision, directory: str, resumes: bool, end: int = END) -> dict:
+    engine = sst.build(stage, precision=precision, model_seed=int(resumes))
+    if resumes:
+        engine.load_checkpoint(directory)
+    else:
+        train(engine, 0, SAVED_AT)
+        engine.save_checkpoint(directory)
+    result = {"losses": train(engine, SAVED_AT, end), "end": all_of(engine), "weights": engine.collect_merged()}
+    cases.release(engine)
+    return result
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resume_to_the_bit(stage, precision, tmp_path):
+    whole, again = (ranks(2).run(run, stage, precision, str(tmp_path), resumes) for resumes in (False, True))
+    for one, other in zip(whole, again, strict=True):
+        assert one["losses"] == other["losses"] and one["end"] == other["end"]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [((1, 2), (3, 1)), pytest.param((3, 2), (0, 1), marks=pytest.mark.slow)])
+def test_another_stage_and_number_of_ranks(saved, loaded, tmp_path):
+    """(stage, ranks) each. Other ranks draw the same columns."""
+    expected = ranks(saved[1]).run(run, saved[0], "fp32", str(tmp_path), False, sst.STEPS)[0]
+    found = ranks(loaded[1]).run(run, loaded[0], "fp32", str(tmp_path), True, sst.STEPS)[0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+def of_factors(stage) -> dict:
+    """After steps over a decomposition: masters against factors, and what forward reads."""
+    engine = sst.build(stage, precision="bf16")
+    train(engine, 0, 8)
+    frozen, held, stored = engine.frozen, engine.owner_steps.held(), cases.stored_weights(engine)
+    found = {"names": [], "stored": {name: value.float().sum().item() for name, value in stored.items()}}
+    for name in frozen.layers:
+        if (master := frozen.read(name, engine.device)) is not None:
+            product = spectral.product(*(held[f"{name}/{what}"] for what in ("left", "sigma", "right")))
+            assert (master - product.to(master)).norm() < 1e-6 * master.norm()
+            assert torch.equal(frozen.quantize(master).reshape(-1), stored[name].reshape(-1))
+            found["names"].append(name)
+    cases.release(engine)
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_masters_are_the_product_of_factors_and_all_ranks_have_it_rounded(stage):
+    one, other = ranks(2).run(of_factors, stage)
+    assert one["stored"] == other["stored"] and one["names"] and other["names"]
+
+
+def transposed(stage) -> float:
+    """GPT-2's weights are `[in, out]`: the change of an update with a learning rate of 0."""
+    engine = cases.build(
+        stage,
+        family="gpt2",
+        matrix_optimizer=SST(4),
+        matrix_lr=1e-30,
+        relora=owner.config(),
+        weight_decay=0.0,
+    )
+    before = engine.collect_merged()
+    train(engine, 0, 2)
+    after = engine.collect_merged()
+    names = [layer.plain_name(name) for name, layer in engine.frozen.layers.items() if layer.transposed]
+    cases.release(engine)
+    return max(((after[name] - before[name]).norm() / before[name].norm()).item() for name in names)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_weights_that_are_stored_transposed_are_decomposed_as_they_multiply(stage):
+    assert max(ranks(2).run(transposed, stage)) < 1e-6
+
+
+def sent(stage) -> tuple[int, int, int, int]:
+    engine = sst.build(stage, precision="bf16")
+    tokens = cases.batch(0, cases.GLOBAL_BATCH).chunk(dist.get_world_size())[dist.get_rank()]
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    with count_traffic() as gathered:
+        engine.owner_steps.gather(1.0)
+    with count_traffic() as applied:
+        engine.owner_steps.apply(1, 1.0, 1.0)
+    elements = sum(layer.weight_shape.numel() for layer in engine.frozen.layers.values())
+    num_layers = len(engine.frozen.layers)
+    cases.release(engine)
+    return elements, num_layers, gathered.payload, applied.payload
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_bytes_are_a_gradient_in_fp32_and_a_stored_copy_and_factors_stay_where_they_are(stage):
+    """Also in the step that decomposes."""
+    for elements, num_layers, gathered, applied in ranks(2).run(sent, stage):
+        once = 4 * num_layers  # in the first step: how often each layer was called
+        assert (gathered, applied) == (4 * elements + 8 + once, 2 * elements)
+
+
+@pytest.mark.parametrize(
+    ("family", "relora", "how", "said"),
+    [
+        ("llama", {}, {"weight_decay": 0.1}, "weight_decay: 0.1 is not supported with SST"),
+        (
+            "mixtral",
+            {"target_parameters": ["experts.down_proj"]},
+            {},
+            "has a matrix for each expert, which SST does",
+        ),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused_before_anything_is_built(family, relora, how, said):
+    model = relora_ds.wrap(FAMILIES[family](), ReLoRAConfig(trains="none", **relora))
+    with (
+        mock.patch("relora_ds.zero.initialize.init_distributed", side_effect=AssertionError),
+        pytest.raises(ValueError, match=said),
+    ):
+        relora_ds.initialize(model, "zero1", lr=1e-3, total_steps=9, matrix_optimizer=SST(4), **how)
