@@ -76,7 +76,7 @@ class SST(MatrixOptimizer, SSTConfig):
         return spectral.product(state["left"], state["sigma"], state["right"]).sub_(weight)
 
     def _begin_iteration(self, state: State, key: str, weight: Tensor) -> None:
-        """Where an iteration begins: sample columns, and before a round decompose W."""
+        """Sample columns where an iteration begins, and decompose W before a round."""
         step = int(state["step"])
         if step % self.iteration_steps:
             return

@@ -115,6 +115,14 @@ def test_islands_against_data_parallel():
     two = {name: row.results[0]["bytes_exchanged"] for name, row in rows.items() if ", 2 islands" in name}
     assert min(two, key=two.__getitem__) == "full rank, 2 islands, H 1000"
     assert full[1000] < min(min(chain.values()) for chain in chains)
+    record = report.measurements("benchmarks")["islands_tiny"]["result"]["rows"]
+    steps = {(row["method"], row["way"]): row["step_s"] for row in record}
+    assert 18 < steps["full", "data parallel"] / steps["full", "islands"] < 22
+    islands = {name: row for name, row in rows.items() if row.results[0].get("islands")}
+    assert not any(min(row.differences(rows["full rank"])) <= 0 for row in islands.values())
+    reached = [name for name, row in islands.items() if max(row.differences(rows["ReLoRA, r 16"])) <= 0]
+    assert {"full rank, 2 islands, H 50", "full rank in 2 bits, 2 islands, H 30"} <= {*reached}
+    assert all("full rank" in name for name in reached)
     page = text_of("docs/results/training.md")
     assert seeds > 1 or "Of the islands one seed has been trained so far" in page
     assert ("have rows but no runs yet" in page) == (not any("8 bits" in name for name in rows))

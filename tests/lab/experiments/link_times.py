@@ -5,6 +5,7 @@ Steps, restarts and exchanges of the same network have been measured over links 
 """
 
 import math
+import statistics
 
 from relora_ds.config import load_recipe, methods_of
 from relora_ds.lab.bench.island_times import ISLANDS, PARALLEL, pause_of, seconds_of, seconds_to
@@ -52,7 +53,7 @@ def table(rows: list[suite_report.Measured], record: dict, link: str) -> list[li
                 human_bytes(link_bytes(row.results[0], [HOSTS])[0]),
                 seconds_of(seconds),
                 f"{own[first.row.name] / seconds:.3g}",
-                "" if row is first else f"{row.mean - first.mean:+.3f}",
+                "" if row is first else f"{statistics.mean(row.differences(first)):+.3f}",
             ]
         )
     return told

@@ -6,6 +6,7 @@ that changes takes its rows from the pages until they are trained again. The var
 `<!-- levers -->` and its end.
 """
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -15,11 +16,13 @@ from relora_ds.lab.experiments import suite_report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
 from relora_ds.utils.text import human_count
+from tests.lab.experiments import link_times
 from tests.lab.experiments.levers import results as levers
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
 PAGES = (ROOT / "docs" / "results" / "training.md", ROOT / "README.md")
+TIMES = re.compile(r"^<!-- times of islands -->\n.*?^<!-- end of times of islands -->$", re.MULTILINE | re.DOTALL)
 LEVERS = re.compile(r"^<!-- levers -->\n.*?^<!-- end of levers -->$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
 
@@ -53,6 +56,12 @@ def short(scale: str, name: str) -> str:
     return "\n\n".join([rows_as_markdown(table), *suite_report.remarks_on_seeds(rows)])
 
 
+def times() -> str:
+    """How long the runs of suite `islands` take over a link, where one has been measured."""
+    record = json.loads((RESULTS / "benchmarks" / "islands_tiny.json").read_text(encoding="utf-8"))["result"]
+    return rows_as_markdown(link_times.table(measured("tiny", "islands")[2], record, "100mbit/50ms"))
+
+
 def filled(text: str) -> str:
     """A page with every table as it is measured."""
 
@@ -61,6 +70,7 @@ def filled(text: str) -> str:
         return f"<!-- {name} -->\n\n{(short if found[1] else block)(found[2], found[3])}\n\n<!-- end of {name} -->"
 
     text = TABLE.sub(fill, text)
+    text = TIMES.sub(f"<!-- times of islands -->\n\n{times()}\n\n<!-- end of times of islands -->", text)
     return LEVERS.sub(f"<!-- levers -->\n\n{levers.table()}\n\n<!-- end of levers -->", text)
 
 
