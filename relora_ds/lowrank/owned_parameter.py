@@ -29,20 +29,20 @@ class OwnedParameter(OwnedLayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weight in the shape of the plain parameter, and `x`; see `lowrank.attribute`."""
         value = self.format.dequantize(self.weight, self.weight_shape, x.dtype)
-        return _Whole.apply(value, self.transposed, self.decay, self.gradient_sum, self._anchor), x
+        return _Whole.apply(value, self.transposed, self.gradient_sum, self._anchor), x
 
 
 class _Whole(torch.autograd.Function):
-    """Autograd node of `ρ·W`. anchor: needs a gradient, so that there is a backward."""
+    """Autograd node of W. anchor: needs a gradient, so that there is a backward."""
 
     @staticmethod
-    def forward(ctx, value, transposed, decay, gradient_sum, anchor):
+    def forward(ctx, value, transposed, gradient_sum, anchor):
         ctx.transposed, ctx.gradient_sum = transposed, gradient_sum
-        return value.view_as(value) if decay is None else value * float(decay)
+        return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         if ctx.gradient_sum is not None:
             ctx.gradient_sum.add_gradient(grad.mT if ctx.transposed else grad)
-        return None, None, None, None, None
+        return None, None, None, None

@@ -24,7 +24,7 @@ def decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         precise = torch.linalg.svd(weight.to("cpu", torch.float64), full_matrices=False)
         left, sigma, right = (factor.to(weight) for factor in precise)
     signs = column_signs(left)
-    return left * signs, sigma, right.mT * signs
+    return left.mul_(signs), sigma, right.mT.mul_(signs)
 
 
 def product(left: Tensor, sigma: Tensor, right: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import statistics
 
 import pytest
 
-from tests.lab.experiments import results
+from relora_ds.lab.bench.island_times import ISLANDS, PARALLEL
+from tests.lab.experiments import link_times, results
 
 
 @pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
@@ -118,3 +119,32 @@ def test_galore_is_ahead_of_full_rank_at_first_and_ends_behind():
     assert full["val_loss"] < min(found[f"{name}, r 16"]["val_loss"] for name in ("ReLoRA", "LoRA, warm start"))
     assert galore["val_loss"] > max(found[f"{name}, r 16"]["val_loss"] for name in ("ReLoRA", "LoRA, warm start"))
     assert galore["spectrum"]["numerical_rank"] >= full["spectrum"]["numerical_rank"] - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("full rank", {("full", PARALLEL): (8000, 0)}),
+        ("ReLoRA, r 16", {("full", PARALLEL): (2000, 0), ("relora", PARALLEL): (6000, None)}),
+        ("full rank, 2 islands, H 200", {("full", ISLANDS): (8000, 40)}),
+        ("ReLoRA, 2 islands, H 200", {("full", ISLANDS): (2000, 10), ("relora", ISLANDS): (6000, 30)}),
+        ("one-sided, 2 islands, H 1000", {("one-sided", ISLANDS): (8000, 8)}),
+    ],
+)
+def test_the_time_of_a_run_is_that_of_its_steps_and_pauses(name, steps):
+    """By hand: 8,000 steps, of which a warm start has 2,000, and what the run itself has counted."""
+    (row,) = (row for row in results.measured("tiny", "islands")[2] if row.row.name == name)
+    bench = {
+        (method, way): {"step_s": 1.0 + number, "exchange_s": None, "restart_s": 1e5 + number}
+        for number, (method, way) in enumerate(
+            (m, w) for m in ("full", "relora", "one-sided") for w in (PARALLEL, ISLANDS)
+        )
+    }
+    counted = row.results[0]
+    assert counted["step"] == 8000
+    expected = 0.0
+    for key, (taken, pauses) in steps.items():
+        pauses = counted["restarts"] if pauses is None else pauses
+        expected += taken * bench[key]["step_s"] + pauses * bench[key]["restart_s"]
+    assert link_times.seconds_over(counted, bench) == expected
+    assert "exchanges" not in counted or counted["exchanges"] == sum(pauses for _, pauses in steps.values())
