@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from relora_ds.checkpoint.find import _stray
 from relora_ds.checkpoint.run_files import read_json, read_metrics
@@ -107,6 +108,26 @@ def test_tensorboards_writer_that_failed_is_replaced(tmp_path, caplog, monkeypat
     log.close()
     assert any((tmp_path / "tensorboard").iterdir())
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_tensorboards_events_are_on_disk_when_they_are_logged(tmp_path, monkeypatch):
+    """Its thread opens the file by name: what it wrote later would go to the run that has the directory by then."""
+    write = RecordWriter.write
+
+    def slowly(self, event):
+        time.sleep(0.2)
+        write(self, event)
+
+    monkeypatch.setattr(RecordWriter, "write", slowly)
+    board = TensorBoard(Recipe(), tmp_path, None)
+    for log in (lambda: board.scalars({"loss/train": 1.0}, 1), lambda: board.text("recipe", "x", 1)):
+        log()
+        shutil.move(tmp_path / "tensorboard", tmp_path / "moved")
+        (tmp_path / "tensorboard").mkdir()
+        time.sleep(0.5)
+        (tmp_path / "tensorboard").rmdir()  # it is empty
+        shutil.move(tmp_path / "moved", tmp_path / "tensorboard")
+    board.close()
 
 
 def test_tensorboards_writer_that_cannot_close_does_not_matter(tmp_path, caplog):

@@ -22,9 +22,19 @@ class TensorBoard(Logger):
     def _send(self, target: Any, values: dict[str, float], step: int) -> None:
         for tag, number in values.items():
             target.add_scalar(tag, number, step)
+        _wait_until_written(target)
 
     def _send_text(self, target: Any, tag: str, markdown: str, step: int) -> None:
         target.add_text(tag, markdown, step)
+        _wait_until_written(target)
 
     def _close(self, target: Any) -> None:
         target.close()
+
+
+def _wait_until_written(target: Any) -> None:
+    """Wait for the writer's thread, which opens the file by its name for every event.
+
+    Later, another run may be where this one was: its directory would get them.
+    """
+    target.flush()
