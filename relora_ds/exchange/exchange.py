@@ -120,9 +120,10 @@ class Exchange:
         """Make the exchanges good that took place without this engine: what it has trained since is given up."""
         scheduler = self.engine.lr_scheduler
         while self.t < scheduler.last_step and self.round < self._islands.decided(self):
+            before = self.engine.t
             scheduler.move_to(self.next_step(self.t))
             self._replays = True
-            self._take_place()
+            self._take_place(self.engine.t - before)
             self._replays = False
 
     def stop_when(self, is_asked_to_stop: Callable[[], bool]) -> None:
@@ -137,7 +138,7 @@ class Exchange:
         reports, self.reports = self.reports, []
         return reports
 
-    def _take_place(self) -> None:
+    def _take_place(self, made_good_steps: int = 0) -> None:
         self.takes_place = True
         started, before = time.perf_counter(), (self._link.bytes_sent, self._link.bytes_received)
         try:
@@ -153,7 +154,8 @@ class Exchange:
         dist.all_reduce(moved)
         sent, received = moved.tolist()
         seconds = time.perf_counter() - started
-        self.reports.append(ExchangeReport(self.round, *self._who, sent, received, seconds, self._waited))
+        made_good = made_good_steps if self._islands.name in self._who[0] else 0
+        self.reports.append(ExchangeReport(self.round, *self._who, sent, received, seconds, self._waited, made_good))
 
     # -- an exchange --------------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ class ExchangeReport:
         bytes_sent, bytes_received: of this island's ranks together.
         exchange_s: seconds, from the first byte sent to the last weight written; of a restart with its merge.
         waited_s: of these, until the server had decided.
+        made_good_steps: steps of this island in an update that is made good: taken before it was interrupted, and not
+            again since. 0 where it is missing.
     """
 
     round: int
@@ -23,3 +25,4 @@ class ExchangeReport:
     bytes_received: int
     exchange_s: float
     waited_s: float
+    made_good_steps: int

@@ -162,6 +162,7 @@ class Trainer:
             run.loader.skip(skipped)
         if run.engine.exchange is not None:
             for report in run.engine.exchange.take_reports():
+                run.totals.tokens += report.made_good_steps * run.recipe.tokens_per_step
                 run.emit(Hook.on_exchange, report)
                 without = f"exchange {report.round} took place without {', '.join(report.missing)}"
                 run.remark = without if report.missing else ""
