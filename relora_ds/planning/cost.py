@@ -100,7 +100,7 @@ def cost(
             items.append(device_memory.Item("a residual update", size, when=device_memory.UPDATE))
     if method.relora is not None and method.has_owners:
         update = update_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
-        size = _copies_of_largest(shapes, owner_steps.COPIES)
+        size = _copies_of_largest(shapes, owner_steps.COPIES) + 2 * sum(shapes.factors_sent.values())
         items.append(device_memory.Item("an owner's update", size, when=device_memory.UPDATE))
         step = step and (step[0] + update[0], step[1] + update[1])
         # They are stored as frozen ones are, and train.

@@ -122,6 +122,9 @@ def state(
     if shapes.owner_state:
         held = most_owned(shapes, world_size, lambda name: shapes.owner_state[name] + shapes.owner_kept[name])
         items.append(Item("state of the owners", held))
+        items.append(Item("factors of the frozen weights", sum(shapes.factors_of_owned.values())))
+        projected = most_owned(shapes, world_size, lambda name: shapes.factors_sent.get(name, 0))
+        items.append(Item("projected gradients", projected, DEVICE, OPTIMIZER))
     ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))
     items.append(Item("ledgers of the merges", ledgers, HOST))
     return [item for item in items if item.size]

@@ -46,7 +46,9 @@ def moments(
         sums = most_owned(shapes, world_size, lambda name: MASTER * shapes.merged[name].numel())
         items += [Item("sums of the frozen weights' gradients", sums, HOST, CHECKPOINT)]
     if shapes.owner_state:
-        state = most_owned(shapes, world_size, shapes.owner_state.__getitem__)
+        state = most_owned(
+            shapes, world_size, lambda name: shapes.owner_state[name] + shapes.factors_of_owned.get(name, 0)
+        )
         items += [Item("copies of the owners' state", state, HOST, CHECKPOINT)]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
     if masters and relora is not None and relora.frozen_master == "cpu":

@@ -15,6 +15,7 @@ from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.data.tokenizer import num_ids
 from relora_ds.lowrank.base_layer import LowRankLayer
 from relora_ds.lowrank.wrap import owned_layers
+from relora_ds.matrix.factored import FactoredOptimizer
 from relora_ds.matrix.optimizer import MatrixOptimizer
 from relora_ds.methods import Method
 from relora_ds.models.build import build_config, meta_model
@@ -37,6 +38,9 @@ class Shapes:
         owner_state: bytes that the owner of the weight of a layer remembers for its updates, by layer: of all of
             `merged`, or of none.
         owner_kept: bytes that the owner keeps beside it, on its device alone, likewise.
+        factors_of_owned: bytes of the factors of a weight, by layer, which all ranks hold and the owner updates: of all
+            of `merged`, or of none.
+        factors_sent: bytes of what a step changes of them, likewise.
         in_8_bit: of each of `groups`, whether its moments are; () where none are.
         looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
     """
@@ -52,6 +56,8 @@ class Shapes:
     in_8_bit: tuple[bool, ...] = ()
     owner_state: dict[str, int] = dataclasses.field(default_factory=dict)
     owner_kept: dict[str, int] = dataclasses.field(default_factory=dict)
+    factors_of_owned: dict[str, int] = dataclasses.field(default_factory=dict)
+    factors_sent: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def num_trainable(self) -> int:
@@ -120,6 +126,7 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
     rules = method.matrix_optimizers(model) or {}
     owned = {id(layers[name].weight) for name in rules}
+    states = {name: _state_bytes(rule, layers[name].shape_of_gradient) for name, rule in rules.items()}
     groups = groups_for(method.recipe.optim.name, method.param_groups(model), model)
     return Shapes(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -128,8 +135,10 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in of_layers),
         factors=tuple((layer.lora_A.numel(), layer.lora_B.numel()) for layer in lowrank.values()),
         bases={name: layer.lora_A.numel() for name, layer in bases.items()},
-        owner_state={name: _state_bytes(rule, layers[name].shape_of_gradient) for name, rule in rules.items()},
+        owner_state={name: owned - shared for name, (owned, shared, _) in states.items()},
         owner_kept={name: rule.kept_bytes(layers[name].shape_of_gradient) for name, rule in rules.items()},
+        factors_of_owned={name: shared for name, (_, shared, _) in states.items() if shared},
+        factors_sent={name: sent for name, (_, _, sent) in states.items() if sent},
         repeated=tuple(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)
         ),
@@ -138,5 +147,10 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
     )
 
 
-def _state_bytes(rule: MatrixOptimizer, shape: torch.Size) -> int:
-    return sum(value.nbytes for value in rule.begin(shape, "meta").values())
+def _state_bytes(rule: MatrixOptimizer, shape: torch.Size) -> tuple[int, int, int]:
+    """Return bytes of a weight's state, of what all ranks hold of it, and of what a step changes of that."""
+    state = rule.begin(shape, "meta")
+    owned = sum(value.nbytes for value in state.values())
+    if not isinstance(rule, FactoredOptimizer):
+        return owned, 0, 0
+    return owned, sum(state[name].nbytes for name in rule.shared), rule.changed(state).nbytes

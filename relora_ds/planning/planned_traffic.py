@@ -93,20 +93,24 @@ def update_bytes(
 ) -> tuple[float, float]:
     """`(payload, wire)` of one update of the frozen weights by their owners: in a step, or by a chain's residual.
 
-    Every sum of gradients is reduced to the owner in fp32, and every frozen weight is broadcast as it is stored. ZeRO-3
-    gathers the bases first and, without masters, the frozen weights, unless they are replicated; and once more the
-    small parameters that it keeps whole, which the update lets go of.
+    Every sum of gradients is reduced to the owner in fp32, and every frozen weight is broadcast as it is stored; where
+    weights are products of factors, what a step changes of those, twice. ZeRO-3 gathers the bases first and, without
+    masters, the frozen weights, unless they are replicated; and once more the small parameters that it keeps whole,
+    which the update lets go of.
 
     zero: a resolved `zero_optimization` section.
     """
     stage = zero["stage"]
     storage = storage_of(shapes, relora, precision=precision, stage=stage)
-    payload = 4 * sum(shape.numel() for shape in shapes.merged.values())
-    payload += sum(stored.num_bytes for stored in storage.merged.values())
+    if shapes.factors_sent:
+        payload = 2 * sum(shapes.factors_sent.values())
+    else:
+        payload = 4 * sum(shape.numel() for shape in shapes.merged.values())
+        payload += sum(stored.num_bytes for stored in storage.merged.values())
     payload += sum(base.num_bytes for base in storage.bases.values() if base.sharded)
     if stage == 3:
         payload += gathered_by_stage_3(shapes, storage, zero, ELEMENT_SIZE[precision]).small_bytes
-        if not storage.with_masters:
+        if not storage.with_masters and not shapes.factors_sent:
             payload += sum(stored.num_bytes for stored in storage.merged.values() if stored.sharded)
     return payload, payload * (world_size - 1) / world_size
 

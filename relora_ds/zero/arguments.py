@@ -18,6 +18,7 @@ from relora_ds.lowrank.formats import format_of
 from relora_ds.lowrank.inventory import lowrank_layers, owned_layers
 from relora_ds.lowrank.storage import is_sharded
 from relora_ds.lowrank.targets import summary
+from relora_ds.matrix.factored import FactoredOptimizer
 from relora_ds.matrix.optimizer import MatrixOptimizer
 from relora_ds.zero import ds_adamw, optimizers
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
@@ -88,6 +89,12 @@ def rule_problems(chosen: Mapping[str, MatrixOptimizer], weight_decay: Any, mode
         found.append(
             f"weight_decay: {weight_decay} is not supported with {type(rule).__name__}, whose factors alone change a "
             "weight; use 0.0, or another matrix_optimizer"
+        )
+    factored = {type(rule).__name__ for rule in chosen.values() if isinstance(rule, FactoredOptimizer)}
+    if factored and not all(isinstance(rule, FactoredOptimizer) for rule in chosen.values()):
+        found.append(
+            f"matrix_optimizer: {' and '.join(sorted(factored))}, of which factors are sent, is for all layers or for "
+            "none; pass it alone, or leave it out"
         )
     stacked = [name for name, rule in chosen.items() if name in layers and layers[name].experts]
     if wrong := [name for name in stacked if not chosen[name].takes_experts]:

@@ -188,11 +188,15 @@ class FrozenWeights:
 
     def publish(self, name: str, stored: Tensor | None, device: torch.device) -> None:
         """Broadcast the owner's stored copy and put it (at ZeRO-3: this rank's piece of it) where forward reads it."""
-        weight: Any = self.layers[name].weight
         assert (stored is None) == (self.owners[name] != dist.get_rank()), "the owner sends, and nobody else"
         if stored is None:
             stored = self.format.stored_like(self.layers[name].weight_shape, self.dtype, device)
         dist.broadcast(stored, self.owners[name])
+        self.put(name, stored)
+
+    def put(self, name: str, stored: Tensor) -> None:
+        """Put a stored copy, equal on all ranks (at ZeRO-3: this rank's piece of it), where forward reads it."""
+        weight: Any = self.layers[name].weight
         if is_partitioned(weight):
             write_partition(weight, stored)
         else:

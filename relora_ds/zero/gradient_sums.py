@@ -71,6 +71,10 @@ class GradientSums:
             return None
         return total.div_(dist.get_world_size())
 
+    def own(self, name: str) -> Tensor:
+        """Return what this rank has summed up of a layer, in place. Zero it once it is used."""
+        return self._sums[name].values
+
     def drop(self) -> None:
         """Begin anew everywhere."""
         for total in self._sums.values():

@@ -41,11 +41,11 @@ from relora_ds.zero.checkpoints import EngineCheckpoints
 from relora_ds.zero.ds_config import ARGUMENT_NAMES
 from relora_ds.zero.ds_resolve import resolve
 from relora_ds.zero.engine import ReLoRAEngine
+from relora_ds.zero.factor_steps import owner_steps_of
 from relora_ds.zero.fill import fill
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.joint_norm import JointNorm
 from relora_ds.zero.optimizers import make_optimizer
-from relora_ds.zero.owner_steps import OwnerSteps
 from relora_ds.zero.owner_updates import OwnerUpdates
 from relora_ds.zero.randomness import drops_values_only
 from relora_ds.zero.scheduler import ReLoRAScheduler
@@ -262,11 +262,11 @@ def initialize(
     engine.joint_norm = JointNorm()
     if matrix_optimizers:
         engine.joint_norm.install(engine.optimizer)
-        engine.owner_steps = OwnerSteps(
+        engine.owner_steps = owner_steps_of(
+            matrix_optimizers,
             frozen,
             shards,
             engine.joint_norm,
-            matrix_optimizers,
             lr=adamw["lr"] if matrix_lr is None else matrix_lr,
             weight_decay=adamw["weight_decay"],
             seed=seed,

@@ -39,6 +39,7 @@ class OwnerSteps:
     """
 
     argument = "matrix_optimizer"  # of `initialize`
+    _overlaps = True  # gradients are reduced while others are computed
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class OwnerSteps:
     ):
         self._frozen, self._shards, self._joint, self._optimizers = frozen, shards, joint, optimizers
         self._lr, self._weight_decay, self._seed = lr, weight_decay, seed
-        self._sums = GradientSums(frozen, overlaps=True)
+        self._sums = GradientSums(frozen, overlaps=self._overlaps)
         self._gradients: dict[str, Tensor] = {}
         self._never_trained, self._gathered = {name for name in frozen.owned() if "expert" not in name}, 0
         self._states = self._begin()
@@ -84,10 +85,7 @@ class OwnerSteps:
         own = torch.stack(squares) if squares else torch.zeros(1, dtype=torch.float64, device=self._frozen.device)
         total = own.sum()
         dist.all_reduce(total)
-        norm = float(total.sqrt())
-        self._joint.owners = norm if math.isfinite(norm) else math.inf
-        if self._gathered < _FIRST:
-            self._look_for_untrained(own)
+        self._tell_norm(total, own)
 
     @torch.no_grad()
     def apply(self, t: int, factor: float, coefficient: float) -> None:
@@ -119,6 +117,17 @@ class OwnerSteps:
         frozen.masters.settle()
         frozen.add_to_ledgers(samples)
         self._gradients.clear()
+
+    @property
+    def sends_more(self) -> bool:
+        """Whether the coming step sends more than others."""
+        return False
+
+    def step_bytes(self) -> dict[str, int]:
+        """Return the payload of a step, by collective: every gradient in fp32, and every weight as it is stored."""
+        layers = self._frozen.layers.values()
+        stored = sum(layer.weight_shape.numel() * layer.weight.element_size() for layer in layers)
+        return {"reduce": 4 * sum(layer.weight_shape.numel() for layer in layers), "broadcast": stored}
 
     def drop(self) -> None:
         """Forget what `gather` has gathered: the step is not taken."""
@@ -161,7 +170,12 @@ class OwnerSteps:
             for name in frozen.owned()
         }
 
-    def _look_for_untrained(self, squares: Tensor) -> None:
+    def _tell_norm(self, total: Tensor, squares: Tensor) -> None:
+        """Tell DeepSpeed the norm of what owners train. squares: of the gradients that this rank has gathered."""
+        norm = float(total.sqrt())
+        self._joint.owners = norm if math.isfinite(norm) else math.inf
+        if self._gathered == _FIRST:
+            return
         self._gathered += 1
         self._never_trained -= {name for name, square in zip(self._gradients, squares.tolist(), strict=False) if square}
         if self._gathered < _FIRST:

@@ -99,7 +99,19 @@ MUTANTS = [
     Mutant(
         "sst_samples_the_largest", (f"{SST}::test_sampling_is_without_replacement_and_by_probability",), "not close"
     ),
-    Mutant("owners_draw_alike_for_all_weights", ("tests/parity/test_sst.py::test_one_rank_alone",), 'one["losses"] =='),
+    Mutant(
+        "factors_draw_alike_for_all_weights", ("tests/parity/test_sst.py::test_one_rank_alone",), 'one["losses"] =='
+    ),
+    Mutant(
+        "factors_not_followed",
+        ("tests/parity/test_sst.py::test_losses_and_weights_equal_plain_pytorch[1-1]",),
+        "losses differ by",
+    ),
+    Mutant(
+        "factors_not_summed_over_ranks",
+        ("tests/parity/test_sst.py::test_losses_and_weights_equal_plain_pytorch[1-1]",),
+        "losses differ by",
+    ),
     Mutant("sst_decomposes_once", (f"{SST}::test_the_rule_of_w_is_training_of_its_factors[shape0-3]",), "not close"),
     # Writing a value: master and forward's copy.
     Mutant("stale_master", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),

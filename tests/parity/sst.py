@@ -16,8 +16,11 @@ STEPS, R, OWN_LR, NETWORK = 12, 6, 2e-3, {"num_key_value_heads": 1}
 SETTINGS = {"iteration_steps": 3, "iteration_warmup_steps": 2}
 
 
-def reference() -> dict:
-    """AdamW for what is no linear, and PyTorch's Adam for the factors of the others. Nothing is clipped."""
+def reference(clip: float = 0.0) -> dict:
+    """AdamW for what is no linear, and PyTorch's Adam for the factors of the others.
+
+    clip: what the norm of all that trains is clipped to.
+    """
     model = FAMILIES["llama"](0, **NETWORK)
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
@@ -36,6 +39,9 @@ def reference() -> dict:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         losses.append(loss.item())
+        if clip:
+            of_layers = [p for layer in layers.values() for p in (*layer.active, layer.sigma)]
+            torch.nn.utils.clip_grad_norm_([*of_rest.values(), *of_layers], clip)
         adamw.param_groups[0]["lr"] = cases.LR * schedule(step)
         adamw.step()
         for layer in layers.values():

@@ -7,7 +7,7 @@ import pytest
 from tests.parity import sst
 from tests.ranks import ranks
 
-TOLERANCE = 1e-5
+TOLERANCE, CLIP = 1e-5, 0.1
 expected = functools.cache(sst.reference)
 
 
@@ -23,7 +23,15 @@ def test_losses_and_weights_equal_plain_pytorch(stage, accumulation):
     for name, weight in plain["weights"].items():
         assert (one["weights"][name] - weight).norm() <= 1e-4 * weight.norm(), name
     owned = {name.rpartition("/")[0] for name in one["states"]}
-    assert owned and owned.isdisjoint(name.rpartition("/")[0] for name in other["states"]), "factors have one owner"
+    assert owned and owned.isdisjoint(name.rpartition("/")[0] for name in other["states"]), "moments have one owner"
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_clipping_sees_what_trains(stage):
+    clipped, plain = sst.reference(CLIP), expected()
+    one, _ = ranks(2).run(sst.train_case, stage, clip=CLIP)
+    assert one["losses"] == pytest.approx(clipped["losses"], rel=TOLERANCE)
+    assert abs(clipped["losses"][-1] - plain["losses"][-1]) > 100 * TOLERANCE
 
 
 def test_one_rank_alone():

@@ -1,4 +1,4 @@
-"""Owners of factors: a skipped step, resume in the middle of an iteration and over a decomposition, bytes, refusals."""
+"""Steps of factors: a skipped step, resume in the middle of an iteration and over a decomposition, bytes, refusals."""
 
 from unittest import mock
 
@@ -8,8 +8,11 @@ import torch.distributed as dist
 
 import relora_ds
 from relora_ds.config import ReLoRAConfig
+from relora_ds.lowrank.wrap import owned_layers
 from relora_ds.matrix import spectral
+from relora_ds.matrix.muon_update import Muon
 from relora_ds.matrix.sst_update import SST
+from relora_ds.zero import factor_steps
 from relora_ds.zero.traffic import count_traffic
 from tests.parity import cases, owner, sst
 from tests.ranks import ranks
@@ -90,6 +93,23 @@ def test_masters_are_the_product_of_factors_and_all_ranks_have_it_rounded(stage)
     assert one["stored"] == other["stored"] and one["names"] and other["names"]
 
 
+def other_factors(stage) -> str:
+    """Of ranks that have come to hold other factors: what says so."""
+    engine = sst.build(stage)
+    train(engine, 0, 1)
+    next(iter(engine.owner_steps._factors.values()))["right"].mul_(1 + dist.get_rank())
+    with mock.patch.object(factor_steps, "VERIFIED_EVERY", 2), pytest.raises(RuntimeError) as caught:
+        train(engine, 1, 3)
+    cases.release(engine)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_that_form_other_weights_are_noticed(stage):
+    for said in ranks(2).run(other_factors, stage):
+        assert said.startswith("steps of factors: ")
+
+
 def transposed(stage) -> float:
     """GPT-2's weights are `[in, out]`: the change of an update with a learning rate of 0."""
     engine = cases.build(
@@ -113,26 +133,38 @@ def test_weights_that_are_stored_transposed_are_decomposed_as_they_multiply(stag
     assert max(ranks(2).run(transposed, stage)) < 1e-6
 
 
-def sent(stage) -> tuple[int, int, int, int]:
+def sent(stage) -> tuple[list[torch.Size], list[tuple[bool, int, int]]]:
+    """Of steps: whether more was announced than other steps send, and the payloads of both halves."""
     engine = sst.build(stage, precision="bf16")
-    tokens = cases.batch(0, cases.GLOBAL_BATCH).chunk(dist.get_world_size())[dist.get_rank()]
-    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-    with count_traffic() as gathered:
-        engine.owner_steps.gather(1.0)
-    with count_traffic() as applied:
-        engine.owner_steps.apply(1, 1.0, 1.0)
-    elements = sum(layer.weight_shape.numel() for layer in engine.frozen.layers.values())
-    num_layers = len(engine.frozen.layers)
+    found = []
+    for number in range(8):
+        tokens = cases.batch(number, cases.GLOBAL_BATCH).chunk(dist.get_world_size())[dist.get_rank()]
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        sends_more = engine.owner_steps.sends_more
+        with count_traffic() as gathered:
+            engine.owner_steps.gather(1.0)
+        with count_traffic() as applied:
+            engine.owner_steps.apply(number + 1, 1.0, 1.0)
+        found.append((sends_more, gathered.payload, applied.payload))
+    shapes = [layer.weight_shape for layer in engine.frozen.layers.values()]
     cases.release(engine)
-    return elements, num_layers, gathered.payload, applied.payload
+    return shapes, found
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_bytes_are_a_gradient_in_fp32_and_a_stored_copy_and_factors_stay_where_they_are(stage):
-    """Also in the step that decomposes."""
-    for elements, num_layers, gathered, applied in ranks(2).run(sent, stage):
-        once = 4 * num_layers  # in the first step: how often each layer was called
-        assert (gathered, applied) == (4 * elements + 8 + once, 2 * elements)
+def test_bytes_are_what_trains_once_in_each_direction(stage):
+    """And all factors where a round begins: of every weight before the first step, of k and v after the sixth."""
+
+    def factors(of) -> int:
+        """U, σ and V, the indices, and the count."""
+        return sum(4 * (min(shape) * sum(shape) + min(shape)) + 8 * min(sst.R, *shape) + 8 for shape in of)
+
+    for shapes, found in ranks(2).run(sent, stage):
+        trained = 4 * sum(min(sst.R, *shape) * sum(shape) + min(shape) for shape in shapes)
+        norms, rounds = 8 * len(shapes), {6: factors([shape for shape in shapes if min(shape) == 10])}
+        assert rounds[6] and found[0] == (True, trained + norms + factors(shapes), trained)
+        # The second step also tells what has had no gradient.
+        assert found[2:] == [(n in rounds, trained + norms, trained + rounds.get(n, 0)) for n in range(3, 9)]
 
 
 @pytest.mark.parametrize(
@@ -154,3 +186,11 @@ def test_what_it_does_not_go_with_is_refused_before_anything_is_built(family, re
         pytest.raises(ValueError, match=said),
     ):
         relora_ds.initialize(model, "zero1", lr=1e-3, total_steps=9, matrix_optimizer=SST(4), **how)
+
+
+def test_beside_other_rules_it_is_refused():
+    model = relora_ds.wrap(FAMILIES["llama"](), ReLoRAConfig(trains="none"))
+    first, *others = owned_layers(model)
+    rules = {first: SST(4), **dict.fromkeys(others, Muon())}
+    with pytest.raises(ValueError, match="SST, of which factors are sent, is for all layers or for none"):
+        relora_ds.initialize(model, "zero1", lr=1e-3, total_steps=9, matrix_optimizer=rules, weight_decay=0.0)

@@ -185,18 +185,19 @@ def _sizes(engine) -> _Sizes:
 
 
 def _of_owners(engine) -> dict[str, int]:
-    """Return what owners get and publish in a step: every gradient in fp32, and every weight as it is stored.
+    """Return what owners get and publish in a step.
 
-    ZeRO-3 gathers the weights first, where they are their own masters, and afterwards what it keeps whole once more.
+    ZeRO-3 gathers the weights first, where they are their own masters and have no factors, and afterwards what it keeps
+    whole once more.
     """
+    from relora_ds.zero.factor_steps import FactorSteps
+
     if engine.owner_steps is None:
         return {}
-    layers = engine.frozen.layers.values()
-    stored = sum(layer.weight_shape.numel() * layer.weight.element_size() for layer in layers)
-    sent = {"reduce": 4 * sum(layer.weight_shape.numel() for layer in layers), "broadcast": stored}
+    layers, sent = engine.frozen.layers.values(), engine.owner_steps.step_bytes()
     if engine.zero_optimization_stage() == 3:
         again = [p for p in engine.module.parameters() if p.ds_persist]
-        if not engine.frozen.with_masters:
+        if not (engine.frozen.with_masters or isinstance(engine.owner_steps, FactorSteps)):
             again += [layer.weight for layer in layers]
         n = dist.get_world_size()
         sent["all_gather"] = sum(-(-p.ds_numel // n) * n * p.element_size() for p in again)  # in equal parts

@@ -41,11 +41,13 @@ class Traffic(Hook):
         updates = engine.residual is not None and engine.residual.is_due(engine.t + 1)
         sampling = engine.t - self._first in (0, 1, 2) or engine.lr_scheduler.is_scheduled(engine.t + 1)
         sampling = sampling or (updates and self._with_update is None)
+        sends_more = engine.owner_steps is not None and engine.owner_steps.sends_more
+        sampling = sampling or sends_more
         with run.clock.step(sampling), count_traffic() if sampling else nullcontext() as sample:
             yield
         known = self._with_update if updates and self._with_update is not None else self._regular
         run.step_bytes = known if sample is None else StepBytes(float(sample.payload), sample.wire)
-        if engine.was_step_applied() and len(engine.restarts) == restarts:
+        if engine.was_step_applied() and len(engine.restarts) == restarts and not sends_more:
             if updates:
                 self._with_update = run.step_bytes
             else:
