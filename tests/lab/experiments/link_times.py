@@ -34,14 +34,20 @@ def seconds_over(result: dict, bench: dict) -> float:
     return seconds
 
 
+def by_row(rows: list[suite_report.Measured], record: dict, link: str) -> dict[str, float]:
+    """The time of everything that two hosts can be, by row. See `table`."""
+    bench = {(row["method"], row["way"]): row for row in record["rows"] if row["link"] == link}
+    kept = [row for row in rows if row.results[0].get("islands") in (None, HOSTS)]
+    return {row.row.name: seconds_over(row.results[0], bench) for row in kept}
+
+
 def table(rows: list[suite_report.Measured], record: dict, link: str) -> list[list[str]]:
     """Loss, bytes and time of everything that two hosts can be, with its head.
 
     rows: of suite `islands`, the first of them full rank; record: of `bench islands` on the same network.
     """
-    bench = {(row["method"], row["way"]): row for row in record["rows"] if row["link"] == link}
-    kept = [row for row in rows if row.results[0].get("islands") in (None, HOSTS)]
-    own = {row.row.name: seconds_over(row.results[0], bench) for row in kept}
+    own = by_row(rows, record, link)
+    kept = [row for row in rows if row.row.name in own]
     first = kept[0]
     told = [["row", "validation loss", "over its link", f"time over {link}", "times as fast", "above full rank"]]
     for row in kept:
