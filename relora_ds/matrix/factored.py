@@ -19,7 +19,6 @@ class FactoredOptimizer(MatrixOptimizer):
         shared: what of a state all ranks hold: the factors, and what says which part of them trains.
     """
 
-    reads_weight: ClassVar[bool] = True
     takes_experts: ClassVar[bool] = False
     takes_weight_decay: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]]

@@ -25,13 +25,11 @@ class MatrixOptimizer(ABC):
     Attributes:
         decays_first: weight decay, by `1 - lr · weight_decay`, comes before the update, as in torch's AdamW; else after
             it, and acts on the updated W.
-        reads_weight: `update` is to get W.
         takes_experts: weights may have leading dimensions.
         takes_weight_decay: something else may change W too.
     """
 
     decays_first: ClassVar[bool] = False
-    reads_weight: ClassVar[bool] = False
     takes_experts: ClassVar[bool] = True
     takes_weight_decay: ClassVar[bool] = True
 
@@ -62,7 +60,7 @@ class MatrixOptimizer(ABC):
         Args:
             gradient: `[..., out, in]`, fp32 or fp64; it stays as it is.
             key: of the weight. It decides what is random: equal keys give equal updates in every process.
-            weight: W, where the rule reads it; it stays as it is.
+            weight: W, for rules of its factors; it stays as it is.
         """
         norm = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
         has_gradient = (norm > 0) & (norm < torch.inf)

@@ -12,6 +12,7 @@ weights, `e` bytes for one that trains, `f` bytes for one that is frozen (see `l
 With `optim.name: adamw_8bit` moments are 2T and a 32nd of that, instead of 8T, but for embeddings.
 Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device. With
 `relora.residual_every`, and where owners update them in every step, each rank has sums of all their gradients, 4F.
+With `method: sst` each rank has all singular vectors and values too, 8F where weights are square.
 """
 
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def state(
     if shapes.owner_state:
         held = most_owned(shapes, world_size, lambda name: shapes.owner_state[name] + shapes.owner_kept[name])
         items.append(Item("state of the owners", held))
-        items.append(Item("factors of the frozen weights", sum(shapes.factors_of_owned.values())))
+        items.append(Item("factors of the frozen weights", sum(shapes.shared_factors.values())))
         projected = most_owned(shapes, world_size, lambda name: shapes.factors_sent.get(name, 0))
         items.append(Item("projected gradients", projected, DEVICE, OPTIMIZER))
     ledgers = most_owned(shapes, world_size, lambda name: _ledger_bytes(shapes.merged[name].numel()))

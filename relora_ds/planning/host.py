@@ -47,7 +47,7 @@ def moments(
         items += [Item("sums of the frozen weights' gradients", sums, HOST, CHECKPOINT)]
     if shapes.owner_state:
         state = most_owned(
-            shapes, world_size, lambda name: shapes.owner_state[name] + shapes.factors_of_owned.get(name, 0)
+            shapes, world_size, lambda name: shapes.owner_state[name] + shapes.shared_factors.get(name, 0)
         )
         items += [Item("copies of the owners' state", state, HOST, CHECKPOINT)]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0

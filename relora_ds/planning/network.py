@@ -38,8 +38,8 @@ class Shapes:
         owner_state: bytes that the owner of the weight of a layer remembers for its updates, by layer: of all of
             `merged`, or of none.
         owner_kept: bytes that the owner keeps beside it, on its device alone, likewise.
-        factors_of_owned: bytes of the factors of a weight, by layer, which all ranks hold and the owner updates: of all
-            of `merged`, or of none.
+        shared_factors: bytes of the factors of a weight, by layer, which all ranks hold and owners update: of all of
+            `merged`, or of none.
         factors_sent: bytes of what a step changes of them, likewise.
         in_8_bit: of each of `groups`, whether its moments are; () where none are.
         looked_up: elements that train, and frozen ones, of an input embedding that nothing is multiplied with.
@@ -56,7 +56,7 @@ class Shapes:
     in_8_bit: tuple[bool, ...] = ()
     owner_state: dict[str, int] = dataclasses.field(default_factory=dict)
     owner_kept: dict[str, int] = dataclasses.field(default_factory=dict)
-    factors_of_owned: dict[str, int] = dataclasses.field(default_factory=dict)
+    shared_factors: dict[str, int] = dataclasses.field(default_factory=dict)
     factors_sent: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -137,7 +137,7 @@ def shapes_of(method: Method, config: PretrainedConfig) -> Shapes:
         bases={name: layer.lora_A.numel() for name, layer in bases.items()},
         owner_state={name: owned - shared for name, (owned, shared, _) in states.items()},
         owner_kept={name: rule.kept_bytes(layers[name].shape_of_gradient) for name, rule in rules.items()},
-        factors_of_owned={name: shared for name, (_, shared, _) in states.items() if shared},
+        shared_factors={name: shared for name, (_, shared, _) in states.items() if shared},
         factors_sent={name: sent for name, (_, _, sent) in states.items() if sent},
         repeated=tuple(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith(repeated)

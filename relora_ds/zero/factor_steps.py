@@ -7,8 +7,8 @@
     after DeepSpeed's step `apply`: the owners update the factors, each with the moments that it has, and broadcast what
                            has changed. All ranks form W anew, and store it as forward reads it
 
-All ranks compute W from the same bits, in the same way; from time to time they compare what they hold. A projection is
-linear: that of a sum over ranks is the sum of theirs.
+All ranks compute W from the same bits, in the same way, which needs devices of one kind. They compare what they hold
+after the first step, and from time to time. A projection is linear: that of a sum over ranks is the sum of theirs.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +32,8 @@ VERIFIED_EVERY = 200  # steps
 class FactorSteps(OwnerSteps):
     """The optimizer of owned weights that are products of factors. Collective: all ranks make every call.
 
-    The norm that clipping sees is that of what trains of the factors. They need no master: W is never added to.
+    The norm that clipping sees is that of what trains of the factors. Nothing is added to W: its master, where there is
+    one, is the product of the factors.
 
     Args:
         optimizers, lr, seed: see `OwnerSteps`. There is no weight decay: nothing but the factors changes W.
@@ -53,6 +54,7 @@ class FactorSteps(OwnerSteps):
         self._rules, self._factors = optimizers, dict[str, State]()
         self._new: list[str] = []  # to be decomposed when the coming step finds it
         self._moved: list[str] = []  # has a gradient in this step
+        self._is_verified = False
         super().__init__(frozen, shards, joint, optimizers, lr=lr, weight_decay=0.0, seed=seed)
 
     @torch.no_grad()
@@ -96,6 +98,7 @@ class FactorSteps(OwnerSteps):
         """
         self._shards.drop_gathered_copies()
         frozen, sent, formed = self._frozen, {}, dict[str, Tensor]()
+        verifies = t % VERIFIED_EVERY == 0 or not self._is_verified
         with exact_products():
             for name in self._moved:
                 rule, state = self._rules[name], self._factors[name]
@@ -108,13 +111,14 @@ class FactorSteps(OwnerSteps):
                 if name not in self._states:
                     self._rules[name].follow(changed, self._factors[name])
                 stored = self._store(name)
-                if name in self._states and t % VERIFIED_EVERY == 0:
+                if name in self._states and verifies:
                     formed[name] = checksum(stored.reshape(-1))
         frozen.masters.settle()
         self._gradients.clear()
         self._begin_step(self._moved)
-        if t % VERIFIED_EVERY == 0:
+        if verifies:
             verify(self._shards, frozen, formed, device=frozen.device, what="steps of factors")
+            self._is_verified = True
 
     @property
     def sends_more(self) -> bool:
@@ -150,17 +154,22 @@ class FactorSteps(OwnerSteps):
     def _begin_step(self, names: Iterable[str]) -> None:
         """Decompose what is due, and choose what trains in the coming step."""
         due = [name for name in names if self._rules[name].begins_factors(self._factors[name])]
-        for name in due:  # before anything is sent, so that the owners do it at the same time
-            state = self._factors[name]
-            weight = None if int(state["step"]) else self._frozen.read(name, self._frozen.device)
-            if name in self._states:
-                if weight is not None and self._frozen.layers[name].transposed:
-                    weight = weight.mT
-                with exact_products():
-                    self._rules[name].decompose(state, weight)
+        for of_owners in self._frozen.rounds():  # so that they decompose at the same time
+            weights = {name: self._first_weight(name) for name in of_owners if name in due}
+            for name, weight in weights.items():
+                if name in self._states:
+                    with exact_products():
+                        self._rules[name].decompose(self._factors[name], weight)
         self._share(due)
         for name in names:
             self._rules[name].begin_step(self._factors[name], f"{self._seed}/{name}")
+
+    def _first_weight(self, name: str) -> Tensor | None:
+        """Return W on its owner, `[out, in]`, before the first step of its factors. Collective."""
+        if int(self._factors[name]["step"]):
+            return None
+        weight = self._frozen.read(name, self._frozen.device)
+        return weight.mT if weight is not None and self._frozen.layers[name].transposed else weight
 
     def _share(self, names: Iterable[str]) -> None:
         """Give all ranks what the owners have of the factors."""

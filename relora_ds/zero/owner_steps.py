@@ -99,17 +99,13 @@ class OwnerSteps:
         self._shards.drop_gathered_copies()
         frozen, samples = self._frozen, {}
         for names in frozen.rounds():
-            bases = {name: frozen.read(name, frozen.device) for name in names if self._optimizers[name].reads_weight}
-            # Before other rules' W is read: the device has room for one of the two.
+            # Before W is read: the device has room for one of the two.
             changes = {
-                name: self._change(name, self._lr * factor, coefficient, bases.get(name))
-                for name in names
-                if name in self._states
+                name: self._change(name, self._lr * factor, coefficient) for name in names if name in self._states
             }
             stored: dict[str, Tensor] = {}
             for name in names:
-                base = bases.pop(name) if name in bases else frozen.read(name, frozen.device)
-                if base is not None:
+                if (base := frozen.read(name, frozen.device)) is not None:
                     change = self._with_decay(name, changes.pop(name), base, self._lr * factor)
                     stored[name], samples[name] = frozen.add(name, base, change, f"{self._seed}/{t}/{name}.weight/step")
             for name in names:
@@ -188,13 +184,12 @@ class OwnerSteps:
                 "or its result is not used; leave it out with relora.exclude_modules"
             )
 
-    def _change(self, name: str, lr: float, coefficient: float, base: Tensor | None) -> Tensor:
-        """Return what the rule adds to an owned weight, in its own layout. base: W, for rules that read it."""
+    def _change(self, name: str, lr: float, coefficient: float) -> Tensor:
+        """Return what the rule adds to an owned weight, in its own layout."""
         layer, gradient = self._frozen.layers[name], self._gradients.pop(name)
         if coefficient != 1:
             gradient.mul_(coefficient)
-        weight = base.mT if base is not None and layer.transposed else base
-        change = self._optimizers[name].update(gradient, self._states[name], lr, f"{self._seed}/{name}", weight)
+        change = self._optimizers[name].update(gradient, self._states[name], lr, f"{self._seed}/{name}")
         gradient.zero_()
         return change.mT if layer.transposed else change
 

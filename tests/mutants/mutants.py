@@ -103,6 +103,11 @@ MUTANTS = [
         "factors_draw_alike_for_all_weights", ("tests/parity/test_sst.py::test_one_rank_alone",), 'one["losses"] =='
     ),
     Mutant(
+        "factors_move_without_a_gradient",
+        ("tests/zero/test_sst.py::test_a_weight_without_a_gradient_waits_on_all_ranks[4-1]",),
+        "(not on_all, True)",
+    ),
+    Mutant(
         "factors_not_followed",
         ("tests/parity/test_sst.py::test_losses_and_weights_equal_plain_pytorch[1-1]",),
         "losses differ by",

@@ -22,34 +22,36 @@ from tests.zero.test_owner_steps import all_of, train
 
 # Of k and v rounds have six steps: both are within an iteration, and the first is before a decomposition, of which the
 # second sees another one.
-SAVED_AT, END = 5, 14
+SAVED_AT, END, ROUND = 5, 14, 6
 
 
-def spoiled(stage, precision) -> tuple[bool, list[str]]:
+def spoiled(stage, precision, after) -> tuple[bool, list[str]]:
     engine = sst.build(stage, precision=precision)
-    train(engine, 0, 4)
+    train(engine, 0, after)
     before = all_of(engine)
     spoiled_step(engine, float("nan"))
-    after, applied = all_of(engine), engine.was_step_applied()
+    now, applied = all_of(engine), engine.was_step_applied()
     cases.release(engine)
-    return applied, [what for what in before if before[what] != after[what]]
+    return applied, [what for what in before if before[what] != now[what]]
 
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(stage, precision):
-    assert ranks(2).run(spoiled, stage, precision) == [(False, [])] * 2
+    """Within an iteration, and where k and v are decomposed."""
+    for after in (4, ROUND):
+        assert ranks(2).run(spoiled, stage, precision, after) == [(False, [])] * 2
 
 
-def run(stage, precision, directory: str, resumes: bool, end: int = END) -> dict:
+def run(stage, precision, directory: str, resumes: bool, end: int = END, saved_at: int = SAVED_AT) -> dict:
     engine = sst.build(stage, precision=precision, model_seed=int(resumes))
     if resumes:
         engine.load_checkpoint(directory)
     else:
-        train(engine, 0, SAVED_AT)
+        train(engine, 0, saved_at)
         engine.save_checkpoint(directory)
-    result = {"losses": train(engine, SAVED_AT, end), "end": all_of(engine), "weights": engine.collect_merged()}
+    result = {"losses": train(engine, saved_at, end), "end": all_of(engine), "weights": engine.collect_merged()}
     cases.release(engine)
     return result
 
@@ -61,6 +63,42 @@ def test_a_resume_to_the_bit(stage, precision, tmp_path):
     whole, again = (ranks(2).run(run, stage, precision, str(tmp_path), resumes) for resumes in (False, True))
     for one, other in zip(whole, again, strict=True):
         assert one["losses"] == other["losses"] and one["end"] == other["end"]
+
+
+@pytest.mark.parametrize("saved_at", [ROUND, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_resume_where_a_round_begins(saved_at, tmp_path):
+    whole, again = (ranks(2).run(run, 1, "fp32", str(tmp_path), resumes, END, saved_at) for resumes in (False, True))
+    assert whole[0]["losses"] == again[0]["losses"] and whole[0]["end"] == again[0]["end"]
+
+
+def without_a_gradient(stage, at, on_all) -> tuple[bool, bool, list[float]]:
+    """One weight has no gradient in a step: whether its state moved, and that of another; and later losses."""
+    engine = sst.build(stage)
+    train(engine, 0, at)
+    # The owner's, and its neighbour's: k is decomposed at step 6.
+    name, other = (f"model.layers.0.self_attn.{kind}_proj" for kind in "kv")
+    factors = engine.owner_steps._factors
+    before = {each: {what: value.clone() for what, value in factors[each].items()} for each in (name, other)}
+    tokens = cases.batch(at, cases.GLOBAL_BATCH).chunk(dist.get_world_size())[dist.get_rank()]
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    if on_all or dist.get_rank() == 0:
+        engine.frozen.layers[name].gradient_sum.values.zero_()
+    engine.step()
+    moved = [
+        any(not torch.equal(factors[each][what], value) for what, value in before[each].items()) for each in before
+    ]
+    losses = train(engine, at + 1, at + 8)
+    cases.release(engine)
+    return *moved, losses
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", [4, ROUND - 1])
+def test_a_weight_without_a_gradient_waits_on_all_ranks(stage, at):
+    """Where it has one on any rank, all of them move."""
+    for on_all in (True, False):
+        one, other = ranks(2).run(without_a_gradient, stage, at, on_all)
+        assert one == other and one[:2] == (not on_all, True)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [((1, 2), (3, 1)), pytest.param((3, 2), (0, 1), marks=pytest.mark.slow)])
@@ -164,7 +202,8 @@ def test_bytes_are_what_trains_once_in_each_direction(stage):
     for shapes, found in ranks(2).run(sent, stage):
         trained = 4 * sum(min(sst.R, *shape) * sum(shape) + min(shape) for shape in shapes)
         norms, rounds = 8 * len(shapes), {6: factors([shape for shape in shapes if min(shape) == 10])}
-        assert rounds[6] and found[0] == (True, trained + norms + factors(shapes), trained)
+        compared = 6 * 8 * len(shapes)  # over the ranks, after the first step
+        assert rounds[6] and found[0] == (True, trained + norms + factors(shapes), trained + compared)
         # The second step also tells what has had no gradient.
         assert found[2:] == [(n in rounds, trained + norms, trained + rounds.get(n, 0)) for n in range(3, 9)]
 

@@ -15,8 +15,8 @@ from relora_ds.zero.traffic import count_traffic, expected_step
 class Traffic(Hook):
     """Times every step, and counts the bytes of some: collectives are the same in every step of a phase, but restarts.
 
-    Sampled are an engine's first three steps (ZeRO-3 still records its trace there), those that a restart follows, and
-    the first one with a residual update, which stands for all of them.
+    Sampled are an engine's first three steps (ZeRO-3 still records its trace there), those that a restart follows, the
+    first one with a residual update, which stands for all of them, and those that send the factors of a new round.
     """
 
     def on_phase(self, run: RunState) -> None:
@@ -42,8 +42,7 @@ class Traffic(Hook):
         sampling = engine.t - self._first in (0, 1, 2) or engine.lr_scheduler.is_scheduled(engine.t + 1)
         sampling = sampling or (updates and self._with_update is None)
         sends_more = engine.owner_steps is not None and engine.owner_steps.sends_more
-        sampling = sampling or sends_more
-        with run.clock.step(sampling), count_traffic() if sampling else nullcontext() as sample:
+        with run.clock.step(sampling), count_traffic() if sampling or sends_more else nullcontext() as sample:
             yield
         known = self._with_update if updates and self._with_update is not None else self._regular
         run.step_bytes = known if sample is None else StepBytes(float(sample.payload), sample.wire)
