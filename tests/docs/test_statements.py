@@ -143,6 +143,17 @@ def test_islands_against_data_parallel():
     assert shortest.losses[0] == min(of_two)
 
 
+def test_other_methods():
+    """As docs/results/training.md and docs/guides/methods.md tell of them."""
+    trained = {row.row.group: row for row in results.measured("tiny", "rivals")[2] if row.row.group}
+    assert [*trained] == ["SST"], "both pages say that no other one has been trained"
+    rows = [row for row in results.measured("tiny", "rivals")[2] if row.row.group == "SST"]
+    best = min(rows, key=lambda row: row.losses[0])
+    assert best not in (rows[0], rows[-1]), "the best learning rate is not known"
+    others = {row.row.name: row.losses[0] for row in results.measured("tiny", "islands")[2]}
+    assert abs(best.losses[0] - others["ReLoRA, r 16"]) < 0.005 < others["one-sided, r 16"] - best.losses[0]
+
+
 def test_the_costs_of_masks_and_of_merges_without_a_master():
     """As docs/concepts/restart.md tells them."""
     pruned = {ratio: tiny_runs.lead("reset", "ReLoRA", f"magnitude, reset ratio {ratio}") for ratio in (0.99, 0.9)}
