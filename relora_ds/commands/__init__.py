@@ -15,5 +15,6 @@ COMMANDS = {
     "export": "write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base",
     "eval": "validation loss of any Hugging Face model directory on any corpus",
     "islands": "serve: relay the updates between jobs that train by themselves for a round",
+    "watch": "how runs are doing, on one screen that is kept up to date; also over ssh",
     "checkpoint": "list, verify and prune the checkpoints of a run",
 }

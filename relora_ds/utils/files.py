@@ -62,3 +62,11 @@ def sha256(file: Path | str | BinaryIO) -> str:
         while chunk := opened.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Return the last component of each path, or as many of the last ones as it takes to tell them apart."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]

@@ -18,6 +18,7 @@ else:
 
 PURPOSES = {  # in the order of the table: those that a run needs first
     "plot": "`relora plot` and the figures of `reproduce`, `spectrum` and `bench`",
+    "watch": "the chart of `relora watch`",
     "peft": "baselines of `relora bench`, loading of PEFT exports",
     "quantization": "`relora.frozen_dtype=nf4`, `optim.name=adamw_8bit`",
     "liger": "`model.use_liger_kernel=true`",

@@ -18,10 +18,11 @@ from relora_ds.checkpoint.manifest import tag_of
 from relora_ds.checkpoint.model import Contents, OpenModel, contents_of, is_checkpoint, open_model
 from relora_ds.config import method_of
 from relora_ds.interop.sources import find_checkpoint
-from relora_ds.lab.figures.run_history import method_text, recipe_in, short_names
+from relora_ds.lab.figures.run_history import method_text, recipe_in
 from relora_ds.lowrank.singular_values import RANK_SHARE, SMALL, Spectrum, spectrum_of
 from relora_ds.models.build import meta_model
 from relora_ds.models.loading import load_config
+from relora_ds.utils.files import short_names
 
 OLDEST = "from the oldest checkpoint that is kept"
 WITH_INITIAL_VALUE = "all of s·B·A, with its initial value"

@@ -9,6 +9,7 @@ import numpy as np
 
 from relora_ds.config import METHODS, Recipe, method_of, read_recipe
 from relora_ds.training.metrics_log import read_json, read_metrics
+from relora_ds.utils.files import short_names
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +117,3 @@ def method_text(directory: Path) -> str:
     if recipe is None:
         return "unknown"
     return method_of(recipe).label if recipe.method in METHODS else recipe.method
-
-
-def short_names(paths: list[Path]) -> list[str]:
-    """Return the last component of each path, or as many of the last ones as it takes to tell them apart."""
-    depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
-        depth += 1
-    return ["/".join(path.parts[-depth:]) for path in paths]

@@ -1,0 +1,1 @@
+"""`relora watch`: runs as they train, read from their directories alone."""
