@@ -139,7 +139,8 @@ def test_islands_against_data_parallel():
     page = text_of("docs/results/training.md")
     twice = {name for name, row in rows.items() if "islands" in name and len(row.losses) == 2}
     kinds = ("full rank", "ReLoRA", "one-sided")
-    assert seeds == 2 and twice == {f"{kind}, 2 islands, H {every}" for kind in kinds for every in (50, 200, 1000)}
+    of_three = {f"{kind}, 2 islands, H {every}" for kind in kinds for every in (50, 200, 1000)}
+    assert seeds == 2 and twice == {*of_three, "full rank, 2 islands, H 200, steps 12000"}
     assert "one seed has been trained so far, and a second one of two islands in 4 bits or fp32 at H 50, 200" in page
     shortest = rows["full rank in 2 bits, 2 islands, H 30"]
     of_two = [row.losses[0] for name, row in islands.items() if "2 islands" in name and "steps" not in name]
