@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 from relora_ds.training.hooks.watchdog import Watchdog
 from relora_ds.utils.ports import free_port
 from relora_ds.zero.start import _name_gloo_interface, host_group, set_timeouts
-from tests.ranks import ranks
+from tests.ranks import Ranks, ranks
 from tests.small_models import llama
 
 DAY = timedelta(days=1)
@@ -70,7 +70,11 @@ def waiting_for_nobody() -> float:
 
 
 def test_collectives_heed_it():
-    assert 1 < ranks(2).run(waiting_for_nobody)[0] < 60
+    own = Ranks(2)  # with those of the session, a broken connection would stay for the tests that follow
+    try:
+        assert 1 < own.run(waiting_for_nobody)[0] < 60
+    finally:
+        own.stop()
 
 
 def test_a_group_on_the_host_waits_for_slow_disks_and_names_what_could_join_it():
