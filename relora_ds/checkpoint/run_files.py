@@ -46,17 +46,22 @@ def metrics_in(path: Path) -> list[dict]:
     """Read the lines of a metrics file, as `read_metrics`. OSError where it cannot be read."""
     found, num_damaged = [], 0
     for raw in path.read_bytes().splitlines(keepends=True):
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            line = None
-        if _is_line(line):
-            found.append({"phase": "", **line})
+        if (line := line_in(raw)) is not None:
+            found.append(line)
         else:
             num_damaged += bool(raw.strip()) and raw.endswith(b"\n")
     if num_damaged:
         logger.warning("%s: %d damaged lines are left out", path, num_damaged)
     return found
+
+
+def line_in(raw: bytes) -> dict | None:
+    """Return a line of a metrics file; None where it is damaged."""
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return {"phase": "", **line} if _is_line(line) else None
 
 
 def _is_line(line: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from relora_ds.watch.followed_run import FollowedRun
 
@@ -44,11 +45,7 @@ def chart(runs: Sequence[FollowedRun], width: int, height: int) -> list[str]:
 
 def is_available() -> bool:
     """Return whether uniplot, which draws, is installed."""
-    try:
-        import uniplot  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
+    return find_spec("uniplot") is not None
 
 
 def curve_of(run: FollowedRun, points: int) -> list[tuple[float, float]]:

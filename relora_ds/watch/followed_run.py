@@ -4,14 +4,13 @@ metrics.jsonl is read from where the last look ended. A resume drops lines that 
 replaces the file; then all of it is read again.
 """
 
-import json
 import logging
 import os
 import socket
 from collections import defaultdict
 from pathlib import Path
 
-from relora_ds.checkpoint.run_files import METRICS, read_json
+from relora_ds.checkpoint.run_files import METRICS, line_in, read_json
 from relora_ds.config import Recipe, read_recipe
 
 logger = logging.getLogger(__name__)
@@ -81,15 +80,9 @@ class FollowedRun:
             new = file.read()
         whole = new.rfind(b"\n") + 1  # the last line may still be being written
         self._offset += whole
-        for raw in new[:whole].splitlines():
-            self._take(raw)
-
-    def _take(self, raw: bytes) -> None:
-        try:
-            line = json.loads(raw)
-            self.lines[line["kind"]].append({"step": int(line["step"]), **line})
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return  # damaged: `relora plot` says so
+        for line in map(line_in, new[:whole].splitlines()):
+            if line is not None:  # of damaged ones `relora plot` tells
+                self.lines[line["kind"]].append(line)
 
     def _forget(self) -> None:
         self.lines.clear()

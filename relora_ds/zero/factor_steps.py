@@ -39,6 +39,7 @@ class FactorSteps(OwnerSteps):
         optimizers, lr, seed: see `OwnerSteps`. There is no weight decay: nothing but the factors changes W.
     """
 
+    reads_weights = False
     _overlaps = False
 
     def __init__(
@@ -59,14 +60,7 @@ class FactorSteps(OwnerSteps):
 
     @torch.no_grad()
     def gather(self, loss_scale: float) -> None:
-        """Reduce the projected gradients of an optimizer step to the owners.
-
-        Args:
-            loss_scale: that they have; it is taken out.
-
-        Raises:
-            ValueError: on every rank, where no gradient has reached a weight in the first steps; names it.
-        """
+        """Reduce the projected gradients of an optimizer step to the owners; see `OwnerSteps.gather`."""
         self._begin_step(self._new)
         self._new = []
         projections, works = {}, []
@@ -89,13 +83,7 @@ class FactorSteps(OwnerSteps):
 
     @torch.no_grad()
     def apply(self, t: int, factor: float, coefficient: float) -> None:
-        """Update the weights by what `gather` has gathered.
-
-        Args:
-            t: applied steps, this one among them.
-            factor: the learning rate of this step, as a part of the peak.
-            coefficient: what clipping multiplies gradients with.
-        """
+        """Update the factors by what `gather` has gathered, and form the weights; see `OwnerSteps.apply`."""
         self._shards.drop_gathered_copies()
         frozen, sent, formed = self._frozen, {}, dict[str, Tensor]()
         verifies = t % VERIFIED_EVERY == 0 or not self._is_verified

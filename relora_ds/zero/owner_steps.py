@@ -39,6 +39,7 @@ class OwnerSteps:
     """
 
     argument = "matrix_optimizer"  # of `initialize`
+    reads_weights = True  # to add to them
     _overlaps = True  # gradients are reduced while others are computed
 
     def __init__(

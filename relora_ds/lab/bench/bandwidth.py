@@ -187,17 +187,15 @@ def _sizes(engine) -> _Sizes:
 def _of_owners(engine) -> dict[str, int]:
     """Return what owners get and publish in a step.
 
-    ZeRO-3 gathers the weights first, where they are their own masters and have no factors, and afterwards what it keeps
-    whole once more.
+    ZeRO-3 gathers the weights first, where they are their own masters and are read, and afterwards what it keeps whole
+    once more.
     """
-    from relora_ds.zero.factor_steps import FactorSteps
-
     if engine.owner_steps is None:
         return {}
     layers, sent = engine.frozen.layers.values(), engine.owner_steps.step_bytes()
     if engine.zero_optimization_stage() == 3:
         again = [p for p in engine.module.parameters() if p.ds_persist]
-        if not (engine.frozen.with_masters or isinstance(engine.owner_steps, FactorSteps)):
+        if engine.owner_steps.reads_weights and not engine.frozen.with_masters:
             again += [layer.weight for layer in layers]
         n = dist.get_world_size()
         sent["all_gather"] = sum(-(-p.ds_numel // n) * n * p.element_size() for p in again)  # in equal parts
