@@ -2,14 +2,15 @@
 """About 80 MB of English text without a hub, for experiments that should not see a text twice.
 
     python launch_scripts/english_corpus.py DIRECTORY
+    python -m relora_ds reproduce main --scale mini            reads it from data/english
     python -m relora_ds reproduce main --scale small data.source=text data.path=DIRECTORY/train.jsonl \\
         data.validation=DIRECTORY/validation.jsonl
 
 WikiText-2 and 17 books of Project Gutenberg, as relora_ds itself finds them, and three packages of Debian, fetched with
 `apt-get download` and unpacked with `dpkg-deb`, not installed: the GNU Collaborative International Dictionary of
 English (dict-gcide), the Free On-line Dictionary of Computing (dict-foldoc) and the kernel's documentation
-(linux-doc-6.1). Paragraphs that were there before are dropped, and every 50th document is for validation. Debian's
-packages change with its releases: DIRECTORY/NOTICE says which ones these are.
+(linux-doc-6.1). Paragraphs that were there before are dropped. Of every 50 documents one is for validation, and another
+one, in tuning.jsonl, to choose settings on. Debian's packages change with its releases: DIRECTORY/NOTICE names them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # d
 DOCUMENT = 4000  # characters of dictionary entries that make one document
 SHORT_PARAGRAPH = 80  # characters; shorter ones, such as headings, may repeat
 SHORT_DOCUMENT = 200
-VALIDATION_EVERY = 50
+HELD_OUT = {0: "validation", 25: "tuning"}  # of every 50 documents
 NOTICE = """\
 Text of WikiText-2 (Wikipedia's contributors, CC BY-SA), Project Gutenberg (public domain in the United States), and of
 these packages of Debian, under the licences in their files `copyright`:
@@ -39,7 +40,7 @@ Repeated paragraphs are dropped; otherwise unmodified.
 
 
 def main() -> int:
-    """Write train.jsonl, validation.jsonl and NOTICE."""
+    """Write train.jsonl, validation.jsonl, tuning.jsonl and NOTICE."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="is made; its files are replaced")
     parser.add_argument("--packages", type=Path, metavar="DIR", help="where the .deb files are already")
@@ -134,10 +135,10 @@ def _unpack(package: Path, directory: Path) -> Path:
 
 
 def _write(directory: Path, documents: Iterable[str]) -> None:
-    sizes = {"train": [0, 0], "validation": [0, 0]}
+    sizes = {split: [0, 0] for split in ("train", *HELD_OUT.values())}
     files = {split: (directory / f"{split}.jsonl").open("w", encoding="utf-8") for split in sizes}
     for number, text in enumerate(documents):
-        split = "validation" if number % VALIDATION_EVERY == 0 else "train"
+        split = HELD_OUT.get(number % 50, "train")
         files[split].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         sizes[split][0] += 1
         sizes[split][1] += len(text)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale",
         choices=SCALES,
         default="tiny",
-        help="tokens and networks of the suites: for two CPU cores, one GPU or eight (default: %(default)s)",
+        help="tokens and networks: tiny, mini for two CPUs, small for one GPU, paper for eight (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each row (default: the suite's)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these (default: all)")
@@ -70,8 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
     }
     wanted = {run.name: run for found in runs.values() for run in found}  # each once, whatever suites it is in
     results = Results(arguments.results or arguments.runs / "results")
+    left = [run for run in wanted.values() if results.read(run) is None]
+    for run in left:
+        run.check_files()
     if not arguments.dry_run:
-        run_islands.check(run.recipe for run in wanted.values() if results.read(run) is None)
+        run_islands.check(run.recipe for run in left)
     runner = Runner(arguments.runs, arguments.num_gpus, arguments.threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())

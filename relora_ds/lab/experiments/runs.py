@@ -41,11 +41,18 @@ class Run:
 
     @classmethod
     def of(cls, row: Row, seed: int, overrides: Sequence[str] = ()) -> "Run":
-        """Return the run of a row with more overrides. Raise RecipeError where they are wrong."""
+        """Return the run of a row with more overrides. Raise RecipeError where they are wrong.
+
+        Its files need not exist: what is kept of a run is read where its data is not.
+        """
         overrides = (*row.overrides, *overrides, f"seed={seed}")
-        recipe = load_recipe(row.recipe, overrides)
+        recipe = load_recipe(row.recipe, overrides, check_files=False)
         digest = hashlib.sha256(json.dumps(_settings(recipe), sort_keys=True).encode()).hexdigest()[:10]
         return cls(row, seed, overrides, recipe, f"{recipe.method}-{digest}-seed{seed}")
+
+    def check_files(self) -> None:
+        """Raise RecipeError where a file of the recipe is missing."""
+        load_recipe(self.row.recipe, self.overrides)
 
     @property
     def tokens(self) -> int:

@@ -12,8 +12,8 @@
 
 `recipe` is what follows the scale in the name of a shipped recipe. In `set`, `{value}` is the sweep's, and
 `{full.optim.lr}` is what the recipe `full` of the same scale says. A sweep's `set` may differ by scale, as its `values`
-do: `set: {tiny: [...], small: [...], paper: [...]}`. A list in it, as the alias of a YAML anchor is, counts as its
-elements.
+do: `set: {tiny: [...], small: [...], paper: [...]}`. At a scale that `values` leaves out there are no such rows. A list
+in a `set`, as the alias of a YAML anchor is, counts as its elements.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from relora_ds.config import METHODS, Recipe, load_recipe, recipe_names
 
 DIRECTORY = Path(__file__).parent / "suites"
 # scale -> how its recipes begin. 130M is the paper's smallest network that restarts often enough to see it.
-SCALES = {"tiny": "tiny", "small": "small", "paper": "llama_130m"}
+SCALES = {"tiny": "tiny", "mini": "mini", "small": "small", "paper": "llama_130m"}
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,28 @@ def suite_names() -> list[str]:
 
 
 def read_suite(name: str, scale: str) -> Suite:
-    """Return a shipped suite. ValueError for an unknown name or scale."""
+    """Return a shipped suite. ValueError for an unknown name or scale, and for a suite without rows at the scale."""
     if name not in suite_names():
         raise ValueError(f"SUITE: {name} is none; there are {', '.join(suite_names())}")
     if scale not in SCALES:
         raise ValueError(f"--scale: {scale} is none; there are {', '.join(SCALES)}")
     declared = yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8"))
     shipped = {method: f"{SCALES[scale]}_{method}" for method in METHODS}
-    recipes = {method: load_recipe(name) for method, name in shipped.items() if name in recipe_names()}
+    recipes = {
+        method: load_recipe(name, check_files=False) for method, name in shipped.items() if name in recipe_names()
+    }
     rows = [_row(row, about, scale, recipes) for row, about in declared.get("rows", {}).items()]
     for sweep in declared.get("sweeps", []):
+        if scale not in sweep["values"]:
+            continue
         changes = sweep["set"] if isinstance(sweep["set"], list) else sweep["set"][scale]
         rows += [
             _row(group, {**about, "set": [*about.get("set", []), *changes]}, scale, recipes, sweep["axis"], value)
             for group, about in sweep["rows"].items()
             for value in sweep["values"][scale]
         ]
+    if not rows:
+        raise ValueError(f"--scale: {name} has no rows at {scale}; use {' or '.join(_scales_of(declared))}")
     return Suite(
         name,
         scale,
@@ -94,6 +100,10 @@ def read_suite(name: str, scale: str) -> Suite:
         declared["seeds"],
         declared.get("spectra", False),
     )
+
+
+def _scales_of(declared: dict) -> list[str]:
+    return [scale for scale in SCALES if any(scale in sweep["values"] for sweep in declared["sweeps"])]
 
 
 def _row(
