@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     quieten_libraries()
     from relora_ds.data import tokenizer
+    from relora_ds.data.rows import Masking
     from relora_ds.interop.sources import model_of, tokenizer_of
     from relora_ds.lowrank.formats import DTYPES
     from relora_ds.training.validation import evaluate
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     seq_len = seq_len if arguments.seq_len is None else arguments.seq_len
     model = model_of(arguments.model, arguments.trust_remote_code, "DIR_OR_ID")
     _check(model.config, seq_len, tokenizer.num_ids(given))
+    if isinstance(text.layout, Masking):
+        _mask_documents(model.config)
     model.to(device_of_rank(), DTYPES[arguments.dtype])  # type: ignore[arg-type]  # a decorator hides self
     result = evaluate(model, text, seq_len=seq_len, micro_batch_size=arguments.batch_size, device=model.device)
     if arguments.json:
@@ -90,7 +93,7 @@ def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
         else:
             text = ["data.source=text", f"data.path={source}"]
             data = load_recipe(recipe, [*text, *overrides], check_files=False).data
-            return files_in(source, data.text_column, given), data.seq_len
+            return files_in(source, data, given), data.seq_len
     data = load_recipe(recipe, overrides, check_files=False).data
     return validation_of(data, given, trust_remote_code), data.seq_len
 
@@ -104,3 +107,13 @@ def _check(config, seq_len: int, num_ids: int) -> None:
             f"DIR_OR_ID: its tokenizer has ids up to {num_ids - 1}, its embedding {config.vocab_size} "
             "rows; the tokenizer is of another model"
         )
+
+
+def _mask_documents(config) -> None:
+    """Have a model keep documents apart. ValueError where it cannot."""
+    from relora_ds.methods.proof import prove
+
+    found = prove(config, None, attention=config._attn_implementation, next_token=False, documents=True).problems
+    if found:
+        raise ValueError(found[0])
+    config.use_cache = config.get_text_config(decoder=True).use_cache = False  # transformers makes no masks with one

@@ -11,7 +11,7 @@ import numpy as np
 from relora_ds.data import checks, corpora, localfiles, tokenization, tokenizer
 from relora_ds.data.preparation import PreparedData, prepare
 from relora_ds.data.reading import Documents
-from relora_ds.data.rows import Padding
+from relora_ds.data.rows import layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,16 +38,16 @@ def validation_of(data: DataConfig, given: PreTrainedTokenizerBase, trust_remote
     corpus = corpora.open_corpus(data)
     validation = corpus.open().validation
     assert validation is not None  # it has been held out where the corpus has none
-    return _tokenized(validation, given, corpus.max_validation_tokens, data.packing)
+    return _tokenized(validation, given, data, corpus.max_validation_tokens)
 
 
-def files_in(path: str, text_column: str, given: PreTrainedTokenizerBase) -> PreparedData:
+def files_in(path: str, data: DataConfig, given: PreTrainedTokenizerBase) -> PreparedData:
     """All of the text in files (see `localfiles`), in the ids of `given`; the training split is empty."""
-    return _tokenized(localfiles.documents_of(localfiles.find(path, "--data"), text_column), given)
+    return _tokenized(localfiles.documents_of(localfiles.find(path, "--data"), data.text_column), given, data)
 
 
 def _tokenized(
-    documents: Documents, given: PreTrainedTokenizerBase, max_tokens: int | None = None, packing: bool = True
+    documents: Documents, given: PreTrainedTokenizerBase, data: DataConfig, max_tokens: int | None = None
 ) -> PreparedData:
     dtype = tokenization.dtype_of(given)
     with tempfile.TemporaryDirectory() as name:
@@ -69,5 +69,5 @@ def _tokenized(
         eos_id=given.eos_token_id,
         fingerprint="",
         directory=Path(),
-        padding=None if packing else Padding(given.eos_token_id, pad_id),
+        layout=layout_of(data, given.eos_token_id, pad_id),
     )

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from relora_ds.data.rows import IGNORED_LABEL, PackedRows, PaddedRows, Padding
+from relora_ds.data.rows import Layout, PackedRows, Padding, evaluation_rows, training_rows
 
 
 class TrainLoader:
-    """Micro-batches of rows of `seq_len` tokens: non-overlapping windows, or padded documents.
+    """Micro-batches of rows of `seq_len` tokens: non-overlapping windows, masked or not, or padded documents.
 
     The global order of the rows is one permutation per epoch, seeded by (seed, epoch): it does not depend on the world
     size or on `micro_batch_size`, so a run gives the same batches on any number of ranks. The state is the number of
@@ -22,7 +22,7 @@ class TrainLoader:
     batch_sequences    rows per optimizer step, over all ranks and micro-batches
     rank, world_size   of the data-parallel group
     seed               a non-negative integer
-    padding            `PreparedData.padding`; None = the rows are packed
+    layout             `PreparedData.layout`; None = the rows are windows, whatever documents are in them
     island, islands    which one of how many this is
 
     Raises ValueError if `batch_sequences` is not a multiple of `micro_batch_size * world_size`, or if the corpus holds
@@ -38,21 +38,22 @@ class TrainLoader:
         rank: int,
         world_size: int,
         seed: int,
-        padding: Padding | None = None,
+        layout: Layout = None,
         island: int = 0,
         islands: int = 1,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         assert 0 <= island < islands, (island, islands)
         self.gradient_accumulation_steps = _accumulation_steps(batch_sequences, micro_batch_size, world_size)
-        self.rows = PackedRows(tokens, seq_len) if padding is None else PaddedRows(tokens, seq_len, padding)
+        self.rows = training_rows(tokens, seq_len, layout)
         self.num_sequences = len(self.rows)
         if self.num_sequences < batch_sequences * islands:
-            what = f"sequences of {seq_len} tokens" if padding is None else "documents (data.packing=false)"
+            is_packed = not isinstance(layout, Padding)
+            what = f"sequences of {seq_len} tokens" if is_packed else "documents (data.packing=false)"
             raise ValueError(
                 f"train.batch_sequences: {batch_sequences}{_on_each(islands)} is more than the {self.num_sequences} "
                 f"{what} in the corpus ({len(tokens)} tokens); lower it, "
-                f"{'shorten data.seq_len' if padding is None else 'set data.packing=true'} or use a "
+                f"{'shorten data.seq_len' if is_packed else 'set data.packing=true'} or use a "
                 f"larger corpus"
             )
         self.batch_sequences = batch_sequences
@@ -68,10 +69,10 @@ class TrainLoader:
     def next_step(self) -> list[dict[str, torch.Tensor]]:
         """Yield this rank's micro-batches of one optimizer step: `gradient_accumulation_steps` of `rows.batch`.
 
-        Padded ones also hold `num_items_in_batch`, a 0-dim float tensor that Hugging Face models divide the sum of
-        their losses by: the predicted tokens of the whole batch, per micro-batch. The mean over micro-batches and ranks
-        is then the mean over tokens, for every world and micro-batch size; the models' own mean over a micro-batch
-        would give the tokens of short documents more weight, by how they happen to be grouped.
+        Those of padded or masked rows also hold `num_items_in_batch`, a 0-dim float tensor that Hugging Face models
+        divide the sum of their losses by: the predicted tokens of the whole batch, per micro-batch. The mean over
+        micro-batches and ranks is then the mean over tokens, for every world and micro-batch size; the models' own mean
+        over a micro-batch would give the tokens of short documents more weight, by how they happen to be grouped.
         """
         size = self.batch_sequences * self.islands
         batch = self._sequences(self.consumed, self.consumed + size)[self.island :: self.islands]
@@ -79,8 +80,9 @@ class TrainLoader:
         # [accumulation, world, micro]: a micro-step takes neighbours in the global order.
         mine = batch.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         micro_batches = [self.rows.batch(indices) for indices in mine]
-        if isinstance(self.rows, PaddedRows):
-            share = self.rows.num_predicted(batch) / (self.gradient_accumulation_steps * self.world_size)
+        if not isinstance(self.rows, PackedRows):
+            predicted = max(1, self.rows.num_predicted(batch))  # of documents of one token the loss is 0, and not 0/0
+            share = predicted / (self.gradient_accumulation_steps * self.world_size)
             for micro_batch in micro_batches:
                 micro_batch["num_items_in_batch"] = torch.tensor(share, dtype=torch.float32)
         return micro_batches
@@ -128,49 +130,31 @@ def evaluation_batches(
     micro_batch_size: int,
     rank: int,
     world_size: int,
-    padding: Padding | None = None,
+    layout: Layout = None,
     max_tokens: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield this rank's part of one pass over the validation tokens, or over about `max_tokens` of them.
 
-    Packed (padding None): every token but the first is predicted exactly once. Windows of `seq_len` tokens start every
-    `seq_len - 1` tokens: a model that shifts the labels (Hugging Face's do) predicts all but the first token of a
-    window, and that one was the last of the window before. Padded: each document once, cut to `seq_len`; all but the
-    first of its tokens are predicted. With `max_tokens`, every n-th row: neighbours are of the same few documents.
+    Windows (layout None): every token but the first is predicted exactly once. They start every `seq_len - 1`
+    tokens: a model that shifts the labels (Hugging Face's do) predicts all but the first token of a window, and that
+    one was the last of the window before. Masked: the same windows, without the first token of each document. Padded:
+    each document once, cut to `seq_len`; all but the first of its tokens are predicted. With `max_tokens`, every n-th
+    row: neighbours are of the same few documents.
 
-    Yields dicts of int64 tensors `input_ids` and `labels`, [micro_batch_size, seq_len]; padding and the end are filled
-    with label -100.
+    Yields dicts of int64 tensors `input_ids` and `labels`, [micro_batch_size, seq_len], with masks `position_ids` too;
+    padding and the end are filled with label -100.
 
     Every rank yields the same number of batches, so that collectives in the forward match (ZeRO-3). Some may hold
     padding only, for which a mean loss is 0/0: add up losses and divide once by the sum over ranks of
     `(labels[:, 1:] != -100).sum()`.
     """
     assert 0 <= rank < world_size, (rank, world_size)
-    rows = None if padding is None else PaddedRows(tokens, seq_len, padding)
-    if seq_len < 2 or len(tokens) < 2 or (rows is not None and len(rows) == 0):
-        raise ValueError(
-            f"data.validation: {len(tokens)} tokens in rows of data.seq_len {seq_len} leave nothing to "
-            f"predict; both must be at least 2"
-        )
-    stride = seq_len - 1
+    rows = evaluation_rows(tokens, seq_len, layout)
     every = 1 if max_tokens is None else -(-len(tokens) // max_tokens)
-    num_all = -(-(len(tokens) - 1) // stride) if rows is None else len(rows)
-    num_rows = -(-num_all // every)
+    num_rows = -(-len(rows) // every)
     for first in range(rank * micro_batch_size, rank * micro_batch_size + num_rows, micro_batch_size * world_size):
         indices = np.arange(first, first + micro_batch_size)
-        indices = np.where(indices < num_rows, indices * every, -1)
-        yield _windows(tokens, seq_len, stride, indices) if rows is None else rows.batch(indices)
-
-
-def _windows(tokens: np.ndarray, seq_len: int, stride: int, indices: np.ndarray) -> dict[str, torch.Tensor]:
-    """Windows that share a token with their neighbours; what the last one lacks is id 0."""
-    input_ids = np.zeros((len(indices), seq_len), dtype=np.int64)
-    labels = np.full((len(indices), seq_len), IGNORED_LABEL, dtype=np.int64)
-    for row, index in enumerate(indices):
-        if index >= 0:
-            window = tokens[index * stride : index * stride + seq_len]
-            input_ids[row, : len(window)] = labels[row, : len(window)] = window
-    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        yield rows.batch(np.where(indices < num_rows, indices * every, -1))
 
 
 def _on_each(islands: int) -> str:

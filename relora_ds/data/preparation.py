@@ -7,8 +7,8 @@ A cache entry is a directory `CACHE/tokens/<key>/`:
     metadata.json               counts, hashes and the settings that led here; written last
 
 The key covers everything that decides the ids and can be known without reading a stream; it finds the entry. The
-fingerprint covers the ids themselves; it says whether two hosts train on the same. Neither covers `seq_len` nor
-`packing`: sequences are rows that the loader cuts.
+fingerprint covers the ids themselves; it says whether two hosts train on the same. Neither covers `seq_len`,
+`packing` or `document_masks`: sequences are rows that the loader cuts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from relora_ds.data import checks, corpora, encoding, pretokenized, tokenization, tokenizer
 from relora_ds.data.cache import cache_root, ensure_directory
 from relora_ds.data.reading import Documents
-from relora_ds.data.rows import Padding
+from relora_ds.data.rows import Layout, Padding, layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class PreparedData:
     tokenizer_dir: what `tokenizer.load` takes: a directory, or the Hugging Face id of the recipe.
     fingerprint: sha256; equal on two hosts if and only if the token ids of both splits are the same.
     directory: where the files are.
-    padding: how rows of single documents are padded (data.packing=false); None = rows are packed.
+    layout: what rows have to do with documents (data.packing, data.document_masks), see `rows`.
     """
 
     train: np.ndarray
@@ -56,7 +56,12 @@ class PreparedData:
     eos_id: int
     fingerprint: str
     directory: Path
-    padding: Padding | None = None
+    layout: Layout = None
+
+    @property
+    def padding(self) -> Padding | None:
+        """How rows of single documents are padded (data.packing=false); None = rows are windows."""
+        return self.layout if isinstance(self.layout, Padding) else None
 
 
 def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) -> PreparedData:
@@ -104,7 +109,7 @@ def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) ->
         eos_id=metadata["eos_id"],
         fingerprint=fingerprint,
         directory=directory,
-        padding=None if data.packing else Padding(metadata["eos_id"], metadata["pad_id"]),
+        layout=layout_of(data, metadata["eos_id"], metadata["pad_id"]),
     )
 
 

@@ -4,6 +4,7 @@ Source code and shapes do not tell whether a model predicts the next token, or w
 output. A copy of the same structure (`models.tiny`) does, in less than a second and without data:
 
     the model     its loss is the cross-entropy of the next token, and no logit depends on later tokens
+    documents     each of several in a row gives the logits that it gives alone
     wrapped       the same function with B = 0; every B gets a gradient; merged equals live; stored weights work
 """
 
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.peculiarities import is_linear
 from relora_ds.lowrank.targets import find_targets, generic, matches, named_places, summary
+from relora_ds.methods import separation
 from relora_ds.methods.small_copy import (
     NotRunnableError,
     UnsupportedAttentionError,
@@ -29,6 +31,7 @@ from relora_ds.methods.small_copy import (
     tokens,
 )
 from relora_ds.methods.trial import NO_GRADIENT, Trial
+from relora_ds.models.attention import EVERYWHERE
 from relora_ds.models.build import meta_model
 
 
@@ -53,6 +56,7 @@ def prove(
     precision: str = "fp32",
     attention: str = "sdpa",
     next_token: bool = True,
+    documents: bool = False,
 ) -> Proof:
     """Run a small copy of the model that `config` describes.
 
@@ -63,6 +67,7 @@ def prove(
         precision: that of the run, which decides how frozen weights are stored.
         attention: the recipe's `model.attn_implementation`; one that needs a GPU is replaced.
         next_token: check the plain model as well: its loss is that of the next token, and text is all that it needs.
+        documents: check that the plain model keeps the documents in a row apart.
 
     Returns:
         Problems and warnings. Global random state and loggers stay as they are.
@@ -71,9 +76,7 @@ def prove(
     transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _prove(
-                config, relora, base, precision, attention if attention in ("sdpa", "eager") else "eager", next_token
-            )
+            return _prove(config, relora, base, precision, attention, next_token, documents)
     except UnsupportedAttentionError:
         otherwise = prove(config, relora, base=base, precision=precision, attention="eager", next_token=next_token)
         if otherwise.problems:
@@ -93,7 +96,8 @@ def prove(
                     "such as LLaMA, Qwen or GPT-NeoX"
                 ]
             )
-        what = "the model" if relora is None else "the model and its low-rank updates"
+        parts = ["the model", *["its document masks"] * documents, *["its low-rank updates"] * (relora is not None)]
+        what = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
         return Proof(
             warnings=[
                 f"model: {what} could not be tried on a small copy ({error}); compare the first "
@@ -105,9 +109,15 @@ def prove(
 
 
 def _prove(
-    config: PretrainedConfig, relora: ReLoRAConfig | None, base: bool, precision: str, attention: str, next_token: bool
+    config: PretrainedConfig,
+    relora: ReLoRAConfig | None,
+    base: bool,
+    precision: str,
+    attention: str,
+    next_token: bool,
+    documents: bool,
 ) -> Proof:
-    model = small_model(config, attention)
+    model = small_model(config, attention if attention in EVERYWHERE else "eager")
     ids = tokens(model, 0)
     try:
         with torch.no_grad():
@@ -118,6 +128,8 @@ def _prove(
     except Exception as error:  # whatever the code of a family raises
         raise NotRunnableError(first_line(error)) from error
     if next_token and (found := language_model_problems(config, plain, ids, ahead)):
+        return Proof(found)
+    if documents and (found := separation.problems(model, config, attention)):
         return Proof(found)
     if relora is None:
         return Proof()

@@ -1,5 +1,7 @@
 """A small copy of a model: built, run, and checked to predict the next token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,9 +46,10 @@ def tokens(model: PreTrainedModel, seed: int) -> Tensor:
     return torch.randint(min(5, vocab - 1), vocab, (_BATCH, _LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def run(model: nn.Module, ids: Tensor):
+def run(model: nn.Module, ids: Tensor, **inputs: Any):
+    """Return the output for `ids` and other inputs; labels are the ids themselves where there are none."""
     torch.default_generator.manual_seed(0)  # some families draw random numbers in evaluation too
-    return model(input_ids=ids, labels=ids)
+    return model(input_ids=ids, **{"labels": ids, **inputs})
 
 
 def distance(one: Tensor, other: Tensor) -> float:

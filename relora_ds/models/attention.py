@@ -1,12 +1,15 @@
-"""Whether a network, and this machine, have the attention implementation that a recipe names."""
+"""Whether a network, and this machine, have the attention implementation that a recipe names, and what it needs."""
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora_ds.models.loading import from_config
 
 FIELD = "model.attn_implementation"
 EVERYWHERE = ("eager", "sdpa")  # on every machine
+WITH_MASK = (*EVERYWHERE, "flex_attention")  # all others are flash-attention's kernels, or are called as these are
 _SUPPORT = {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", "flex": "_supports_flex_attn"}
 
 
@@ -35,3 +38,21 @@ def machine_problems(config: PretrainedConfig, name: str) -> list[str]:
         reason = str(error).strip().split("\n")[0]
         return [f"{FIELD}: {name} cannot be used on this machine ({reason}); use sdpa"]
     return []
+
+
+def document_bounds(name: str, position_ids: Tensor) -> dict[str, Tensor | int]:
+    """Return the inputs by which kernels without a mask keep documents apart; {} where transformers makes a mask.
+
+    Without them transformers looks for documents in the positions, but only of a batch of one row, and in every layer
+    the host waits for the device.
+
+    Args:
+        name: of the implementation.
+        position_ids: `[rows, length]`, 0 where a document begins, as every row does.
+    """
+    if name in WITH_MASK:
+        return {}
+    begins = (position_ids.flatten() == 0).nonzero().flatten()
+    bounds = F.pad(begins, (0, 1), value=position_ids.numel()).int()
+    longest = position_ids.shape[1]  # that a document may have: a value that stays the same
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

@@ -18,7 +18,7 @@ def train_batches(plan: Plan, state: dict[str, int] | None) -> Prefetched:
         dist.get_rank(),
         dist.get_world_size(),
         recipe.seed,
-        data.padding,
+        data.layout,
         recipe.islands.index,
         recipe.islands.count or 1,
     )

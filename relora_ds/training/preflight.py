@@ -200,7 +200,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
             0,
             resolved.world_size,
             recipe.seed,
-            prepared.padding,
+            prepared.layout,
         )
     except RecipeError:
         raise
@@ -276,6 +276,7 @@ def _proof(recipe: Recipe, precision: str, method: Method) -> Proof:
         base=method.has_base,
         precision=precision,
         attention=recipe.model.attn_implementation,
+        documents=recipe.data.masks_documents,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relora_ds.training.inputs import inputs_of
 from relora_ds.training.spikes import Spike
 from relora_ds.training.state import RunState
 
@@ -38,8 +39,8 @@ def take_step(run: RunState) -> Step:
     lr, restarts_before = engine.get_lr()[0], len(engine.restarts)
     loss, spike = torch.zeros((), dtype=torch.float64, device=engine.device), None
     for micro_batch in run.loader.next_step(is_last=run.totals.step + 1 >= plan.recipe.total_steps):
-        batch = {name: value.to(engine.device, non_blocking=True) for name, value in micro_batch.items()}
-        micro_loss = engine(**batch).loss  # and nothing else of the output: its logits are large
+        inputs = inputs_of(micro_batch, engine, engine.device)
+        micro_loss = engine(**inputs).loss  # and nothing else of the output: its logits are large
         loss += micro_loss.detach().double() / plan.accumulation
         if losses.spikes.screens and engine.is_gradient_accumulation_boundary():
             spike = losses.screen(loss)

@@ -1,6 +1,7 @@
 """Validation loss, exact: every token but the first is predicted once, sums are fp64, one division at the end.
 
-So the figure is the same for every world size and micro-batch, and comparable between runs.
+In masked or padded rows it is every token but the first of each document. So the figure is the same for every world
+size and micro-batch, and comparable between runs.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from relora_ds.data import PreparedData, evaluation_batches
 from relora_ds.data.rows import IGNORED_LABEL
+from relora_ds.training.inputs import inputs_of
 
 LOGITS_AT_ONCE = 1 << 24  # of which losses are computed in fp32: 64 MiB, and their softmax
 
@@ -116,16 +118,17 @@ def _batches(
     data: PreparedData, seq_len: int, micro_batch_size: int, max_tokens: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size, data.padding, max_tokens)
+    return evaluation_batches(data.validation, seq_len, micro_batch_size, rank, world_size, data.layout, max_tokens)
 
 
 def _nats_and_tokens(model, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """`[2]` fp64: the sum of the losses of a batch's predicted tokens, and how many they are."""
-    input_ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+    inputs = inputs_of(batch, model, device)
+    labels = inputs.pop("labels")
     if takes := _fused_loss(model):
-        nats = model(input_ids=input_ids, labels=labels, **takes).loss
+        nats = model(**inputs, labels=labels, **takes).loss
     else:
-        nats = _losses(model(input_ids=input_ids).logits, labels).sum(dtype=torch.float64)
+        nats = _losses(model(**inputs).logits, labels).sum(dtype=torch.float64)
     return torch.stack([nats.double(), (labels[:, 1:] != IGNORED_LABEL).sum()])
 
 

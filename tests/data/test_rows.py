@@ -114,7 +114,8 @@ def losses_of(micro_batch_size):
         tensor /= world_size
 
     class Data:
-        validation, padding, validation_words, validation_bytes = TOKENS, PADDING, 10, 50
+        validation, validation_words, validation_bytes = TOKENS, 10, 50
+        layout = padding = PADDING
 
     result = evaluate(model, Data, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, device=torch.device("cpu"))
     return (

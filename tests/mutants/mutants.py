@@ -24,6 +24,7 @@ OWNER_UPDATES = "tests/zero/test_owner_updates.py"
 FIRA = "tests/matrix/test_vectors.py::test_fira"
 ALL_RULES = "tests/matrix/test_all_rules.py"
 SST = "tests/matrix/test_sst.py"
+MASKS = "tests/data/test_masks.py::test_a_step_is_that_of_the_documents_alone"
 RETURN, VECTORS = "tests/exchange/test_return.py", "tests/exchange/test_vectors.py"
 WRITTEN = "test_masters_and_stored_copies_get_the_change"
 
@@ -278,6 +279,18 @@ MUTANTS = [
         "packed_rows_see_each_other",
         ("tests/zero/test_attention_mask.py::test_results_are_the_models_own[packed, by name]",),
         "torch.equal",
+    ),
+    Mutant("masks_predict_first_tokens", (f"{MASKS}[llama-sdpa]",), "assert_same"),
+    Mutant("masks_positions_run_on", (f"{MASKS}[llama-sdpa]",), "assert_same"),
+    Mutant(
+        "masks_mean_of_each_rank",
+        ("tests/data/test_masks.py::test_nothing_depends_on_ranks_or_micro_batches",),
+        "assert_same",
+    ),
+    Mutant(
+        "masks_bounds_of_rows",
+        ("tests/models/test_attention.py::test_flash_attention_keeps_the_documents_of_all_rows_apart[3-llama]",),
+        "assert_same",
     ),
     Mutant("merges_in_tf32", ("tests/lowrank/test_precision.py",), "products.are_exact()"),
     # Guards.

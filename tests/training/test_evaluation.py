@@ -22,7 +22,7 @@ LENGTH, ROWS, VOCAB = 32, 4, 2048
 
 def data(batches: int):
     tokens = batch(0, 1, VOCAB, batches * ROWS * (LENGTH - 1) + 1)[0].numpy()
-    return types.SimpleNamespace(validation=tokens, padding=None, validation_words=10, validation_bytes=50)
+    return types.SimpleNamespace(validation=tokens, layout=None, padding=None, validation_words=10, validation_bytes=50)
 
 
 def evaluate(model, batches: int = 1):
