@@ -5,6 +5,7 @@ positions in a row begin again. Others compute positions of their own, carry a s
 they are given. In rows of several documents each must give the logits that it gives alone.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from relora_ds.data.rows import IGNORED_LABEL, positions
 from relora_ds.methods.small_copy import distance, first_line, run, small_model, tokens
 from relora_ds.methods.trial import SAME
 from relora_ds.models.attention import WITH_MASK, document_bounds
 
 BY_BOUNDS = "by_bounds"  # no "flash" in the name: transformers would look for a package
 _BEGINS = ((0, 13), (0, 1, 20), (0,), (0, 9, 10, 27))  # of the documents in each row
+_IGNORED_LABEL = -100
 _NUM_ITEMS = 10.0
 
 
@@ -51,17 +52,19 @@ def problems(model: PreTrainedModel, config: PretrainedConfig, attention: str) -
 def _reason(model: PreTrainedModel, attention: str) -> str | None:
     """Return what the model does with several documents in a row that it should not do, or None."""
     ids = tokens(model, 0)
-    begins = torch.zeros_like(ids, dtype=torch.bool)
+    position_ids = torch.zeros_like(ids)
     for row, places in enumerate(_BEGINS):
-        begins[row, list(places)] = True
-    labels, position_ids = ids.masked_fill(begins, IGNORED_LABEL), positions(begins)
+        for start, stop in itertools.pairwise((*places, ids.shape[1])):
+            position_ids[row, start:stop] = torch.arange(stop - start)
+    begins = position_ids == 0
+    labels = ids.masked_fill(begins, _IGNORED_LABEL)
     inputs: dict[str, Any] = {"labels": labels, "position_ids": position_ids, "num_items_in_batch": _NUM_ITEMS}
     together = run(model, ids, **inputs, **document_bounds(attention, position_ids))
     logits, document = together.logits.flatten(0, 1), begins.flatten().cumsum(0) - 1
     alone = run(model, _one_a_row(ids, begins)).logits[document, position_ids.flatten()]
     if not distance(alone, logits) <= SAME:
         return "let a document see another one in its row, or count its positions from there"
-    next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    next_labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL)
     nats = F.cross_entropy(logits.float(), next_labels.flatten(), reduction="sum").item()
     if abs(together.loss * _NUM_ITEMS - nats) > 1e-4 * nats and getattr(together, "aux_loss", None) is None:
         return "do not divide the loss by the number of tokens that they are given"
@@ -70,9 +73,9 @@ def _reason(model: PreTrainedModel, attention: str) -> str | None:
 
 def _one_a_row(ids: Tensor, begins: Tensor) -> Tensor:
     """Return each document at the beginning of a row of its own, followed by zeros."""
-    starts = [*begins.flatten().nonzero().flatten().tolist(), ids.numel()]
-    rows = ids.new_zeros(len(starts) - 1, ids.shape[1])
-    for row, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    bounds = [*begins.flatten().nonzero().flatten().tolist(), ids.numel()]
+    rows = ids.new_zeros(len(bounds) - 1, ids.shape[1])
+    for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
         rows[row, : stop - start] = ids.flatten()[start:stop]
     return rows
 
