@@ -54,7 +54,7 @@ def _head(resolved, config, vocabulary: str) -> list[str]:
     # That nothing is merged is what people overlook; it comes first.
     warnings.sort(key=lambda text: "no restart" not in text)
     return [
-        f"{model_name(recipe)} on {recipe.data.source}, method {recipe.method}, {precision_as_text(resolved)}, "
+        f"{model_name(recipe)} on {recipe.data.label}, method {recipe.method}, {precision_as_text(resolved)}, "
         f"ZeRO stage {resolved.stage}, {ranks}",
         f"batch: {recipe.batch_sequences:,} sequences of {recipe.data.seq_len:,} tokens = micro-batch "
         f"{recipe.train.micro_batch_size} x {ranks} x accumulation {resolved.accumulation}",
@@ -71,17 +71,17 @@ def _head(resolved, config, vocabulary: str) -> list[str]:
 
 def _corpus(recipe) -> list[str]:
     """Return how often the run reads its corpus, as far as that is known."""
-    from relora_ds.data.preparation import known_extent
-    from relora_ds.training.epochs import epochs_line, short_corpus
+    from relora_ds.data.mixture import known_extents
+    from relora_ds.training.epochs import epochs_lines, short_corpora
 
     try:
-        extent = known_extent(recipe.data, recipe.trust_remote_code)
+        extents = known_extents(recipe.data, recipe.trust_remote_code)
     except ValueError:  # what `train` would say about it
-        extent = None
-    if extent is not None and extent.sequences:
+        extents = None
+    if extents is not None and all(extent.sequences for extent in extents):
         return [
-            epochs_line(recipe, extent.sequences),
-            *(f"WARNING: {text}" for text in short_corpus(recipe, extent.tokens, extent.sequences)),
+            *epochs_lines(recipe, extents),
+            *(f"WARNING: {text}" for text in short_corpora(recipe, extents)),
         ]
     tokens, most = recipe.total_steps * recipe.tokens_per_step, recipe.data.max_tokens
     least = f"at least {tokens / most:.2f}; " if most and tokens > most else ""

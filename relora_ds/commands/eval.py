@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
     """Return `(the text in the ids of a tokenizer, the sequence length that belongs to it)`."""
     from relora_ds.config import load_recipe, recipe_names
-    from relora_ds.config.schema import DATA_SOURCES
+    from relora_ds.config.data_config import DATA_SOURCES
     from relora_ds.data.eval_corpus import files_in, validation_of
 
     path = Path(source).expanduser()

@@ -24,14 +24,15 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.config import RecipeError, load_recipe
 
     recipe = load_recipe(arguments.config, arguments.overrides)
-    if recipe.data.source == "pretokenized" and recipe.data.max_tokens is not None:
-        raise RecipeError(
-            [
-                f"data.max_tokens: {recipe.data.max_tokens} does not shorten a pretokenized directory, "
-                "which is copied as it is; use data.max_tokens=null here, and set it where you train from "
-                "the copy"
-            ]
-        )
+    for part in recipe.data.parts():
+        if part.source == "pretokenized" and part.max_tokens is not None:
+            raise RecipeError(
+                [
+                    f"data.max_tokens: {part.max_tokens} does not shorten a pretokenized directory, "
+                    "which is copied as it is; use data.max_tokens=null here, and set it where you train from "
+                    "the copy"
+                ]
+            )
     from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
@@ -41,10 +42,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     prepared = prepare(recipe.data, recipe.seed, recipe.trust_remote_code)
     tokenizer = load(prepared.tokenizer_dir, recipe.trust_remote_code)
-    write(prepared.directory, tokenizer, arguments.directory)
-    print(
-        f"{arguments.directory}: {len(prepared.train):,} training and {len(prepared.validation):,} validation tokens,"
-        f" vocabulary {prepared.vocab_size:,}, fingerprint {prepared.fingerprint[:16]}\n"
-        f"train from it, here or on another machine: data.source=pretokenized data.path={arguments.directory}"
-    )
+    corpora = {arguments.directory / part.name: part.data for part in prepared.parts} or {arguments.directory: prepared}
+    for directory, corpus in corpora.items():
+        write(corpus.directory, tokenizer, directory)
+        print(
+            f"{directory}: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens,"
+            f" vocabulary {corpus.vocab_size:,}, fingerprint {corpus.fingerprint[:16]}"
+        )
+    items = [
+        f"{{source: pretokenized, path: {arguments.directory / part.name}, weight: {part.weight:g}}}"
+        for part in prepared.parts
+    ]
+    how = f"'data.mix=[{', '.join(items)}]'" if items else f"data.source=pretokenized data.path={arguments.directory}"
+    print(f"train from it, here or on another machine: {how}")
     return 0

@@ -1,44 +1,48 @@
 """What makes the values of the `data.` section wrong beside what each field takes, and which have no effect."""
 
+import math
+import re
 from collections.abc import Iterator
 
-from relora_ds.config import fields
+from relora_ds.config import fields, records
+from relora_ds.config.data_config import DATA_SOURCES, OF_A_CORPUS, DataConfig, of_part
 from relora_ds.config.rules import nearest
-from relora_ds.config.schema import DATA_SOURCES, DataConfig
 
 LEAST_VOCABULARY = 261  # 256 bytes, 4 special tokens, and a piece
+WEIGHTS_TOLERANCE = 1e-6
 _READS_PATH = ("text", "c4", "pretokenized")
 _WITHOUT_FILES = ("wikitext2", "pydocs", "gutenberg")
 
 
 def problems(data: DataConfig) -> list[str]:
     """Return what is wrong with the values of the section on its own."""
-    found = list(fields.problems(data, "data."))
+    found = [*fields.problems(data, "data."), *records.problems(data, "data.")]
     return found + list(conflicts(data, {message.partition(":")[0] for message in found}))
 
 
 def conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
     """Yield what is wrong with values that their own fields take. wrong: keys with which something is wrong already."""
-    if found := source_problem(data.source):
-        yield found
+    if data.mix is None:
+        yield from _corpus_conflicts(data, wrong)
     else:
-        yield from _source_conflicts(data)
-    trains_tokenizer = data.source != "pretokenized" and data.tokenizer is None
+        yield from _mix_conflicts(data, wrong)
+    yield from _name_conflicts(data)
+    for index, part in enumerate(data.parts()):
+        if data.deduplicate is not None and (part.source == "c4" or ("/" in part.source and part.max_tokens)):
+            message = (
+                f"data.deduplicate: {data.deduplicate} needs all documents at once, and data.source {part.source} is "
+                "streamed; use null, or files with data.source=text"
+            )
+            yield message if data.mix is None else of_part(message, index)
+    trains_tokenizer = data.tokenizer is None and all(part.source != "pretokenized" for part in data.parts())
     # Whether the corpus' characters fit too is known after reading it.
     if trains_tokenizer and "data.vocab_size" not in wrong and data.vocab_size < LEAST_VOCABULARY:
         yield (
             f"data.vocab_size: {data.vocab_size} is not above {LEAST_VOCABULARY - 1} (256 bytes and 4 special "
             "tokens); use e.g. 8192"
         )
-    if wrong & {"data.seq_len", "data.max_tokens"}:
-        return
-    if data.seq_len == 1:
+    if "data.seq_len" not in wrong and data.seq_len == 1:
         yield "data.seq_len: 1 leaves no next token to predict; use e.g. 256"
-    elif data.max_tokens is not None and data.max_tokens < data.seq_len:
-        yield (
-            f"data.max_tokens: {data.max_tokens} does not hold one sequence of data.seq_len {data.seq_len}; raise it, "
-            "or use null"
-        )
 
 
 def source_problem(source: str) -> str | None:
@@ -50,6 +54,47 @@ def source_problem(source: str) -> str | None:
         f"data.source: {source!r} is unknown{nearest(source, DATA_SOURCES)}; use one of {', '.join(DATA_SOURCES)}, "
         f"or org/name of the Hugging Face hub{files}"
     )
+
+
+def _mix_conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
+    """Yield what is wrong between the corpora of a mixture, and with each of them."""
+    assert data.mix is not None
+    if not data.mix:
+        yield "data.mix: [] names no corpus; use e.g. [{source: wikitext2, weight: 1}], or null"
+    if not any(key.startswith("data.mix") for key in wrong) and data.mix:
+        if abs((total := math.fsum(one.weight for one in data.mix)) - 1) > WEIGHTS_TOLERANCE:
+            weights = " + ".join(f"{one.weight:g}" for one in data.mix)
+            yield f"data.mix: the weights {weights} sum to {total:g}, not to 1; change them"
+        for index, part in enumerate(data.parts()):
+            yield from (of_part(message, index) for message in _corpus_conflicts(part, wrong))
+
+
+def _name_conflicts(data: DataConfig) -> Iterator[str]:
+    """Yield what is wrong with the names that metrics have for corpora of a mixture and for validation sets."""
+    seen: dict[str, str] = {}
+    for field in ("mix", "validation_sets"):
+        for index, one in enumerate(getattr(data, field) or ()):
+            key, label = f"data.{field}[{index}]", one.label
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", label):
+                yield f"{key}.name: {label!r} is not made of letters, digits, - and _; change it"
+            elif label in seen:
+                yield f"{key}.name: {label} is that of {seen[label]} too; set another one"
+            seen.setdefault(label, key)
+
+
+def _corpus_conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
+    """Yield what is wrong with one corpus."""
+    if found := source_problem(data.source):
+        yield found
+    else:
+        yield from _source_conflicts(data)
+        if wrong & {"data.seq_len", "data.max_tokens"} or data.seq_len == 1 or data.max_tokens is None:
+            return
+        if data.max_tokens < data.seq_len:
+            yield (
+                f"data.max_tokens: {data.max_tokens} does not hold one sequence of data.seq_len {data.seq_len}; raise "
+                "it, or use null"
+            )
 
 
 def _source_conflicts(data: DataConfig) -> Iterator[str]:
@@ -73,11 +118,18 @@ def _source_conflicts(data: DataConfig) -> Iterator[str]:
 
 def warnings(data: DataConfig) -> Iterator[str]:
     """Yield what is allowed but has no effect."""
+    if data.mix is not None:
+        for name in OF_A_CORPUS:
+            if name != "source" and (value := getattr(data, name)) != getattr(DataConfig, name):
+                yield f"data.{name}: {value} has no effect with data.mix; set {name} in its items"
+        for index, part in enumerate(data.parts()):
+            yield from (of_part(message, index) for message in warnings(part) if "data.tokenizer" not in message)
+        return
     ignored = []
     if data.source != "c4" and "/" not in data.source:
         ignored += ["config", "split"]
     if data.source == "pretokenized":
-        ignored += ["text_column", "validation", "tokenizer"]
+        ignored += ["text_column", "validation", "tokenizer", "deduplicate"]
     for name in ignored:
         if (value := getattr(data, name)) != getattr(type(data), name):
             yield f"data.{name}: {value} has no effect with data.source {data.source}"

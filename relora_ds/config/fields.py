@@ -81,7 +81,8 @@ def value_of(tree: object, key: str) -> typing.Any:
 def problems(tree: object, prefix: str = "") -> Iterator[str]:
     """Yield a message for each value that its own field does not take. prefix: of the keys in messages."""
     for key, field in fields_of(type(tree), prefix).items():
-        if found := field.problem(value_of(tree, key.removeprefix(prefix))):
+        value = value_of(tree, key.removeprefix(prefix))
+        if found := field.problem(value):
             yield found
 
 

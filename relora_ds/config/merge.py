@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from relora_ds.config import spelling
+from relora_ds.config import records, spelling
 from relora_ds.config.fields import fields_of
 from relora_ds.config.methods import method_class
 from relora_ds.config.names import METHODS
@@ -175,6 +175,12 @@ def fill_in(values: dict[str, Raw], problems: list[str]) -> tuple[Recipe, set[st
             raw = Written("none")
         section, _, leaf = key.rpartition(".")
         part = getattr(recipe, section) if section else recipe
+        if record := records.record_of(SCHEMA[key].kind):
+            value, found = records.read(key, raw, record)
+            setattr(part, leaf, value)
+            problems += found
+            untrusted |= {key} if found else set()
+            continue
         try:
             value = spelling.convert(raw, SCHEMA[key].kind)
         except ValueError as error:

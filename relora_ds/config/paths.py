@@ -6,10 +6,11 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from relora_ds.config import fields
+from relora_ds.config import fields, records
+from relora_ds.config.data_config import DataConfig, of_part
 from relora_ds.config.names import ds_config_names
 from relora_ds.config.rules import nearest
-from relora_ds.config.schema import DataConfig, Recipe
+from relora_ds.config.schema import Recipe
 
 MAX_NAME_BYTES = 255  # of one component of a path, on the usual file systems
 
@@ -50,13 +51,23 @@ def missing_files(recipe: Recipe) -> Iterator[str]:
 
 def missing_data(data: DataConfig) -> Iterator[str]:
     """Yield a message for each path of the `data.` section at which there is nothing."""
+    if data.mix is not None:
+        for index, part in enumerate(data.parts()):
+            yield from (of_part(message, index) for message in _missing_text(part))
+    else:
+        yield from _missing_text(data)
+    for index, one in enumerate(data.validation_sets or ()):
+        yield from _missing(f"data.validation_sets[{index}].path", one.path)
+    if data.source != "pretokenized":
+        yield from _missing_or_hub("data.tokenizer", data.tokenizer)
+
+
+def _missing_text(data: DataConfig) -> Iterator[str]:
     if data.path and data.source in ("text", "c4", "pretokenized"):
         yield from _missing("data.path", data.path)
     if isinstance(data.validation, str) and not _is_number(data.validation):
         yield from _missing("data.validation", data.validation)
     yield from _missing_or_hub("data.source", data.source)
-    if data.source != "pretokenized":
-        yield from _missing_or_hub("data.tokenizer", data.tokenizer)
 
 
 def _missing(key: str, path: str) -> Iterator[str]:
@@ -82,8 +93,14 @@ def _is_number(text: str) -> bool:
 
 def _texts(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
     """Yield (key, text, whether it is a path) for all fields that hold text, lists of names included."""
-    for key, field in fields.fields_of(Recipe).items():
-        value = fields.value_of(recipe, key)
+    yield from _texts_in(recipe, "")
+
+
+def _texts_in(tree: object, prefix: str) -> Iterator[tuple[str, str, bool]]:
+    for name, field in fields.fields_of(type(tree)).items():
+        key, value = f"{prefix}{name}", fields.value_of(tree, name)
         for text in value if isinstance(value, (list, tuple, set)) else [value]:
             if isinstance(text, str):
                 yield key, text, field.is_path
+        for inner, record in records.items(key, value):
+            yield from _texts_in(record, inner)

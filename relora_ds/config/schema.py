@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from relora_ds.config import spelling
 from relora_ds.config.curve import Schedule
+from relora_ds.config.data_config import DataConfig
 from relora_ds.config.matrix_config import ApolloConfig, FiraConfig, MuonConfig, ScaleConfig, SSTConfig
 from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
@@ -20,9 +21,6 @@ ActivationCheckpointing = Literal["none", "full", "selective", "cheap", "low_ran
 ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 ATTENTION: tuple[str, ...] = get_args(Attention)
-DataSource = Literal["wikitext2", "pydocs", "gutenberg", "c4", "text", "pretokenized"]
-DATA_SOURCES: tuple[str, ...] = get_args(DataSource)
-MAX_VOCABULARY = 10**7
 
 # How one start treats the run directory. A recipe that is stored or extended must not repeat it: `overwrite` would
 # delete the very run that stored it.
@@ -142,49 +140,6 @@ class OptimConfig:
     """Clip the gradient's norm to this; 0 = no clipping. It is the norm over all that trains: low-rank factors,
     embeddings, head and norms. B's gradient is `s·G·Aᵀ`, where G is W's, so a value that suits full rank does not carry
     over."""
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """Corpus and tokenizer."""
-
-    source: Annotated[DataSource | str, FilePath()] = "wikitext2"
-    """The corpus. `wikitext2`, `pydocs` and `gutenberg` need nothing else; `c4` is streamed until `max_tokens`, from
-    the hub or from shards in the directory `path`; `text` reads `path`; `pretokenized` trains from the directory `path`
-    that `relora prepare` wrote, with the tokenizer inside. Anything with a slash is what `datasets.load_dataset` takes:
-    streamed with `max_tokens`, loaded without."""
-    path: Annotated[str | None, FilePath()] = None
-    """For `text`: a file, directory or glob of text (one document per file), JSON lines or parquet (one per record).
-    For `c4` and `pretokenized`: a directory."""
-    config: str | None = None
-    """Configuration of the dataset on the hub."""
-    split: str = "train"
-    """Split of the dataset on the hub."""
-    text_column: str = "text"
-    """Column of JSON lines, parquet and datasets that holds the text."""
-    validation: Annotated[str | float | None, Number("inside (0, 1)", example=0.05), FilePath()] = None
-    """A path, or the fraction of the documents to hold out; null = the corpus' own validation split, else 0.05. Of a
-    stream it is bounded too, by a twentieth of `max_tokens` and 10 M tokens."""
-    max_tokens: Annotated[int | None, Integer(1, most=MAX_TOKENS, example=1_000_000)] = None
-    """Training tokens after which no more of the corpus is read; null = all of it."""
-    tokenizer: Annotated[str | None, FilePath()] = None
-    """A tokenizer of the hub or a directory; null = train a sentencepiece BPE on the corpus."""
-    vocab_size: Annotated[int, Integer(1, most=MAX_VOCABULARY)] = 8192
-    """Pieces of the tokenizer that is trained on the corpus."""
-    seq_len: Annotated[int, Integer(1)] = 256
-    """Tokens of a training sequence."""
-    packing: bool = True
-    """false = one document per row, cut or padded to `seq_len`, instead of windows of the whole corpus."""
-    document_masks: bool = False
-    """In a window, attention and positions stop at the ends of documents: each document is trained on as if it were
-    alone, and its first token is not predicted. What is cut off at a window's end begins anew in the next one."""
-    cache_dir: Annotated[str | None, FilePath()] = None
-    """Where tokenized corpora are kept; null = the user's cache directory."""
-
-    @property
-    def masks_documents(self) -> bool:
-        """Whether there are several documents in a row, and kept apart."""
-        return self.packing and self.document_masks
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,8 @@ YAML decides by its spelling what a plain word is: to its version 1.1 `0123` is 
 and `1:30` 90. Here the type of the field decides. A text field holds the characters that were written; a number is
 read as a decimal number. Nothing is resolved: no variables, no tags that build Python objects.
 
-`Written` is a scalar as it was written, `list` a list of them, `None` is null; a `Nested` is none of these.
+`Written` is a scalar as it was written, `list` a list of scalars or of records, `dict` one record, `None` is null; a
+`Nested` is none of these.
 """
 
 import re
@@ -54,7 +55,7 @@ class Nested:
     what: str
 
 
-Raw = Written | Nested | list | None
+Raw = Written | Nested | list | dict | None
 
 
 def compose(content: bytes | str) -> yaml.MappingNode | None:
@@ -122,13 +123,16 @@ def of_node(node: yaml.Node) -> Raw:
         quoted = node.style is not None
         return None if not quoted and node.value in _NULL else Written(node.value, quoted)
     if isinstance(node, yaml.SequenceNode):
-        return [
-            Written(item.value, item.style is not None)
-            if isinstance(item, yaml.ScalarNode)
-            else Nested("a list or a mapping")
-            for item in node.value
-        ]
+        return [_of_item(item) for item in node.value]
     return Nested("a mapping")
+
+
+def _of_item(node: yaml.Node) -> Raw:
+    if isinstance(node, yaml.ScalarNode):
+        return Written(node.value, node.style is not None)
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: of_node(value) for key, value in node.value}
+    return Nested("a list")
 
 
 def of_override(text: str, kind: object) -> Raw:
@@ -202,13 +206,13 @@ def convert(raw: Raw, kind: object) -> object:
 
 def has_variable(raw: Raw) -> bool:
     """Return True if `${`, which starts a variable in other tools' recipes, is somewhere in a value."""
-    items = raw if isinstance(raw, list) else [raw]
+    items = raw if isinstance(raw, list) else [raw]  # records look at their own values
     return any(isinstance(item, Written) and "${" in item.text for item in items)
 
 
 def describe(kind: object) -> str:
     """Return a field's type in words."""
-    return " or ".join(_WORDS[option] for option in options(kind))
+    return " or ".join(_WORDS.get(option, "a list of mappings") for option in options(kind))
 
 
 def show(raw: Raw) -> str:
@@ -217,6 +221,8 @@ def show(raw: Raw) -> str:
         return f"[{', '.join(map(show, raw))}]"
     if isinstance(raw, Nested):
         return raw.what
+    if isinstance(raw, dict):
+        return "a mapping"
     if raw is None:
         return "null"
     is_bare = not raw.quoted and (_DIGITS.fullmatch(raw.text) or raw.text in ("true", "false"))

@@ -7,7 +7,7 @@ first place). What needs a model, a corpus or DeepSpeed is checked in `training.
 
 from collections.abc import Iterator
 
-from relora_ds.config import data_values, fields, island_values
+from relora_ds.config import data_values, fields, island_values, records
 from relora_ds.config.curve import Names, ScheduleConfig
 from relora_ds.config.methods import Method, full_rank, method_class, method_of, warm_start_of
 from relora_ds.config.names import preset_names
@@ -26,7 +26,7 @@ _AMOUNTS = ("train.steps", "train.tokens", "train.batch_sequences", "train.batch
 
 def problems(recipe: Recipe, check_files: bool = True) -> list[str]:
     """Return everything that keeps `recipe` from running. check_files: also look whether the files it names exist."""
-    found = list(fields.problems(recipe))
+    found = [*fields.problems(recipe), *records.problems(recipe)]
     wrong = {message.partition(":")[0] for message in found}
     method = full_rank(recipe) if "method" in wrong else method_of(recipe)
     found += [

@@ -8,7 +8,8 @@ DeepSpeed or about training.
 from relora_ds.data.checks import problems
 from relora_ds.data.corpora import documents
 from relora_ds.data.loader import TrainLoader, evaluation_batches
+from relora_ds.data.mixture import prepare
 from relora_ds.data.prefetch import Prefetched
-from relora_ds.data.preparation import PreparedData, prepare
+from relora_ds.data.preparation import PreparedData
 
 __all__ = ["Prefetched", "PreparedData", "TrainLoader", "documents", "evaluation_batches", "prepare", "problems"]

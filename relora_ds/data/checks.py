@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_ds.config import data_values, paths
-from relora_ds.data import corpora, hub, localfiles, pretokenized
+from relora_ds.config.data_config import of_part
+from relora_ds.data import corpora, deduplication, hub, localfiles, pretokenized
 from relora_ds.data.cache import cache_root
 
 if TYPE_CHECKING:
@@ -18,6 +19,21 @@ def problems(data: DataConfig) -> list[str]:
     """Return what is wrong with the section, one message each; its files are looked at once its values are in order."""
     if found := [*data_values.problems(data), *paths.missing_data(data)]:
         return found
+    for index, part in enumerate(data.parts()):
+        some = _file_problems(part)
+        found += some if data.mix is None else [of_part(message, index) for message in some]
+    if any(part.source != "pretokenized" for part in data.parts()):
+        found += _tokenizer_problems(data)
+    if data.deduplicate is not None and (reason := deduplication.missing_package()):
+        found.append(f"data.deduplicate: {data.deduplicate} {reason}")
+    if cache_root(data).exists() and not cache_root(data).is_dir():
+        found.append(f"data.cache_dir: {str(cache_root(data))!r} is not a directory; name one")
+    return list(dict.fromkeys(found))
+
+
+def _file_problems(data: DataConfig) -> list[str]:
+    """Return what is wrong with the files of one corpus."""
+    found: list[str] = []
     if data.source == "text":
         found += _error_of(corpora.text_files, data)
     elif data.source == "pretokenized":
@@ -25,10 +41,8 @@ def problems(data: DataConfig) -> list[str]:
     elif data.source == "c4" and data.path:
         found += _error_of(hub.c4_shards, data.path, data.config or hub.C4_CONFIG, data.split)
     if data.source != "pretokenized":
-        found += _validation_problems(data) + _tokenizer_problems(data)
-    if cache_root(data).exists() and not cache_root(data).is_dir():
-        found.append(f"data.cache_dir: {str(cache_root(data))!r} is not a directory; name one")
-    return list(dict.fromkeys(found))
+        found += _validation_problems(data)
+    return found
 
 
 def _validation_problems(data: DataConfig) -> list[str]:

@@ -15,6 +15,7 @@ documents are held out does not depend on a seed: runs with different seeds stay
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora_ds.data import file_hashes, gutenberg, hub, localfiles, wikitext
+from relora_ds.data import deduplication, file_hashes, gutenberg, hub, localfiles, wikitext
 from relora_ds.data.cache import cache_root
 from relora_ds.data.hub import Splits
 from relora_ds.data.reading import DataWarning, hold_out, in_memory
@@ -54,10 +55,13 @@ class Corpus:
 
 
 def documents(data: DataConfig, split: str) -> Iterator[str]:
-    """Return the documents of `split`, "train" or "validation". Errors: see `open_corpus`, and those of reading."""
+    """Return the documents of `split`, "train" or "validation"; of a mixture those of one corpus after the other.
+
+    Errors: see `open_corpus`, and those of reading.
+    """
     if split not in ("train", "validation"):
         raise ValueError(f"split: {split!r} is unknown; use 'train' or 'validation'")
-    return iter(getattr(open_corpus(data).open(), split))
+    return itertools.chain.from_iterable(getattr(open_corpus(part).open(), split) for part in data.parts())
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -66,6 +70,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     Reads local text files once to hash them (see manifest.py), downloads nothing. Raises ValueError for settings that
     `problems` would report. `open` of it raises ValueError for what cannot be read or downloaded.
     """
+    assert data.mix is None, "a mixture has several corpora: DataConfig.parts"
     validation = validation_setting(data)
     held_out_files: list[Path] = []
     if isinstance(validation, str):
@@ -90,15 +95,30 @@ def open_corpus(data: DataConfig) -> Corpus:
     def open_splits() -> Splits:
         splits = open_source()
         if held_out_files:
-            return splits._replace(validation=localfiles.documents_of(held_out_files, data.text_column))
-        if validation is None and splits.validation is not None:
-            return splits
-        assert not isinstance(validation, str)  # then there were files
-        train, held_out = hold_out(splits.train, validation or DEFAULT_VALIDATION_FRACTION)
-        return splits._replace(train=train, validation=held_out)
+            splits = splits._replace(validation=localfiles.documents_of(held_out_files, data.text_column))
+        elif validation is not None or splits.validation is None:
+            assert not isinstance(validation, str)  # then there were files
+            train, held_out = hold_out(splits.train, validation or DEFAULT_VALIDATION_FRACTION)
+            splits = splits._replace(train=train, validation=held_out)
+        return splits if data.deduplicate is None else _deduplicated(splits, data.deduplicate)
 
+    if data.deduplicate is not None:
+        identity.append(["deduplicate", data.deduplicate])
     sha256 = hashlib.sha256(json.dumps([data.source, *identity]).encode()).hexdigest()
     return Corpus(data.source, sha256, is_streamed, limit, open_splits)
+
+
+def _deduplicated(splits: Splits, threshold: float) -> Splits:
+    assert splits.validation is not None
+    train, dropped = deduplication.without_copies(splits.train, splits.validation, threshold)
+    if not dropped:
+        return splits
+    warnings.warn(
+        f"data.deduplicate: {dropped} training documents resemble another one to {threshold:g} or more; not read",
+        DataWarning,
+        stacklevel=2,
+    )
+    return splits._replace(train=train)
 
 
 def is_hashed(data: DataConfig) -> bool:
@@ -147,6 +167,15 @@ def text_files(data: DataConfig) -> list[Path]:
             f"is left to train on, name other validation files or a fraction"
         )
     return files
+
+
+def beginning(texts: Iterator[str], num_bytes: int) -> Iterator[str]:
+    """Yield documents until they have so many bytes."""
+    for text in texts:
+        yield text
+        num_bytes -= len(text.encode("utf-8"))
+        if num_bytes <= 0:
+            return
 
 
 def _source(data: DataConfig, held_out: list[Path], held_out_contents: list) -> tuple[list, Callable[[], Splits]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_ds.data import checks, corpora, localfiles, tokenization, tokenizer
-from relora_ds.data.preparation import PreparedData, prepare
+from relora_ds.data.mixture import combined, prepare
+from relora_ds.data.preparation import Part, PreparedData
 from relora_ds.data.reading import Documents
 from relora_ds.data.rows import layout_of
 
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 def validation_of(data: DataConfig, given: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> PreparedData:
     """Return the validation split of a `data.` section, in the ids of `given`; the training split is empty.
 
-    trust_remote_code: see `tokenizer.load`. Errors: see `preparation.prepare`; ValueError too for a pre-tokenized
+    trust_remote_code: see `tokenizer.load`. Errors: see `mixture.prepare`; ValueError too for a pre-tokenized
     corpus in the ids of another tokenizer.
     """
     if found := checks.problems(data):
         raise ValueError("\n".join(found))
+    if data.mix is not None:
+        parts = zip(data.mix, data.parts(), strict=True)
+        return combined(
+            [Part(one.label, one.weight, validation_of(part, given, trust_remote_code)) for one, part in parts]
+        )
     if data.source == "pretokenized":
         prepared = prepare(data, trust_remote_code=trust_remote_code)
         if tokenizer.load(prepared.tokenizer_dir, trust_remote_code).get_vocab() != given.get_vocab():

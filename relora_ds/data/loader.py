@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from relora_ds.data.rows import Layout, PackedRows, Padding, evaluation_rows, training_rows
+from relora_ds.data.order import MixedOrder, ShuffledOrder
+from relora_ds.data.rows import Layout, MixedRows, Padding, evaluation_rows, training_rows
 
 
 class TrainLoader:
     """Micro-batches of rows of `seq_len` tokens: non-overlapping windows, masked or not, or padded documents.
 
-    The global order of the rows is one permutation per epoch, seeded by (seed, epoch): it does not depend on the world
-    size or on `micro_batch_size`, so a run gives the same batches on any number of ranks. The state is the number of
-    rows consumed by all ranks together; a batch may straddle two epochs. Of several islands each takes every n-th row
-    of that order; the state counts the rows of all, so that a run can continue with another number of islands.
+    The global order of the rows (see `order`) does not depend on the world size or on `micro_batch_size`, so a run
+    gives the same batches on any number of ranks. The state is how many rows all ranks have taken together; a batch may
+    straddle two epochs. Of several islands each takes every n-th row of that order; the state counts the rows of all,
+    so that a run can continue with another number of islands.
 
-    tokens             1-D integer array, for instance `PreparedData.train`
+    tokens             1-D integer array, or with `weights` one for each corpus of a mixture
     batch_sequences    rows per optimizer step, over all ranks and micro-batches
     rank, world_size   of the data-parallel group
     seed               a non-negative integer
     layout             `PreparedData.layout`; None = the rows are windows, whatever documents are in them
     island, islands    which one of how many this is
+    weights            of a mixture: the share of the rows that each corpus has; None = there is one corpus
 
-    Raises ValueError if `batch_sequences` is not a multiple of `micro_batch_size * world_size`, or if the corpus holds
-    fewer rows than one batch.
+    Raises ValueError if `batch_sequences` is not a multiple of `micro_batch_size * world_size`, if there are fewer rows
+    than one batch, or if a corpus of a mixture holds none.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Sequence[np.ndarray],
         seq_len: int,
         batch_sequences: int,
         micro_batch_size: int,
@@ -41,30 +44,40 @@ class TrainLoader:
         layout: Layout = None,
         island: int = 0,
         islands: int = 1,
+        weights: Sequence[float] | None = None,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         assert 0 <= island < islands, (island, islands)
         self.gradient_accumulation_steps = _accumulation_steps(batch_sequences, micro_batch_size, world_size)
-        self.rows = training_rows(tokens, seq_len, layout)
-        self.num_sequences = len(self.rows)
-        if self.num_sequences < batch_sequences * islands:
-            is_packed = not isinstance(layout, Padding)
-            what = f"sequences of {seq_len} tokens" if is_packed else "documents (data.packing=false)"
+        corpora = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+        rows = [training_rows(each, seq_len, layout) for each in corpora]
+        self.num_sequences = [len(each) for each in rows]  # of each corpus
+        is_packed = not isinstance(layout, Padding)
+        what = f"sequences of {seq_len} tokens" if is_packed else "documents (data.packing=false)"
+        remedy = "shorten data.seq_len" if is_packed else "set data.packing=true"
+        if sum(self.num_sequences) < batch_sequences * islands:
             raise ValueError(
-                f"train.batch_sequences: {batch_sequences}{_on_each(islands)} is more than the {self.num_sequences} "
-                f"{what} in the corpus ({len(tokens)} tokens); lower it, "
-                f"{'shorten data.seq_len' if is_packed else 'set data.packing=true'} or use a "
-                f"larger corpus"
+                f"train.batch_sequences: {batch_sequences}{_on_each(islands)} is more than the "
+                f"{sum(self.num_sequences)} {what} in the corpus ({sum(map(len, corpora))} tokens); lower it, {remedy} "
+                "or use a larger corpus"
             )
+        if 0 in self.num_sequences:
+            index = self.num_sequences.index(0)
+            raise ValueError(
+                f"data.mix[{index}]: its {len(corpora[index])} tokens hold none of the {what}; {remedy} or remove it"
+            )
+        self.rows = rows[0] if weights is None else MixedRows(rows)
+        self.order = (
+            ShuffledOrder(self.num_sequences[0], seed)
+            if weights is None
+            else MixedOrder(self.num_sequences, weights, seed)
+        )
+        self._counts_tokens = layout is not None
         self.batch_sequences = batch_sequences
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
         self.island, self.islands = island, islands
-        self.consumed = 0  # sequences, over all islands, ranks and epochs
-        self._order_epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
         """Yield this rank's micro-batches of one optimizer step: `gradient_accumulation_steps` of `rows.batch`.
@@ -75,12 +88,11 @@ class TrainLoader:
         over a micro-batch would give the tokens of short documents more weight, by how they happen to be grouped.
         """
         size = self.batch_sequences * self.islands
-        batch = self._sequences(self.consumed, self.consumed + size)[self.island :: self.islands]
-        self.consumed += size
+        batch = self.order.take(size)[self.island :: self.islands]
         # [accumulation, world, micro]: a micro-step takes neighbours in the global order.
         mine = batch.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         micro_batches = [self.rows.batch(indices) for indices in mine]
-        if not isinstance(self.rows, PackedRows):
+        if self._counts_tokens:
             predicted = max(1, self.rows.num_predicted(batch))  # of documents of one token the loss is 0, and not 0/0
             share = predicted / (self.gradient_accumulation_steps * self.world_size)
             for micro_batch in micro_batches:
@@ -89,39 +101,21 @@ class TrainLoader:
 
     def skip(self, steps: int) -> None:
         """Leave the rows of so many steps out."""
-        self.consumed += steps * self.batch_sequences * self.islands
+        self.order.skip(steps * self.batch_sequences * self.islands)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the next step starts; the same on every rank, valid for any world and micro-batch size."""
-        epoch, position = divmod(self.consumed, self.num_sequences)
-        return {"epoch": epoch, "position": position}
+        return self.order.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Raises ValueError if it cannot belong to this corpus and sequence length."""
-        epoch, position = state["epoch"], state["position"]
-        if epoch < 0 or not 0 <= position < self.num_sequences:
+        try:
+            self.order.load_state_dict(state)
+        except ValueError as error:
             raise ValueError(
-                f"data: the saved state {dict(state)} does not fit a corpus of {self.num_sequences} "
-                f"sequences; resume with the data, data.seq_len and data.packing that the run started "
-                f"with"
-            )
-        self.consumed = epoch * self.num_sequences + position
-
-    def _sequences(self, start: int, stop: int) -> np.ndarray:
-        """Row numbers at places [start, stop) of the endless global order."""
-        parts = []
-        while start < stop:
-            epoch, position = divmod(start, self.num_sequences)
-            count = min(stop - start, self.num_sequences - position)
-            parts.append(self._permutation(epoch)[position : position + count])
-            start += count
-        return np.concatenate(parts)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._order_epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
-            self._order_epoch = epoch
-        return self._order
+                f"data: the saved state {error}; resume with the data, data.seq_len and data.packing that the run "
+                "started with"
+            ) from None
 
 
 def evaluation_batches(

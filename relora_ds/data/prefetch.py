@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -43,11 +44,11 @@ class Prefetched:
         self._loader.skip(steps)
         self._state = self._loader.state_dict()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return `TrainLoader`'s state after the newest step that was handed out."""
         return self._state
 
-    def _make(self) -> tuple[list[dict[str, torch.Tensor]], dict[str, int]]:
+    def _make(self) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
         micro_batches = list(self._loader.next_step())
         if self._pin:
             micro_batches = [{name: value.pin_memory() for name, value in batch.items()} for batch in micro_batches]

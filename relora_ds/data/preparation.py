@@ -1,4 +1,4 @@
-"""A corpus as memory-mapped token ids, made once per host.
+"""One corpus as memory-mapped token ids, made once per host.
 
 A cache entry is a directory `CACHE/tokens/<key>/`:
 
@@ -16,14 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from relora_ds.data import checks, corpora, encoding, pretokenized, tokenization, tokenizer
+from relora_ds.data import corpora, encoding, pretokenized, tokenization, tokenizer
 from relora_ds.data.cache import cache_root, ensure_directory
 from relora_ds.data.reading import Documents
 from relora_ds.data.rows import Layout, Padding, layout_of
@@ -45,6 +44,8 @@ class PreparedData:
     fingerprint: sha256; equal on two hosts if and only if the token ids of both splits are the same.
     directory: where the files are.
     layout: what rows have to do with documents (data.packing, data.document_masks), see `rows`.
+    parts: the corpora of a mixture, whose training tokens are there and not in `train`; `validation` has all of them.
+    sets: more texts to evaluate on.
     """
 
     train: np.ndarray
@@ -57,28 +58,53 @@ class PreparedData:
     fingerprint: str
     directory: Path
     layout: Layout = None
+    parts: tuple[Part, ...] = ()
+    sets: tuple[NamedTokens, ...] = ()
 
     @property
     def padding(self) -> Padding | None:
         """How rows of single documents are padded (data.packing=false); None = rows are windows."""
         return self.layout if isinstance(self.layout, Padding) else None
 
+    @property
+    def train_tokens(self) -> int:
+        """Number of training tokens."""
+        return sum(map(len, self.trains()))
 
-def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) -> PreparedData:
-    """Tokenize the corpus of the `data.` section, or find it in the cache.
+    def trains(self) -> list[np.ndarray]:
+        """Return the training tokens of each corpus."""
+        return [part.data.train for part in self.parts] or [self.train]
 
-    Call it in one process per host first; the others then find the cache. (Calls that race wait for each other, and a
-    call after one that was killed resumes where that was.) `seed` is part of the interface but changes nothing on
-    purpose: the tokens, the tokenizer and the held-out documents are the same for every seed, so that seeds can be
-    compared; the loader's order is what it seeds. trust_remote_code: see `tokenizer.load`.
+    @property
+    def weights(self) -> list[float] | None:
+        """The share of the training rows that each corpus of a mixture has; None of one corpus."""
+        return [part.weight for part in self.parts] or None
 
-    Raises ValueError with every message of `checks.problems`, for a corpus that cannot be read, reached or
-    downloaded, without text, without validation text, or with fewer training tokens than one sequence, and for a
-    cache directory that cannot be made or written.
+    def validation_parts(self) -> list[tuple[str | None, np.ndarray]]:
+        """Return (name, validation tokens) of each corpus of a mixture, else (None, those of the only one)."""
+        return [(part.name, part.data.validation) for part in self.parts] or [(None, self.validation)]
+
+
+class NamedTokens(NamedTuple):
+    """A validation set: what metrics call it, and its token ids with EOS after every document."""
+
+    name: str
+    tokens: np.ndarray
+
+
+class Part(NamedTuple):
+    """A corpus of a mixture, and its share of the training rows."""
+
+    name: str
+    weight: float
+    data: PreparedData
+
+
+def prepare_corpus(data: DataConfig, trust_remote_code: bool = False) -> PreparedData:
+    """Tokenize one corpus, in whose section `checks.problems` finds nothing, or find it in the cache.
+
+    Errors: see `mixture.prepare`.
     """
-    del seed
-    if found := checks.problems(data):
-        raise ValueError("\n".join(found))
     tokenizer_dir: Path | str
     if data.source == "pretokenized":
         assert data.path is not None  # `problems` has said so
@@ -163,17 +189,7 @@ def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBas
     if given is None:
         tokenizer_key = {"vocab_size": data.vocab_size, "training": tokenizer.TRAINING, "config": tokenizer.CONFIG}
     else:
-        # What the tokenizer does rather than its files: the same for a directory and the hub id it came from, and a
-        # model directory need not have its gigabytes of weights hashed.
-        backend = getattr(given, "backend_tokenizer", None)
-        state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
-        tokenizer_key = {
-            "sha256": hashlib.sha256(state.encode()).hexdigest(),
-            "eos_id": given.eos_token_id,
-            "pad_id": given.pad_token_id,
-        }
-        if encoding.reads_names(given):  # entries of versions that gave control tokens for their names
-            tokenizer_key["names_are_text"] = True
+        tokenizer_key = identity_of(given)
     return {
         "format": FORMAT_VERSION,
         "source": data.source,
@@ -182,6 +198,24 @@ def _key(data: DataConfig, corpus: corpora.Corpus, given: PreTrainedTokenizerBas
         "max_tokens": data.max_tokens,
         "tokenizer": tokenizer_key,
     }
+
+
+def identity_of(given: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return what tells a tokenizer from others.
+
+    That is what it does rather than its files: the same for a directory and the hub id it came from, and a model
+    directory need not have its gigabytes of weights hashed.
+    """
+    backend = getattr(given, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps([type(given).__name__, given.get_vocab()])
+    identity = {
+        "sha256": hashlib.sha256(state.encode()).hexdigest(),
+        "eos_id": given.eos_token_id,
+        "pad_id": given.pad_token_id,
+    }
+    if encoding.reads_names(given):  # entries of versions that gave control tokens for their names
+        identity["names_are_text"] = True
+    return identity
 
 
 def _build(
@@ -240,20 +274,12 @@ def _trained_tokenizer(
     texts = iter(documents)
     if corpus.is_streamed:
         assert data.max_tokens is not None
-        texts = _beginning(texts, data.max_tokens)  # no token is less than a byte, so all of that will be needed
+        texts = corpora.beginning(texts, data.max_tokens)  # no token is less than a byte, so all of that will be needed
     given = tokenizer.train(texts, data.vocab_size, directory)
     progress.tokenizer_sha256 = pretokenized.tokenizer_hashes(directory.parent)
     if before != progress.tokenizer_sha256:  # whatever is there are the ids of another one
         progress.train, progress.validation = tokenization.SplitProgress(), tokenization.SplitProgress()
     return given
-
-
-def _beginning(texts: Iterator[str], num_bytes: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        num_bytes -= len(text.encode("utf-8"))
-        if num_bytes <= 0:
-            return
 
 
 def _map(directory: Path, split: str, metadata: dict) -> np.memmap:

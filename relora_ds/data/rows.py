@@ -10,6 +10,7 @@ Where documents end is read off the tokens: no text gives the EOS id, because sp
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -62,6 +63,10 @@ class PackedRows:
         """int64 tensors `input_ids` and `labels`, [len(indices), seq_len], equal: Hugging Face models shift labels."""
         input_ids = torch.from_numpy(self._windows[indices].astype(np.int64))
         return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+    def num_predicted(self, indices: np.ndarray) -> int:
+        """Tokens that are predicted in those rows: all but the first of each."""
+        return len(indices) * (self._windows.shape[1] - 1)
 
 
 class SlicedRows:
@@ -143,6 +148,38 @@ class MaskedRows:
     def num_predicted(self, indices: np.ndarray) -> int:
         """Tokens that are predicted in those rows: all but the first of each document."""
         return int((self.batch(indices)["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+class MixedRows:
+    """The rows of several corpora, one corpus after the other."""
+
+    def __init__(self, corpora: Sequence[PackedRows | MaskedRows | PaddedRows]) -> None:
+        self._corpora = corpora
+        self._first = np.cumsum([0, *map(len, corpora)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Those of the corpora, in the order of `indices`."""
+        of = self._corpus_of(indices)
+        order = np.argsort(of, kind="stable")  # corpus by corpus
+        batches = [self._corpora[number].batch(mine) for number, mine in self._by_corpus(indices)]
+        back = torch.from_numpy(np.argsort(order, kind="stable"))
+        return {name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]}
+
+    def num_predicted(self, indices: np.ndarray) -> int:
+        """Tokens that are predicted in those rows."""
+        return sum(self._corpora[number].num_predicted(mine) for number, mine in self._by_corpus(indices))
+
+    def _corpus_of(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first, indices, side="right") - 1
+
+    def _by_corpus(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number of a corpus, the places in it of those `indices` that are its)."""
+        of = self._corpus_of(indices)
+        for number in np.unique(of):
+            yield int(number), indices[of == number] - self._first[number]
 
 
 def training_rows(tokens: np.ndarray, seq_len: int, layout: Layout) -> PackedRows | MaskedRows | PaddedRows:

@@ -101,8 +101,9 @@ def _vocabulary(recipe: Recipe) -> tuple[int, str]:
         assert recipe.model.name_or_path is not None  # the recipe's checks have said so
         known = load_config(recipe.model.name_or_path, recipe.trust_remote_code)
         return known.vocab_size, f"that of the pretrained {recipe.model.name_or_path}"
-    if recipe.data.source == "pretokenized":
-        return read_metadata(recipe.data.path)["vocab_size"], f"that of {recipe.data.path}"
+    for part in recipe.data.parts():
+        if part.source == "pretokenized" and (name is None or recipe.data.mix is None):
+            return read_metadata(part.path)["vocab_size"], f"that of {part.path}"
     if name is None:
         return recipe.data.vocab_size, "data.vocab_size; the tokenizer is trained when the run starts"
     if Path(name).expanduser().is_dir():

@@ -18,7 +18,7 @@ def islands_of(plan: Plan) -> Islands | None:
         return None
     about = compatibility.of(plan)
     recipe = {
-        name: value
+        name: _without_paths(value) if name == "data.mix" else value
         for name, value in about["recipe"].items()
         if name not in (*_OWN, *_OWN_SIZES, *_LOCAL) and name.partition(".")[0] not in _OWN_SECTIONS
     }
@@ -27,3 +27,9 @@ def islands_of(plan: Plan) -> Islands | None:
         {**recipe, "data": about["data"], "total_steps": about["total_steps"]},
         kept_checkpoints=plan.recipe.checkpoint.keep_last + 1,  # one is being written when the oldest is deleted
     )
+
+
+def _without_paths(mix: list[dict] | None) -> list[dict] | None:
+    """Return the items of `data.mix` without their paths, which may differ, and names that follow them."""
+    local = ("path", "name")
+    return mix and [{key: value for key, value in item.items() if key not in local} for item in mix]

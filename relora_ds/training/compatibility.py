@@ -71,7 +71,7 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
         found.append(f"warm_start_method was {before}, is {after}, and the checkpoint is of the warm start")
     if saved.run["data"] != plan.data.fingerprint:
         found.append(
-            "the training data or the tokenizer are others (data.source, data.path, data.tokenizer, "
+            "the training data or the tokenizer are others (data.source, data.mix, data.path, data.tokenizer, "
             "data.max_tokens, or the files themselves)"
         )
     if plan.recipe.total_steps < saved.step:

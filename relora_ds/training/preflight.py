@@ -25,6 +25,7 @@ from relora_ds.config import (
     resolve_precision,
 )
 from relora_ds.data import PreparedData, TrainLoader
+from relora_ds.data.preparation import Extent
 from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.exchange import requirements
 from relora_ds.interop.sources import config_of, locate, weights_of
@@ -33,7 +34,7 @@ from relora_ds.methods import Method, method_of, methods_of
 from relora_ds.methods.proof import Proof, prove
 from relora_ds.models import attention, compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
-from relora_ds.training.epochs import short_corpus
+from relora_ds.training.epochs import short_corpora
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
 from relora_ds.zero import accelerator, ds_config, ds_types, optimizers
@@ -91,20 +92,17 @@ class Plan(Resolved):
 
     Attributes:
         model_config: of the full network, fitted to the tokenizer.
-        num_sequences: rows of the training corpus; None where there is none.
+        extents: of each corpus' training text; () where nothing is said about them.
     """
 
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
-    num_sequences: int | None = None
+    extents: tuple[Extent, ...] = ()
 
     def warnings(self) -> list[str]:
         """Add what is to be said about the corpus."""
-        found = super().warnings()
-        if self.num_sequences is not None:
-            found += short_corpus(self.recipe, len(self.data.train), self.num_sequences)
-        return found
+        return super().warnings() + short_corpora(self.recipe, self.extents)
 
 
 def resolve(
@@ -193,7 +191,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
             raise RecipeError(found, name_or_path)
         _open_first_weights(recipe)
         loader = TrainLoader(
-            prepared.train,
+            prepared.train if prepared.weights is None else prepared.trains(),
             recipe.data.seq_len,
             recipe.batch_sequences,
             recipe.train.micro_batch_size,
@@ -201,13 +199,20 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
             resolved.world_size,
             recipe.seed,
             prepared.layout,
+            weights=prepared.weights,
         )
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(str(error).splitlines(), name_or_path) from error
     return Plan(
-        **vars(resolved), data=prepared, tokenizer=tokenizer, model_config=config, num_sequences=loader.num_sequences
+        **vars(resolved),
+        data=prepared,
+        tokenizer=tokenizer,
+        model_config=config,
+        extents=tuple(
+            Extent(len(tokens), rows) for tokens, rows in zip(prepared.trains(), loader.num_sequences, strict=True)
+        ),
     )
 
 

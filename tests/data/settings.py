@@ -19,6 +19,9 @@ def settings(cache_dir: Path, **changes) -> DataConfig:
         "seq_len": 32,
         "packing": True,
         "cache_dir": str(cache_dir),
+        "mix": None,
+        "validation_sets": None,
+        "deduplicate": None,
     }
     assert not changes.keys() - fields.keys(), changes
     return DataConfig(**{**fields, **changes})

@@ -22,6 +22,7 @@ PURPOSES = {  # in the order of the table: those that a run needs first
     "peft": "baselines of `relora bench`, loading of PEFT exports",
     "quantization": "`relora.frozen_dtype=nf4`, `optim.name=adamw_8bit`",
     "liger": "`model.use_liger_kernel=true`",
+    "dedup": "`data.deduplicate`",
     "loggers": "`log.to`, see [Metrics, loggers, hooks](logging.md)",
     "islands": "`relora islands serve` and the islands that it serves",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",

@@ -8,6 +8,7 @@ from functools import cache
 
 from relora_ds.config import Recipe, rules, spelling
 from relora_ds.config.fields import Field, fields_of
+from relora_ds.config.records import record_of
 
 # section -> the page that explains it
 EXPLAINED = {
@@ -65,11 +66,26 @@ def _section(name: str, kind: type) -> str:
     for field in fields_of(kind, f"{name}." if name else "").values():
         leaf = field.key.removeprefix(f"{name}.")
         if "." not in leaf:
-            meaning = " ".join(explanations(kind)[leaf].split()).replace("|", "\\|")
-            rows.append(f"| `{field.key}` | {_value(field)} | `{_default(field.default)}` | {meaning} |")
+            rows.append(_row(field, leaf, kind))
     title = f"## {name}" if name else "## Top level"
     about = inspect.cleandoc(kind.__doc__).split("\n\nRaises:")[0]
-    return f"{title}\n\n{about} See {EXPLAINED[name]}.\n\n" + "\n".join(rows)
+    return "\n\n".join([f"{title}\n\n{about} See {EXPLAINED[name]}.\n\n" + "\n".join(rows), *_items(name, kind)])
+
+
+def _items(name: str, kind: type) -> list[str]:
+    """Return a table for each field that holds a list of records: the keys of an item."""
+    found = []
+    for field in fields_of(kind, f"{name}." if name else "").values():
+        if record := record_of(field.kind):
+            rows = ["| key of an item | value | default | meaning |", "|---|---|---|---|"]
+            rows += [_row(one, one.key, record) for one in fields_of(record).values()]
+            found.append(f"### Items of {field.key}\n\n{inspect.cleandoc(record.__doc__)}\n\n" + "\n".join(rows))
+    return found
+
+
+def _row(field: Field, leaf: str, kind: type) -> str:
+    meaning = " ".join(explanations(kind)[leaf].split()).replace("|", "\\|")
+    return f"| `{field.key}` | {_value(field)} | `{_default(field.default)}` | {meaning} |"
 
 
 def _value(field: Field) -> str:

@@ -10,7 +10,7 @@ from relora_ds.training import exit_codes
 from relora_ds.training.hooks.loggers import LOGGERS
 from relora_ds.training.metrics_log import TENSORBOARD_TAGS
 from relora_ds.training.spikes import Spike
-from relora_ds.training.validation import Evaluation
+from relora_ds.training.validation import SET_PREFIX, Evaluation
 from relora_ds.zero.restart import RestartReport
 from tests.docs.pages import DOCS
 
@@ -22,8 +22,9 @@ WRITTEN = {"eval": Evaluation, "restart": RestartReport, "checkpoint": Written, 
 def test_every_field_of_a_line_is_explained(kind):
     fields = set(TENSORBOARD_TAGS.get(kind, {}))
     if kind in WRITTEN:
-        fields |= {field.name for field in dataclasses.fields(WRITTEN[kind])} - {"step", "error", "t"}
+        fields |= {field.name for field in dataclasses.fields(WRITTEN[kind])} - {"step", "error", "t", "sets"}
     assert fields <= set(re.findall(r"`(\w+)`", PAGE)), kind
+    assert f"`{SET_PREFIX}NAME`" in PAGE
 
 
 def test_every_exit_code_is_explained():

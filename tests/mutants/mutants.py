@@ -280,6 +280,23 @@ MUTANTS = [
         ("tests/zero/test_attention_mask.py::test_results_are_the_models_own[packed, by name]",),
         "torch.equal",
     ),
+    Mutant(
+        "mixture_of_drawn_corpora",
+        ("tests/data/test_order.py::test_a_mixture_is_never_a_whole_row_away_from_its_proportions",),
+        "assert np.float64(",
+    ),
+    Mutant(
+        "mixture_of_one_permutation",
+        ("tests/data/test_order.py::test_corpora_of_one_size_have_permutations_of_their_own",),
+        "assert list(rows[rows < 50])",
+    ),
+    Mutant(
+        "mixture_loss_of_means",
+        (
+            "tests/training/test_mixture_run.py::test_the_loss_of_a_mixture_is_that_of_all_its_corpora_and_each_has_its_own",
+        ),
+        'assert summary["val_',
+    ),
     Mutant("masks_predict_first_tokens", (f"{MASKS}[llama-sdpa]",), "assert_same"),
     Mutant("masks_positions_run_on", (f"{MASKS}[llama-sdpa]",), "assert_same"),
     Mutant(

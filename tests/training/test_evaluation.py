@@ -1,12 +1,14 @@
 """The validation loss: the same bits in less memory, and a batch too large for it is noticed after the first step."""
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from relora_ds.data import PreparedData
 from relora_ds.training import validation
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
@@ -22,7 +24,17 @@ LENGTH, ROWS, VOCAB = 32, 4, 2048
 
 def data(batches: int):
     tokens = batch(0, 1, VOCAB, batches * ROWS * (LENGTH - 1) + 1)[0].numpy()
-    return types.SimpleNamespace(validation=tokens, layout=None, padding=None, validation_words=10, validation_bytes=50)
+    return PreparedData(
+        train=tokens[:0],
+        validation=tokens,
+        validation_words=10,
+        validation_bytes=50,
+        tokenizer_dir="",
+        vocab_size=VOCAB,
+        eos_id=0,
+        fingerprint="",
+        directory=Path(),
+    )
 
 
 def evaluate(model, batches: int = 1):

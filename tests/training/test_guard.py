@@ -106,7 +106,7 @@ def train_with_bad_data(overrides: list[str], bad_steps=BAD_STEPS, loader: dict 
     real = TrainLoader.next_step
 
     def spoiled(self):
-        bad = self.consumed // BATCH + 1 in bad_steps and dist.get_rank() == dist.get_world_size() - 1
+        bad = self.order.taken // BATCH + 1 in bad_steps and dist.get_rank() == dist.get_world_size() - 1
         for batch in real(self):
             yield {name: torch.full_like(value, 511) for name, value in batch.items()} if bad else batch
 

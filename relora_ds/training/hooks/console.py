@@ -13,7 +13,7 @@ from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.methods import method_of
 from relora_ds.training import compatibility
-from relora_ds.training.epochs import epochs_line
+from relora_ds.training.epochs import epochs_lines
 from relora_ds.training.figures import is_shown
 from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.phases import Phase, phases_of
@@ -128,11 +128,11 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
     device = torch.cuda.get_device_name() if is_cuda() else "CPU"
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     lines = [
-        f"relora_ds: {compatibility.model_name(recipe)} on {recipe.data.source}, method {recipe.method}; "
+        f"relora_ds: {compatibility.model_name(recipe)} on {recipe.data.label}, method {recipe.method}; "
         f"{ranks} ({device}), {plan.precision}, ZeRO stage {plan.stage}",
-        f"data: {len(plan.data.train):,} training and {len(plan.data.validation):,} validation tokens, "
+        f"data: {plan.data.train_tokens:,} training and {len(plan.data.validation):,} validation tokens, "
         f"vocabulary {plan.data.vocab_size:,}; {recipe.batch_sequences} x {recipe.data.seq_len} tokens a step",
-        *([] if plan.num_sequences is None else [epochs_line(recipe, plan.num_sequences)]),
+        *epochs_lines(recipe, plan.extents),
         *_frozen_weights(plan),
     ]
     if recipe.islands.count is not None:
@@ -168,7 +168,8 @@ def evaluation_line(run: RunState, result: Evaluation) -> str:
         ours, full_rank = human_bytes(totals.bytes_wire), human_bytes(totals.full_rank_wire)
         sent = f"; sent per rank so far {ours}, full rank {full_rank}"
     galore = "" if result.galore_loss is None else f" (as GaLore's code counts: {result.galore_loss:.4f})"
-    return f"step {run.step}  validation: loss {result.val_loss:.4f}{galore}, perplexity {result.ppl:.2f}{sent}"
+    sets = "".join(f", {name} {loss:.4f}" for name, loss in result.sets.items())
+    return f"step {run.step}  validation: loss {result.val_loss:.4f}{galore}{sets}, perplexity {result.ppl:.2f}{sent}"
 
 
 def exchange_line(run: RunState, report: ExchangeReport) -> str:

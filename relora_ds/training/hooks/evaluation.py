@@ -1,8 +1,6 @@
 """When the validation loss is computed, and what the network writes each time."""
 
-import dataclasses
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +90,8 @@ def _evaluations(run_dir: Path) -> list[tuple[int, str, Evaluation]]:
     for line in read_metrics(run_dir):
         if line["kind"] != "eval":
             continue
-        values: dict[str, Any] = {
-            field.name: line[field.name] for field in dataclasses.fields(Evaluation) if field.name in line
-        }
         try:
-            figures: dict[str, Any] = {name: math.nan if value is None else value + 0 for name, value in values.items()}
-            found.append((line["step"], line["phase"], Evaluation(**figures)))
+            found.append((line["step"], line["phase"], Evaluation.of(line)))
         except TypeError:
             logger.warning("metrics.jsonl: the evaluation after step %d is damaged and left out", line["step"])
     return found

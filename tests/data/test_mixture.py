@@ -1,0 +1,158 @@
+"""Mixtures of corpora: one vocabulary, exact proportions for every world size, validation texts by name."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from relora_ds.config.data_config import MixSource, ValidationSet
+from relora_ds.data import TrainLoader, documents, mixture, preparation, prepare
+from relora_ds.data import tokenizer as tokenizers
+from tests.data.settings import settings, write_text
+
+WORDS = {"hills": "peak", "seas": "wave", "woods": "tree"}
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three corpora of different sizes, each with words of its own."""
+    for number, (name, word) in enumerate(WORDS.items()):
+        for file in range(24):
+            write_text(tmp_path / name / f"{file:02}.txt", 8 * (number + 1), f"{word}{file}")
+    mix = [MixSource(path=str(tmp_path / name), weight=weight) for name, weight in zip(WORDS, WEIGHTS, strict=True)]
+    return settings(tmp_path / "cache", mix=mix, vocab_size=340)
+
+
+def test_the_corpora_are_in_the_ids_of_one_tokenizer_trained_on_all_of_them(data, monkeypatch):
+    prepared = prepare(data)
+    assert [(part.name, part.weight) for part in prepared.parts] == list(zip(WORDS, WEIGHTS, strict=True))
+    tokenizer = tokenizers.load(prepared.tokenizer_dir)
+    for part, section in zip(prepared.parts, data.parts(), strict=True):
+        text = tokenizer.decode(part.data.train[:200].tolist())
+        assert WORDS[part.name] in text and sum(word in text for word in WORDS.values()) == 1
+        texts = list(documents(section, "train"))
+        assert (part.data.train == prepared.eos_id).sum() == len(texts)
+    pieces = "".join(tokenizer.get_vocab())
+    assert all(word in pieces for word in WORDS.values())
+    assert prepared.train_tokens == sum(len(part.data.train) for part in prepared.parts) and not len(prepared.train)
+    joined = np.concatenate([part.data.validation for part in prepared.parts])
+    np.testing.assert_array_equal(prepared.validation, joined)
+    assert list(documents(data, "validation")) == [
+        text for section in data.parts() for text in documents(section, "validation")
+    ]
+    monkeypatch.setattr(tokenizers, "train", None)
+    monkeypatch.setattr(preparation, "_build", None)
+    again = prepare(dataclasses.replace(data, seq_len=16))
+    assert again.fingerprint == prepared.fingerprint
+
+
+def test_other_weights_are_other_training_data(data):
+    other = [dataclasses.replace(one, weight=weight) for one, weight in zip(data.mix, (0.4, 0.4, 0.2), strict=True)]
+    named = [dataclasses.replace(one, name=f"n{number}") for number, one in enumerate(data.mix)]
+    given = dataclasses.replace(data, tokenizer=str(prepare(data).tokenizer_dir))
+    first = prepare(given).fingerprint
+    assert prepare(dataclasses.replace(given, mix=other)).fingerprint != first
+    assert prepare(dataclasses.replace(given, mix=named)).fingerprint == first
+
+
+def corpora_of_steps(prepared, world_size: int, steps: int, state=None, batch: int = 12):
+    """Return ([steps, batch] which corpus each row is of, the state afterwards), put together from all ranks."""
+    loaders = [
+        TrainLoader(
+            prepared.trains(), 32, batch, batch // world_size, rank, world_size, seed=5, weights=prepared.weights
+        )
+        for rank in range(world_size)
+    ]
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    known = {}
+    for number, tokens in enumerate(prepared.trains()):
+        for row in tokens[: len(tokens) // 32 * 32].reshape(-1, 32):
+            known[row.astype(np.int64).tobytes()] = number
+    found = []
+    for _ in range(steps):
+        rows = np.concatenate([micro["input_ids"].numpy() for loader in loaders for micro in loader.next_step()])
+        found.append([known[row.tobytes()] for row in rows])
+    assert len({json.dumps(loader.state_dict()) for loader in loaders}) == 1
+    return np.array(found), loaders[0].state_dict()
+
+
+def test_proportions_are_exact_to_one_row_through_resumes_at_other_world_sizes(data):
+    """10,000 steps: a state is what a kill leaves of a run."""
+    prepared = prepare(data)
+    parts, state = [], None
+    for world_size, steps in ((1, 3000), (3, 2500), (2, 3500), (4, 1000)):
+        found, state = corpora_of_steps(prepared, world_size, steps, state)
+        parts.append(found)
+        state = json.loads(json.dumps(state))
+    counts = np.cumsum((np.concatenate(parts)[..., None] == np.arange(3)).sum(1), axis=0)
+    exact = 12 * np.arange(1, 10_001)[:, None] * np.array(WEIGHTS)
+    assert np.abs(counts - exact).max() < 1
+    assert state == {"taken": counts[-1].tolist()}
+
+
+def test_batches_do_not_depend_on_the_world_size(data):
+    prepared = prepare(data)
+    one, two = (corpora_of_steps(prepared, size, 20)[0] for size in (1, 2))
+    assert (np.sort(one) == np.sort(two)).all()
+
+
+def test_pretokenized_corpora_of_one_vocabulary_are_mixed_and_of_two_refused(data, tmp_path):
+    from relora_ds.data.pretokenized import write
+
+    prepared = prepare(data)
+    tokenizer = tokenizers.load(prepared.tokenizer_dir)
+    for part in prepared.parts:
+        write(part.data.directory, tokenizer, tmp_path / "out" / part.name)
+    mix = [
+        MixSource(source="pretokenized", path=str(tmp_path / "out" / name), weight=weight)
+        for name, weight in zip(WORDS, WEIGHTS, strict=True)
+    ]
+    copied = prepare(dataclasses.replace(data, mix=mix))
+    assert copied.fingerprint == prepared.fingerprint and copied.vocab_size == prepared.vocab_size
+
+    other = prepare(settings(tmp_path / "cache", source="text", path=data.mix[0].path, vocab_size=330))
+    write(other.directory, tokenizers.load(other.tokenizer_dir), tmp_path / "out" / "other")
+    mix[1] = dataclasses.replace(mix[1], path=str(tmp_path / "out" / "other"))
+    with pytest.raises(ValueError, match=r"^data\.mix\[1\]\.path: '.*other' is in another vocabulary than hills; prep"):
+        prepare(dataclasses.replace(data, mix=mix))
+
+
+def test_a_corpus_that_cannot_be_read_or_is_too_small_is_named(data, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    mix = [*data.mix[:2], MixSource(path=str(tmp_path / "empty.txt"), weight=0.2)]
+    with pytest.raises(ValueError, match=r"^data\.mix\[2\]\.path: '.*empty.txt' holds only empty files"):
+        prepare(dataclasses.replace(data, mix=mix))
+    (tmp_path / "small.txt").write_text("a few words\n" * 3)
+    mix[2] = MixSource(path=str(tmp_path / "small.txt"), weight=0.2)
+    with pytest.raises(ValueError, match=r"^data\.seq_len: 32 is more than the \d+ training tokens of 'text'"):
+        prepare(dataclasses.replace(data, mix=mix))
+
+
+def test_documents_for_the_tokenizer_are_drawn_in_proportion():
+    texts = [["a" * 10] * 50, ["b" * 30] * 50]
+    drawn = list(mixture.in_proportion([iter(each) for each in texts], [0.25, 0.75]))
+    assert drawn == [text for pair in zip(*texts, strict=True) for text in pair]
+    longer = list(mixture.in_proportion([iter(["a" * 10]), iter(texts[1])], [0.9, 0.1]))
+    assert len(longer) == 51  # what is left when one has ended follows
+
+
+def test_validation_sets_have_the_documents_of_their_files(data, tmp_path):
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"body": f"peak{n} over wave{n}"}) + "\n" for n in range(9))
+    )
+    more = ValidationSet(path=str(tmp_path / "more.jsonl"), text_column="body")
+    prepared = prepare(dataclasses.replace(data, validation_sets=[more]))
+    ((name, tokens),) = prepared.sets
+    text = tokenizers.load(prepared.tokenizer_dir).decode(tokens.tolist())
+    assert name == "more" and (tokens == prepared.eos_id).sum() == 9 and "peak8 over wave8" in text
+    assert prepared.fingerprint == prepare(data).fingerprint
+    (tmp_path / "blank.txt").write_text(" \n")
+    blank = ValidationSet(path=str(tmp_path / "blank.txt"))
+    with pytest.raises(
+        ValueError, match=r"^data\.validation_sets\[0\]\.path: '.*blank.txt' holds no text; name another"
+    ):
+        prepare(dataclasses.replace(data, validation_sets=[blank]))
