@@ -100,18 +100,17 @@ class DataConfig:
     """Pieces of the tokenizer that is trained on the corpus."""
     seq_len: Annotated[int, Integer(1)] = 256
     """Tokens of a training sequence."""
-    packing: bool = True
-    """false = one document per row, cut or padded to `seq_len`, instead of windows of the whole corpus."""
-    document_masks: bool = False
-    """In a window, attention and positions stop at the ends of documents: each document is trained on as if it were
-    alone, and its first token is not predicted. What is cut off at a window's end begins anew in the next one."""
+    packing: bool | Literal["masked"] = True
+    """true = rows are windows of the whole corpus. masked = windows in which attention and positions stop at the ends
+    of documents: each document is trained on as if it were alone, and its first token is not predicted. What is cut off
+    at a window's end begins anew in the next one. false = one document per row, cut or padded to `seq_len`."""
     cache_dir: Annotated[str | None, FilePath()] = None
     """Where tokenized corpora are kept; null = the user's cache directory."""
 
     @property
     def masks_documents(self) -> bool:
         """Whether there are several documents in a row, and kept apart."""
-        return self.packing and self.document_masks
+        return self.packing == "masked"
 
     @property
     def label(self) -> str:

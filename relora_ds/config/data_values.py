@@ -133,5 +133,3 @@ def warnings(data: DataConfig) -> Iterator[str]:
     for name in ignored:
         if (value := getattr(data, name)) != getattr(type(data), name):
             yield f"data.{name}: {value} has no effect with data.source {data.source}"
-    if data.document_masks and not data.packing:
-        yield "data.document_masks: true has no effect with data.packing false, where a row is one document"

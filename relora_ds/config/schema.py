@@ -35,7 +35,14 @@ ONE_OF = (
 )
 
 # Other names of a key.
-ALIASES = {"relora.modules_to_save": "relora.trainable_modules"}
+ALIASES = {
+    "relora.modules_to_save": "relora.trainable_modules",
+    "islands.outer.optimizer": "islands.outer_optimizer",
+    "islands.outer.lr": "islands.outer_lr",
+    "islands.outer.momentum": "islands.outer_momentum",
+    "islands.link.address": "islands.address",
+    "islands.link.timeout_s": "islands.timeout_s",
+}
 
 # Keys of earlier versions, which stand in the recipes of their runs, with the value that changed nothing: not read.
 REMOVED = {"log.update_rank": "false"}

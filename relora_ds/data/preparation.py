@@ -7,8 +7,8 @@ A cache entry is a directory `CACHE/tokens/<key>/`:
     metadata.json               counts, hashes and the settings that led here; written last
 
 The key covers everything that decides the ids and can be known without reading a stream; it finds the entry. The
-fingerprint covers the ids themselves; it says whether two hosts train on the same. Neither covers `seq_len`,
-`packing` or `document_masks`: sequences are rows that the loader cuts.
+fingerprint covers the ids themselves; it says whether two hosts train on the same. Neither covers `seq_len`
+nor `packing`: sequences are rows that the loader cuts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PreparedData:
     tokenizer_dir: what `tokenizer.load` takes: a directory, or the Hugging Face id of the recipe.
     fingerprint: sha256; equal on two hosts if and only if the token ids of both splits are the same.
     directory: where the files are.
-    layout: what rows have to do with documents (data.packing, data.document_masks), see `rows`.
+    layout: what rows have to do with documents (data.packing), see `rows`.
     parts: the corpora of a mixture, whose training tokens are there and not in `train`; `validation` has all of them.
     sets: more texts to evaluate on.
     """

@@ -1,4 +1,4 @@
-"""Keep the documents of a row apart (`data.document_masks`): a small copy shows whether a model does.
+"""Keep the documents of a row apart (`data.packing: masked`): a small copy shows whether a model does.
 
 Nothing in a configuration tells. Most families make a mask, or hand the bounds of documents to their kernels, where the
 positions in a row begin again. Others compute positions of their own, carry a state from token to token, or drop what
@@ -43,8 +43,8 @@ def problems(model: PreTrainedModel, config: PretrainedConfig, attention: str) -
         return []
     others = "" if attention in WITH_MASK else f" with model.attn_implementation {attention}"
     return [
-        f"data.document_masks: true does not fit transformers' {config.model_type} models{others}, which {reason}; use "
-        f"{'another model.attn_implementation, ' if others else ''}data.packing=false or data.document_masks=false"
+        f"data.packing: masked does not fit transformers' {config.model_type} models{others}, which {reason}; use "
+        f"{'another model.attn_implementation, ' if others else ''}data.packing=true or data.packing=false"
     ]
 
 

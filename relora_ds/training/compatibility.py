@@ -61,7 +61,7 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
     found = [
         f"{name} was {then[name]}, is {now[name]}"
         for name in _FIXED
-        if then[name] != now[name] and not (name == "method" and _both_are_chains(then, now))
+        if then[name] != now[name] and not _may_change(name, then, now)
     ]
     old, new = then["warm_start_steps"], now["warm_start_steps"]
     if old != new and saved.step > min(old, new):
@@ -78,6 +78,13 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
         found.append(f"train.steps is {plan.recipe.total_steps}, and the checkpoint is after step {saved.step}")
     if found:
         raise ResumeError("resume: " + "; ".join(found) + ". Change it back, or begin a new run with init_from")
+
+
+def _may_change(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether a key of `_FIXED` may change from one value to the other."""
+    if name == "data.packing":
+        return bool(then[name]) == bool(now[name])  # with masks the rows and their order are the same
+    return name == "method" and _both_are_chains(then, now)
 
 
 def _both_are_chains(then: dict[str, Any], now: dict[str, Any]) -> bool:

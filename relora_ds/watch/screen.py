@@ -106,8 +106,8 @@ _TEXTS = {
     "eval": lambda line: f"validation loss {_number(line.get('val_loss'))}",
     "restart": lambda line: f"restart{_seconds(line, 'restart_s')}",
     "checkpoint": lambda line: f"checkpoint of {human_bytes(line.get('bytes') or 0)}{_seconds(line, 'write_s')}",
-    "exchange": lambda line: (
-        f"exchange {line.get('round')} of {len(line.get('islands') or [])} islands{_seconds(line, 'exchange_s')}"
+    "sync": lambda line: (
+        f"exchange {line.get('round')} of {len(line.get('islands') or [])} islands{_seconds(line, 'sync_s')}"
         + (f", without {', '.join(line['missing'])}" if line.get("missing") else "")
     ),
     "spike": lambda line: f"loss spike: {_number(line.get('loss'))}",

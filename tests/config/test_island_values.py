@@ -19,6 +19,23 @@ def test_defaults_of_the_outer_optimizer():
     assert outer("islands.outer_lr=0.5", "islands.outer_momentum=0") == (0.5, 0.0)
 
 
+def test_nested_names_of_the_keys_are_read(tmp_path):
+    nested = ["islands.link.address=host:5555", "islands.link.timeout_s=9", "islands.outer.optimizer=average"]
+    read = load_recipe(
+        "base.yaml", [COUNT, EVERY, *nested, "islands.outer.lr=0.5", "islands.outer.momentum=0.1"]
+    ).islands
+    assert (read.address, read.timeout_s, read.outer_optimizer) == ("host:5555", 9, "average")
+    assert (read.outer_lr, read.outer_momentum) == (0.5, 0.1)
+    written = tmp_path / "nested.yaml"
+    written.write_text(
+        "extends: base.yaml\nislands:\n  count: 2\n  sync_every: 50\n  outer: {optimizer: average, lr: 0.5}\n"
+        "  link: {address: host:5555}\n"
+    )
+    (tmp_path / "base.yaml").write_text(load_recipe("base.yaml").to_yaml())
+    read = load_recipe(written).islands
+    assert (read.address, read.outer) == ("host:5555", (0.5, 0.0))
+
+
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [

@@ -48,7 +48,10 @@ def test_a_part_is_a_section_of_its_own_with_what_all_share():
         ([WIKI, "{source: pydocs, weight: 0.6}"], "data.mix: the weights 0.5 + 0.6 sum to 1.1, not to 1; change them"),
         ([WIKI, "{source: pydocs, weight: -0.5}"], "data.mix[1].weight: -0.5 is not a number above 0; use e.g. 0.5"),
         ([WIKI, "{source: pydocs, weight: much}"], "data.mix[1].weight: 'much' is not a number; the default is 1.0"),
-        ([WIKI, "{source: pydocs, weightx: 0.5}"], "data.mix[1].weightx: unknown key (did you mean weight?); it can be"),
+        (
+            [WIKI, "{source: pydocs, weightx: 0.5}"],
+            "data.mix[1].weightx: unknown key (did you mean weight?); it can be",
+        ),
         ([WIKI, WIKI], "data.mix[1].name: wikitext2 is that of data.mix[0] too; set another one"),
         ([WIKI, "{source: pydocs, weight: 0.5, name: a/b}"], "data.mix[1].name: 'a/b' is not made of letters, digits"),
         ([WIKI, "{source: pydoc, weight: 0.5}"], "data.mix[1].source: 'pydoc' is unknown (did you mean pydocs?)"),

@@ -34,10 +34,6 @@ pytestmark = pytest.mark.usefixtures("base_recipe")
         (["optim.schedule=wsd", "optim.decay_steps=115", "data.split=x"], "data.split: x"),  # right up to the ramp
         (["data.split=x"], "data.split: x has no effect with data.source wikitext2"),
         (
-            ["data.packing=false", "data.document_masks=true"],
-            "data.document_masks: true has no effect with data.packing",
-        ),
-        (
             [
                 "method=lora",
                 "warm_start_steps=0",

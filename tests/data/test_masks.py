@@ -113,6 +113,16 @@ def test_what_is_computed_again_has_the_same_positions(family, mode):
     assert_same(step(recompute.apply(model, mode), micro_batches), expected, 1e-6)
 
 
+@pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 1), (2, 3), (3, 2), (1, 2)])
+def test_the_mean_is_over_the_predicted_tokens_of_all_ranks(micro_batch_size, world_size):
+    batches = [
+        batch for rank in range(world_size) for batch in loader_of(micro_batch_size, rank, world_size).next_step()
+    ]
+    predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    found = {batch["num_items_in_batch"].item() for batch in batches}
+    assert found == {np.float32(predicted / len(batches))}, "the same for every micro-batch"
+
+
 def losses_of(micro_batch_size: int):
     """On a rank: loss and gradients of a step, and the validation loss."""
     import torch.distributed as dist
@@ -128,7 +138,13 @@ def losses_of(micro_batch_size: int):
 
 def validation(model, micro_batch_size: int, max_tokens: int | None = None):
     data = SimpleNamespace(
-        validation=TOKENS, layout=Masking(EOS), padding=None, validation_words=9, validation_bytes=50
+        validation=TOKENS,
+        layout=Masking(EOS),
+        padding=None,
+        validation_words=9,
+        validation_bytes=50,
+        validation_parts=lambda: [(None, TOKENS)],
+        sets=(),
     )
     return evaluate(model, data, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, device=CPU, max_tokens=max_tokens)
 

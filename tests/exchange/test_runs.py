@@ -67,7 +67,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_two_islands_export_one_model(tmp_path):
     with serving(tmp_path / "rounds") as server, worlds(1, 2) as found:
         summaries = at_once(*(island(world, i, tmp_path, server.address) for i, world in enumerate(found)))
-    first, second = (lines(tmp_path / str(i), "exchange") for i in range(2))
+    first, second = (lines(tmp_path / str(i), "sync") for i in range(2))
     # Every 5 steps of the warm start, at the restarts, and at the end.
     assert [line["step"] for line in first] == [line["step"] for line in second] == [5, 10, 20, 30, 40]
     assert [line["round"] for line in first] == [1, 2, 3, 4, 5]
@@ -84,13 +84,13 @@ def test_killed_ones_come_back(tmp_path):
     with serving(tmp_path / "rounds", timeout_s=0.5) as server, worlds(1, 2) as (first, second):
         both = (first, 0, tmp_path, server.address), (second, 1, tmp_path, server.address)
         assert at_once(island(*both[0], kill_at=25), island(*both[1], kill_at=7)) == [[None], [None, None]]
-        assert lines(tmp_path / "0", "exchange")[-1]["missing"] == ["0001"]
+        assert lines(tmp_path / "0", "sync")[-1]["missing"] == ["0001"]
         assert status(tmp_path / "0")["reason"].endswith("took place without 0001")
         at_once(*(island(*one, "resume=auto") for one in both))
     assert same(exported(tmp_path / "0"), exported(tmp_path / "1"))
-    made_good = [line["round"] for line in lines(tmp_path / "1", "exchange")]
+    made_good = [line["round"] for line in lines(tmp_path / "1", "sync")]
     assert made_good == [1, 2, 3, 4, 5]
-    by_itself = lines(tmp_path / "0", "exchange")[1:3]  # the last one of the warm start, and the first restart
+    by_itself = lines(tmp_path / "0", "sync")[1:3]  # the last one of the warm start, and the first restart
     assert [line["bytes_sent"] for line in by_itself] == planned_bytes()
     one, other = (losses(tmp_path / str(i)) for i in range(2))
     both_took = one.keys() & other.keys()
@@ -105,6 +105,6 @@ def test_steps_that_are_made_good_count(tmp_path):
         assert at_once(*(island(*one, kill_at=7) for one in both)) == [[None], [None]]
         summaries = at_once(*(island(*one, "resume=auto") for one in both))
     for i, [summary] in enumerate(summaries):
-        assert [line["made_good_steps"] for line in lines(tmp_path / str(i), "exchange")] == [1, 0, 0]  # of step 5
+        assert [line["made_good_steps"] for line in lines(tmp_path / str(i), "sync")] == [1, 0, 0]  # of step 5
         tokens = {line["step"]: line["tokens"] for line in lines(tmp_path / str(i), "train")}
         assert summary["tokens"] == tokens[16] == 4 * tokens[4]

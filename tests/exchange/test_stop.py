@@ -47,4 +47,4 @@ def test_it_stops_without_having_exchanged(tmp_path):
             "asked to stop while exchange 1 waited for other islands; resume=auto resumes from step_00000003 and makes "
             "it good"
         )
-        assert lines(tmp_path / "run", "exchange") == []
+        assert lines(tmp_path / "run", "sync") == []

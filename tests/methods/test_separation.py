@@ -48,8 +48,8 @@ def test_what_keeps_documents_apart_is_not_refused(config, attention):
 def test_what_does_not_keep_them_apart_is_refused(config, attention):
     assert prove(config, None, attention=attention) == proof.Proof()
     (problem,) = prove(config, None, attention=attention, documents=True).problems
-    assert problem.startswith(f"data.document_masks: true does not fit transformers' {config.model_type} models")
-    assert "see another one" in problem and problem.endswith("data.packing=false or data.document_masks=false")
+    assert problem.startswith(f"data.packing: masked does not fit transformers' {config.model_type} models")
+    assert "see another one" in problem and problem.endswith("data.packing=true or data.packing=false")
     assert ("use another model.attn_implementation" in problem) == (attention == FLASH)
 
 
@@ -84,7 +84,7 @@ def test_a_recipe_with_such_a_model_is_refused_before_anything_is_built(tmp_path
         f"run_dir={tmp_path / 'run'}",
     ]
     resolve("tiny", overrides)
-    resolve("tiny", [*overrides, "data.document_masks=true", "data.packing=false"])
-    with pytest.raises(RecipeError, match="data.document_masks: true does not fit transformers' bloom models, which"):
-        resolve("tiny", [*overrides, "data.document_masks=true"])
+    resolve("tiny", [*overrides, "data.packing=false"])
+    with pytest.raises(RecipeError, match="data.packing: masked does not fit transformers' bloom models, which"):
+        resolve("tiny", [*overrides, "data.packing=masked"])
     assert not (tmp_path / "run").exists()

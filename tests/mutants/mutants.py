@@ -301,8 +301,8 @@ MUTANTS = [
     Mutant("masks_positions_run_on", (f"{MASKS}[llama-sdpa]",), "assert_same"),
     Mutant(
         "masks_mean_of_each_rank",
-        ("tests/data/test_masks.py::test_nothing_depends_on_ranks_or_micro_batches",),
-        "assert_same",
+        ("tests/data/test_masks.py::test_the_mean_is_over_the_predicted_tokens_of_all_ranks[2-3]",),
+        "the same for every micro-batch",
     ),
     Mutant(
         "masks_bounds_of_rows",

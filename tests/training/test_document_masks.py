@@ -17,7 +17,7 @@ from tests.training.runs import losses, run
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "masked"
-    return directory, run(directory, "data.document_masks=true", "train.steps=16", "relora.restart_every=null")
+    return directory, run(directory, "data.packing=masked", "train.steps=16", "relora.restart_every=null")
 
 
 def test_it_trains_and_evaluates_with_masks(finished):
@@ -42,9 +42,9 @@ def test_its_export_has_its_loss(finished, capsys):
 def test_a_resume_may_change_them_and_says_so(finished):
     directory, _ = finished
     saved = manifest.read(directory / "checkpoints" / "step_00000016")
-    plan = check(str(directory / "recipe.yaml"), ["data.document_masks=false", "resume=auto"])
+    plan = check(str(directory / "recipe.yaml"), ["data.packing=true", "resume=auto"])
     compatibility.require_same_run(saved, plan)
-    assert "resume: data.document_masks was True, is False" in compatibility.changes(saved, plan)
+    assert "resume: data.packing was masked, is True" in compatibility.changes(saved, plan)
 
 
 def test_a_model_that_cannot_be_evaluated_with_masks_is_refused(finished, tmp_path, capsys):
@@ -53,4 +53,4 @@ def test_a_model_that_cannot_be_evaluated_with_masks_is_refused(finished, tmp_pa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((directory / "export" / name).read_bytes())
     assert main(["eval", str(tmp_path), "--data", str(directory)]) == 1
-    assert "data.document_masks: true does not fit transformers' bloom models" in capsys.readouterr().err
+    assert "data.packing: masked does not fit transformers' bloom models" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def result_of(run: Run, directory: Path) -> dict:
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     restarts = [line for line in lines if line["kind"] == "restart"]
-    exchanges = [line for line in lines if line["kind"] == "exchange"]
+    exchanges = [line for line in lines if line["kind"] == "sync"]
     tokens_per_step = summary["tokens"] / summary["step"]
     method = method_of(run.recipe)
     transition = method.warm_start_steps if method.low_rank_steps else None

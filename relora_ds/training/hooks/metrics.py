@@ -58,7 +58,7 @@ class Metrics(Hook):
 
     def on_exchange(self, run: RunState, report: ExchangeReport) -> None:
         values: dict[str, Any] = {**vars(report), "islands": list(report.islands), "missing": list(report.missing)}
-        self._write(run, "exchange", **values)
+        self._write(run, "sync", sync_s=values.pop("exchange_s"), **values)
 
     def on_eval(self, run: RunState, evaluation: Evaluation, samples: list[Sample]) -> None:
         figures: dict[str, Any] = evaluation.figures()
