@@ -32,6 +32,10 @@ class ResumeError(RuntimeError):
     """A run cannot resume from what was asked for."""
 
 
+class NoneIntactError(ResumeError):
+    """There are checkpoints, each of them damaged, or not on every host."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A checkpoint to resume from.
@@ -64,16 +68,16 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
     named = Path(str(resume))
     candidates = directories(run_dir if resume == "auto" else named)[::-1]
     if resume != "auto" and not candidates:
-        if not any(_of_all_ranks((named / manifest.NAME).exists())):
+        if not any(of_all_ranks((named / manifest.NAME).exists())):
             raise ResumeError(
                 f"resume: {resume} is no checkpoint (it has no {manifest.NAME}) and no run that has one; "
                 "name RUN or RUN/checkpoints/step_…, or take resume=auto"
             )
         candidates = [named]
-    seen = _of_all_ranks([path.name for path in candidates])
+    seen = of_all_ranks([path.name for path in candidates])
     common = set.intersection(*map(set, seen))
     if any(seen) and not common:
-        raise ResumeError(
+        raise NoneIntactError(
             f"resume: the ranks see different checkpoints: {seen}; the run directory should be on a file "
             "system that all machines share, or at least hold the same checkpoints on each"
         )
@@ -95,7 +99,7 @@ def find(run_dir: Path, resume: str | bool) -> Found | None:
             lines = (*found.passed_over, *_stray(directory.parent), *passed_over)
             return dataclasses.replace(found, passed_over=lines, damaged=tuple(damaged))
     if passed_over:
-        raise ResumeError(
+        raise NoneIntactError(
             f"resume: {'; '.join(passed_over)}; name an intact checkpoint, RUN/checkpoints/step_…, or "
             "start again with overwrite=true"
         )
@@ -155,7 +159,7 @@ def _verified(directory: Path) -> Found:
         DamagedError, UnreadableError: on every rank, where one of them cannot use a file that is needed.
     """
     about = _same_manifest(directory)
-    errors = sum(_of_all_ranks(_errors(directory, about)), [])
+    errors = sum(of_all_ranks(_errors(directory, about)), [])
     needed = [error for name, error in errors if is_needed(name)]
     if wrong := [error for error in needed if isinstance(error, DamagedError)] or needed:
         raise wrong[0]
@@ -169,11 +173,11 @@ def _same_manifest(directory: Path) -> Manifest:
         about = manifest.read(directory)
     except (DamagedError, UnreadableError) as reason:  # the other ranks wait for an answer
         error = reason
-    errors = [reason for reason in _of_all_ranks(error) if reason is not None]
+    errors = [reason for reason in of_all_ranks(error) if reason is not None]
     if wrong := [reason for reason in errors if isinstance(reason, DamagedError)] or errors:
         raise wrong[0]
     assert about is not None
-    listed = _of_all_ranks(sorted(about.files))
+    listed = of_all_ranks(sorted(about.files))
     if any(names != listed[0] for names in listed):
         raise DamagedError(f"{directory / manifest.NAME} lists other files on other hosts")
     return about
@@ -182,7 +186,7 @@ def _same_manifest(directory: Path) -> Manifest:
 def _errors(directory: Path, about: Manifest) -> list[tuple[str, Reason]]:
     """Return what is wrong with this rank's share of the files: a file is read by one rank that sees it. Collective."""
     names = sorted(about.files)
-    seen = _of_all_ranks([name for name in names if os.path.lexists(directory / name)])
+    seen = of_all_ranks([name for name in names if os.path.lexists(directory / name)])
     found = []
     for i, name in enumerate(names):
         file = about.files[name]
@@ -198,7 +202,8 @@ def _errors(directory: Path, about: Manifest) -> list[tuple[str, Reason]]:
     return found
 
 
-def _of_all_ranks(value: T) -> list[T]:
+def of_all_ranks(value: T) -> list[T]:
+    """Return the values of all ranks, in their order. Collective."""
     everybody: list = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, value)
     return everybody

@@ -26,8 +26,14 @@ class Sharing:
 
     def is_here(self, name: str) -> bool:
         """Return True if a file of a checkpoint belongs on this rank's disk; its name says which rank wrote it."""
-        rank = _RANK.fullmatch(name)
-        return self.is_shared or rank is None or int(rank[1]) in self.peers
+        rank = rank_of(name)
+        return self.is_shared or rank is None or rank in self.peers
+
+
+def rank_of(name: str) -> int | None:
+    """Return the rank that wrote a file of a checkpoint, from its name; None where any may have."""
+    found = _RANK.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def find_peers(directory: Path) -> Sharing:

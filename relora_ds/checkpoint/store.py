@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from relora_ds.checkpoint import manifest
@@ -106,6 +106,7 @@ def prune(
     keep_every: int | None,
     is_here: Callable[[str], bool] | None = None,
     thorough: bool = False,
+    spared: Collection[str] = (),
 ) -> list[Path]:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every`; returns the deleted.
 
@@ -116,6 +117,7 @@ def prune(
         is_here: whether a file of that name is on this host's disk, where hosts have disks of their own; None where
             that is not known.
         thorough: read the weights of those that are kept as the newest: a flipped bit is seen in no size.
+        spared: names of checkpoints that are not deleted now.
 
     Raises:
         ValueError: none is intact; nothing is deleted.
@@ -136,11 +138,18 @@ def prune(
             continue
     if found and not whole:
         raise ValueError(f"{run_dir}: no checkpoint is intact, and none is deleted; see `checkpoint verify`")
-    kept = {path for path in whole if keep_every and _step_of(path) % keep_every == 0} | {*whole[:keep_last], *unclear}
-    gone = [path for path in found if path not in kept and not _holds_more(path)]
+    names = {*kept([path.name for path in whole], keep_last, keep_every), *spared}
+    gone = [path for path in found if path.name not in names and path not in unclear and not _holds_more(path)]
     for path in gone:
         remove(path)
     return gone
+
+
+def kept(newest_first: Sequence[str], keep_last: int, keep_every: int | None) -> set[str]:
+    """Return which checkpoints the retention rule keeps, by name."""
+    return {name for name in newest_first if keep_every and step_of(name) % keep_every == 0} | {
+        *newest_first[:keep_last]
+    }
 
 
 def _holds_more(path: Path) -> bool:
@@ -162,7 +171,7 @@ def drop_after(run_dir: Path, step: int, damaged: tuple[Path, ...] = ()) -> None
     if (inner / tag_of(step)).is_dir():  # else the run resumes from a checkpoint of another one
         write_text(inner / LATEST, tag_of(step))
     for path in directories(run_dir):
-        if _step_of(path) > step:
+        if step_of(path.name) > step:
             put_aside(path)
 
 
@@ -209,8 +218,9 @@ def may_be_late(path: Path, file: File, error: ValueError) -> bool:
     return isinstance(error, DamagedError) and file.host != socket.gethostname() and young
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def step_of(name: str) -> int:
+    """Return the step of a checkpoint of a run."""
+    return int(name.removeprefix("step_"))
 
 
 def error_in(directory: Path, name: str, file: File, contents: bool = True) -> DamagedError | UnreadableError | None:
