@@ -26,6 +26,7 @@ BELOW_TRAINING = {
     "methods",
     "interop",
     "exchange",
+    "remote",
 }
 ALLOWED = {
     "__init__": set(),  # the public names are imported lazily, by name
@@ -41,6 +42,7 @@ ALLOWED = {
     "checkpoint": {"config", "lowrank"},
     "methods": {"config", "architectures", "models", "lowrank", "matrix", "zero", "checkpoint"},
     "exchange": {"config", "lowrank", "zero", "islands"},
+    "remote": {"config", "lowrank", "checkpoint"},
     "interop": {"config", "models", "data", "lowrank", "zero", "checkpoint", "exchange"},
     "training": BELOW_TRAINING,
     "train": BELOW_TRAINING | {"training"},
