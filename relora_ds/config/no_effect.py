@@ -15,6 +15,7 @@ def warnings(recipe: Recipe) -> list[str]:
         *_warm_start_warnings(recipe, method),
         *_schedule_warnings(recipe),
         *_island_warnings(recipe),
+        *_checkpoint_warnings(recipe),
         *_keys_of_other_methods(recipe, method),
         *method.recipe_warnings(),
         *data_values.warnings(recipe.data),
@@ -30,6 +31,12 @@ def _island_warnings(recipe: Recipe) -> Iterator[str]:
         )
     if islands.outer_optimizer == "average" and islands.outer_momentum != type(islands).outer_momentum:
         yield f"islands.outer_momentum: {islands.outer_momentum} has no effect with outer_optimizer average"
+
+
+def _checkpoint_warnings(recipe: Recipe) -> Iterator[str]:
+    seconds = recipe.checkpoint.remote_stop_s
+    if recipe.checkpoint.remote is None and seconds != type(recipe.checkpoint).remote_stop_s:
+        yield f"checkpoint.remote_stop_s: {seconds} has no effect without checkpoint.remote"
 
 
 def _trust(recipe: Recipe) -> Iterator[str]:

@@ -176,6 +176,12 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     keep_every: Annotated[int | None, Integer(1, example=5000)] = None
     """Checkpoints at multiples of this number of steps are never deleted; null = only the newest are kept."""
+    remote: str | None = None
+    """URL of a directory in an object store, e.g. `s3://bucket/runs/mine`: checkpoints are uploaded there in the
+    background, and `resume=auto` fetches what this machine has lost. Any protocol of fsspec whose package is installed
+    (`s3fs`, `gcsfs`, `adlfs`, ...). Credentials come from the protocol's environment, never from a recipe."""
+    remote_stop_s: Annotated[int, Integer(0)] = 20
+    """Seconds that a run which was asked to stop waits for its last upload. Launchers kill 30 s after SIGTERM."""
 
 
 @dataclass(kw_only=True)

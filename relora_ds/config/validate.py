@@ -7,7 +7,7 @@ first place). What needs a model, a corpus or DeepSpeed is checked in `training.
 
 from collections.abc import Iterator
 
-from relora_ds.config import data_values, fields, island_values, records
+from relora_ds.config import data_values, fields, island_values, records, remote_url
 from relora_ds.config.curve import Names, ScheduleConfig
 from relora_ds.config.methods import Method, full_rank, method_class, method_of, warm_start_of
 from relora_ds.config.names import preset_names
@@ -36,6 +36,7 @@ def problems(recipe: Recipe, check_files: bool = True) -> list[str]:
         *_model_problems(recipe),
         *_amount_problems(recipe, method, wrong),
         *data_values.conflicts(recipe.data, wrong),
+        *(remote_url.problems(recipe.checkpoint) if "checkpoint.remote" not in wrong else ()),
         *_island_problems(recipe, method, wrong),
         *(missing_files(recipe) if check_files else ()),
     ]

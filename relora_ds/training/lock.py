@@ -18,13 +18,17 @@ NAME = "lock"
 
 
 class Lock:
-    """A locked run directory. It is free again after `close` or `undo`, or when the process dies."""
+    """A locked run directory. It is free again after `close` or `undo`, or when the process dies.
+
+    Attributes:
+        before: what the file said: the process that had it last.
+    """
 
     def __init__(self, path: Path, file: IO, made: bool):
         self._path, self._file, self._made = path, file, made
         self._about = os.fstat(file.fileno())
-        self._before = _read(file)
-        self._write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.before = _read(file)
+        self._write(f"{this_process()}\n")
 
     def __enter__(self) -> Lock:
         return self
@@ -53,7 +57,7 @@ class Lock:
         if self._made and self.is_held():
             self._path.unlink(missing_ok=True)
         else:
-            self._write(self._before)
+            self._write(self.before)
         self._file.close()
 
     def _write(self, text: str) -> None:
@@ -61,6 +65,11 @@ class Lock:
             self._file.truncate(0)
             self._file.write(text)
             self._file.flush()
+
+
+def this_process() -> str:
+    """Return what stands in the lock file of a run."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def lock(run_dir: Path) -> Lock:

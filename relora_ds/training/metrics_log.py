@@ -84,7 +84,7 @@ class MetricsLog:
             _drop_after(self._path, resume_step)
 
     def write(self, kind: str, *, step: int, t: int, phase: str, **values: Any) -> None:
-        """Append a line: `kind` is train, eval, restart, sync, phase, checkpoint or spike.
+        """Append a line: `kind` is train, eval, restart, sync, phase, checkpoint, upload or spike.
 
         Non-finite numbers become null.
         """

@@ -51,6 +51,11 @@ class OwnedDirectory:
             self.is_open = False
             raise ResumeError(problem[0])
 
+    @property
+    def previous_holder(self) -> str:
+        """On rank 0, the process that had the directory before and cannot live, in words; "" without one."""
+        return "" if self._claim is None else self._claim.previous_holder
+
     def is_held(self) -> bool:
         """Return True if rank 0 may write there now: what has its name may be another run's, if ours was moved."""
         return self.is_open and (self._claim is None or self._claim.is_held())

@@ -35,6 +35,7 @@ from relora_ds.methods.proof import Proof, prove
 from relora_ds.models import attention, compilation, liger, recompute
 from relora_ds.models.build import build_config, meta_model
 from relora_ds.training.epochs import short_corpora
+from relora_ds.training.remote_rules import early_remote_problems, is_stored
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
 from relora_ds.zero import accelerator, ds_config, ds_types, optimizers
@@ -147,6 +148,8 @@ def resolve(
     problems += accelerator.precision_problems(precision) if to_run else []
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
+        raise RecipeError(problems, name_or_path)
+    if to_run and (problems := early_remote_problems(recipe)):
         raise RecipeError(problems, name_or_path)
     model_warnings: dict[str, None] = {}
     *before, last = methods_of(recipe)
@@ -306,7 +309,7 @@ def _init_from_problems(recipe: Recipe, config: PretrainedConfig | None = None) 
     Raises:
         ValueError: there are none.
     """
-    if not recipe.init_from or store.may_resume(recipe.directory, recipe.resume):
+    if not recipe.init_from or _may_resume(recipe):
         return []
     if config is None:
         locate(recipe.init_from, "init_from")
@@ -338,8 +341,12 @@ def _open_first_weights(recipe: Recipe) -> None:
     source, field = recipe.init_from, "init_from"
     if not source and recipe.model.init == "pretrained":
         source, field = recipe.model.name_or_path, "model.name_or_path"
-    if source and not store.may_resume(recipe.directory, recipe.resume) and locate(source, field)[0] == "huggingface":
+    if source and not _may_resume(recipe) and locate(source, field)[0] == "huggingface":
         weights_of(source, recipe.trust_remote_code, field)
+
+
+def _may_resume(recipe: Recipe) -> bool:
+    return store.may_resume(recipe.directory, recipe.resume) or is_stored(recipe)
 
 
 def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -63,6 +63,11 @@ class Claim:
         if self._overwrite:
             run_contents.delete(self._run_dir)
 
+    @property
+    def previous_holder(self) -> str:
+        """The process that had the directory before, which has died or ended; "" where there was none."""
+        return "" if self._lock is None else self._lock.before.strip()
+
     def is_held(self) -> bool:
         """Return False once the directory, or its lock file, was moved or deleted."""
         return self._lock is not None and self._lock.is_held()
@@ -124,7 +129,7 @@ def early_problems(recipe: Recipe, recipe_files: Sequence[Path] = ()) -> list[st
     found = problems(recipe)
     if recipe.overwrite and recipe.directory.is_dir():
         return found + _inputs_inside(recipe, recipe_files)
-    if not (found or recipe.resume == "auto" or _resumes_in_place(recipe)):
+    if not (found or recipe.resume == "auto" or resumes_in_place(recipe)):
         # Asked only now: what the run itself puts there before the lock, such as a token cache, is no obstacle.
         foreign = run_contents.look(recipe.directory).foreign
         return [_no_run(recipe, foreign)] if foreign else []
@@ -155,13 +160,9 @@ def _contents_problem(recipe: Recipe, contents: Contents) -> str | None:
         return _no_run(recipe, contents.claimed)
     has_checkpoints = bool(store.directories(run_dir / "checkpoints"))
     if recipe.resume == "auto":
-        saved = None if has_checkpoints else run_contents.saved_before(run_dir)
-        return saved and (
-            f"resume: auto, but {recipe.run_dir} has no checkpoint left, and the run had some ({saved}); a start from "
-            "the beginning would replace what it left. Put checkpoints/ back, or set overwrite=true to delete the run, "
-            "or another run_dir"
-        )
-    if not contents.is_begun or _resumes_in_place(recipe):
+        # Those of a store are looked for under the lock.
+        return next(iter([] if recipe.checkpoint.remote else lost_checkpoints(recipe)), None)
+    if not contents.is_begun or resumes_in_place(recipe):
         return None
     if recipe.resume and restarted_by() and not has_checkpoints and not run_contents.saved_before(run_dir):
         return None  # the job's earlier start died before its first checkpoint
@@ -171,9 +172,23 @@ def _contents_problem(recipe: Recipe, contents: Contents) -> str | None:
     )
 
 
+def lost_checkpoints(recipe: Recipe) -> list[str]:
+    """Return why `resume=auto` must not begin anew: the run had checkpoints, and has none."""
+    run_dir = recipe.directory
+    has_checkpoints = bool(store.directories(run_dir / "checkpoints"))
+    saved = None if has_checkpoints else run_contents.saved_before(run_dir)
+    if not saved:
+        return []
+    return [
+        f"resume: auto, but {recipe.run_dir} has no checkpoint left, and the run had some ({saved}); a start from "
+        "the beginning would replace what it left. Put checkpoints/ back, or set overwrite=true to delete the run, "
+        "or another run_dir"
+    ]
+
+
 def _resume_problem(recipe: Recipe) -> str | None:
     """Refuse a path in the run directory that is no checkpoint of its run: the run would overwrite its own source."""
-    if not isinstance(recipe.resume, str) or recipe.resume == "auto" or _resumes_in_place(recipe):
+    if not isinstance(recipe.resume, str) or recipe.resume == "auto" or resumes_in_place(recipe):
         return None
     run_dir, source = recipe.directory.resolve(), Path(recipe.resume).resolve()
     if run_dir not in source.parents:
@@ -184,7 +199,7 @@ def _resume_problem(recipe: Recipe) -> str | None:
     )
 
 
-def _resumes_in_place(recipe: Recipe) -> bool:
+def resumes_in_place(recipe: Recipe) -> bool:
     """Return True if `resume` names the run in the run directory, or one of its checkpoints."""
     if not isinstance(recipe.resume, str) or recipe.resume == "auto":
         return False

@@ -67,7 +67,7 @@ class RunState:
         phase, engine, clock, flops_per_token: set when a phase begins (`Hook.on_phase`).
         step_bytes: bytes of the newest step.
         history: (step, phase, Evaluation) of all evaluations.
-        remark: what status.json says of the run while it goes well.
+        remarks: what status.json says of the run while it goes well, by subject.
     """
 
     plan: Plan
@@ -76,7 +76,7 @@ class RunState:
     resumed: Found | None = None
     step_bytes: StepBytes = StepBytes()
     history: list[tuple[int, str, Evaluation]] = field(default_factory=list)
-    remark: str = ""
+    remarks: dict[str, str] = field(default_factory=dict)
     loader: Prefetched = field(init=False)
     losses: Losses = field(init=False)
     phase: Phase = field(init=False)
@@ -93,6 +93,11 @@ class RunState:
     def run_dir(self) -> Path:
         """The run's directory."""
         return self.recipe.directory
+
+    @property
+    def remark(self) -> str:
+        """What status.json says of the run while it goes well."""
+        return "; ".join(filter(None, self.remarks.values()))
 
     @property
     def step(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from relora_ds.checkpoint import store
-from relora_ds.checkpoint.find import Found, ResumeError, find
+from relora_ds.checkpoint.find import Found, ResumeError
 from relora_ds.checkpoint.manifest import DamagedError, UnreadableError
 from relora_ds.data.check_same_data import require_same_tokens
 from relora_ds.exchange.arrivals import Stopped
@@ -27,6 +27,7 @@ from relora_ds.training.hooks.metrics import Metrics
 from relora_ds.training.hooks.preemption import Preemption
 from relora_ds.training.hooks.saving import Checkpoints
 from relora_ds.training.hooks.step_traffic import Traffic
+from relora_ds.training.hooks.uploading import END_S, Uploads
 from relora_ds.training.hooks.watchdog import Watching
 from relora_ds.training.owned_directory import OwnedDirectory
 from relora_ds.training.phases import WARM_START, Phase, build_engine, hand_over, phases_of
@@ -62,11 +63,12 @@ class Trainer:
     def __init__(self, plan: Plan, hooks: Iterable[Hook] = ()):
         recipe = plan.recipe
         self.directory = OwnedDirectory(recipe)
-        self.checkpoints = Checkpoints(self.directory)
+        self.watching = Watching(self.directory)
+        self.uploads = Uploads(self.directory, self.watching.beat)
+        self.checkpoints = Checkpoints(self.directory, self.uploads)
         self.evaluations = Evaluations()
         self.guard = Guard(recipe.guard, self.checkpoints)
-        self.preemption = Preemption(self.checkpoints)
-        self.watching = Watching(self.directory)
+        self.preemption = Preemption(self.checkpoints, self.uploads)
         self.run = RunState(
             plan,
             [
@@ -76,6 +78,7 @@ class Trainer:
                 Metrics(self.directory),
                 self.guard,
                 self.evaluations,
+                self.uploads,
                 self.checkpoints,
                 *checked(hooks),
                 self.preemption,
@@ -99,12 +102,12 @@ class Trainer:
                 except RollBack as back:
                     checkpoint = self._go_back(back)
         except (GuardError, NonFiniteMergeError) as error:  # on every rank, after the same step
-            self.checkpoints.on_phase_end(self.run)
+            self._leave()
             saved = store.directories(self.run.run_dir)
             raise GuardError(f"{error}. " + (f"Saved is {saved[-1]}" if saved else "Nothing was saved")) from error
         except Stopped as stopped:  # likewise
             self.preemption.note_stop()
-            self.checkpoints.on_phase_end(self.run)
+            self._leave()
             saved = store.directories(self.run.run_dir)
             resumes = f"resumes from {saved[-1].name}" if saved else "begins anew"
             raise Preempted(f"{stopped}; resume=auto {resumes} and makes it good") from None
@@ -165,7 +168,7 @@ class Trainer:
                 run.totals.tokens += report.made_good_steps * run.recipe.tokens_per_step
                 run.emit(Hook.on_exchange, report)
                 without = f"exchange {report.round} took place without {', '.join(report.missing)}"
-                run.remark = without if report.missing else ""
+                run.remarks["exchange"] = without if report.missing else ""
                 self.set_status("running", run.remark)
 
     def _tell_of_restart(self, restarted: bool) -> None:
@@ -182,7 +185,8 @@ class Trainer:
         self.run.emit(Hook.on_start)
         require_same_tokens(plan.data.fingerprint)  # so every rank has looked at the directory and is here
         self.directory.claim()
-        checkpoint = find(self.run.run_dir, plan.recipe.resume)
+        self.uploads.claim(self.run)
+        checkpoint = self.uploads.find(self.run)
         if checkpoint is not None:
             compatibility.require_same_run(checkpoint.manifest, plan)
         return checkpoint
@@ -254,15 +258,21 @@ class Trainer:
             self.evaluations.evaluate(run)
         summary = summary_of(run)
         write_results(run, summary)
+        self.uploads.finish(run, END_S)
         run.emit(Hook.on_end, summary)
         if not is_saved:
             raise GuardError(
                 f"the state after step {run.step} could not be saved; the model is in {run.run_dir / 'export'}"
             )
-        self.set_status("done", exit_code=0)
+        self.set_status("done", run.remarks.get("upload", ""), exit_code=0)
         release(run.engine)
         dist.barrier()
         return json.loads(json.dumps(summary))
+
+    def _leave(self) -> None:
+        """Complete what is being written and uploaded, before an end that every rank comes to."""
+        self.checkpoints.on_phase_end(self.run)
+        self.uploads.finish(self.run, self.run.recipe.checkpoint.remote_stop_s)
 
     def _close(self) -> None:
         """Close all hooks, whatever one of them does, and free the run directory."""

@@ -12,6 +12,7 @@ from relora_ds.interop.hf_export import has_code_beside
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.methods import method_of
+from relora_ds.remote.uploader import Uploaded
 from relora_ds.training import compatibility
 from relora_ds.training.epochs import epochs_lines
 from relora_ds.training.figures import is_shown
@@ -97,6 +98,15 @@ class Console(Hook):
         else:
             self._terminal.line(checkpoint_line(written))
 
+    def on_upload(self, run: RunState, uploaded: Uploaded) -> None:
+        if uploaded.error is not None:
+            self._terminal.warn(
+                f"the upload of the checkpoint after step {uploaded.step} failed: {uploaded.error}; training "
+                "continues, and the next checkpoint is uploaded"
+            )
+        else:
+            self._terminal.line(upload_line(uploaded))
+
     def on_end(self, run: RunState, summary: dict[str, Any]) -> None:
         terminal = self._terminal
         terminal.close()
@@ -139,6 +149,8 @@ def opening(plan: Plan, phases: list[Phase], resumed_at: int | None) -> list[str
         lines.append(
             f"island {recipe.islands.index} of 0 to {recipe.islands.count - 1}, which meet at {recipe.islands.address}"
         )
+    if recipe.checkpoint.remote is not None:
+        lines.append(f"checkpoints are uploaded to {recipe.checkpoint.remote}")
     for phase in phases:
         steps = f"{phase.name}: steps {phase.start} to {phase.stop}"
         if phase.method.is_low_rank:
@@ -199,6 +211,15 @@ def checkpoint_line(done: Written) -> str:
     return (
         f"step {done.step}  checkpoint: {size}; training waited {done.stall_s:.2f} s, written in {done.write_s:.2f} s"
     )
+
+
+def upload_line(done: Uploaded) -> str:
+    """Return what an upload took."""
+    size = human_bytes(done.bytes)
+    if done.sent_bytes < done.bytes:
+        size += f", {human_bytes(done.sent_bytes)} of them sent"
+    skipped = f"; {done.skipped} before it skipped" if done.skipped else ""
+    return f"step {done.step}  uploaded: {size}, in {done.upload_s:.2f} s{skipped}"
 
 
 def _frozen_weights(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ from relora_ds.config.rules import nearest
 if TYPE_CHECKING:
     from relora_ds.checkpoint.job import Written
     from relora_ds.exchange.report import ExchangeReport
+    from relora_ds.remote.uploader import Uploaded
     from relora_ds.training.samples import Sample
     from relora_ds.training.spikes import Spike
     from relora_ds.training.state import RunState
@@ -31,9 +32,10 @@ class Hook:
 
         relora_ds.train.run("quickstart", hooks=[Shout()])
 
-    Every event is called on every rank, with the run's state: read it, and leave it as it is. All but `on_checkpoint`
-    and `close` come in the same order on all ranks; in those a collective (`torch.distributed`) may be called, by all
-    of them. An exception ends the run, and so does a call that takes longer than `guard.watchdog_seconds`.
+    Every event but `on_upload` is called on every rank, with the run's state: read it, and leave it as it is. All but
+    `on_checkpoint`, `on_upload` and `close` come in the same order on all ranks; in those a collective
+    (`torch.distributed`) may be called, by all of them. An exception ends the run, and so does a call that takes longer
+    than `guard.watchdog_seconds`.
     """
 
     def on_start(self, run: RunState) -> None:
@@ -75,6 +77,9 @@ class Hook:
 
         Ranks may hear of it after different steps: no collective here.
         """
+
+    def on_upload(self, run: RunState, uploaded: Uploaded) -> None:
+        """Handle the upload of a checkpoint, or its failure (`uploaded.error`). On rank 0 only: no collective here."""
 
     def on_phase_end(self, run: RunState) -> None:
         """Act before `run.engine` is released, at the end of a phase or a rollback."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from relora_ds.checkpoint.job import Written
 from relora_ds.exchange.report import ExchangeReport
 from relora_ds.lowrank.wrap import count_parameters
+from relora_ds.remote.uploader import Uploaded
 from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.hooks.loggers import loggers_of
 from relora_ds.training.metrics_log import MetricsLog
@@ -72,6 +73,10 @@ class Metrics(Hook):
                 name: value for name, value in vars(written).items() if name not in ("step", "error")
             }
             self._write(run, "checkpoint", step=written.step, **values)
+
+    def on_upload(self, run: RunState, uploaded: Uploaded) -> None:
+        values: dict[str, Any] = {name: value for name, value in vars(uploaded).items() if name != "step"}
+        self._write(run, "upload", step=uploaded.step, **values)
 
     def close(self, run: RunState) -> None:
         if self._log is not None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from relora_ds.training.exit_codes import GuardError, Preempted
 from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.hooks.saving import Checkpoints
+from relora_ds.training.hooks.uploading import Uploads
 from relora_ds.training.state import RunState
 from relora_ds.training.step import Step
 from relora_ds.zero.start import host_group
@@ -71,9 +72,9 @@ class StopRequest:
 class Preemption(Hook):
     """Saves and ends the run where it was asked to stop."""
 
-    def __init__(self, checkpoints: Checkpoints):
+    def __init__(self, checkpoints: Checkpoints, uploads: Uploads):
         self.request: StopRequest | None = None
-        self._checkpoints = checkpoints
+        self._checkpoints, self._uploads = checkpoints, uploads
 
     def on_begin(self, run: RunState) -> None:
         if self.request is None:
@@ -97,7 +98,9 @@ class Preemption(Hook):
         if not self._checkpoints.secure(run):
             raise GuardError(f"{asked}, but the state after step {run.step} could not be saved")
         self._checkpoints.on_phase_end(run)
-        raise Preempted(f"{asked}; saved after step {run.step}, resume with resume=auto")
+        lacks = self._uploads.finish(run, run.recipe.checkpoint.remote_stop_s)
+        where = f" on this disk, as {lacks}" if lacks else ""
+        raise Preempted(f"{asked}; saved after step {run.step}, resume with resume=auto{where}")
 
     def close(self, run: RunState) -> None:
         if self.request is not None:

@@ -4,6 +4,7 @@ from relora_ds.checkpoint import store
 from relora_ds.checkpoint.sharing import Sharing, find_peers
 from relora_ds.checkpoint.writer import CheckpointWriter
 from relora_ds.training.hooks.hook import Hook
+from relora_ds.training.hooks.uploading import Uploads
 from relora_ds.training.owned_directory import OwnedDirectory
 from relora_ds.training.state import RunState
 from relora_ds.training.step import Step
@@ -17,9 +18,9 @@ class Checkpoints(Hook):
         writer: of the phase that the run is in; None between phases.
     """
 
-    def __init__(self, directory: OwnedDirectory):
+    def __init__(self, directory: OwnedDirectory, uploads: Uploads):
         self.writer: CheckpointWriter | None = None
-        self._owned, self._directory = directory, directory.path / "checkpoints"
+        self._owned, self._directory, self._uploads = directory, directory.path / "checkpoints", uploads
         self._sharing: Sharing | None = None
         self._newest: int | None = None  # the step of the newest one that is complete
 
@@ -34,7 +35,7 @@ class Checkpoints(Hook):
         self.writer = writer_of(
             run.engine,
             self._directory,
-            lambda: self._prune(run),
+            lambda: self._settle(run),
             None if source is None else (source.directory, source.manifest),
             self._sharing,
         )
@@ -81,7 +82,9 @@ class Checkpoints(Hook):
                 self._newest = done.step
             run.emit(Hook.on_checkpoint, done)
 
-    def _prune(self, run: RunState) -> None:
-        settings = run.recipe.checkpoint
+    def _settle(self, run: RunState) -> None:
+        """Upload the checkpoint that is complete now, and delete what is not kept."""
+        self._uploads.add(run)
+        settings, held = run.recipe.checkpoint, self._uploads.held()
         assert self._sharing is not None, "a checkpoint has been written"
-        store.prune(run.run_dir, settings.keep_last, settings.keep_every, self._sharing.is_here)
+        store.prune(run.run_dir, settings.keep_last, settings.keep_every, self._sharing.is_here, spared=held)
