@@ -129,8 +129,8 @@ launch() {
     trap 'kill -TERM -- "-$launcher" 2>/dev/null || true' TERM HUP USR1
     trap 'kill -INT -- "-$launcher" 2>/dev/null || true' INT
     wait "$launcher" || code=$?
-    # The launchers give the ranks 30 s to end. One that was killed leaves ranks that notice it, and save.
-    for ((second = 0; second < 40; second++)); do
+    # The launchers give the ranks their time to end. One that was killed leaves ranks that notice it, and save.
+    for ((second = 0; second < ${GRACE_SECONDS:-30} + 10; second++)); do
         kill -0 -- "-$launcher" 2>/dev/null || break
         sleep 1
     done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a recipe on several machines, in one of two ways:
+# Train a recipe on several machines, in one of three ways:
 #
 #   bash launch_scripts/multi_node.sh --hostfile FILE [RECIPE] [section.key=value ...]
 #       once, on any machine that reaches all of them by ssh without a password. DeepSpeed's launcher starts the ranks
@@ -8,11 +8,16 @@
 #   bash launch_scripts/multi_node.sh --no_ssh --node_rank K --hostfile FILE [RECIPE] [section.key=value ...]
 #       on each of the machines, with K = 0, 1, ... in the order of the hostfile. Needs neither ssh nor pdsh.
 #
+#   bash launch_scripts/multi_node.sh --no_ssh --nodes N --node_rank K --master_addr A [RECIPE] [section.key=value ...]
+#       likewise, on N machines with as many GPUs each: one rank on each GPU that PyTorch sees, or two on the CPU. For
+#       schedulers that tell a machine its K, but not the names of all: launch_scripts/kubeflow.yaml, skypilot.yaml.
+#
 # --hostfile FILE     the machines and their numbers of ranks: see launch_scripts/hostfile.example
 # --master_addr A     the address at which the others reach node 0; with --no_ssh by default the hostfile's first name,
 #                     else what `hostname -I` prints first there
 # --master_port P     a free port of node 0, the same on all machines (default: MASTER_PORT, else 29500)
-# --no_ssh, --node_rank K   the second way
+# --no_ssh, --node_rank K   the second and the third way
+# --nodes N           the third way
 #
 # RECIPE is a YAML file or the name of a shipped recipe; without one it is quickstart. All machines need this checkout,
 # the environment and the working directory at the same paths, and a run directory that they share where the run is to
@@ -34,12 +39,30 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # shellcheck source=launch_scripts/launch.sh
 source "$ROOT/launch_scripts/launch.sh"
 
-hostfile='' ssh=1 node_rank='' master_addr='' master_port=${MASTER_PORT:-29500}
+# read_hostfile: set the arrays `hosts` and `slots`.
+read_hostfile() {
+    local host count
+    [ -n "$hostfile" ] || fail "--hostfile FILE is needed; launch_scripts/hostfile.example shows one"
+    [ -f "$hostfile" ] || fail "--hostfile: there is no file $hostfile"
+    [ -r "$hostfile" ] || fail "--hostfile: $hostfile cannot be read; change its permissions"
+    while read -r host count || [ -n "$host" ]; do
+        [[ $host == '' || $host == '#'* ]] && continue
+        [[ $count =~ ^slots=([1-9][0-9]{0,4})([[:space:]]|$) ]] || fail "$hostfile: '$host $count' is not NAME slots=RANKS"
+        count=${BASH_REMATCH[1]}
+        [[ $host =~ $host_name ]] || fail "$hostfile: '$host' is not a host name or an address; they begin with a letter or" \
+            "digit and hold only letters, digits and . _ - : %"
+        [[ " ${hosts[*]-} " != *" $host "* ]] || fail "$hostfile: '$host' is named twice; give it one line with all its slots"
+        hosts+=("$host") slots+=("$count")
+    done <"$hostfile"
+    [ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: it names no machine"
+}
+
+hostfile='' nodes='' ssh=1 node_rank='' master_addr='' master_port=${MASTER_PORT:-29500}
 while [[ ${1:-} == -* ]]; do
     case $1 in
         -h | --help) usage ;;
         --no_ssh) ssh='' ;;
-        --hostfile | --node_rank | --master_addr | --master_port)
+        --hostfile | --nodes | --node_rank | --master_addr | --master_port)
             [ $# -gt 1 ] || fail "$1 needs a value"
             printf -v "${1#--}" '%s' "$2"
             shift
@@ -56,32 +79,28 @@ host_name='^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*$'
     "give those of the first machine"
 [[ $master_port =~ ^[1-9][0-9]{0,4}$ && $master_port -lt 65536 ]] ||
     fail "--master_port: '$master_port' is not a port; use a free one between 1 and 65535"
-[ -n "$hostfile" ] || fail "--hostfile FILE is needed; launch_scripts/hostfile.example shows one"
-[ -f "$hostfile" ] || fail "--hostfile: there is no file $hostfile"
-[ -r "$hostfile" ] || fail "--hostfile: $hostfile cannot be read; change its permissions"
 hosts=() slots=()
-while read -r host count || [ -n "$host" ]; do
-    [[ $host == '' || $host == '#'* ]] && continue
-    [[ $count =~ ^slots=([1-9][0-9]{0,4})([[:space:]]|$) ]] || fail "$hostfile: '$host $count' is not NAME slots=RANKS"
-    count=${BASH_REMATCH[1]}
-    [[ $host =~ $host_name ]] || fail "$hostfile: '$host' is not a host name or an address; they begin with a letter or" \
-        "digit and hold only letters, digits and . _ - : %"
-    [[ " ${hosts[*]-} " != *" $host "* ]] || fail "$hostfile: '$host' is named twice; give it one line with all its slots"
-    hosts+=("$host") slots+=("$count")
-done <"$hostfile"
-[ "${#hosts[@]}" -gt 0 ] || fail "$hostfile: it names no machine"
+if [ -n "$nodes" ]; then
+    [[ $nodes =~ ^[1-9][0-9]{0,4}$ ]] || fail "--nodes: '$nodes' is not a number of machines; use 1 or more"
+    [ -z "$hostfile" ] || fail "--nodes goes without --hostfile, which says how many machines there are"
+    [[ -z $ssh && -n $master_addr ]] || fail "--nodes goes with --no_ssh and --master_addr; over ssh use --hostfile"
+    for ((node = 0; node < nodes; node++)); do hosts+=("node $node"); done
+else
+    read_hostfile
+fi
 if [ -n "$ssh" ]; then
     [ -z "$node_rank" ] || fail "--node_rank goes with --no_ssh; over ssh every machine is started from here"
     command -v pdsh >/dev/null || fail "DeepSpeed's launcher starts other machines with pdsh, and there is none in PATH." \
         "Install it (Debian and Ubuntu: apt install pdsh), or start each machine yourself with --no_ssh"
 else
     [[ $node_rank =~ ^(0|[1-9][0-9]*)$ && $node_rank -lt ${#hosts[@]} ]] ||
-        fail "--node_rank: '$node_rank' is none of 0 to $((${#hosts[@]} - 1)), the machines in $hostfile"
+        fail "--node_rank: '$node_rank' is none of 0 to $((${#hosts[@]} - 1)), the machines${hostfile:+ in $hostfile}"
 fi
 
 prepare_environment ''
 resolve_recipe "$recipe" ${overrides[@]+"${overrides[@]}"}
 count_ranks
+for ((node = 0; node < ${nodes:-0}; node++)); do slots+=("$ranks"); done
 
 # --- the environment --------------------------------------------------------------------------------------------
 # DeepSpeed reads these files itself, over ssh, but stumbles over an empty line and lets them win over the environment.

@@ -8,8 +8,8 @@
 # of this machine (CUDA_VISIBLE_DEVICES chooses among them), or two ranks on the CPU.
 # A run that was interrupted resumes from its newest checkpoint (resume=auto), unless the recipe or the command line
 # sets resume or overwrite. The exit code is the one of the run: 0 done, 2 bad recipe, 3 stopped by a guard, 4 resume
-# or run directory refused, 1 anything else. MASTER_PORT and OMP_NUM_THREADS are taken from the environment where they
-# are set.
+# or run directory refused, 75 asked to stop and saved, 1 anything else. MASTER_PORT, OMP_NUM_THREADS and GRACE_SECONDS
+# (that the ranks have to save, 30 by default) are taken from the environment where they are set.
 set -euo pipefail
 # shellcheck source=launch_scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

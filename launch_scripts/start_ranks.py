@@ -4,8 +4,9 @@
 DeepSpeed's launcher does the same, and is needed to reach other machines. It imports PyTorch and DeepSpeed twice before
 the ranks begin to; here nothing is imported. A rank learns its place from the variables that torchrun and DeepSpeed
 set. Where one fails, a signal comes, or the script that started this was killed, the others are asked to end, and
-killed half a minute later. SIGINT is not passed on: a terminal and launch.sh send it to the ranks as well. The exit
-code is that of the rank which failed first, 128 + the signal's number where one killed it.
+killed half a minute later, or after GRACE_SECONDS of the environment. SIGINT is not passed on: a terminal and launch.sh
+send it to the ranks as well. The exit code is that of the rank which failed first, 128 + the signal's number where one
+killed it.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 
 LAST_WORDS_S = 5  # what ends one rank often ends the others too, and one of them says what it is
-GRACE_S = 30  # as DeepSpeed's launcher and torchrun give
+GRACE_S = int(os.environ.get("GRACE_SECONDS", "30"))  # DeepSpeed's launcher and torchrun give 30
 
 
 def main() -> int:

@@ -77,6 +77,19 @@ def test_after_a_signal_the_ranks_end_on_their_own(send, tmp_path):
         process.kill()
 
 
+def test_the_time_that_ranks_have_to_save_can_be_set(tmp_path):
+    saves = script(tmp_path, f"{SAVES.replace('(1)', '(rank * 60)')}\nos.write(1, b'ready\\n')\ntime.sleep(300)")
+    process = start(*START, "--ranks", 2, saves, GRACE_SECONDS="2")
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(timeout=60) == 75 and 1 < time.monotonic() - started < 25
+    finally:
+        process.stdout.close()
+        process.kill()
+
+
 def test_the_launch_scripts_wait_for_the_ranks_of_one_that_was_killed(tmp_path):
     orphan = script(
         tmp_path,
