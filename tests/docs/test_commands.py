@@ -59,6 +59,9 @@ ELSEWHERE = {
     "bash launch_scripts/multi_node.sh": "tests/launch/test_two_nodes.py",
     "relora islands serve": "tests/islands/test_serve.py",  # it serves until it is told to end
     "sbatch": "tests/launch/test_slurm.py",
+    "docker": "tests/launch/test_image.py",
+    "kubectl": "tests/launch/test_kubeflow.py",
+    "sky": "tests/launch/test_skypilot.py",
     "tensorboard": "tests/training/test_observability.py",
     "bash launch_scripts/docs.sh": "tests/docs/test_site.py",
 }
