@@ -13,7 +13,7 @@ COMMANDS = {
     "doctor": "versions, devices and backends of this machine; --link measures the link between the ranks",
     "prepare": "tokenize a recipe's corpus into a directory that other machines can train from",
     "export": "write a run or a checkpoint as a Hugging Face model, or as a PEFT adapter with its base",
-    "eval": "validation loss of any Hugging Face model directory on any corpus",
+    "eval": "validation loss of a run or any Hugging Face model on any corpus, and scores on tasks of lm-eval",
     "islands": "serve: relay the updates between jobs that train by themselves for a round",
     "watch": "how runs are doing, on one screen that is kept up to date; also over ssh",
     "checkpoint": "list, verify and prune the checkpoints of a run",

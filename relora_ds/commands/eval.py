@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 DEFAULT_RECIPE = "quickstart"  # for a text that comes without a recipe
@@ -16,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        required=True,
         nargs="+",
         metavar=("TEXT", "section.key=value"),
         help="text, JSON lines or parquet files (all of their text); a corpus such as wikitext2 or "
@@ -24,10 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its recipe, such as data.text_column=body",
     )
     parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of lm-eval, by name or by the path of a task file (.yaml). The scores of a finished run are added "
+        "to its summary.json",
+    )
+    parser.add_argument("--task-files", metavar="DIR", help="task files, whose names --tasks may use")
+    parser.add_argument(
         "--seq-len",
         type=int,
         metavar="N",
-        help=f"tokens of context (default: the recipe's; of {DEFAULT_RECIPE} where there is none)",
+        help=f"tokens of context (default: the recipe's; where there is none, of {DEFAULT_RECIPE} for --data and the "
+        "model's own for --tasks)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="to compute in")
@@ -36,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size: {arguments.batch_size} is not 1 or more")
+    if not (arguments.data or arguments.tasks):
+        raise ValueError("--data and --tasks: neither is given; give a text, tasks of lm-eval, or both")
+    if arguments.task_files and not arguments.tasks:
+        raise ValueError(f"--task-files: {arguments.task_files} without --tasks; name those to evaluate")
     from relora_ds.training.terminal import quieten_libraries
 
     quieten_libraries()
@@ -43,34 +58,107 @@ def run(arguments: argparse.Namespace) -> int:
     from relora_ds.data.rows import Masking
     from relora_ds.interop.sources import model_of, tokenizer_of
     from relora_ds.lowrank.formats import DTYPES
-    from relora_ds.training.validation import evaluate
     from relora_ds.zero.accelerator import device_of_rank
 
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size: {arguments.batch_size} is not 1 or more")
-    given = tokenizer.load(tokenizer_of(arguments.model, "DIR_OR_ID"), arguments.trust_remote_code)
-    text, seq_len = _text(arguments.data[0], arguments.data[1:], given, arguments.trust_remote_code)
-    seq_len = seq_len if arguments.seq_len is None else arguments.seq_len
-    model = model_of(arguments.model, arguments.trust_remote_code, "DIR_OR_ID")
-    _check(model.config, seq_len, tokenizer.num_ids(given))
-    if isinstance(text.layout, Masking):
+    trust = arguments.trust_remote_code
+    given = tokenizer.load(tokenizer_of(arguments.model, "DIR_OR_ID"), trust)
+    tasks, data = _TaskList(arguments) if arguments.tasks else None, None
+    if arguments.data:
+        text, seq_len = _text(arguments.data[0], arguments.data[1:], given, trust)
+        data = text, seq_len if arguments.seq_len is None else arguments.seq_len
+    model = model_of(arguments.model, trust, "DIR_OR_ID")
+    for seq_len in (None if data is None else data[1], None if tasks is None else tasks.seq_len):
+        _check(model.config, seq_len, tokenizer.num_ids(given))
+    if data is not None and isinstance(data[0].layout, Masking):
         _mask_documents(model.config)
     model.to(device_of_rank(), DTYPES[arguments.dtype])  # type: ignore[arg-type]  # a decorator hides self
-    result = evaluate(model, text, seq_len=seq_len, micro_batch_size=arguments.batch_size, device=model.device)
+    figures = {} if data is None else _on_text(arguments, model, *data)
+    if tasks is not None:
+        figures |= {"tasks": tasks.evaluate(model, given)}
     if arguments.json:
-        print(json.dumps({**result.figures(), "seq_len": seq_len, "dtype": arguments.dtype}))
-        return 0
-    print(f"{arguments.model} on {arguments.data[0]}, {arguments.dtype}, {seq_len} tokens of context")
-    for label, figure in (
-        ("tokens predicted", f"{result.val_tokens:,}"),
-        ("loss, nats per token", f"{result.val_loss:.6f}"),
-        ("perplexity per token", f"{result.ppl:.4f}"),
-        ("perplexity per word", f"{result.word_ppl:.4f}"),
-        ("bits per byte", f"{result.bits_per_byte:.6f}"),
-        *([] if result.galore_loss is None else [("loss as GaLore's code", f"{result.galore_loss:.6f}")]),
-    ):
-        print(f"  {label:<22}{figure:>14}")
+        print(json.dumps({**figures, "dtype": arguments.dtype}))
     return 0
+
+
+def _on_text(arguments: argparse.Namespace, model, text, seq_len: int) -> dict:
+    """Evaluate on a text, print a table unless JSON is asked for, and return the figures."""
+    from relora_ds.training.validation import evaluate
+
+    result = evaluate(model, text, seq_len=seq_len, micro_batch_size=arguments.batch_size, device=model.device)
+    if not arguments.json:
+        print(f"{arguments.model} on {arguments.data[0]}, {arguments.dtype}, {seq_len} tokens of context")
+        for label, figure in (
+            ("tokens predicted", f"{result.val_tokens:,}"),
+            ("loss, nats per token", f"{result.val_loss:.6f}"),
+            *((f"  of {name}", f"{loss:.6f}") for name, loss in result.sets.items()),
+            ("perplexity per token", f"{result.ppl:.4f}"),
+            ("perplexity per word", f"{result.word_ppl:.4f}"),
+            ("bits per byte", f"{result.bits_per_byte:.6f}"),
+            *([] if result.galore_loss is None else [("loss as GaLore's code", f"{result.galore_loss:.6f}")]),
+        ):
+            print(f"  {label:<22}{figure:>14}")
+    return {**result.figures(), "seq_len": seq_len}
+
+
+class _TaskList:
+    """The tasks of a command line, loaded before the model is.
+
+    Attributes:
+        seq_len: tokens of context; None = what the model's configuration allows.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        from relora_ds.interop import lm_tasks
+
+        self._arguments, self._run = arguments, _run_of(Path(arguments.model).expanduser())
+        self.seq_len = arguments.seq_len
+        if self.seq_len is None and self._run is not None:
+            from relora_ds.config import read_recipe
+
+            self.seq_len = read_recipe(self._run / "recipe.yaml", check_files=False)[0].data.seq_len
+        # As in a validation: the last token of a sequence is predicted, and predicts nothing.
+        self._max_length = None if self.seq_len is None else self.seq_len - 1
+        self._tasks = lm_tasks.load(
+            arguments.tasks, arguments.task_files, self._max_length, field="--tasks", folder_field="--task-files"
+        )
+
+    def evaluate(self, model, tokenizer) -> dict:
+        """Evaluate, add the scores to the summary of a finished run, and print a table unless JSON is asked for."""
+        from relora_ds.interop import lm_scores
+
+        arguments = self._arguments
+        found = lm_scores.scores(
+            model.eval(),
+            tokenizer,
+            self._tasks,
+            batch_size=arguments.batch_size,
+            max_length=self._max_length,
+            of_run=self._run is not None,
+            show_progress=sys.stderr.isatty(),
+        )
+        if not arguments.json:
+            context = "" if self.seq_len is None else f", {self.seq_len} tokens of context"
+            print(f"{arguments.model} on tasks of lm-eval, {arguments.dtype}{context}")
+            for task, metric, value, error in lm_scores.rows_of(found):
+                print(f"  {task:<30}{metric:<20}{value:>12}{f' ± {error}' if error else ''}")
+        if self._run is not None and self._run == Path(arguments.model).expanduser():
+            self._record(found)
+        return found
+
+    def _record(self, scores: dict) -> None:
+        from relora_ds.training.results import add_scores
+
+        assert self._run is not None, "only a run has a summary"
+        try:
+            add_scores(self._run, scores)
+        except (ValueError, OSError) as error:
+            print(f"warning: the scores are not in summary.json: {error}", file=sys.stderr)
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run at a path, or the one that a checkpoint at the path is of; None where there is none."""
+    run = path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else path
+    return run if (run / "recipe.yaml").is_file() else None
 
 
 def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
@@ -98,9 +186,9 @@ def _text(source: str, overrides: list[str], given, trust_remote_code: bool):
     return validation_of(data, given, trust_remote_code), data.seq_len
 
 
-def _check(config, seq_len: int, num_ids: int) -> None:
+def _check(config, seq_len: int | None, num_ids: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
-    if seq_len < 2 or (positions is not None and seq_len > positions):
+    if seq_len is not None and (seq_len < 2 or (positions is not None and seq_len > positions)):
         raise ValueError(f"--seq-len: {seq_len} is not between 2 and the model's {positions} positions")
     if num_ids > config.vocab_size:
         raise ValueError(

@@ -19,6 +19,7 @@ def warnings(recipe: Recipe) -> list[str]:
         *_keys_of_other_methods(recipe, method),
         *method.recipe_warnings(),
         *data_values.warnings(recipe.data),
+        *_task_warnings(recipe),
     ]
 
 
@@ -37,6 +38,11 @@ def _checkpoint_warnings(recipe: Recipe) -> Iterator[str]:
     seconds = recipe.checkpoint.remote_stop_s
     if recipe.checkpoint.remote is None and seconds != type(recipe.checkpoint).remote_stop_s:
         yield f"checkpoint.remote_stop_s: {seconds} has no effect without checkpoint.remote"
+
+
+def _task_warnings(recipe: Recipe) -> Iterator[str]:
+    if recipe.eval.task_files and not recipe.eval.tasks:
+        yield f"eval.task_files: {recipe.eval.task_files} has no effect without eval.tasks"
 
 
 def _trust(recipe: Recipe) -> Iterator[str]:

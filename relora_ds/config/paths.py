@@ -41,6 +41,10 @@ def missing_files(recipe: Recipe) -> Iterator[str]:
         yield from _missing_or_hub("init_from", recipe.init_from)
     yield from _missing_or_hub("model.name_or_path", recipe.model.name_or_path)
     yield from missing_data(recipe.data)
+    for name in filter(is_task_file, recipe.eval.tasks):
+        yield from _missing("eval.tasks", name)
+    if recipe.eval.task_files:
+        yield from _missing("eval.task_files", recipe.eval.task_files)
     shipped = ds_config_names()
     if recipe.deepspeed not in shipped and not os.path.isfile(os.path.expanduser(recipe.deepspeed)):
         yield (
@@ -68,6 +72,11 @@ def _missing_text(data: DataConfig) -> Iterator[str]:
     if isinstance(data.validation, str) and not _is_number(data.validation):
         yield from _missing("data.validation", data.validation)
     yield from _missing_or_hub("data.source", data.source)
+
+
+def is_task_file(name: str) -> bool:
+    """Return True for the path of a task file, False for the name of a task."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def _missing(key: str, path: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from relora_ds.config.data_config import DataConfig
 from relora_ds.config.matrix_config import ApolloConfig, FiraConfig, MuonConfig, ScaleConfig, SSTConfig
 from relora_ds.config.names import METHODS, preset_names
 from relora_ds.config.relora_config import ReLoRAConfig
-from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Number, OneOf
+from relora_ds.config.rules import MAX_TOKENS, FilePath, Integer, Names, Number, OneOf
 from relora_ds.config.switch_config import SwitchLoRAConfig
 
 ActivationCheckpointing = Literal["none", "full", "selective", "cheap", "low_rank", "inverted"]
@@ -164,6 +164,11 @@ class EvalConfig:
     evaluation at a phase's end takes all."""
     samples: Annotated[int, Integer(0, most=1000)] = 1
     """Number of validation documents whose beginnings the network continues, shown with each evaluation."""
+    tasks: Annotated[list[str], Names("[hellaswag, tasks/mine.yaml]")] = field(default_factory=list)
+    """Tasks of lm-eval on which the network is evaluated when the run is complete: names, or paths of task files
+    (.yaml); [] = none. They need the extra `tasks`."""
+    task_files: Annotated[str | None, FilePath()] = None
+    """A directory of task files, whose names `tasks` may use beside those of lm-eval."""
 
 
 @dataclass(kw_only=True)

@@ -50,6 +50,7 @@ TENSORBOARD_TAGS: dict[str, dict[str, str | None]] = {
         "galore_loss": "loss/validation_as_galore",
         "val_tokens": None,
     },
+    "tasks": {"scores": "tasks"},
     "restart": {
         "restarts": None,
         "update_norms": "update_norm",
@@ -84,7 +85,7 @@ class MetricsLog:
             _drop_after(self._path, resume_step)
 
     def write(self, kind: str, *, step: int, t: int, phase: str, **values: Any) -> None:
-        """Append a line: `kind` is train, eval, restart, sync, phase, checkpoint, upload or spike.
+        """Append a line: `kind` is train, eval, tasks, restart, sync, phase, checkpoint, upload or spike.
 
         Non-finite numbers become null.
         """

@@ -28,6 +28,7 @@ from relora_ds.data import PreparedData, TrainLoader
 from relora_ds.data.preparation import Extent
 from relora_ds.data.tokenizer import load as load_tokenizer
 from relora_ds.exchange import requirements
+from relora_ds.interop import lm_tasks
 from relora_ds.interop.sources import config_of, locate, weights_of
 from relora_ds.lowrank.storage import storage_problems, storage_warnings
 from relora_ds.methods import Method, method_of, methods_of
@@ -94,12 +95,14 @@ class Plan(Resolved):
     Attributes:
         model_config: of the full network, fitted to the tokenizer.
         extents: of each corpus' training text; () where nothing is said about them.
+        tasks: those of `eval.tasks`, with their data; None where there are none.
     """
 
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
     extents: tuple[Extent, ...] = ()
+    tasks: lm_tasks.Tasks | None = None
 
     def warnings(self) -> list[str]:
         """Add what is to be said about the corpus."""
@@ -179,6 +182,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
     resolved = resolve(name_or_path, overrides)
     recipe = resolved.recipe
     try:
+        tasks = _tasks_of(recipe)
         prepared = data.prepare(recipe.data, recipe.seed, recipe.trust_remote_code)
         tokenizer = load_tokenizer(prepared.tokenizer_dir, recipe.trust_remote_code)
         config = build_config(
@@ -216,6 +220,7 @@ def check(name_or_path: str, overrides: Sequence[str] = ()) -> Plan:
         extents=tuple(
             Extent(len(tokens), rows) for tokens, rows in zip(prepared.trains(), loader.num_sequences, strict=True)
         ),
+        tasks=tasks,
     )
 
 
@@ -256,7 +261,15 @@ def machine_problems(recipe: Recipe) -> list[str]:
     found = (compilation.problems() if recipe.compile else []) + requirements.machine_problems(recipe.islands)
     if recipe.model.attn_implementation not in attention.EVERYWHERE:
         found += attention.machine_problems(_guessed_model(recipe).config, recipe.model.attn_implementation)
+    if recipe.eval.tasks and (reason := lm_tasks.missing("eval.tasks")):
+        found.append(reason)
     return found + (liger.problems(_guessed_model(recipe)) if recipe.model.use_liger_kernel else [])
+
+
+def _tasks_of(recipe: Recipe) -> lm_tasks.Tasks | None:
+    """Load the tasks of `eval.tasks` as early as this: at the end of the run it would be too late to notice."""
+    wanted = recipe.eval
+    return lm_tasks.load(wanted.tasks, wanted.task_files, recipe.data.seq_len - 1) if wanted.tasks else None
 
 
 def _phases_problems(recipe: Recipe, model: PreTrainedModel) -> list[str]:

@@ -1,20 +1,27 @@
 """What a complete run leaves: a summary, and the exported model with its tokenizer and card."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from relora_ds.checkpoint.run_files import read_json
 from relora_ds.data import tokenizer_files
 from relora_ds.data.tokenizer import SAMPLES
 from relora_ds.interop.hf_export import model_card
+from relora_ds.interop.lm_scores import Scores
+from relora_ds.interop.sources import is_finished
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.training.compatibility import model_name
+from relora_ds.training.lock import lock
 from relora_ds.training.state import RunState
 from relora_ds.utils.files import write_json, write_text
 from relora_ds.utils.text import human_bytes, human_count
 
 logger = logging.getLogger(__name__)
+
+TASKS = "tasks"  # the key of summary.json with scores
 
 
 def summary_of(run: RunState) -> dict[str, Any]:
@@ -67,3 +74,19 @@ def write_results(run: RunState, summary: dict[str, Any]) -> None:
         logger.warning("%s", problem)
     write_text(export / "README.md", model_card(summary, run.engine.module, recipe.to_yaml()))
     write_json(run.run_dir / "summary.json", summary)
+
+
+def add_scores(run_dir: Path, scores: Scores) -> None:
+    """Add scores on tasks to RUN/summary.json of a finished run; those of the same tasks are replaced.
+
+    Raises:
+        ValueError: the run is not finished, or another process has it. OSError: the file cannot be written.
+    """
+    held = lock(run_dir)
+    try:
+        summary = read_json(run_dir / "summary.json")
+        if not (summary and is_finished(run_dir)):
+            raise ValueError(f"{run_dir}: the run is not finished, so it has no summary.json yet")
+        write_json(run_dir / "summary.json", {**summary, TASKS: {**summary.get(TASKS, {}), **scores}})
+    finally:
+        held.undo()

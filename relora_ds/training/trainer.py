@@ -27,6 +27,7 @@ from relora_ds.training.hooks.metrics import Metrics
 from relora_ds.training.hooks.preemption import Preemption
 from relora_ds.training.hooks.saving import Checkpoints
 from relora_ds.training.hooks.step_traffic import Traffic
+from relora_ds.training.hooks.tasks import TaskScores
 from relora_ds.training.hooks.uploading import END_S, Uploads
 from relora_ds.training.hooks.watchdog import Watching
 from relora_ds.training.owned_directory import OwnedDirectory
@@ -74,6 +75,7 @@ class Trainer:
             [
                 self.watching,
                 Traffic(),
+                TaskScores(),
                 Console(),
                 Metrics(self.directory),
                 self.guard,

@@ -81,7 +81,7 @@ def evaluate(
     texts = _texts(data, max_tokens)
     sums = torch.zeros(len(texts), 2, dtype=torch.float64, device=device)  # nats, tokens
     means = torch.zeros(2, dtype=torch.float64, device=device)  # of the batches' means, batches
-    with _in_evaluation(model):
+    with in_evaluation(model):
         for text, text_sums in zip(texts, sums, strict=True):
             for batch in _batches(data, text.tokens, seq_len, micro_batch_size, text.max_tokens):
                 nats, tokens = batch_sums = _nats_and_tokens(model, batch, device)
@@ -120,7 +120,7 @@ def rehearse(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    with _in_evaluation(model):
+    with in_evaluation(model):
         batch = next(_batches(data, _texts(data)[0].tokens, seq_len, micro_batch_size))
         try:
             _nats_and_tokens(model, batch, device).tolist()
@@ -132,7 +132,8 @@ def rehearse(model, data: PreparedData, *, seq_len: int, micro_batch_size: int, 
 
 
 @contextmanager
-def _in_evaluation(model) -> Iterator[None]:
+def in_evaluation(model) -> Iterator[None]:
+    """Have a model in evaluation mode, and leave it in the mode it was in."""
     training = model.training
     model.eval()
     try:

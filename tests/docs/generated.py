@@ -24,6 +24,7 @@ PURPOSES = {  # in the order of the table: those that a run needs first
     "liger": "`model.use_liger_kernel=true`",
     "dedup": "`data.deduplicate`",
     "loggers": "`log.to`, see [Metrics, loggers, hooks](logging.md)",
+    "tasks": "`relora eval --tasks` and `eval.tasks`",
     "islands": "`relora islands serve` and the islands that it serves",
     "trainer": "the [Hugging Face Trainer](hf_trainer.md)",
     "docs": "this site",

@@ -28,7 +28,7 @@ EXPLAINED = {
     "optim": "[Phases of a run](../concepts/relora.md#phases-of-a-run), "
     "[Weight decay and clipping](../concepts/restart.md#weight-decay-and-clipping)",
     "data": "[Data](../guides/data.md)",
-    "eval": "[Metrics](run_directory.md#eval)",
+    "eval": "[Metrics](run_directory.md#eval), [Tasks of lm-eval](../guides/export.md#tasks-of-lm-eval)",
     "checkpoint": "[Resume](../guides/resume.md), [Checkpoints](../concepts/checkpoints.md)",
     "log": "[Metrics, loggers, hooks](../guides/logging.md)",
     "guard": "[Fault tolerance](../guides/faults.md)",

@@ -58,6 +58,7 @@ ELSEWHERE = {
     "deepspeed --num_gpus 8 my_loop.py": "tests/docs/test_commands.py",  # test_the_loop_of_your_own_runs
     "bash launch_scripts/multi_node.sh": "tests/launch/test_two_nodes.py",
     "relora islands serve": "tests/islands/test_serve.py",  # it serves until it is told to end
+    "relora eval runs/quickstart --tasks": "tests/training/test_tasks.py",
     "sbatch": "tests/launch/test_slurm.py",
     "docker": "tests/launch/test_image.py",
     "kubectl": "tests/launch/test_kubeflow.py",

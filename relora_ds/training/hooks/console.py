@@ -9,6 +9,7 @@ import torch.distributed as dist
 from relora_ds.checkpoint.job import Written
 from relora_ds.exchange.report import ExchangeReport
 from relora_ds.interop.hf_export import has_code_beside
+from relora_ds.interop.lm_scores import rows_of
 from relora_ds.lowrank.storage import has_masters
 from relora_ds.lowrank.wrap import count_parameters
 from relora_ds.methods import method_of
@@ -19,6 +20,7 @@ from relora_ds.training.figures import is_shown
 from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.phases import Phase, phases_of
 from relora_ds.training.preflight import Plan
+from relora_ds.training.results import TASKS
 from relora_ds.training.samples import Sample
 from relora_ds.training.spikes import Spike
 from relora_ds.training.state import RunState
@@ -115,6 +117,8 @@ class Console(Hook):
             for step, phase, e in run.history
         ]
         terminal.table("Validation", ["after step", "loss", "perplexity", "per word", "bits per byte"], rows)
+        if TASKS in summary:
+            terminal.table("Tasks", ["task", "metric", "value", "standard error"], rows_of(summary[TASKS]))
         terminal.line(summary["verdict"])
         terminal.line(
             f"{human_count(summary['trainable_parameters'])} of {human_count(summary['total_parameters'])} "

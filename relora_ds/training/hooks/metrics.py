@@ -13,6 +13,7 @@ from relora_ds.training.hooks.hook import Hook
 from relora_ds.training.hooks.loggers import loggers_of
 from relora_ds.training.metrics_log import MetricsLog
 from relora_ds.training.owned_directory import OwnedDirectory
+from relora_ds.training.results import TASKS
 from relora_ds.training.samples import Sample
 from relora_ds.training.spikes import Spike
 from relora_ds.training.state import RunState
@@ -77,6 +78,13 @@ class Metrics(Hook):
     def on_upload(self, run: RunState, uploaded: Uploaded) -> None:
         values: dict[str, Any] = {name: value for name, value in vars(uploaded).items() if name != "step"}
         self._write(run, "upload", step=uploaded.step, **values)
+
+    def on_end(self, run: RunState, summary: dict[str, Any]) -> None:
+        if TASKS in summary:
+            found = {
+                f"{task}/{name}": value for task, values in summary[TASKS].items() for name, value in values.items()
+            }
+            self._write(run, "tasks", scores=found)
 
     def close(self, run: RunState) -> None:
         if self._log is not None:
