@@ -105,6 +105,9 @@ def test_mistakes_are_one_line(finished, tmp_path, capsys):
         ([directory, "--data", tmp_path / "empty.txt"], "holds only empty files"),
         ([directory, "--data", "tiny", "--seq-len", "5000"], "--seq-len: 5000 is not between 2 and the model's"),
         ([directory, "--data", "tiny", "--batch-size", "0"], "--batch-size: 0"),
+        ([directory], "--data and --tasks: neither is given"),
+        ([directory, "--data", "tiny", "--task-files", tmp_path], "without --tasks; name those to evaluate"),
+        ([tmp_path / "no_tokenizer", "--tasks", "hellaswag"], "cannot be loaded"),
     ):
         assert main(["eval", *map(str, arguments)]) == 1, arguments
         printed = capsys.readouterr().err

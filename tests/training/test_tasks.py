@@ -26,6 +26,7 @@ from relora_ds.training.preflight import check
 from relora_ds.training.results import add_scores
 from relora_ds.training.terminal import Terminal
 from relora_ds.training.trainer import Trainer
+from tests.docs.pages import DOCS, fenced
 from tests.ranks import ranks
 from tests.training.runs import lines, run, status
 
@@ -120,16 +121,6 @@ def test_mistakes_in_a_recipe_are_found_before_anything_exists(tmp_path, refused
 
 # -- with lm-eval ----------------------------------------------------------------------------------------------------
 
-_TEXT = """
-task: text
-dataset_path: text
-dataset_kwargs: {{data_files: {{validation: {folder}/validation.txt}}, sample_by: document}}
-output_type: loglikelihood_rolling
-validation_split: validation
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: bits_per_byte}}]
-"""
 _QUESTIONS = """
 task: {task}
 dataset_path: json
@@ -144,7 +135,7 @@ doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}, {metric: brier_score}]"""
 _WRITTEN = """output_type: generate_until
 doc_to_target: "{{question}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: TOKENS}
+generation_kwargs: {until: [never], max_gen_toks: TOKENS, do_sample: true, temperature: 1.0}
 metric_list: [{metric: chrf}]"""
 
 
@@ -160,7 +151,9 @@ def folder(tmp_path_factory) -> Path:
         for n in range(7)
     ]
     (found / "questions.jsonl").write_text("".join(json.dumps({**one, "answer": 1}) + "\n" for one in questions))
-    (found / "text.yaml").write_text(_TEXT.format(folder=found))
+    [of_the_guide] = [block for block in fenced(DOCS / "guides/export.md", "yaml") if "output_type:" in block]
+    of_the_guide = of_the_guide.replace("/data/validation.txt", f"{found}/validation.txt")
+    (found / "text.yaml").write_text(of_the_guide.replace("task: validation_text", "task: text"))
     for task, rest in (
         ("choice", _CHOICE),
         ("written", _WRITTEN.replace("TOKENS", "8")),
@@ -232,7 +225,7 @@ def test_two_ranks_have_the_scores_of_the_export_in_one_process(folder, tmp_path
         model_of(export).eval(),
         tokenizer.load(export),
         lm_tasks.load(names, str(folder)),
-        batch_size=3,
+        batch_size=4,
         max_length=63,
         of_run=True,
     )
