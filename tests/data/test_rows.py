@@ -116,6 +116,11 @@ def losses_of(micro_batch_size):
     class Data:
         validation, validation_words, validation_bytes = TOKENS, 10, 50
         layout = padding = PADDING
+        sets = ()
+
+        @staticmethod
+        def validation_parts():
+            return [(None, TOKENS)]
 
     result = evaluate(model, Data, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, device=torch.device("cpu"))
     return (

@@ -31,7 +31,7 @@ def test_ranks():
     found = spectrum_of(matrix([4.0, 2.0, 0.5, 0.03], dtype=torch.float32))
     assert found.singular_values.dtype == torch.float32
     assert found.numerical_rank() == 3  # 0.03 is below 1 % of 4
-    assert found.numerical_rank(0.001) == 4 and found.numerical_rank(0.5) == 1
+    assert found.numerical_rank(0.001) == 4 and found.numerical_rank(0.51) == 1
     assert found.stable_rank == pytest.approx((16 + 4 + 0.25 + 0.0009) / 16)
     assert found.count_below() == 57 and found.count_below(1.0) == 58
 
