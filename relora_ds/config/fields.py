@@ -81,8 +81,7 @@ def value_of(tree: object, key: str) -> typing.Any:
 def problems(tree: object, prefix: str = "") -> Iterator[str]:
     """Yield a message for each value that its own field does not take. prefix: of the keys in messages."""
     for key, field in fields_of(type(tree), prefix).items():
-        value = value_of(tree, key.removeprefix(prefix))
-        if found := field.problem(value):
+        if found := field.problem(value_of(tree, key.removeprefix(prefix))):
             yield found
 
 
