@@ -45,7 +45,7 @@ class Field:
         if value is None and NoneType in self.options:
             return None
         if isinstance(value, str) and str in self.options and (listed := spelling.closed_choices(self.kind)):
-            return rules.choice(name, value, listed)
+            return rules.choice(name, value, ("true", "false", *listed) if bool in self.options else listed)
         if isinstance(value, list) and (listed := spelling.choices(self.kind)):
             return next((found for one in value if (found := rules.choice(name, one, listed))), None)
         own = [rule for rule in self.rules if isinstance(rule, (rules.Integer, rules.Number, rules.Names, rules.OneOf))]

@@ -149,6 +149,7 @@ def test_all_errors_at_once():
         (["data.vocab_size=256"], "data.vocab_size: 256 is not above 260"),
         (["data.max_tokens=10"], "data.max_tokens: 10 does not hold one sequence of data.seq_len 128"),
         (["data.text_column=body"], "data.text_column: body has no effect with data.source wikitext2; remove it"),
+        (["data.packing=maskd"], "data.packing: 'maskd' is unknown (did you mean masked?); known: true, false, masked"),
         (["data.path=x"], "data.path: x is not read with data.source wikitext2; use data.source=text"),
         (["data.tokenizer=a/b/c"], "data.tokenizer: a/b/c does not exist"),
         (["resume=true"], "resume: true is neither false, auto nor a checkpoint's path; use resume=auto"),

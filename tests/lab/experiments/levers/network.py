@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora_ds.config import load_recipe
-from relora_ds.data.loader import TrainLoader, evaluation_batches
 from relora_ds.data import prepare
+from relora_ds.data.loader import TrainLoader, evaluation_batches
 from relora_ds.models.build import build_config, build_model
 
 RECIPE = load_recipe("tiny_full")
