@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Literal, get_args
@@ -125,6 +126,12 @@ class DataConfig:
             dataclasses.replace(self, mix=None, **{name: getattr(one, name) for name in OF_A_CORPUS})
             for one in self.mix
         ]
+
+
+def of_each_corpus(data: DataConfig, find: Callable[[DataConfig], Iterable[str]]) -> Iterator[str]:
+    """Yield the messages of `find` about each of `DataConfig.parts`, with the keys as the recipe has them."""
+    for index, part in enumerate(data.parts()):
+        yield from (message if data.mix is None else of_part(message, index) for message in find(part))
 
 
 def _stem(path: str) -> str:

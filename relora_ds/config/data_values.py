@@ -1,11 +1,12 @@
 """What makes the values of the `data.` section wrong beside what each field takes, and which have no effect."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
 
 from relora_ds.config import fields, records
-from relora_ds.config.data_config import DATA_SOURCES, OF_A_CORPUS, DataConfig, of_part
+from relora_ds.config.data_config import DATA_SOURCES, OF_A_CORPUS, DataConfig, MixSource, of_each_corpus
 from relora_ds.config.rules import nearest
 
 LEAST_VOCABULARY = 261  # 256 bytes, 4 special tokens, and a piece
@@ -22,18 +23,10 @@ def problems(data: DataConfig) -> list[str]:
 
 def conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
     """Yield what is wrong with values that their own fields take. wrong: keys with which something is wrong already."""
-    if data.mix is None:
-        yield from _corpus_conflicts(data, wrong)
-    else:
-        yield from _mix_conflicts(data, wrong)
+    if not any(key.startswith("data.mix") for key in wrong):
+        yield from _weight_conflicts(data.mix)
+        yield from of_each_corpus(data, lambda part: _corpus_conflicts(part, wrong))
     yield from _name_conflicts(data)
-    for index, part in enumerate(data.parts()):
-        if data.deduplicate is not None and (part.source == "c4" or ("/" in part.source and part.max_tokens)):
-            message = (
-                f"data.deduplicate: {data.deduplicate} needs all documents at once, and data.source {part.source} is "
-                "streamed; use null, or files with data.source=text"
-            )
-            yield message if data.mix is None else of_part(message, index)
     trains_tokenizer = data.tokenizer is None and all(part.source != "pretokenized" for part in data.parts())
     # Whether the corpus' characters fit too is known after reading it.
     if trains_tokenizer and "data.vocab_size" not in wrong and data.vocab_size < LEAST_VOCABULARY:
@@ -56,17 +49,15 @@ def source_problem(source: str) -> str | None:
     )
 
 
-def _mix_conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
-    """Yield what is wrong between the corpora of a mixture, and with each of them."""
-    assert data.mix is not None
-    if not data.mix:
+def _weight_conflicts(mix: list[MixSource] | None) -> Iterator[str]:
+    """Yield what is wrong between the corpora of a mixture."""
+    if mix is None:
+        return
+    if not mix:
         yield "data.mix: [] names no corpus; use e.g. [{source: wikitext2, weight: 1}], or null"
-    if not any(key.startswith("data.mix") for key in wrong) and data.mix:
-        if abs((total := math.fsum(one.weight for one in data.mix)) - 1) > WEIGHTS_TOLERANCE:
-            weights = " + ".join(f"{one.weight:g}" for one in data.mix)
-            yield f"data.mix: the weights {weights} sum to {total:g}, not to 1; change them"
-        for index, part in enumerate(data.parts()):
-            yield from (of_part(message, index) for message in _corpus_conflicts(part, wrong))
+    elif abs((total := math.fsum(one.weight for one in mix)) - 1) > WEIGHTS_TOLERANCE:
+        weights = " + ".join(f"{one.weight:g}" for one in mix)
+        yield f"data.mix: the weights {weights} sum to {total:g}, not to 1; change them"
 
 
 def _name_conflicts(data: DataConfig) -> Iterator[str]:
@@ -88,6 +79,11 @@ def _corpus_conflicts(data: DataConfig, wrong: set[str]) -> Iterator[str]:
         yield found
     else:
         yield from _source_conflicts(data)
+        if data.deduplicate is not None and (data.source == "c4" or ("/" in data.source and data.max_tokens)):
+            yield (
+                f"data.deduplicate: {data.deduplicate} needs all documents at once, and data.source {data.source} is "
+                "streamed; use null, or files with data.source=text"
+            )
         if wrong & {"data.seq_len", "data.max_tokens"} or data.seq_len == 1 or data.max_tokens is None:
             return
         if data.max_tokens < data.seq_len:
@@ -122,8 +118,7 @@ def warnings(data: DataConfig) -> Iterator[str]:
         for name in OF_A_CORPUS:
             if name != "source" and (value := getattr(data, name)) != getattr(DataConfig, name):
                 yield f"data.{name}: {value} has no effect with data.mix; set {name} in its items"
-        for index, part in enumerate(data.parts()):
-            yield from (of_part(message, index) for message in warnings(part) if "data.tokenizer" not in message)
+        yield from of_each_corpus(dataclasses.replace(data, tokenizer=None), warnings)  # the others may read it
         return
     ignored = []
     if data.source != "c4" and "/" not in data.source:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relora_ds.config import fields, records
-from relora_ds.config.data_config import DataConfig, of_part
+from relora_ds.config.data_config import DataConfig, of_each_corpus
 from relora_ds.config.names import ds_config_names
 from relora_ds.config.rules import nearest
 from relora_ds.config.schema import Recipe
@@ -55,11 +55,7 @@ def missing_files(recipe: Recipe) -> Iterator[str]:
 
 def missing_data(data: DataConfig) -> Iterator[str]:
     """Yield a message for each path of the `data.` section at which there is nothing."""
-    if data.mix is not None:
-        for index, part in enumerate(data.parts()):
-            yield from (of_part(message, index) for message in _missing_text(part))
-    else:
-        yield from _missing_text(data)
+    yield from of_each_corpus(data, _missing_text)
     for index, one in enumerate(data.validation_sets or ()):
         yield from _missing(f"data.validation_sets[{index}].path", one.path)
     if data.source != "pretokenized":
@@ -100,16 +96,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _texts(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
-    """Yield (key, text, whether it is a path) for all fields that hold text, lists of names included."""
-    yield from _texts_in(recipe, "")
-
-
-def _texts_in(tree: object, prefix: str) -> Iterator[tuple[str, str, bool]]:
+def _texts(tree: object, prefix: str = "") -> Iterator[tuple[str, str, bool]]:
+    """Yield (key, text, whether it is a path) for all fields that hold text, lists of names and records included."""
     for name, field in fields.fields_of(type(tree)).items():
         key, value = f"{prefix}{name}", fields.value_of(tree, name)
         for text in value if isinstance(value, (list, tuple, set)) else [value]:
             if isinstance(text, str):
                 yield key, text, field.is_path
         for inner, record in records.items(key, value):
-            yield from _texts_in(record, inner)
+            yield from _texts(record, inner)

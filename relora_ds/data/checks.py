@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_ds.config import data_values, paths
-from relora_ds.config.data_config import of_part
+from relora_ds.config.data_config import of_each_corpus
 from relora_ds.data import corpora, deduplication, hub, localfiles, pretokenized
 from relora_ds.data.cache import cache_root
 
@@ -19,9 +19,7 @@ def problems(data: DataConfig) -> list[str]:
     """Return what is wrong with the section, one message each; its files are looked at once its values are in order."""
     if found := [*data_values.problems(data), *paths.missing_data(data)]:
         return found
-    for index, part in enumerate(data.parts()):
-        some = _file_problems(part)
-        found += some if data.mix is None else [of_part(message, index) for message in some]
+    found += of_each_corpus(data, _file_problems)
     if any(part.source != "pretokenized" for part in data.parts()):
         found += _tokenizer_problems(data)
     if data.deduplicate is not None and (reason := deduplication.missing_package()):

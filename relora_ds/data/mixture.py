@@ -68,10 +68,7 @@ def known_extents(data: DataConfig, trust_remote_code: bool = False) -> list[Ext
         shared = None if place is None else str(place)
         if shared is None:
             return None
-    found = [
-        _of_part(index, known_extent, dataclasses.replace(part, tokenizer=shared), trust_remote_code)
-        for index, part in enumerate(data.parts())
-    ]
+    found = [known_extent(dataclasses.replace(part, tokenizer=shared), trust_remote_code) for part in data.parts()]
     known = [extent for extent in found if extent is not None]
     return known if len(known) == len(found) else None
 

@@ -119,7 +119,7 @@ def _in_words() -> Iterator[None]:
         yield
     except RemoteError:
         raise
-    except Exception as error:
+    except Exception as error:  # boto, aiohttp, google.auth, ...: without a common class
         kind = RemoteMissingError if isinstance(error, FileNotFoundError) else RemoteError
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise kind(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…") from error

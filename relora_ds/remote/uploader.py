@@ -145,14 +145,14 @@ class Uploader:
             size = sum(file.size for file in about.files.values())
             sent = self._send_everywhere(tag, about)
             self._complete(tag, about)
-        except Exception as error:
+        except Exception as error:  # a thread that dies would end all later uploads without a word
             logger.debug("upload", exc_info=True)
             reason = str(error)
         else:
             self._before = tag, about.files
             try:
                 self._keep()
-            except Exception as error:
+            except Exception as error:  # the checkpoint itself is there
                 logger.warning("checkpoint.remote: old checkpoints stay in %s: %s", self._run.place.url, error)
         return Uploaded(step_of(tag), size, sent, time.perf_counter() - started, skipped, reason)
 
@@ -187,7 +187,7 @@ class Uploader:
         try:
             about = about or manifest.read(self._directory(tag))
             sent = sum(self._send(tag, name, file) for name, file in about.files.items() if self._hosts.is_mine(name))
-        except Exception as error:
+        except Exception as error:  # a thread that dies would end all later uploads without a word
             logger.debug("upload", exc_info=True)
             self._before = None
             return 0, str(error)

@@ -9,6 +9,7 @@ import pytest
 from relora_ds.config.data_config import MixSource, ValidationSet
 from relora_ds.data import TrainLoader, documents, mixture, preparation, prepare
 from relora_ds.data import tokenizer as tokenizers
+from relora_ds.data.rows import Masking, MixedRows, Padding, training_rows
 from tests.data.settings import settings, write_text
 
 WORDS = {"hills": "peak", "seas": "wave", "woods": "tree"}
@@ -100,6 +101,18 @@ def test_batches_do_not_depend_on_the_world_size(data):
     assert (np.sort(one) == np.sort(two)).all()
 
 
+@pytest.mark.parametrize("layout", [None, Masking(0), Padding(0, 1)])
+def test_rows_of_several_corpora_come_in_the_order_that_is_asked_for(layout):
+    corpora = [training_rows(np.arange(n, n + 60) % 7, 5, layout) for n in (0, 3, 5)]
+    mixed = MixedRows(corpora)
+    alone = [corpus.batch(np.array([row])) for corpus in corpora for row in range(len(corpus))]
+    indices = np.array([len(mixed) - 1, 0, len(corpora[0]), 2, len(corpora[0]) - 1, 0])
+    batch = mixed.batch(indices)
+    for name, values in batch.items():
+        np.testing.assert_array_equal(values, np.concatenate([alone[index][name] for index in indices]))
+    assert mixed.num_predicted(indices) == (batch["labels"][:, 1:] != -100).sum()
+
+
 def test_pretokenized_corpora_of_one_vocabulary_are_mixed_and_of_two_refused(data, tmp_path):
     from relora_ds.data.pretokenized import write
 
@@ -150,6 +163,9 @@ def test_validation_sets_have_the_documents_of_their_files(data, tmp_path):
     text = tokenizers.load(prepared.tokenizer_dir).decode(tokens.tolist())
     assert name == "more" and (tokens == prepared.eos_id).sum() == 9 and "peak8 over wave8" in text
     assert prepared.fingerprint == prepare(data).fingerprint
+    (tmp_path / "more.jsonl").write_text(json.dumps({"body": "wave9 over peak9"}) + "\n")
+    ((_, changed),) = prepare(dataclasses.replace(data, validation_sets=[more])).sets
+    assert (changed == prepared.eos_id).sum() == 1
     (tmp_path / "blank.txt").write_text(" \n")
     blank = ValidationSet(path=str(tmp_path / "blank.txt"))
     with pytest.raises(

@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from relora_ds.config import IslandsConfig, ReLoRAConfig, load_recipe, recipe_names
-from relora_ds.config.schema import ALIASES
+from relora_ds.config.schema import ALIASES, CheckpointConfig
 from relora_ds.data.gutenberg import NUM_BOOKS
 from relora_ds.lab.bench import checkpoint_cost
 from relora_ds.methods.galore import GaLore
 from relora_ds.planning.network import network_of
+from relora_ds.remote import lease
+from relora_ds.training.hooks import uploading
 from relora_ds.zero.traffic import expected_step
 from tests.docs import keys, tiny_runs
 from tests.docs.generated import fixed_keys
@@ -196,6 +198,14 @@ def test_the_log_of_kills_is_counted_right():
     assert f"It holds {outcomes['killed']} kills and {ends} ends, and no end differed." in text_of(
         "docs/guides/faults.md"
     )
+
+
+def test_the_times_of_object_storage_are_those_of_the_code():
+    text = text_of("docs/guides/faults.md")
+    assert f"renews an object, `lock`, every {lease.RENEW_S:.0f} seconds" in text
+    assert "waits for up to a minute" in text and lease.DEAD_S == 60
+    assert f"waited for, at most {uploading.END_S // 60} minutes" in text
+    assert f"at most `checkpoint.remote_stop_s` seconds ({CheckpointConfig.remote_stop_s})" in text
 
 
 def test_extras_are_named_as_they_are_installed():

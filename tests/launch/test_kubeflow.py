@@ -129,11 +129,11 @@ def test_the_volumes():
     mounts = {one["mountPath"]: volumes[one["name"]] for one in CONTAINER["volumeMounts"]}
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     claim = DOCUMENTS["PersistentVolumeClaim"]
-    assert mounts["/work"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert mounts["/workspace"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # each node writes its part of a checkpoint
-    assert all(ENVIRONMENT[name].startswith("/work/") for name in ("RELORA_DS_CACHE", "HF_HOME"))
+    assert all(ENVIRONMENT[name].startswith("/workspace/") for name in ("RELORA_DS_CACHE", "HF_HOME"))
     (run_dir,) = [one for one in JOB["spec"]["trainer"]["args"] if one.startswith("run_dir=")]
-    assert run_dir.startswith("run_dir=/work/")
+    assert run_dir.startswith("run_dir=/workspace/")
 
 
 def test_it_runs_what_the_image_has():

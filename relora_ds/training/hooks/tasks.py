@@ -38,7 +38,7 @@ class TaskScores(Hook):
                 )
         except RuntimeError:  # torch's may be of this rank alone, for which the others then wait
             raise
-        except Exception as error:
+        except Exception as error:  # of the code of a task, the same on every rank
             logger.warning(
                 "eval.tasks: %s; `relora eval %s --tasks %s` evaluates the exported model",
                 error,
