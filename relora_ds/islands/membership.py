@@ -199,4 +199,5 @@ def _identity(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:
-    return json.dumps(identity[key], sort_keys=True) if key in identity else "missing"
+    """Return the value for people. A key that is missing counts as null: it is a later version's, left at its default."""
+    return json.dumps(identity.get(key), sort_keys=True)

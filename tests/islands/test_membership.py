@@ -162,8 +162,8 @@ def test_a_server_that_was_down_takes_no_island_for_dead(house):
     ("about", "message"),
     [
         ({"identity": {"relora.r": 16}}, "relora.r is 16 here and 8 on island 'a'; start all islands with the same"),
-        ({"identity": {}}, "relora.r is missing here and 8 on island 'a'"),
-        ({"identity": {"relora.r": 8, "seed": None}}, "seed is null here and missing on island 'a'"),
+        ({"identity": {}}, "relora.r is null here and 8 on island 'a'"),
+        ({"identity": {"relora.r": 8, "seed": 1}}, "seed is 1 here and null on island 'a'"),
         ({"count": 3}, "islands.count is 3 here and 2 on island 'a'"),
         ({"protocol": 99}, "speaks version 99 of the link"),
         ({"rank": 1}, "rank 1 of 'c' is not one of its 1"),
@@ -175,6 +175,12 @@ def test_other_islands_are_refused(about, message):
     with pytest.raises(LinkRefused, match=message):
         house.join("c", **about)
     assert [*house.state.islands] == ["a"]
+
+
+def test_a_run_continues_where_a_new_version_has_another_key_at_null(house):
+    house.join("a", "2", identity={"relora.r": 8, "data.deduplicate": None})
+    house.join("b", "2", identity={"relora.r": 8, "data.deduplicate": None})
+    assert [*house.state.islands] == ["a", "b"]
 
 
 def test_more_islands_than_count_are_refused(house):
