@@ -199,5 +199,5 @@ def _identity(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:
-    """Return the value for people. A key that is missing counts as null: it is a later version's, left at its default."""
+    """Return the value for people. A missing key counts as null: a later version has it, and left it at its default."""
     return json.dumps(identity.get(key), sort_keys=True)

@@ -54,23 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from relora_ds.lab.experiments import budget, run_islands, suite_report
     from relora_ds.lab.experiments.runner import Runner
-    from relora_ds.lab.experiments.runs import Results, Run
+    from relora_ds.lab.experiments.runs import Results
     from relora_ds.lab.experiments.suites import read_suite
     from relora_ds.training.exit_codes import DONE, ERROR, PREEMPTED, Preempted
 
     names, overrides = _words(arguments)
     suites = [read_suite(name, arguments.scale) for name in names]
-    runs = {
-        suite.name: [
-            Run.of(row, seed, overrides)
-            for seed in range(arguments.seeds or suite.seeds)
-            for row in _chosen(suite, arguments.rows)
-        ]
-        for suite in suites
-    }
-    wanted = {run.name: run for found in runs.values() for run in found}  # each once, whatever suites it is in
     results = Results(arguments.results or arguments.runs / "results")
-    left = [run for run in wanted.values() if results.read(run) is None]
+    runs, later = _runs(suites, arguments, results, overrides)
+    wanted = _each_once(runs)
+    left = [run for run in wanted if results.read(run) is None]
     for run in left:
         run.check_files()
     if not arguments.dry_run:
@@ -80,10 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: runner.stop())
     try:
         measure = None if arguments.dry_run else budget.trial(runner)
-        print("\n".join(_costs(budget.budget(list(wanted.values()), results, measure), arguments.jobs)), flush=True)
+        print("\n".join(_costs(budget.budget(wanted, results, measure), arguments.jobs, later)), flush=True)
         if arguments.dry_run:
             return DONE
-        failures = runner.train_all(list(wanted.values()), results, arguments.jobs, _say)
+        failures = runner.train_all(wanted, results, arguments.jobs, _say)
+        if later:
+            runs, _ = _runs(suites, arguments, results, overrides)
+            first = {run.name for run in wanted}
+            best = [run for run in _each_once(runs) if run.name not in first]
+            failures += runner.train_all(best, results, arguments.jobs, _say)
     except Preempted:
         print(f"stopped; the same command resumes in {arguments.runs}", file=sys.stderr)
         return PREEMPTED
@@ -121,8 +119,28 @@ def _chosen(suite, names: list[str] | None) -> list:
     return [row for row in suite.rows if row.name in names or row.group in names]
 
 
-def _costs(lines: list, jobs: int) -> list[str]:
-    """Return the budget as a table."""
+def _runs(suites: list, arguments: argparse.Namespace, results, overrides: list[str]) -> tuple[dict[str, list], int]:
+    """Return each suite's runs as far as they are known, and how many will follow; `--seeds` fixes their number."""
+    from relora_ds.lab.experiments.seeds import first_runs, runs_of_best
+
+    runs, later = {}, 0
+    for suite in suites:
+        rows = _chosen(suite, arguments.rows)
+        runs[suite.name] = first_runs(suite, rows, overrides, arguments.seeds)
+        if arguments.seeds is None:
+            best, unknown = runs_of_best(suite, rows, results, overrides)
+            runs[suite.name] += best
+            later += unknown
+    return runs, later
+
+
+def _each_once(runs: dict[str, list]) -> list:
+    """Return the runs, those that several suites have once."""
+    return list({run.name: run for found in runs.values() for run in found}.values())
+
+
+def _costs(lines: list, jobs: int, later: int) -> list[str]:
+    """Return the budget as a table. later: runs that are known when others have ended."""
     table = [["rows", "runs", "done", "tokens", "left", "tokens/s", "hours"]]
     for line in lines:
         rows = line.rows[0] if len(line.rows) == 1 else f"{line.rows[0]} and {len(line.rows) - 1} like it"
@@ -141,10 +159,10 @@ def _costs(lines: list, jobs: int) -> list[str]:
     known = sum(hour for hour in hours if hour is not None) / jobs
     about = "unknown before a trial" if None in hours else f"{known:.2f} hours"
     at_a_time = "" if jobs == 1 else f", {jobs} at a time"
-    return [
-        *rows_as_text(table),
-        f"{sum(line.runs for line in lines)} runs{at_a_time}: {about}, evaluations and checkpoints not counted",
-    ]
+    told = [f"{sum(line.runs for line in lines)} runs{at_a_time}: {about}, evaluations and checkpoints not counted"]
+    if later:
+        told.append(f"{later} runs more, not counted: further seeds of the best row of each sweep")
+    return [*rows_as_text(table), *told]
 
 
 def _say(text: str) -> None:

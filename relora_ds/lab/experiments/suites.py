@@ -4,6 +4,7 @@
     text: what the paper did, and what is asked here
     reference: the row that the others are compared with
     seeds: runs of every row
+    seeds_of_best: runs of the best row of every sweep's group, and of every row outside of sweeps; more than `seeds`
     spectra: whether the singular values of the updates belong to the results
     rows:
       NAME: {recipe: full, set: [section.key=value, ...], paper: {130M: 23.65}}
@@ -59,6 +60,7 @@ class Suite:
     rows: tuple[Row, ...]
     reference: str | None
     seeds: int
+    seeds_of_best: int | None
     spectra: bool
 
 
@@ -98,6 +100,7 @@ def read_suite(name: str, scale: str) -> Suite:
         tuple(rows),
         declared.get("reference"),
         declared["seeds"],
+        declared.get("seeds_of_best"),
         declared.get("spectra", False),
     )
 

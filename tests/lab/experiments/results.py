@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from relora_ds.lab.bench.environment import rows_as_markdown
-from relora_ds.lab.experiments import suite_report
+from relora_ds.lab.experiments import seeds, suite_report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
 from relora_ds.utils.text import human_count
@@ -30,8 +30,10 @@ TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 
 def measured(scale: str, name: str) -> tuple[Suite, list[Run], list[suite_report.Measured]]:
     """A suite, its runs, and the rows that have results."""
     suite = read_suite(name, scale)
-    runs = [Run.of(row, seed) for row in suite.rows for seed in range(suite.seeds)]
-    return suite, runs, suite_report.measured(suite, runs, Results(RESULTS / scale))
+    kept = Results(RESULTS / scale)
+    best, _ = seeds.runs_of_best(suite, suite.rows, kept)
+    runs = [*seeds.first_runs(suite, suite.rows), *best]
+    return suite, runs, suite_report.measured(suite, runs, kept)
 
 
 def block(scale: str, name: str) -> str:
