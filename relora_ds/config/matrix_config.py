@@ -52,6 +52,9 @@ class MuonConfig:
     adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """How the learning rate depends on the shape. `match_rms_adamw`: times `0.2 · √max(out, in)`, so that entries move
     as far as AdamW moves them (arXiv 2502.16982); `original`: times `√max(1, out/in)`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products that orthogonalise. Published implementations have `bf16`, which GPUs multiply several times as
+    fast; updates differ by a few per cent then. Momentum and masters are fp32."""
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ class GradientSum:
 
     def add(self, g: Tensor, rows: Tensor) -> None:
         """Add one backward of a linear. g: `[n, out]`; rows: `[n, in]`, its input."""
-        with exact_products(of_16_bit=g.dtype != torch.float32):
+        with exact_products(of=g.dtype):
             self.values.addmm_(g.float().t(), rows.float())
         self._tell()
 

@@ -15,13 +15,16 @@ import torch
 
 
 @contextmanager
-def exact_products(*, of_16_bit: bool = False) -> Iterator[None]:
+def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
     """Have fp32 products computed in fp32, in the whole process, for as long as it lasts.
 
-    of_16_bit: the operands were bf16 or fp16. CUDA may multiply in TF32 then, which keeps all of their bits and adds up
-        in fp32, several times as fast.
+    of: what the operands were before they became fp32. What keeps all of their bits and adds up in fp32 may multiply
+        them, several times as fast: TF32 on CUDA where they were bf16 or fp16, a CPU's bf16 units where they were bf16.
     """
-    restore = _choose_fp32("tf32" if of_16_bit else "ieee")
+    restore = _choose_fp32(
+        "ieee" if of == torch.float32 else "tf32",
+        "bf16" if of == torch.bfloat16 else "ieee",
+    )
     try:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
@@ -29,8 +32,8 @@ def exact_products(*, of_16_bit: bool = False) -> Iterator[None]:
         restore()
 
 
-def _choose_fp32(on_cuda: str) -> Callable[[], None]:
-    """Choose fp32, and `on_cuda` ("ieee" or "tf32") for CUDA; returns what goes back to the choice before."""
+def _choose_fp32(on_cuda: str, on_cpu: str) -> Callable[[], None]:
+    """Choose what multiplies fp32 ("ieee" is fp32 itself); returns what goes back to the choice before."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
         chosen = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if on_cuda == "tf32" else "highest")
@@ -44,7 +47,7 @@ def _choose_fp32(on_cuda: str) -> Callable[[], None]:
         )
     ]
     (of_cuda, _), (of_cpu, _) = before
-    _set_precisions([(of_cuda, on_cuda), (of_cpu, "ieee")])
+    _set_precisions([(of_cuda, on_cuda), (of_cpu, on_cpu)])
     return functools.partial(_set_precisions, before)
 
 

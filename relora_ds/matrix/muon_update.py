@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from relora_ds.config.matrix_config import MuonConfig
+from relora_ds.lowrank.formats import DTYPES
 from relora_ds.lowrank.orthogonal import orthogonalized
 from relora_ds.matrix.optimizer import MatrixOptimizer, State, average_in
 
@@ -21,6 +22,7 @@ class Muon(MatrixOptimizer, MuonConfig):
         adjust: how the learning rate depends on the shape. "match_rms_adamw": times `0.2 · √max(out, in)`, so that
             entries have the root mean square that AdamW's updates have (arXiv 2502.16982). "original": times
             `√max(1, out/in)`.
+        precision: of the products that orthogonalise, "fp32" or "bf16"; "fp32" leaves fp64 as it is.
     """
 
     decays_first = True
@@ -32,7 +34,9 @@ class Muon(MatrixOptimizer, MuonConfig):
 
     def _step(self, gradient: Tensor, has_gradient: Tensor, state: State, key: str) -> Tensor:
         momentum = average_in(gradient, state["momentum"], self.momentum, has_gradient)
-        return orthogonalized(gradient.lerp(momentum, self.momentum)).mul_(self._length(gradient.shape))
+        products = DTYPES[self.precision] if self.precision != "fp32" else None
+        nesterov = gradient.lerp(momentum, self.momentum)
+        return orthogonalized(nesterov, products).mul_(self._length(gradient.shape))
 
     def _length(self, shape: Sequence[int]) -> float:
         rows, columns = shape[-2:]

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from tests.docs import api, cli, keys, method_costs
+from tests.docs import api, cli, keys, method_costs, method_quality
 from tests.docs.pages import DOCS, ROOT
 
 if sys.version_info >= (3, 11):
@@ -126,6 +126,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("guides/logging.md", "arguments"): arguments,
     ("guides/memory.md", "moments"): moments,
     ("guides/methods.md", "costs"): method_costs.markdown,
+    ("guides/methods.md", "quality"): method_quality.markdown,
     ("guides/resume.md", "fixed keys"): fixed_keys,
     ("reference/recipe.md", "keys"): keys.markdown,
     ("reference/cli.md", "commands"): cli.markdown,

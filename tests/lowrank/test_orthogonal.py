@@ -23,6 +23,15 @@ def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return left @ torch.diag(values) @ right
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (172, 64), (2, 64, 172)])
+def test_products_in_bf16_give_nearly_the_same(shape):
+    exact, matrices = orthogonalized(gradient(shape).float()), gradient(shape).float()
+    found = orthogonalized(matrices, torch.bfloat16)
+    assert found.dtype == torch.float32 and found.shape == matrices.shape
+    assert 1e-3 < torch.linalg.norm(found - exact) / torch.linalg.norm(exact) < 0.05
+    assert torch.linalg.svdvals(found).max() < 1.21
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_singular_value_goes_through_the_polynomial(shape):
     matrices = gradient(shape)

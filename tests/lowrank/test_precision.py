@@ -94,15 +94,26 @@ def test_what_is_merged_is_multiplied_in_fp32(multiply, under_autocast, chosen):
     assert choices() == chosen
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_16_bit_may_be_in_tf32_on_cuda_which_keeps_their_bits(dtype, chosen):
+@pytest.mark.parametrize(("dtype", "on_cpu"), [(torch.bfloat16, "bf16"), (torch.float16, "ieee")])
+def test_products_of_16_bit_are_in_what_keeps_their_bits(dtype, on_cpu, chosen):
     g, rows = torch.randn(3, 7).to(dtype), torch.randn(3, 5).to(dtype)
     for value in (g, rows):  # TF32 has 10 bits behind the first one
         assert not (value.float().view(torch.int32) & 0x1FFF).any()
     with Products() as products:
         GradientSum(torch.Size((7, 5))).add(g, rows)
-    assert products.seen == [({"cuda": "tf32", "mkldnn": "ieee"}, {torch.float32})]
+    assert products.seen == [({"cuda": "tf32", "mkldnn": on_cpu}, {torch.float32})]
     assert choices() == chosen
+
+
+def test_a_sum_of_bf16_products_is_that_of_fp32_products():
+    """Where the CPU has units for bf16, which add up in fp32; elsewhere it multiplies in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    g, rows = (torch.randn(256, n, generator=generator).bfloat16() for n in (96, 64))
+    total = GradientSum(torch.Size((96, 64)))
+    total.values.normal_(std=100, generator=generator)
+    expected = total.values.double() + g.double().t() @ rows.double()
+    total.add(g, rows)
+    torch.testing.assert_close(total.values.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_the_choice_is_restored_after_an_exception(chosen):

@@ -195,6 +195,7 @@ def test_which_rules_decay_before_the_update():
         (lambda: Scale(momentum=1.0), "Scale.momentum: 1"),
         (lambda: Muon(momentum=2.0), "Muon.momentum: 2"),
         (lambda: Muon(adjust="adamw"), "Muon.adjust: 'adamw'"),
+        (lambda: Muon(precision="fp8"), "Muon.precision: 'fp8'"),
         (lambda: ProjectedAdam((0.9, 1.0)), "ProjectedAdam.betas"),
     ],
 )

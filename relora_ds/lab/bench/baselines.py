@@ -53,7 +53,7 @@ VARIANTS = {
     "APOLLO": ("method=apollo",),
     "APOLLO-Mini": ("method=apollo_mini",),
     "SCALE": ("method=scale",),
-    "Muon": ("method=muon",),
+    "Muon": ("method=muon", "muon.precision=bf16"),  # as the shipped recipes
     "SST": ("method=sst",),
 }
 

@@ -119,7 +119,7 @@ def _table(rows: list[Measured], reference: Measured | None, islands: Sequence[i
         "seeds": lambda row: str(len(row.results)),
         "validation loss": lambda row: spread(row.losses),
         "perplexity": lambda row: f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
-        "loss against the reference": lambda row: _against(row, reference),
+        "loss against the reference": lambda row: against(row, reference),
         "at the transition": lambda row: _mean(row, "loss_at_switch", "{:.3f}"),
         "restarts": lambda row: str(row.results[0]["restarts"]),
         "first updates": lambda row: _mean(row, "first_updates", "{:.3g}", max),
@@ -144,7 +144,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def _against(row: Measured, reference: Measured | None) -> str:
+def against(row: Measured, reference: Measured | None) -> str:
+    """Loss less the reference's, seed by seed: the mean, the least and the most."""
     if reference is None:
         return ""
     if row is reference:
@@ -198,11 +199,27 @@ def _best(rows: list[Measured]) -> list[str]:
 
 
 def _made(rows: list[Measured]) -> str:
-    """Device and versions, one sentence for each that was used; hours in all, a run that rows share counted once."""
+    """Device and versions, each with its commits; hours in all, a run that rows share counted once."""
     runs = {one["name"]: one for row in rows for one in row.results}.values()
-    made = list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in one["conditions"].items()) for one in runs))
+    made: dict[str, dict[str, None]] = {}
+    for one in runs:
+        conditions = dict(one["conditions"])
+        commit = conditions.pop("commit", None)
+        commits = made.setdefault(", ".join(f"{key} {value}" for key, value in conditions.items()), {})
+        if commit is not None:
+            commits[_short(commit)] = None
+    told = [
+        ", ".join([conditions, *(["commit " + " ".join(commits)] if commits else [])])
+        for conditions, commits in made.items()
+    ]
     hours = sum(one["seconds"] for one in runs) / 3600
-    return " ".join([f"{'; '.join(made)}. {hours:.1f} hours of training.", *remarks_on_seeds(rows)])
+    return " ".join([f"{'; '.join(told)}. {hours:.1f} hours of training.", *remarks_on_seeds(rows)])
+
+
+def _short(commit: str) -> str:
+    """Return the first digits of a commit, and whether the tree had changes."""
+    digits, _, dirty = commit.partition("-")
+    return digits[:10] + (f"-{dirty}" if dirty else "")
 
 
 def remarks_on_seeds(rows: list[Measured]) -> list[str]:

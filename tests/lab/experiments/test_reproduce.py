@@ -223,6 +223,16 @@ def test_the_hours_of_a_run_that_rows_share_count_once():
     assert len(rows) == 22 and suite_report._made(rows).endswith(". 20.0 hours of training.")
 
 
+def test_conditions_are_said_once_with_all_of_their_commits():
+    row, commits = read_suite("main", "tiny").rows[0], ("0123456789ab", "fedcba9876543-dirty", "0123456789ab")
+    results = [
+        {"name": str(i), "seconds": 60, "conditions": {"torch": "2", "commit": commit}}
+        for i, commit in enumerate(commits)
+    ]
+    told = suite_report._made([suite_report.Measured(row, results)])
+    assert told == "torch 2, commit 0123456789 fedcba9876-dirty. 0.1 hours of training."
+
+
 def test_more_tokens_are_not_a_better_setting():
     rows = [
         suite_report.Measured(row, [{"seed": 0, "val_loss": 3.0, "tokens": row.value}])
