@@ -40,6 +40,9 @@ _OF_ALL = (
 class Islands:
     """Makes engines one of several islands: pass it to `relora_ds.initialize`.
 
+    The first forward of an engine raises `LinkRefused` on every rank where the recipe, the version, the network or the
+    first weights are not those of the others.
+
     Args:
         config: `IslandsConfig`, the section `islands` of a recipe.
         identity: JSON values that must be equal on all islands, whatever phase they are in; None: those of the engine.

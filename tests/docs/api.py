@@ -9,6 +9,13 @@ import typing
 import relora_ds
 from tests.docs.keys import explanations
 
+# Methods that the package calls of what a user makes; of engines, DeepSpeed.
+CALLED_FOR_THE_USER = {
+    "ReLoRAConfig": {"problems", "conflicts"},
+    "Islands": {"problems", "join", "enter", "decided", "note_checkpoint"},
+    "ReLoRAEngine": {"clip_fp32_gradients"},
+}
+
 
 def markdown() -> str:
     """Return a section of every public name."""
@@ -17,12 +24,12 @@ def markdown() -> str:
 
 def _section(name: str, thing) -> str:
     about, raises, errors = _text(inspect.getdoc(thing) or "").partition("**Raises**")
-    if dataclasses.is_dataclass(thing):
-        fields = [f"- `{field}`: {' '.join(text.split())}" for field, text in explanations(thing).items()]
-        about += "\n".join(["**Args**", "", *fields, "", ""]).replace("null =", "None =")
+    if dataclasses.is_dataclass(thing) and (texts := explanations(thing)):
+        fields = [f"- `{field}`: {' '.join(text.split())}" for field, text in texts.items()]
+        about = "\n".join([about.rstrip(), "", "**Args**", "", *fields, "", ""]).replace("null =", "None =")
     parts = [f"## {name}", _block("python", _signature(name, thing)), about + raises + errors]
     if inspect.isclass(thing):
-        for method, function in _own_methods(thing).items():
+        for method, function in _methods_for_users(thing).items():
             parts += [
                 f"### {name}.{method}",
                 _block("python", _signature(method, function)),
@@ -38,12 +45,20 @@ def entries(thing, section: str) -> dict[str, str]:
     return {name: " ".join(about.split()) for name, about in found}
 
 
-def _own_methods(kind: type) -> dict:
-    """Return the documented public methods that the class itself defines."""
-    found = {
-        name: value for name, value in vars(kind).items() if not name.startswith("_") and inspect.isfunction(value)
+def _methods_for_users(kind: type) -> dict:
+    """Return the documented public methods that a class defines for those who use it.
+
+    What a base class of the package declares, such as the steps of an update rule, is for the package to call, unless
+    the base is public itself.
+    """
+    bases = [base for base in kind.__mro__[1:] if base.__module__.startswith("relora_ds.")]
+    declared = {name for base in bases if getattr(relora_ds, base.__name__, None) is not base for name in vars(base)}
+    hidden = declared | CALLED_FOR_THE_USER.get(kind.__name__, set())
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and name not in hidden and inspect.isfunction(value) and value.__doc__
     }
-    return {name: function for name, function in found.items() if function.__doc__}
 
 
 def _signature(name: str, thing) -> str:

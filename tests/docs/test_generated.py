@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.docs import generated, keys
+import relora_ds
+from tests.docs import api, generated, keys
 from tests.docs.pages import DOCS
 
 
@@ -28,6 +29,15 @@ def test_an_argument_that_may_be_left_out_or_repeated_is_shown_so():
         "export [options] RUN_OR_CHECKPOINT DIR",
     ):
         assert f"\nrelora {usage}\n" in text, usage
+
+
+def test_methods_in_the_python_api_are_those_that_users_call():
+    """Not the steps of an update rule, which engines call."""
+    shown = re.findall(r"^### (\w+)\.(\w+)$", (DOCS / "reference/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {("ReLoRAEngine", "step"), ("Islands", "close"), ("Hook", "on_step")} <= {*shown}
+    assert not {kind for kind, _ in shown} & {"Fira", "Apollo", "Scale", "Muon", "SST"}
+    for kind, names in api.CALLED_FOR_THE_USER.items():
+        assert names <= vars(getattr(relora_ds, kind)).keys(), "it hides what is there"
 
 
 def test_every_section_of_keys_leads_to_the_page_that_explains_it():
