@@ -14,7 +14,7 @@ from relora_ds.planning.planned_storage import format_here, storage_of
 from relora_ds.planning.planned_switches import switch_bytes, switch_items
 from relora_ds.planning.planned_traffic import restart_bytes, step_bytes, update_bytes
 from relora_ds.training.preflight import Resolved
-from relora_ds.zero import owner_steps, owner_updates
+from relora_ds.zero import factor_steps, owner_steps, owner_updates
 from relora_ds.zero.merging import peak_bytes
 
 
@@ -100,8 +100,11 @@ def cost(
             items.append(device_memory.Item("a residual update", size, when=device_memory.UPDATE))
     if method.relora is not None and method.has_owners:
         update = update_bytes(shapes, zero, method.relora, precision=precision, world_size=world_size)
-        size = _copies_of_largest(shapes, owner_steps.COPIES) + 2 * sum(shapes.factors_sent.values())
-        items.append(device_memory.Item("an owner's update", size, when=device_memory.UPDATE))
+        if shapes.factors_sent:
+            what, size = "an update of factors", factor_steps.peak_bytes(shapes.merged, shapes.factors_sent)
+        else:
+            what, size = "an owner's update", _copies_of_largest(shapes, owner_steps.COPIES)
+        items.append(device_memory.Item(what, size, when=device_memory.UPDATE))
         step = step and (step[0] + update[0], step[1] + update[1])
         # They are stored as frozen ones are, and train.
         items = [replace(item, what=item.what.replace("frozen weights", "owners' weights")) for item in items]

@@ -12,7 +12,8 @@ weights, `e` bytes for one that trains, `f` bytes for one that is frozen (see `l
 With `optim.name: adamw_8bit` moments are 2T and a 32nd of that, instead of 8T, but for embeddings.
 Stored below fp32, ReLoRA's frozen weights have 4F/n of masters, on the host or the device. With
 `relora.residual_every`, and where owners update them in every step, each rank has sums of all their gradients, 4F.
-With `method: sst` each rank has all singular vectors and values too, 8F where weights are square.
+With `method: sst` each rank has all singular vectors and values too, 8F where weights are square, and in a step what
+trains of them all.
 """
 
 from collections.abc import Callable, Sequence

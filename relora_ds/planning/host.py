@@ -1,8 +1,8 @@
 """Bytes of the host's memory that a rank takes at certain moments, besides what it keeps there.
 
 Over all ranks of a run it is one fp32 copy of the network at the phase transition, and one of its frozen weights
-where a restart comes while a checkpoint is still being written. Weights that transformers has to convert as it loads
-them are read whole by one rank, which is not counted here.
+where a restart, or a step of their owners, comes while a checkpoint is still being written. Weights that transformers
+has to convert as it loads them are read whole by one rank, which is not counted here.
 """
 
 from relora_ds.config import ReLoRAConfig
@@ -52,7 +52,8 @@ def moments(
         items += [Item("copies of the owners' state", state, HOST, CHECKPOINT)]
     masters = masters_bytes(shapes, world_size) if storage.with_masters else 0
     if masters and relora is not None and relora.frozen_master == "cpu":
-        items.append(Item("masters that a checkpoint is written from", masters, HOST, RESTART))
+        when = CHECKPOINT if shapes.owner_state else RESTART  # owners write new ones at the next step
+        items.append(Item("masters that a checkpoint is written from", masters, HOST, when))
     elif shapes.merged:
         stored = most_owned(shapes, world_size, lambda name: storage.merged[name].num_bytes)
         items.append(Item("copies of the frozen weights", masters or stored, HOST, CHECKPOINT))

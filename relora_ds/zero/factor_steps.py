@@ -22,7 +22,7 @@ from relora_ds.matrix.factored import FactoredOptimizer
 from relora_ds.matrix.optimizer import MatrixOptimizer, State
 from relora_ds.zero.frozen_master import FrozenWeights
 from relora_ds.zero.joint_norm import JointNorm
-from relora_ds.zero.owner_steps import OwnerSteps
+from relora_ds.zero.owner_steps import COPIES, OwnerSteps
 from relora_ds.zero.shards import ShardView
 from relora_ds.zero.verify_ranks import checksum, verify
 
@@ -178,6 +178,20 @@ class FactorSteps(OwnerSteps):
         stored = frozen.quantize(weight)
         frozen.put(name, stored)
         return stored
+
+
+def peak_bytes(shapes: Mapping[str, torch.Size], sent: Mapping[str, int]) -> int:
+    """Return the most bytes that a step has on the device of any rank beside what is kept, at every stage.
+
+    It is what trains of all factors, as gradients or as what has changed of them, and some copies of the largest
+    weight: all ranks project its gradient and form it, and its owner decomposes it. The workspace of the library that
+    decomposes is not known.
+
+    Args:
+        shapes: of the weights, by layer.
+        sent: bytes of what a step changes of the factors, by layer.
+    """
+    return sum(sent.values()) + 4 * COPIES * max(shape.numel() for shape in shapes.values())
 
 
 def owner_steps_of(

@@ -127,7 +127,10 @@ def test_state_of_packed_weights(stage, precision, options):
         (2, "bf16", "scale"),
         (3, "fp32", "muon"),
         pytest.param(3, "bf16", "fira", marks=pytest.mark.slow),
+        pytest.param(0, "fp32", "sst", marks=pytest.mark.slow),
         (1, "bf16", "sst"),
+        pytest.param(2, "bf16", "sst", marks=pytest.mark.slow),
+        pytest.param(3, "bf16", "sst", marks=pytest.mark.slow),
     ],
 )
 def test_state_where_owners_update_whole_weights(stage, precision, method):
