@@ -41,14 +41,18 @@ def build(
     sizes=None,
     islands=None,
     switching=None,
+    matrix_optimizer=None,
+    fp16=None,
 ):
-    """An engine on a small LLaMA, whose sizes every format can store."""
+    """An engine on a small LLaMA, whose sizes every format can store. fp16: more of the section."""
     config = ReLoRAConfig(**{**dict(r=4, lora_alpha=8, restart_every=EVERY, restart_warmup_steps=1), **(relora or {})})
     sizes = {"hidden_size": 32, "intermediate_size": 48, **(sizes or {})}
     model = wrap(llama(num_hidden_layers=layers, **sizes), config, seed=0)
+    settings = ds_settings(stage, precision, offload, **(zero or {}))
+    settings["fp16"].update(fp16 or {})
     engine, *_ = relora_ds.initialize(
         model=model,
-        config=ds_settings(stage, precision, offload, **(zero or {})),
+        config=settings,
         relora=config,
         lr=1e-2,
         total_steps=12,
@@ -57,6 +61,7 @@ def build(
         micro_batch_size=6,
         islands=islands,
         switching=switching,
+        matrix_optimizer=matrix_optimizer,
     )
     return engine
 

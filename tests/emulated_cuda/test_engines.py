@@ -4,6 +4,7 @@ import pytest
 
 from relora_ds.config import SwitchLoRAConfig
 from tests.emulated_cuda import engines
+from tests.emulated_cuda.factors import FACTORS
 from tests.emulated_cuda.pool import emulated_ranks
 from tests.islands.servers import serving
 from tests.zero.test_timeouts import DAY, watched
@@ -25,10 +26,14 @@ CASES = {
         relora=dict(restart_every=None, lora_alpha=1, frozen_dtype="fp32"),
         switching=SwitchLoRAConfig(interval=4, ratio=0.9, freeze_steps=2),
     ),
+    "singular vectors": dict(stage=1, **FACTORS),
+    "singular vectors, all offloaded": dict(
+        stage=3, offload=True, zero={"offload_param": {"device": "cpu"}}, **FACTORS
+    ),
     "fp8, which multiplies": dict(stage=1, relora=dict(frozen_dtype="fp8", frozen_master="device")),
 }
 # What the others do, in other combinations; test_layers.py has products in fp8.
-REPEATED = ("stage 0", "stage 1", "stage 3, A random", "int8, replicated", "fp8, which multiplies")
+REPEATED = ("stage 0", "singular vectors", "stage 1", "stage 3, A random", "int8, replicated", "fp8, which multiplies")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +44,8 @@ REPEATED = ("stage 0", "stage 1", "stage 3, A random", "int8, replicated", "fp8,
 def test_an_engine_from_its_building_to_its_release(case):
     results = emulated_ranks().run(engines.live_and_let_go, **case)
     for result in results:
-        assert result["restarts"] == ([] if "switching" in case else [engines.EVERY, 2 * engines.EVERY])
+        restarts = case.get("relora", {}).get("restart_every", engines.EVERY) is not None
+        assert result["restarts"] == ([engines.EVERY, 2 * engines.EVERY] if restarts else [])
         assert result["loss"] < 5
         assert result["collected on the GPU"] == []
         assert result["left"] <= 64 and result["left page-locked"] == 0

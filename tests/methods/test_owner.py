@@ -138,11 +138,22 @@ def test_a_low_rank_warm_start_has_no_effect(tmp_path):
         ("sst", "optim.weight_decay=0.1", "optim.weight_decay: 0.1 is not supported with method sst"),
         ("sst", "relora.target_parameters=[w]", "relora.target_parameters: .* is not supported with method sst"),
         ("muon", "islands.count=2", "islands.count: 2 with method muon, whose owners update whole weights"),
+        (
+            "relora",
+            "optim.weight_decay=0.1",
+            "warm_start_method: sst: optim.weight_decay: 0.1 is not supported with method sst",
+        ),
+        (
+            "relora",
+            "relora.target_parameters=[w]",
+            "warm_start_method: sst: relora.target_parameters: .* is not supported with method sst",
+        ),
     ],
 )
 def test_what_it_cannot_be(tmp_path, method, override, message):
+    warm_start = ["warm_start_method=sst", "warm_start_steps=8", "relora.restart_every=6"] * (method == "relora")
     with pytest.raises(RecipeError, match=message):
-        recipe(tmp_path, method, override)
+        recipe(tmp_path, method, override, *warm_start, *["relora.restart_warmup_steps=1"] * bool(warm_start))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +165,7 @@ def test_what_it_cannot_be(tmp_path, method, override, message):
         ("muon", "relora.r=8", "relora.r: 8 has no effect with method muon"),
         ("fira", "relora.lora_alpha=8", "relora.lora_alpha: 8.0 has no effect with method fira"),
         ("muon", "warm_start_steps=5", "warm_start_steps: 5 has no effect with method muon"),
+        ("sst", "warm_start_steps=5", "warm_start_steps: 5 has no effect with method sst"),
     ],
 )
 def test_what_has_no_effect(tmp_path, method, override, message):

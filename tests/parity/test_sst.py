@@ -34,6 +34,23 @@ def test_clipping_sees_what_trains(stage):
     assert abs(clipped["losses"][-1] - plain["losses"][-1]) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(3, {}, marks=pytest.mark.slow),
+        (3, {"offload_param": {"device": "cpu"}}),
+    ],
+)
+def test_with_what_deepspeed_offloads(stage, zero):
+    """The factors stay where they are multiplied; the optimizer of the rest, and stored weights, are on the host."""
+    one, _ = ranks(2).run(sst.train_case, stage, offload=True, zero=zero)
+    assert one["losses"] == pytest.approx(expected()["losses"], rel=TOLERANCE)
+    for name, weight in expected()["weights"].items():
+        assert (one["weights"][name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
 def test_one_rank_alone():
     [one] = ranks(1).run(sst.train_case, 1)
     assert one["losses"] == pytest.approx(expected()["losses"], rel=TOLERANCE)

@@ -55,6 +55,24 @@ def test_a_warm_start_without_adams_moments_of_every_weight(tmp_path):
     assert [line["step"] for line in lines(tmp_path, "restart")] == [14]
 
 
+@pytest.mark.parametrize("frozen", [[], pytest.param(["deepspeed=zero3", "precision=bf16"], marks=pytest.mark.slow)])
+def test_a_warm_start_of_singular_vectors_hands_their_product_over_and_resumes(frozen, tmp_path):
+    """From the middle of an iteration, and from the transition, where the next phase has no factors of W."""
+    settings = ["method=relora", "warm_start_method=sst", "warm_start_steps=8", "relora.restart_every=6", *frozen]
+    settings += ["sst.iteration_steps=3", "sst.iteration_warmup_steps=1", "relora.r=16", "train.steps=16"]
+    whole = tmp_path / "whole"
+    run(whole, *settings, "checkpoint.every=4", "checkpoint.keep_last=9")
+    assert [(line["step"], line["phase"]) for line in lines(whole, "phase")] == [(0, "warm_start"), (8, "relora")]
+    then = losses(whole)
+    assert then[8] < then[1] - 0.1 and then[9] == pytest.approx(then[8], rel=0.05)
+    for step in (4, 8):
+        again = tmp_path / str(step)
+        run(again, f"resume={whole}/checkpoints/step_{step:08d}", *settings)
+        now = losses(again)
+        assert min(now) == step + 1 and all(now[each] == then[each] for each in now)
+        assert all(torch.equal(exported(whole)[name], value) for name, value in exported(again).items())
+
+
 def test_another_rule_is_no_resume(tmp_path):
     run(tmp_path / "run", *FIRA, "train.steps=4", "optim.warmup_steps=1")
     checkpoint = f"resume={tmp_path / 'run'}/checkpoints/step_00000004"
