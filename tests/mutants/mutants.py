@@ -24,6 +24,7 @@ OWNER_UPDATES = "tests/zero/test_owner_updates.py"
 FIRA = "tests/matrix/test_vectors.py::test_fira"
 ALL_RULES = "tests/matrix/test_all_rules.py"
 SST = "tests/matrix/test_sst.py"
+CRNET, INVERSION = "tests/models/test_crnet.py", "tests/models/test_inversion.py"
 MASKS = "tests/data/test_masks.py::test_a_step_is_that_of_the_documents_alone"
 RETURN, VECTORS = "tests/exchange/test_return.py", "tests/exchange/test_vectors.py"
 WRITTEN = "test_masters_and_stored_copies_get_the_change"
@@ -118,7 +119,32 @@ MUTANTS = [
         ("tests/parity/test_sst.py::test_losses_and_weights_equal_plain_pytorch[1-1]",),
         "losses differ by",
     ),
+    Mutant(
+        "factors_with_the_loss_scale",
+        ("tests/emulated_cuda/test_factors.py::test_losses_and_norms_are_those_of_fp32[1]",),
+        "assert norms ==",
+    ),
+    Mutant(
+        "factors_get_earlier_gradients_again", ("tests/parity/test_sst.py::test_one_rank_alone",), 'one["losses"] =='
+    ),
     Mutant("sst_decomposes_once", (f"{SST}::test_the_rule_of_w_is_training_of_its_factors[shape0-3]",), "not close"),
+    # Networks of other architectures.
+    Mutant("crnet_adds_up_to_gate", (f"{CRNET}::test_the_network_is_what_its_equations_say",), "not close"),
+    Mutant("crnet_beta_of_0_is_dead", (f"{CRNET}::test_no_beta_is_dead",), "not close"),
+    Mutant(
+        "crnet_carries_what_is_rounded",
+        (f"{CRNET}::test_sums_over_layers_are_in_fp32_where_weights_are_in_bf16",),
+        "== {torch.float32}",
+    ),
+    Mutant(
+        "crnet_inverts_in_another_order", (f"{INVERSION}::test_a_projection_of_the_vectors_is_inverted",), "not close"
+    ),
+    Mutant(
+        "crnet_growth_of_one_division",
+        (f"{INVERSION}::test_where_errors_would_grow_more_is_kept",),
+        "== [5, 8, 11]",
+    ),
+    Mutant("cola_activates_after_B", ("tests/models/test_cola.py::test_a_projection_and_its_gradients",), "not close"),
     # Writing a value: master and forward's copy.
     Mutant("stale_master", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
     Mutant("stale_forward_copy", (f"{RESTART}[1-fp32]",), "the ranks do not agree on"),
