@@ -43,6 +43,19 @@ def test_one_rank_alone():
     check(ranks(1).run(owner.train_case, 1, "fira"), expected("fira"))
 
 
+@pytest.mark.parametrize(
+    ("stage", "name", "zero"),
+    [
+        (3, "scale, all matrices", {"offload_param": {"device": "cpu"}}),
+        pytest.param(3, "fira", {}, marks=pytest.mark.slow),
+        pytest.param(1, "muon", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_deepspeed_has_on_the_host(stage, name, zero):
+    """Its optimizer, and parameters; those that owners update as well."""
+    check(ranks(2).run(owner.train_case, stage, name, offload=True, zero=zero), expected(name))
+
+
 @pytest.mark.parametrize(("stage", "family"), [(2, "gpt2"), pytest.param(3, "gpt2", marks=pytest.mark.slow)])
 def test_weights_that_are_stored_transposed(stage, family):
     check(ranks(2).run(owner.train_case, stage, "apollo", family=family), expected("apollo", family))

@@ -24,7 +24,9 @@ NONE_KEPT = {"stage3_param_persistence_threshold": 0}  # else parameters as smal
 PREFETCH = {**TIGHT, "stage3_max_live_parameters": 4000, "stage3_prefetch_bucket_size": 3000}
 
 
-def train(stage: int, mode: str = "none", precision: str = "fp32", zero: dict | None = None, **changes) -> dict:
+def train(
+    stage: int, mode: str = "none", precision: str = "fp32", zero: dict | None = None, accumulation: int = 2, **changes
+) -> dict:
     """On a rank: the losses, the weights, and the last step's bytes."""
     model = cola(**changes)
     model.set_attn_implementation("sdpa")
@@ -37,8 +39,8 @@ def train(stage: int, mode: str = "none", precision: str = "fp32", zero: dict | 
         weight_decay=DECAY,
         max_grad_norm=CLIP,
         precision=precision,
-        micro_batch_size=cases.GLOBAL_BATCH // 4,
-        gradient_accumulation_steps=2,
+        micro_batch_size=cases.GLOBAL_BATCH // (2 * accumulation),
+        gradient_accumulation_steps=accumulation,
     )
     losses = []
     for step in range(STEPS):
@@ -72,9 +74,13 @@ def reference() -> dict:
     return {"losses": losses, "weights": {name: p.detach() for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))])
-def test_two_ranks_train_as_one_plain_process(stage, reference):
-    found = ranks(2).run(train, stage)[0]
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_two_ranks_train_as_one_plain_process(stage, accumulation, reference):
+    found = ranks(2).run(train, stage, accumulation=accumulation)[0]
     assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     assert found["losses"][-1] < found["losses"][0] - 0.1
     for name, weight in reference["weights"].items():

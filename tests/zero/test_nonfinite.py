@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import relora_ds
 from tests.parity import cases
 from tests.ranks import ranks
+from tests.small_models import cola, crnet
 from tests.zero.restarts import fingerprint
 
 GOOD_BEFORE, EVERY, STEPS = 3, 4, 7  # the bad batch stands where the first restart would be due, were it counted
@@ -98,3 +100,30 @@ def test_in_the_first_of_two_micro_steps(stage, precision):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_with_the_optimizer_on_cpu(stage, precision):
     check("nan", stage=stage, precision=precision, offload=True)
+
+
+def of_another_network(make, stage, precision, spoil) -> dict:
+    """What a bad batch changes of a network without frozen weights, and the losses of the steps after it."""
+    how = dict(lr=1e-3, total_steps=9, precision=precision, micro_batch_size=cases.GLOBAL_BATCH // 2)
+    engine, *_ = relora_ds.initialize(make(), cases.ds_settings(stage, precision), **how)
+    losses = [cases.train_step(engine, step) for step in range(GOOD_BEFORE)]
+    result = {}
+    if spoil is not None:
+        before = everything(engine)
+        spoiled_step(engine, spoil)
+        after = everything(engine)
+        result["changed"] = [what for what in before if before[what] != after[what]]
+    losses += [cases.train_step(engine, step) for step in range(GOOD_BEFORE, STEPS)]
+    result.update(losses=losses, end=everything(engine), applied=engine.t)
+    cases.release(engine)
+    return result
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("make", [cola, crnet])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_networks_whose_weights_are_all_trained(make, precision, stage):
+    expected = ranks(2).run(of_another_network, make, stage, precision, None)
+    for one, other in zip(expected, ranks(2).run(of_another_network, make, stage, precision, math.nan), strict=True):
+        assert other.pop("changed") == [] and other == one
