@@ -32,6 +32,7 @@ class Apollo(MatrixOptimizer, ApolloConfig):
     P is not in it: the key of the weight and the number of the projection decide P. It is kept as long as it is in use.
 
     Attributes:
+        r: coordinates that P keeps; of a weight with a shorter side, that.
         scale_type: what has an f of its own: a row of the longer side, or the matrix.
         scale: its root multiplies the update.
         scale_front: before the limiter, which sees it then; else after.
@@ -46,12 +47,12 @@ class Apollo(MatrixOptimizer, ApolloConfig):
     def begin(
         self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
-        adam = self.adam.begin(projected_shape(shape, self.r), device, dtype)
+        adam = self.adam.begin(projected_shape(shape, self._rank(shape)), device, dtype)
         return {**adam, **(limiter.begin(shape, device, dtype) if self.limits else {})}
 
     def kept_bytes(self, shape: Sequence[int]) -> int:
         """Return the size of P in fp32."""
-        return 4 * self.r * min(shape[-2:])
+        return 4 * self._rank(shape) * min(shape[-2:])
 
     def _step(self, gradient: Tensor, has_gradient: Tensor, state: State, key: str) -> Tensor:
         projection = self._projection(int(state["step"]) // self.update_proj_gap, gradient, key)
@@ -70,6 +71,9 @@ class Apollo(MatrixOptimizer, ApolloConfig):
     def _projection(self, number: int, gradient: Tensor, key: str) -> Tensor:
         """Return P, on the gradient's device. number: of P in the order of a run, from 0."""
         if key not in self._in_use or self._in_use[key][0] != number:
-            drawn = random_projection(gradient.shape, self.r, f"{key}/{number}")
+            drawn = random_projection(gradient.shape, self._rank(gradient.shape), f"{key}/{number}")
             self._in_use[key] = number, drawn.to(gradient)
         return self._in_use[key][1]
+
+    def _rank(self, shape: Sequence[int]) -> int:
+        return min(self.r, *shape[-2:])

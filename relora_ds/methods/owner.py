@@ -31,10 +31,12 @@ class Owner(Wrapped):
 
     Attributes:
         has_rank: whether the rule works in a subspace, of rank `relora.r`.
+        takes_experts: whether it takes weights that hold a matrix for each expert.
     """
 
     has_owners = True
     has_rank: ClassVar[bool] = False
+    takes_experts: ClassVar[bool] = True
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -78,9 +80,10 @@ class Owner(Wrapped):
         from relora_ds.lowrank.problems import left_frozen
         from relora_ds.lowrank.targets import DEFAULT_TRAINABLE_MODULES, as_list, summary
 
-        found = super().problems(model)
+        found = super().problems(model) or self._rank_problems(model)
         if not found and (names := left_frozen(model, self.relora)):
-            stacked = [name for name in names if model.get_parameter(name).ndim > 2]  # the experts of a mixture
+            experts = [name for name in names if model.get_parameter(name).ndim > 2]
+            stacked = experts if self.takes_experts else []
             remedies = []
             if modules := dict.fromkeys(name.split(".")[-2] for name in names if name not in stacked):
                 whole = as_list(self.relora.trainable_modules) or [*DEFAULT_TRAINABLE_MODULES]
@@ -95,6 +98,22 @@ class Owner(Wrapped):
             )
         return found
 
+    def _rank_problems(self, model: "nn.Module") -> list[str]:
+        """Return a message if no weight has a subspace of the rank; where only some have, the others' is their side."""
+        from relora_ds.lowrank.inventory import full_shape
+        from relora_ds.lowrank.targets import find_targets
+
+        if self.rank is None:
+            return []
+        shapes = {name: full_shape(weight)[-2:] for name, weight in find_targets(model, self.relora).weights.items()}
+        name = max(shapes, key=lambda name: min(shapes[name]))
+        if self.rank <= min(shapes[name]):
+            return []
+        return [
+            f"relora.r: {self.rank} exceeds the smaller side of every weight, also of {name} "
+            f"({'x'.join(map(str, shapes[name]))}); use relora.r <= {min(shapes[name])}"
+        ]
+
     def recipe_warnings(self) -> Iterator[str]:
         """Yield what is for low-rank factors alone. As a warm start: nothing, the method after it may have factors."""
         if self.recipe.method != self.name:
@@ -107,7 +126,8 @@ class Owner(Wrapped):
         }
         if changed:
             values = ", ".join(f"{key}: {value}" for key, value in changed.items())
-            yield f"{values} has no effect with method {self.name}, which has no low-rank factors"
+            has = "has" if len(changed) == 1 else "have"
+            yield f"{values} {has} no effect with method {self.name}, which has no low-rank factors"
 
     def matrix_optimizers(self, model: "nn.Module") -> "Mapping[str, MatrixOptimizer]":
         """Return the rule of each wrapped layer of a prepared model, by name."""

@@ -19,6 +19,7 @@ class SST(Owner):
     name = "sst"
     sections = ("sst",)
     has_rank = True
+    takes_experts = False
 
     def recipe_problems(self) -> Iterator[str]:
         """Yield what does not go with factors of single matrices, which alone change a weight."""
@@ -32,6 +33,16 @@ class SST(Owner):
             yield (
                 f"relora.target_parameters: {names} is not supported with method {self.name}, which decomposes single "
                 "matrices; name their module in relora.trainable_modules, which trains it with AdamW"
+            )
+
+    def recipe_warnings(self) -> Iterator[str]:
+        """Yield an iteration that ends within its warm-up."""
+        yield from super().recipe_warnings()
+        sst = self.recipe.sst
+        if sst.iteration_steps < sst.iteration_warmup_steps:
+            yield (
+                f"sst.iteration_warmup_steps: {sst.iteration_warmup_steps} is more than sst.iteration_steps "
+                f"{sst.iteration_steps}: the learning rate of the weights never reaches its peak"
             )
 
     def rule(self) -> "Rule":

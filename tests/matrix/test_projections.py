@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from relora_ds.matrix import bases
+from relora_ds.matrix.apollo_update import Apollo
 from relora_ds.matrix.bases import dominant_basis, projected_shape, random_projection, unit_basis
 from relora_ds.matrix.fira_update import Fira
 from tests.matrix.rules import SHAPES, random, same, updates
@@ -67,6 +68,15 @@ def test_a_decomposition_that_does_not_converge_leaves_the_basis_as_it_is(monkey
 def test_r_is_at_most_the_shorter_side_of_a_basis():
     state = Fira(100).begin((3, 6, 4))
     assert state["basis"].shape == (3, 4, 4) and state["m"].shape == (3, 6, 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_r_is_at_most_the_shorter_side_of_a_random_projection(shape):
+    large, whole = Apollo(100, update_proj_gap=2), Apollo(min(shape), update_proj_gap=2)
+    assert large.kept_bytes(shape) == 4 * min(shape) ** 2
+    assert large.begin(shape)["m"].shape == (max(shape), min(shape))
+    gradients = random(3, *shape)
+    assert torch.equal(updates(large, gradients), updates(whole, gradients))
 
 
 @pytest.mark.parametrize(("shape", "longer"), [((6, 4), 6), ((4, 6), 6), ((2, 3, 4, 6), 6)])

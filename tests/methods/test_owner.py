@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from transformers import MixtralConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from relora_ds.config import RecipeError, load_recipe, method_of, no_effect
 from relora_ds.config.methods import warm_start_of
@@ -164,6 +164,7 @@ def test_what_it_cannot_be(tmp_path, method, override, message):
         ("muon", "apollo.scale=2", "apollo.scale: 2.0 has no effect with method muon"),
         ("muon", "relora.r=8", "relora.r: 8 has no effect with method muon"),
         ("fira", "relora.lora_alpha=8", "relora.lora_alpha: 8.0 has no effect with method fira"),
+        ("sst", "sst.iteration_steps=10", "sst.iteration_warmup_steps: 20 is more than sst.iteration_steps 10"),
         ("muon", "warm_start_steps=5", "warm_start_steps: 5 has no effect with method muon"),
         ("sst", "warm_start_steps=5", "warm_start_steps: 5 has no effect with method sst"),
     ],
@@ -193,6 +194,26 @@ def test_what_would_stay_frozen_is_refused_by_name():
     resolve("tiny", [*changes, remedy], 1, to_run=False)
 
 
+@pytest.mark.parametrize("method", ["fira", "apollo", "sst"])
+def test_a_rank_above_the_sides_of_all_weights_is_refused(method):
+    changes = [f"method={method}", "warm_start_steps=0", "relora.r=65"]
+    said = r"relora.r: 65 exceeds the smaller side of every weight, also of .*q_proj \(64x64\); use relora.r <= 64"
+    with pytest.raises(RecipeError, match=said):
+        resolve("tiny", changes, 1, to_run=False)
+
+
+def test_weights_that_are_narrower_than_the_rank_have_what_they_can(tmp_path):
+    """Keys and values of grouped heads, with the rank of the rest; their states are no larger than Adam's."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=1)
+    model = meta_model(LlamaConfig(**shape, num_hidden_layers=1, vocab_size=512))
+    for name in ("fira", "apollo", "sst"):
+        method = method_of(recipe(tmp_path, name, "relora.r=32"))
+        assert method.problems(model) == []
+        state = method.rule().begin((16, 64), device="meta")
+        moments = [name for name in state if name.endswith("m") and name != "norm"]
+        assert moments and all(state[name].numel() <= 16 * 64 for name in moments)
+
+
 def test_experts_that_would_stay_frozen_are_refused_with_what_trains_them(tmp_path):
     MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=2).save_pretrained(
         tmp_path
@@ -203,6 +224,10 @@ def test_experts_that_would_stay_frozen_are_refused_with_what_trains_them(tmp_pa
     remedies = re.findall(r"relora\.\w+=\[[^]]*\]", str(found.value))
     assert [one.partition("=")[0] for one in remedies] == ["relora.trainable_modules", "relora.target_parameters"]
     resolve("tiny", [*changes, *remedies], 1, to_run=False)
+    with pytest.raises(RecipeError, match="method sst trains every weight; use .*gate, experts]$"):
+        resolve("tiny", [*changes, "method=sst"], 1, to_run=False)
+    whole = "relora.trainable_modules=[embeddings, head, norms, gate, experts]"
+    resolve("tiny", [*changes, "method=sst", whole], 1, to_run=False)
 
 
 def test_tied_embeddings_are_refused_by_name(tmp_path):
