@@ -205,7 +205,7 @@ def _nearest_key(key: str) -> str | None:
         return same_leaf[0]
     found = difflib.get_close_matches(key, same_leaf or SCHEMA, n=1, cutoff=0.7)
     if not found:  # a typing error in the leaf, and the section forgotten
-        by_leaf = {known.rpartition(".")[2]: known for known in SCHEMA}
+        by_leaf = {known.rpartition(".")[2]: known for known in reversed(SCHEMA)}  # `relora` before other methods'
         found = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
     return found[0] if found else None
 

@@ -77,6 +77,11 @@ class OwnNetwork(TrainingMethod):
         for name, module in model.model.named_modules():
             if isinstance(module, nn.Linear):
                 shapes[name] = tuple(module.weight.shape)
+        if not shapes:
+            return [
+                f"method: {self.name} puts factors into layers, and this model has none (num_hidden_layers: 0); use a "
+                "deeper one"
+            ]
         name, shape = min(shapes.items(), key=lambda item: min(item[1]))
         if self._r <= min(shape):
             return []

@@ -74,15 +74,17 @@ class SwitchLoRA(LowRank):
             )
 
     def recipe_warnings(self) -> Iterator[str]:
-        """Yield what is for restarts alone."""
-        relora = self.recipe.relora
-        if relora.restart_every is not None:
+        """Yield what is for restarts alone, and freezes that do not end."""
+        relora, own = self.recipe.relora, self.recipe.switchlora
+        for name in _OF_RESTARTS:
+            value = getattr(relora, name)
+            if name != "restart_warmup_steps" and value != getattr(type(relora), name):  # a part of restart_every
+                yield f"relora.{name}: {value} has no effect with method switchlora, which never restarts"
+        if own.freeze_steps >= own.interval:
             yield (
-                f"relora.restart_every: {relora.restart_every} has no effect with method switchlora, which never "
-                "restarts"
+                f"switchlora.freeze_steps: {own.freeze_steps} is not below switchlora.interval {own.interval}: until "
+                "fewer vectors are switched, none trains"
             )
-        if relora.residual_every is not None:
-            yield f"relora.residual_every: {relora.residual_every} has no effect with method switchlora"
 
     def deepspeed_problems(self, settings: dict[str, Any]) -> list[str]:
         """Return what of a DeepSpeed configuration switches do not go with."""

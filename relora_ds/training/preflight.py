@@ -40,6 +40,7 @@ from relora_ds.training.remote_rules import early_remote_problems, is_stored
 from relora_ds.training.requeue import as_restarted
 from relora_ds.training.run_directory import early_problems
 from relora_ds.zero import accelerator, ds_config, ds_types, optimizers
+from relora_ds.zero.arguments import switching_partition_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def resolve(
     if reason := optimizers.unavailable(recipe.optim.name):
         problems.append(f"optim.name: {reason}")
     elif not problems:
-        problems += _partition_problems(recipe, settings, world_size)
+        problems += _partition_problems(recipe, settings, precision, world_size)
     problems += accelerator.precision_problems(precision) if to_run else []
     problems += attention.precision_problems(recipe.model.attn_implementation, precision)
     if problems:
@@ -277,9 +278,12 @@ def _phases_problems(recipe: Recipe, model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(problem for method in methods_of(recipe) for problem in method.problems(model)))
 
 
-def _partition_problems(recipe: Recipe, settings: dict, world_size: int) -> list[str]:
-    """Return why the optimizer cannot step what a rank would have of the network, each reason once."""
-    name, zero = recipe.optim.name, settings.get("zero_optimization", {})
+def _partition_problems(recipe: Recipe, settings: dict, precision: str, world_size: int) -> list[str]:
+    """Return why what a rank would have of the network cannot be stepped or switched, each reason once."""
+    name, zero, method = recipe.optim.name, settings.get("zero_optimization", {}), method_of(recipe)
+    if method.switching is not None and method.relora is not None:
+        model = method.prepare(_guessed_model(recipe))
+        return switching_partition_problems(model, method.relora, precision, zero.get("stage", 0), world_size)
     if name == "adamw":
         return []
     found = []

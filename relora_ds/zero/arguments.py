@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from relora_ds.config import ReLoRAConfig, fields
@@ -147,9 +146,11 @@ def switching_problems(
     return found
 
 
-def switching_partition_problems(model: nn.Module, relora: ReLoRAConfig, precision: str, stage: int) -> list[str]:
+def switching_partition_problems(
+    model: nn.Module, relora: ReLoRAConfig, precision: str, stage: int, ranks: int
+) -> list[str]:
     """Return why ZeRO-3's pieces of W could not be added to: a number of four bytes would lie on two ranks."""
-    format, ranks = format_of(relora.frozen_dtype, precision), dist.get_world_size()
+    format = format_of(relora.frozen_dtype, precision)
     if not is_sharded(relora, stage) or not isinstance(format, Packed):
         return []
     layers = owned_layers(model).items()

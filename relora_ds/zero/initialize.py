@@ -209,7 +209,7 @@ def initialize(
     stage = settings["zero_optimization"]["stage"]
 
     if switching is not None and relora is not None:
-        _refuse(switching_partition_problems(model, relora, precision, stage))
+        _refuse(switching_partition_problems(model, relora, precision, stage, dist.get_world_size()))
 
     sources = sources_of(model, weights)
     device = accelerator.device_of_rank()

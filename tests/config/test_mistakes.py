@@ -63,6 +63,7 @@ def test_all_errors_at_once():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["method=sst", "sst.r=4"], "sst.r: unknown key; did you mean relora.r?"),
         (["train.steps=600", "train.tokens=1000"], "train.steps: 600 and train.tokens: 1000 are both set"),
         (["train.steps=null"], "train.steps and train.tokens: neither is set"),
         (

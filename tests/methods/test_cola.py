@@ -143,6 +143,12 @@ def test_a_family_without_its_layers_is_refused_by_name(tmp_path, family):
     assert problem.startswith("method: cola builds LLaMA's layers") and f"a {config.model_type} model" in problem
 
 
+def test_a_model_without_layers_is_refused(tmp_path):
+    shape = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=512)
+    (problem,) = problems(tmp_path, LlamaConfig(**shape, num_hidden_layers=0))
+    assert problem.startswith("method: cola puts factors into layers, and this model has none (num_hidden_layers: 0)")
+
+
 def test_its_own_network_is_trained_by_method_full(tmp_path):
     (problem,) = problems(tmp_path, cola(max_position_embeddings=64).config)
     assert "this is a relora_cola model" in problem

@@ -132,6 +132,12 @@ def test_a_single_layer_is_refused(tmp_path):
     assert problem.startswith("method: crnet leaves the first layer whole, and this model has no other")
 
 
+def test_a_model_without_layers_is_refused(tmp_path):
+    shape = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=512)
+    (problem,) = problems(tmp_path, LlamaConfig(**shape, num_hidden_layers=0))
+    assert problem.startswith("method: crnet puts factors into layers, and this model has none (num_hidden_layers: 0)")
+
+
 def test_its_own_network_is_trained_by_method_full(tmp_path):
     (problem,) = problems(tmp_path, crnet(max_position_embeddings=64).config)
     assert problem.startswith("method: crnet builds LLaMA's layers") and "a relora_crnet model" in problem

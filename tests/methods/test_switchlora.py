@@ -27,6 +27,19 @@ def test_a_restart_has_no_effect():
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("relora.restart_init=random", "relora.restart_init: random has no effect with method switchlora"),
+        ("relora.optimizer_reset=zero", "relora.optimizer_reset: zero has no effect with method switchlora"),
+        ("switchlora.interval=5", "switchlora.freeze_steps: 5 is not below switchlora.interval 5: until fewer"),
+    ],
+)
+def test_what_has_no_effect_or_not_the_expected_one(change, said):
+    (warning,) = no_effect.warnings(load_recipe(RECIPE, [change]))
+    assert warning.startswith(said)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         (["relora.trains=B", "relora.restart_init=random"], "relora.trains: B has no rows of A to switch"),
@@ -58,3 +71,12 @@ def test_an_offloaded_optimizer_is_refused_before_anything_is_built(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     with pytest.raises(RecipeError, match="deepspeed: zero_optimization.offload_optimizer does not go with"):
         resolve(RECIPE, [f"deepspeed={path}"], 8, to_run=False)
+
+
+def test_pieces_that_cut_a_number_are_refused_before_anything_is_built():
+    changes = ["method=switchlora", "warm_start_steps=0", "relora.restart_every=null", "train.batch_sequences=12"]
+    changes += ["deepspeed=zero3", "precision=bf16"]
+    said = r"relora.frozen_placement: auto cuts .*q_proj .* on 3 ranks; use replicated, or another number of ranks"
+    with pytest.raises(RecipeError, match=said):
+        resolve("tiny", changes, 3, to_run=False)
+    resolve("tiny", [*changes, "relora.frozen_placement=replicated"], 3, to_run=False)
