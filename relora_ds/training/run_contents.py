@@ -19,7 +19,7 @@ from relora_ds.checkpoint.removal import remove
 from relora_ds.checkpoint.run_files import metrics_in
 
 # {pattern of a name: None for a file, _WHOLE for a directory with another program's files, else the same for what is in
-# that directory}. All that a run writes.
+# that directory}. All that a run writes, and the figures of it that quickstart.sh adds.
 _WHOLE: dict = {}
 _TOKENIZER = {
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|processor_config|tekken)\.json": None,
@@ -36,6 +36,7 @@ _RUN = {
     r"wandb": {r"(offline-)?run-\d{8}_\d{6}-\w+": _WHOLE, r"(settings|debug.*\.log|wandb-resume\.json)": None},
     r"mlflow": {r"mlflow\.db(-\w+)?": None, r"artifacts": _WHOLE},
     r"trackio": {r"relora_ds\.(db(-\w+)?|lock)": None, r"media": _WHOLE},
+    r"plots": {r"index\.html|(loss|learning_rate|throughput|traffic)\.png": None},
     r"checkpoints": {
         r"latest(\..+\.tmp)?|\.[0-9a-f-]{36}_rank_\d+": None,
         r"tokenizer": _TOKENIZER,

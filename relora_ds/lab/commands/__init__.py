@@ -4,6 +4,6 @@
 COMMANDS = {
     "bench": "measured comparisons: layers, steps, restarts, memory, bytes, quality; a GPU's first check",
     "reproduce": "the paper's experiments: suites of runs, trained where they are missing, with a table and figures",
-    "plot": "figures of one or more runs: PNG, and one self-contained HTML page",
+    "plot": "what one or more runs learned, in sentences, and figures: PNG, and one self-contained HTML page",
     "spectrum": "singular values of the updates that runs made to their weights, and the ranks they amount to",
 }

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from relora_ds.lab.figures.run_history import read_runs
+from relora_ds.lab.figures.sentences import sentences
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; a run may still train")
@@ -18,10 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    runs = read_runs(arguments.runs)
+    for each in runs:
+        print("\n  ".join(sentences(each)), flush=True)  # matplotlib is slow to load, and may be missing
     with needs_matplotlib("plot"):
         from relora_ds.lab.figures.run_figures import plot_runs
-    page, *images = plot_runs(arguments.runs, arguments.out)
-    print(f"{page}: open it in a browser; figures: {', '.join(image.name for image in images)}")
+    page, *images = plot_runs(runs, arguments.out)
+    print(
+        f"figures in {arguments.out}: {', '.join(image.name for image in images)}; {page.name} shows all in a browser"
+    )
     return 0
 
 

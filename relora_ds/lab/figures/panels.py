@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from relora_ds.lab.figures.run_history import RunRecord
+from relora_ds.lab.figures.run_history import RunRecord, value_at
 from relora_ds.lab.figures.style import Theme, colour, dash, is_smoothed, limits, rc, smoothed
 from relora_ds.utils.text import human_bytes, human_count
 
 AXES = {"step": "step", "tokens": "tokens", "total_bytes_wire": "bytes sent by each rank"}
 FORMATS = {"tokens": human_count, "total_bytes_wire": human_bytes}
+RESTART = "restart: s·B·A is merged into W"
 MOST_RAW_RUNS = 3  # with more, the unsmoothed losses would cover each other
 
 
@@ -31,22 +32,19 @@ def draw(runs: list[RunRecord], theme: Theme) -> dict[str, Figure]:
 
 
 def _loss(runs: list[RunRecord], theme: Theme) -> Figure:
+    """Over tokens; of several runs over steps, because `_comparison` has their tokens."""
     figure, (axes,) = _figure(height=4.6)
     axes.set_title(_title("Loss", runs))
-    _draw_loss(axes, runs, theme, "step")
-    _legend(
-        axes,
-        runs,
-        theme,
-        [
-            ("train", {"linewidth": 1.6}),
-            *(
-                [("validation", {"marker": "o", "linewidth": 0, "markersize": 5})]
-                if any(len(run.evaluations["step"]) for run in runs)
-                else []
-            ),
-        ],
-    )
+    axes.set_ylabel("nats per token")
+    scale = "tokens" if len(runs) == 1 else "step"
+    _draw_loss(axes, runs, theme, scale)
+    _mark(axes, runs, theme, scale)
+    smooth = ", smoothed" if any(is_smoothed(run.train["loss"]) for run in runs) else ""
+    signs: list[tuple[str, dict]] = [(f"training{smooth}", {"linewidth": 1.6})]
+    if any(len(run.evaluations["step"]) for run in runs):
+        own = {"color": _of_validation(runs, theme, 0)} if len(runs) == 1 else {}
+        signs.append(("validation", {"marker": "o", "linewidth": 0, "markersize": 5, **own}))
+    _legend(axes, runs, theme, signs)
     return figure
 
 
@@ -115,15 +113,14 @@ def _comparison(runs: list[RunRecord], theme: Theme) -> Figure:
     for axes, scale in zip(panels, scales, strict=True):
         axes.set_title(f"Loss over {AXES[scale]}")
         _draw_loss(axes, [run if scale == "tokens" or run.has_traffic else None for run in runs], theme, scale)
-        axes.set_xlabel(AXES[scale])
-        axes.xaxis.set_major_formatter(_ticks(FORMATS[scale]))
+        _label_x(axes, scale)
         axes.locator_params(axis="x", nbins=5)
     _legend(panels[0], runs, theme, marks=False)
     return figure
 
 
 def _draw_loss(axes: Axes, runs: Sequence[RunRecord | None], theme: Theme, scale: str) -> None:
-    """Train and validation losses over one of AXES, with every restart marked; a run that is None is left out."""
+    """Train and validation losses over one of AXES; a run that is None is left out."""
     curves = []
     present = [run for run in runs if run is not None]
     for i, run in enumerate(runs):
@@ -136,7 +133,7 @@ def _draw_loss(axes: Axes, runs: Sequence[RunRecord | None], theme: Theme, scale
         axes.plot(
             run.evaluations[scale],
             run.evaluations["val_loss"],
-            color=hue,
+            color=_of_validation(runs, theme, i),
             marker="o",
             markersize=5,
             linewidth=0,
@@ -147,20 +144,28 @@ def _draw_loss(axes: Axes, runs: Sequence[RunRecord | None], theme: Theme, scale
         curves += [(run.train["step"], losses), (run.evaluations["step"], run.evaluations["val_loss"])]
     if shown := limits(curves):
         axes.set_ylim(*shown)
-    if scale == "step":
-        _mark(axes, present, theme)
 
 
-def _mark(axes: Axes, runs: list[RunRecord], theme: Theme) -> None:
+def _of_validation(runs: Sequence[RunRecord | None], theme: Theme, index: int) -> str:
+    """Return the colour of validation losses: a single run has no other use for the second one."""
+    return colour(theme, 1 if len(runs) == 1 else index)
+
+
+def _label_x(axes: Axes, scale: str) -> None:
+    axes.set_xlabel(AXES[scale])
+    if scale in FORMATS:
+        axes.xaxis.set_major_formatter(_ticks(FORMATS[scale]))
+
+
+def _mark(axes: Axes, runs: list[RunRecord], theme: Theme, scale: str = "step") -> None:
     """Draw restarts and phase transitions: lines through a single run's figure, ticks along that of several runs."""
-    axes.set_xlabel("step")
-    axes.set_xlim(0, 1.01 * max(run.train["step"][-1] for run in runs))
+    _label_x(axes, scale)
+    axes.set_xlim(0, 1.01 * max(run.train[scale][-1] for run in runs))
     for i, run in enumerate(runs):
         if len(runs) == 1:
-            for step in run.restarts:
-                axes.axvline(step, color=theme.ink, linestyle=":", linewidth=0.9, alpha=0.6, zorder=1)
-            for step in run.transitions:
-                axes.axvline(step, color=theme.ink, linestyle="-", linewidth=0.9, alpha=0.6, zorder=1)
+            for steps, line in ((run.restarts, ":"), (run.transitions, "-")):
+                for x in value_at(run.train, scale, steps):
+                    axes.axvline(x, color=theme.ink, linestyle=line, linewidth=0.9, alpha=0.6, zorder=1)
         else:
             axes.plot(
                 run.restarts,
@@ -195,7 +200,7 @@ def _legend(
             if len(runs) == 1
             else {"marker": "|", "markersize": 7, "markeredgewidth": 1.6, "linewidth": 0}
         )
-        entries.append(("restart", {"color": theme.ink, **sign}))
+        entries.append((RESTART, {"color": theme.ink, **sign}))
     if marks and len(runs) == 1 and runs[0].transitions:
         entries.append(("end of the warm start", {"color": theme.ink, "linewidth": 0.9}))
     if not entries:

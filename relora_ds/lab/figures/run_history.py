@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from relora_ds.config import METHODS, Recipe, method_of, read_recipe
 from relora_ds.training.metrics_log import read_json, read_metrics
@@ -25,7 +26,7 @@ class RunRecord:
         state, reason: of status.json; "unknown" where there is none.
         verdict: the sentence of summary.json; "" before the end.
         train: columns of the logged training steps, fp64, NaN for what was not finite.
-        evaluations: columns `step`, `val_loss`, and `tokens` and `total_bytes_wire` at that step.
+        evaluations: columns `step`, `val_loss`, `bits_per_byte`, and `tokens` and `total_bytes_wire` at that step.
         restarts: the steps after which there was one.
         transitions: the steps at which a phase took over from another one.
         trainable, total: parameters of the last phase.
@@ -70,9 +71,9 @@ def _read_run(directory: Path, name: str) -> RunRecord:
     if "train" not in lines:
         raise ValueError(f"{directory}: its metrics.jsonl has no training step; wait for the run's first logged one")
     train = {column: _column(lines["train"], column) for column in TRAIN_COLUMNS}
-    evaluations = {column: _column(lines.get("eval", []), column) for column in ("step", "val_loss")}
+    evaluations = {column: _column(lines.get("eval", []), column) for column in ("step", "val_loss", "bits_per_byte")}
     for column in ("tokens", "total_bytes_wire"):
-        evaluations[column] = np.interp(evaluations["step"], [0, *train["step"]], [0, *train[column]])
+        evaluations[column] = value_at(train, column, evaluations["step"])
     status, phases = read_json(directory / "status.json"), lines.get("phase", [{}])
     return RunRecord(
         name=name,
@@ -92,6 +93,11 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         total=phases[-1].get("total_parameters", 0),
         samples=[(s["prompt"], s["text"]) for s in lines.get("eval", [{}])[-1].get("samples", [])],
     )
+
+
+def value_at(train: dict[str, np.ndarray], column: str, steps: ArrayLike) -> np.ndarray:
+    """Return what a column of `RunRecord.train` that counts from 0 was at these steps."""
+    return np.interp(np.asarray(steps, dtype=np.float64), [0, *train["step"]], [0, *train[column]])
 
 
 def _column(lines: list[dict], key: str) -> np.ndarray:

@@ -12,7 +12,11 @@ def test_it_draws_runs_into_a_folder(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra .[plot]")
     runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
     assert main(["plot", *runs, "--out", str(tmp_path / "out")]) == 0
-    assert str(tmp_path / "out" / "index.html") in capsys.readouterr().out
+    *told, figures = capsys.readouterr().out.splitlines()
+    assert [line for line in told if not line.startswith("  ")] == [
+        f"{name}: relora, 200 steps, 12.80k tokens, done" for name in ("a", "b")
+    ]
+    assert figures.startswith(f"figures in {tmp_path / 'out'}: loss.png, ") and "index.html" in figures
     assert (tmp_path / "out" / "comparison.png").is_file()
 
 
@@ -40,11 +44,12 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_it_says_what_the_run_learned_and_what_to_install(tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("relora_ds.lab.figures")]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot", str(write_run(tmp_path / "r"))]) == 1
-    assert "pip install '.[plot]'" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "pip install '.[plot]'" in told.err and "The perplexity went from" in told.out

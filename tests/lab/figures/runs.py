@@ -43,7 +43,15 @@ def write_run(
             )
         )
         if step % 40 == 0:
-            lines.append(_line("eval", step, val_loss=loss + 0.2, samples=[{"prompt": "a <b>", "text": " & c"}]))
+            lines.append(
+                _line(
+                    "eval",
+                    step,
+                    val_loss=loss + 0.2,
+                    bits_per_byte=loss / 2,
+                    samples=[{"prompt": "a <b>", "text": " & c"}],
+                )
+            )
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "recipe.yaml").write_text(f"method: {method}\nmodel:\n  preset: tiny\n")
     (directory / "status.json").write_text(json.dumps({"state": state, "step": steps, "reason": reason}))

@@ -13,6 +13,7 @@ from relora_ds.lab.figures.panels import draw
 from relora_ds.lab.figures.run_figures import plot_runs
 from relora_ds.lab.figures.run_history import read_runs
 from relora_ds.lab.figures.style import DARK, LIGHT, limits, smoothed
+from relora_ds.training import run_contents
 from tests.lab.figures.runs import RESTARTS, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,11 +34,23 @@ def legend(figure) -> list[str]:
 def test_a_single_run_marks_its_restarts_and_its_switch(tmp_path):
     figures = draw(read_runs([write_run(tmp_path / "mine")]), LIGHT)
     assert list(figures) == ["loss", "learning_rate", "throughput", "traffic"]
-    for figure in figures.values():
-        assert vertical_lines(figure.axes[0]) == [*RESTARTS, 40]
+    for name, figure in figures.items():
+        unit = 64 if name == "loss" else 1
+        assert vertical_lines(figure.axes[0]) == [unit * step for step in (*RESTARTS, 40)]
         assert "mine" in figure.axes[0].get_title("left")
-        assert legend(figure)[-2:] == ["restart", "end of the warm start"]
-    assert legend(figures["loss"])[:2] == ["train", "validation"]
+        assert legend(figure)[-2:] == ["restart: s·B·A is merged into W", "end of the warm start"]
+
+
+def test_the_loss_of_a_single_run_is_over_tokens(tmp_path):
+    figure = draw(read_runs([write_run(tmp_path / "r")]), LIGHT)["loss"]
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "nats per token")
+    assert legend(figure)[:2] == ["training, smoothed", "validation"]
+    raw, training, validation = (line for line in axes.lines if len(line.get_xdata()) > 2)
+    assert validation.get_xdata().tolist() == [64 * step for step in (40, 80, 120, 160, 200)]
+    assert training.get_xdata()[-1] == raw.get_xdata()[-1] == 64 * 200
+    assert training.get_color() == LIGHT.runs[0] and validation.get_color() == LIGHT.runs[1]
+    assert axes.get_facecolor() == axes.figure.get_facecolor() == (1, 1, 1, 1)
 
 
 def test_the_first_steps_do_not_press_the_rest_to_the_bottom(tmp_path):
@@ -131,7 +144,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     runs = [write_run(tmp_path / "ours <i>"), write_run(tmp_path / "broken", state="failed", reason="a & b < c")]
-    page, *images = plot_runs(runs, tmp_path / "out" / "deep")
+    page, *images = plot_runs(read_runs(runs), tmp_path / "out" / "deep")
     assert page == tmp_path / "out" / "deep" / "index.html"
     assert (
         {image.name for image in images}
@@ -157,6 +170,17 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     ):
         assert words in parsed.text, words
     assert "prefers-color-scheme: dark" in text
+
+
+def test_figures_in_a_run_directory_are_a_part_of_the_run(tmp_path):
+    """So that it can be overwritten with them; what else lies there is somebody's."""
+    run = write_run(tmp_path / "r")
+    plot_runs(read_runs([run]), run / "plots")
+    assert run_contents.look(run).foreign == ()
+    (run / "plots" / "mine.png").touch()
+    assert run_contents.look(run).foreign == ("plots/mine.png",)
+    run_contents.delete(run)
+    assert [path.name for path in (run / "plots").iterdir()] == ["mine.png"]
 
 
 def test_drawing_loads_neither_torch_nor_deepspeed():
