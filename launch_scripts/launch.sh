@@ -107,7 +107,7 @@ PYTHON
     done
 }
 
-# launch_here RUN_DIR SCRIPT ARGUMENT...: run `ranks` ranks on this machine alone, and exit as the run did.
+# launch_here RUN_DIR SCRIPT ARGUMENT...: run `ranks` ranks on this machine alone, and return the run's exit code.
 launch_here() {
     local run_dir=$1
     shift
@@ -115,7 +115,8 @@ launch_here() {
         --master_port "${MASTER_PORT:-$(free_port)}" "$@"
 }
 
-# launch RUN_DIR ARGUMENT...: run Python with these arguments, a launcher's, to its end, and exit as the run did.
+# launch RUN_DIR ARGUMENT...: run Python with these arguments, a launcher's, to its end, and return the run's exit
+# code.
 launch() {
     local run_dir=$1 launcher started code=0 second
     shift
@@ -136,7 +137,7 @@ launch() {
     done
     code=$(exit_code "$run_dir" "$started" "$code")
     rm -f "$started"
-    exit "$code"
+    return "$code"
 }
 
 # exit_code RUN_DIR STARTED CODE: print the run's exit code, where it recorded one since the file STARTED was made, or

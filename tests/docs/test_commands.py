@@ -150,8 +150,10 @@ def test_every_command_runs(page, checkout, done):
             (checkout / "example.py").write_text(train + resume)
         if elsewhere(command) is None and command not in done:
             print(command)
-            run(smaller(command), checkout)
+            said = run(smaller(command), checkout)
             done.add(command)
+            if "quickstart.sh" in command:
+                assert "The perplexity went from" in said and (checkout / "runs/quickstart/plots/loss.png").is_file()
 
 
 @pytest.mark.slow
