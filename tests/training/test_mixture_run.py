@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from relora_ds.__main__ import main
+from relora_ds.data import file_hashes
 from relora_ds.training import preflight
 from relora_ds.training.hooks.console import opening
 from relora_ds.training.phases import phases_of
@@ -55,7 +56,8 @@ def test_the_loss_of_a_mixture_is_that_of_all_its_corpora_and_each_has_its_own(f
     assert evaluations[-1]["val_loss/seas"] == summary["val_loss/seas"]
 
 
-def test_a_run_says_what_it_reads_of_each_corpus(settings, capsys):
+def test_a_run_says_what_it_reads_of_each_corpus(settings, capsys, monkeypatch):
+    monkeypatch.setattr(file_hashes, "GRANULARITY_NS", -10_000_000_000)  # as if the files had lain here for long
     plan = preflight.check("tiny", settings)
     rows = [extent.sequences for extent in plan.extents]
     said = opening(plan, phases_of(plan.recipe), None)
