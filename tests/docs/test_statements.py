@@ -151,13 +151,22 @@ def test_islands_against_data_parallel():
 
 def test_other_methods():
     """As docs/results/training.md and docs/guides/methods.md tell of them."""
-    trained = {row.row.group: row for row in results.measured("tiny", "rivals")[2] if row.row.group}
-    assert [*trained] == ["SST"], "both pages say that no other one has been trained"
-    rows = [row for row in results.measured("tiny", "rivals")[2] if row.row.group == "SST"]
-    best = min(rows, key=lambda row: row.losses[0])
-    assert best not in (rows[0], rows[-1]), "the best learning rate is not known"
+    rows = [row for row in results.measured("tiny", "rivals")[2] if row.row.group]
+    best = {method: method_quality.measured(method) for method in method_quality.GROUPS}
+    best = {method: row for method, row in best.items() if row is not None}
+    assert {method: len(row.losses) for method, row in best.items()} == {"muon": 3, "fira": 3, "apollo": 3, "sst": 1}
+    for row in best.values():
+        swept = [other.row.value for other in rows if other.row.group == row.row.group]
+        assert swept[0] < row.row.value < swept[-1], "the best learning rate is not known"
+    full, page = tiny_runs.row("main", "full rank"), text_of("docs/results/training.md")
+    full_spread = statistics.stdev(full.losses)
+    gaps = {method: row.differences(full) for method, row in best.items()}
+    assert max(gaps["muon"]) < 0 and "with each of three seeds" in page
+    assert all(abs(statistics.mean(gaps[method])) < full_spread for method in ("fira", "apollo"))
     others = {row.row.name: row.losses[0] for row in results.measured("tiny", "islands")[2]}
-    assert abs(best.losses[0] - others["ReLoRA, r 16"]) < 0.005 < others["one-sided, r 16"] - best.losses[0]
+    assert (
+        abs(best["sst"].losses[0] - others["ReLoRA, r 16"]) < 0.005 < others["one-sided, r 16"] - best["sst"].losses[0]
+    )
 
 
 def test_published_perplexities_are_those_that_the_recipes_quote():
