@@ -67,7 +67,7 @@ def measured(method: str) -> Measured | None:
     swept = [row for row in rows if row.row.group == group]
     if len(swept) < sum(row.group == group for row in suite.rows):
         return None
-    return min(swept, key=lambda row: row.losses[0])
+    return suite_report.best_of(swept)
 
 
 def markdown() -> str:

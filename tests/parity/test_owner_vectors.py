@@ -13,7 +13,8 @@ from relora_ds.matrix.apollo_update import Apollo
 from relora_ds.matrix.fira_update import Fira
 from relora_ds.matrix.scale_update import Scale
 from relora_ds.matrix.sst_update import SST
-from tests.parity.cases import ds_settings, release
+from tests.parity.cases import release
+from tests.parity.given import engine_of
 from tests.ranks import ranks
 from tests.vectors import vectors
 
@@ -40,17 +41,8 @@ class Linear(nn.Module):
 def trained(rule, weight, steps, *, stage, accumulation, lr, weight_decay=0.0, projections=(), sampled=None):
     """W after each step. steps: `(kind, x, y)` each, with the rows of all micro-batches of all ranks."""
     model = relora_ds.wrap(Linear(weight), ReLoRAConfig(trains="none", target_modules=["linear"]))
-    engine, *_ = relora_ds.initialize(
-        model,
-        ds_settings(stage, "fp32"),
-        lr=lr,
-        weight_decay=weight_decay,
-        total_steps=len(steps),
-        min_lr_ratio=1.0,
-        precision="fp32",
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.0,
-        matrix_optimizer=rule,
+    engine = engine_of(
+        model, stage=stage, accumulation=accumulation, lr=lr, weight_decay=weight_decay, matrix_optimizer=rule
     )
     weights, given = [], iter(projections)
     with pytest.MonkeyPatch.context() as patch:

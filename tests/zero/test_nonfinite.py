@@ -46,15 +46,19 @@ def spoiled_step(engine, factor: float) -> None:
         engine.step()
 
 
+def changed_by_a_spoiled_step(engine, factor: float) -> list[str]:
+    before = everything(engine)
+    spoiled_step(engine, factor)
+    after = everything(engine)
+    return [what for what in before if before[what] != after[what]]
+
+
 def train(spoil: float | None, **how) -> dict:
     engine = cases.build(relora=cases.relora_config(restart_every=EVERY, restart_warmup_steps=2), **how)
     losses = [cases.train_step(engine, step) for step in range(GOOD_BEFORE)]
     result = {}
     if spoil is not None:
-        before = everything(engine)
-        spoiled_step(engine, spoil)
-        after = everything(engine)
-        result["changed"] = [what for what in before if before[what] != after[what]]
+        result["changed"] = changed_by_a_spoiled_step(engine, spoil)
         result["counted"] = (engine.was_step_applied(), engine.t, engine.skipped_steps, engine.global_steps)
     losses += [cases.train_step(engine, step) for step in range(GOOD_BEFORE, STEPS)]
     result.update(losses=losses, restarts=list(engine.restarts), end=everything(engine))
@@ -109,10 +113,7 @@ def of_another_network(make, stage, precision, spoil) -> dict:
     losses = [cases.train_step(engine, step) for step in range(GOOD_BEFORE)]
     result = {}
     if spoil is not None:
-        before = everything(engine)
-        spoiled_step(engine, spoil)
-        after = everything(engine)
-        result["changed"] = [what for what in before if before[what] != after[what]]
+        result["changed"] = changed_by_a_spoiled_step(engine, spoil)
     losses += [cases.train_step(engine, step) for step in range(GOOD_BEFORE, STEPS)]
     result.update(losses=losses, end=everything(engine), applied=engine.t)
     cases.release(engine)

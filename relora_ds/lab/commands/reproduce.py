@@ -120,7 +120,7 @@ def _chosen(suite, names: list[str] | None) -> list:
 
 
 def _runs(suites: list, arguments: argparse.Namespace, results, overrides: list[str]) -> tuple[dict[str, list], int]:
-    """Return each suite's runs as far as they are known, and how many will follow; `--seeds` fixes their number."""
+    """Return each suite's runs as far as they are known, and how many may follow; `--seeds` fixes their number."""
     from relora_ds.lab.experiments.seeds import first_runs, runs_of_best
 
     runs, later = {}, 0
@@ -140,7 +140,7 @@ def _each_once(runs: dict[str, list]) -> list:
 
 
 def _costs(lines: list, jobs: int, later: int) -> list[str]:
-    """Return the budget as a table. later: runs that are known when others have ended."""
+    """Return the budget as a table. later: how many runs may follow when these have ended."""
     table = [["rows", "runs", "done", "tokens", "left", "tokens/s", "hours"]]
     for line in lines:
         rows = line.rows[0] if len(line.rows) == 1 else f"{line.rows[0]} and {len(line.rows) - 1} like it"
@@ -161,7 +161,7 @@ def _costs(lines: list, jobs: int, later: int) -> list[str]:
     at_a_time = "" if jobs == 1 else f", {jobs} at a time"
     told = [f"{sum(line.runs for line in lines)} runs{at_a_time}: {about}, evaluations and checkpoints not counted"]
     if later:
-        told.append(f"{later} runs more, not counted: further seeds of the best row of each sweep")
+        told.append(f"up to {later} runs more, not counted: further seeds of the best row of each sweep")
     return [*rows_as_text(table), *told]
 
 

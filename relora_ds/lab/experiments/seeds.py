@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from relora_ds.lab.experiments.runs import Results, Run
+from relora_ds.lab.experiments.suite_report import best_of, measured
 from relora_ds.lab.experiments.suites import Row, Suite
 
 
@@ -14,26 +15,19 @@ def first_runs(suite: Suite, rows: Sequence[Row], overrides: Sequence[str] = (),
 def runs_of_best(
     suite: Suite, rows: Sequence[Row], results: Results, overrides: Sequence[str] = ()
 ) -> tuple[list[Run], int]:
-    """Return the further runs of `rows` that are known so far, and how many will be known when all rows have ended.
+    """Return the further runs of `rows` that are known so far, and how many more there may be when all rows have ended.
 
     A suite with `seeds_of_best` trains so many seeds of the best row of every sweep's group, and of every row outside
     of sweeps. Which row is best is decided by the suite's first seeds of the whole group.
     """
     more = range(suite.seeds, suite.seeds_of_best or suite.seeds)
-    groups = dict.fromkeys((row.axis, row.group) for row in rows if row.axis)
-    chosen = [row for row in rows if row.axis is None]
-    unknown = 0
-    for axis, group in groups:
+    chosen, unknown = [row for row in rows if row.axis is None], 0
+    for axis, group in dict.fromkeys((row.axis, row.group) for row in rows if row.axis):
         swept = [row for row in suite.rows if (row.axis, row.group) == (axis, group)]
-        losses = [_loss(suite, row, results, overrides) for row in swept]
-        if None in losses:
+        runs = first_runs(suite, swept, overrides)
+        left = [run for run in runs if results.read(run) is None]
+        if not left:
+            chosen += [row for row in rows if row is best_of(measured(suite, runs, results)).row]
+        elif all(run.row in rows for run in left):
             unknown += len(more)
-        elif (best := swept[losses.index(min(losses))]) in rows:  # type: ignore[type-var]
-            chosen.append(best)
     return [Run.of(row, seed, overrides) for seed in more for row in chosen], unknown
-
-
-def _loss(suite: Suite, row: Row, results: Results, overrides: Sequence[str]) -> float | None:
-    """Return the mean validation loss over the suite's first seeds, or None where one of them has not ended."""
-    found = [results.read(run) for run in first_runs(suite, [row], overrides)]
-    return None if None in found else sum(one["val_loss"] for one in found if one) / len(found)

@@ -46,6 +46,12 @@ def measured(suite: Suite, runs: Sequence[Run], results: Results) -> list[Measur
     return found
 
 
+def best_of(rows: Sequence[Measured]) -> Measured:
+    """Return the row with the lowest loss, over the seeds that all of them have."""
+    seeds = set.intersection(*({one["seed"] for one in row.results} for row in rows))
+    return min(rows, key=lambda row: sum(one["val_loss"] for one in row.results if one["seed"] in seeds))
+
+
 def write(
     suite: Suite, runs: Sequence[Run], results: Results, directory_of: Callable[[Run], Path], with_figures: bool
 ) -> list[Path]:
@@ -188,7 +194,7 @@ def _best(rows: list[Measured]) -> list[str]:
             swept = [row for row in rows if row.row.axis == axis and row.row.group == group]
             if len(swept) == 1:
                 continue
-            best = min(swept, key=lambda row: row.mean)
+            best = best_of(swept)
             at_edge = best.row.value in (swept[0].row.value, swept[-1].row.value)
             found.append(
                 f"{group} {best.row.value:g} ({best.mean:.4f}" + (", the edge of what was tried)" if at_edge else ")")
