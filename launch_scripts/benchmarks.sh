@@ -37,9 +37,10 @@ OMP_NUM_THREADS=1 bench layer --compare products --r-part 16 4 --rows 4096 --rep
 OMP_NUM_THREADS=1 bench throughput --preset llama_60m --vocab-size 2048 --r 128 --micro-batch-size 6 --repeats 3 \
   --variants "PEFT, same modules train" "ours, separate" "ours, folded" "ours, one-sided, separate" \
   "ours, one-sided, folded" --out $out/step_60m_products.json
-methods=("ours, dense" "ours, one-sided, residual" SwitchLoRA CoLA CR-Net Fira APOLLO APOLLO-Mini SCALE Muon SST)
+methods=("ours, dense" "ours, one-sided, residual" SwitchLoRA CoLA CR-Net Fira APOLLO APOLLO-Mini SCALE Muon SST CoLA-M
+  "CR-Net, inverted")
 OMP_NUM_THREADS=1 bench throughput --preset llama_60m --vocab-size 2048 --r 128 --micro-batch-size 6 --repeats 5 \
-  --variants "${methods[@]}" CoLA-M "CR-Net, inverted" --out $out/methods_60m.json
+  --variants "${methods[@]}" --out $out/methods_60m.json
 mkdir -p $out/widths
 for network in "512 llama_60m 128 32" "1024 medium_4 256 64" "2048 wide_2 512 128"; do
   read -r width preset ranks <<<"$network"

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,15 @@ VARIANTS = {
     "SCALE": ("method=scale",),
     "Muon": ("method=muon", "muon.precision=bf16"),  # as the shipped recipes
     "SST": ("method=sst",),
+}
+# name -> what of its Spec is said by the name
+COMPARED: dict[str, dict[str, Any]] = {
+    **{name: {"variant": name} for name in VARIANTS},
+    "full rank, compiled": {"variant": FULL, "compile": True},
+    "ours, compiled": {"variant": "ours, dense", "compile": True},
+    "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"},
+    "CoLA-M": {"variant": "CoLA", "checkpointing": "low_rank"},
+    "CR-Net, inverted": {"variant": "CR-Net", "checkpointing": "inverted"},
 }
 
 # Of PEFT's, which of ours trains the same.

@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 
-from relora_ds.lab.bench.baselines import FULL, Spec
+from relora_ds.lab.bench.baselines import COMPARED, FULL, Spec
 from relora_ds.lab.bench.gpu_report import label, markdown, suspicious  # noqa: F401 (markdown: of every benchmark)
-from relora_ds.lab.bench.throughput import COMPARED
 from relora_ds.lab.bench.watched import Process
 from relora_ds.lowrank.formats import format_named
 from relora_ds.models import compilation

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from relora_ds.config.schema import ACTIVATION_CHECKPOINTING
-from relora_ds.lab.bench.baselines import FULL, VARIANTS, Spec, build, require, step
+from relora_ds.lab.bench.baselines import COMPARED, FULL, VARIANTS, Spec, build, require, step
 from relora_ds.lab.bench.environment import rows_as_markdown
 
 # glibc: every allocation of 64 kB or more is mapped, and unmapped when it is freed.
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=VARIANTS,
+        choices=COMPARED,
         default=list(VARIANTS),
         metavar="NAME",
-        help=f"of {', '.join(map(repr, VARIANTS))} (default: all)",
+        help=f"of {', '.join(map(repr, COMPARED))} (default: those that name neither a compiler nor a checkpointing)",
     )
     parser.add_argument(
         "--checkpointing",
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ACTIVATION_CHECKPOINTING,
         default=["none", "full"],
         metavar="MODE",
-        help=f"of {', '.join(ACTIVATION_CHECKPOINTING)} (default: none full)",
+        help=f"of {', '.join(ACTIVATION_CHECKPOINTING)}, where a variant does not name its own (default: none full)",
     )
 
 
@@ -86,24 +86,23 @@ def run(arguments: argparse.Namespace) -> dict:
         for name in ("preset", "r", "vocab_size", "micro_batch_size", "seq_len", "precision", "threads")
     }
     shared["precision"] = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    specs = [
-        Spec(variant=variant, checkpointing=checkpointing, **shared)
+    # A variant that names its own checkpointing is the same in every round, and measured once.
+    names = {
+        Spec(**{"checkpointing": checkpointing, **COMPARED[name], **shared}): name
         for checkpointing in arguments.checkpointing
-        for variant in arguments.variants
-    ]
-    require(specs)
+        for name in arguments.variants
+    }
+    require(names)
     rows = []
-    for spec in specs:
-        rows.append(
-            {"variant": spec.variant, "checkpointing": spec.checkpointing, **_in_a_process(spec, arguments.device)}
-        )
+    for spec, name in names.items():
+        rows.append({"variant": name, "checkpointing": spec.checkpointing, **_in_a_process(spec, arguments.device)})
         said = rows[-1].get("error") or f"{rows[-1]['peak_bytes'] / 1e9:.2f} GB"
-        print(f"{spec.variant}, checkpointing {spec.checkpointing}: {said}", file=sys.stderr, flush=True)
+        print(f"{name}, checkpointing {spec.checkpointing}: {said}", file=sys.stderr, flush=True)
     return {**shared, "device": arguments.device, "stage": 1, "rows": rows}
 
 
 def markdown(result: dict) -> str:
-    """Return the table; ratios are to full rank with the same checkpointing."""
+    """Return the table; ratios are to full rank with the same checkpointing, or without where it has no such."""
     full = {row["checkpointing"]: row.get("peak_bytes") for row in result["rows"] if row["variant"] == FULL}
     on_gpu = result["device"] == "cuda"
     rows = [
@@ -122,7 +121,7 @@ def markdown(result: dict) -> str:
         if "error" in row:
             rows.append([row["variant"], row["checkpointing"], "failed", *[""] * (len(rows[0]) - 3)])
             continue
-        base = full.get(row["checkpointing"])
+        base = full.get(row["checkpointing"], full.get("none"))
         rows.append(
             [
                 row["variant"],

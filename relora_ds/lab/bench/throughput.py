@@ -19,15 +19,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from relora_ds.lab.bench.baselines import (
+    COMPARED,
     FULL,
-    VARIANTS,
     Seconds,
     Spec,
     build,
@@ -41,16 +40,7 @@ from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lab.bench.launch_local import launch_local
 from relora_ds.lowrank.formats import DTYPES
 
-# name -> what of its Spec differs
 UNLIKE_FULL_RANK = ("compile", "checkpointing")  # a ceiling says nothing of those that also differ in these
-COMPARED: dict[str, dict[str, Any]] = {
-    **{name: {"variant": name} for name in VARIANTS},
-    "full rank, compiled": {"variant": FULL, "compile": True},
-    "ours, compiled": {"variant": "ours, dense", "compile": True},
-    "ours, recomputed": {"variant": "ours, dense", "checkpointing": "full"},
-    "CoLA-M": {"variant": "CoLA", "checkpointing": "low_rank"},
-    "CR-Net, inverted": {"variant": "CR-Net", "checkpointing": "inverted"},
-}
 SHARED = ("preset", "r", "vocab_size", "seq_len", "precision", "stage")  # of all Specs
 WARM_STEPS = 2
 STEPS_AT_A_TIME = {"cuda": 5, "cpu": 1}

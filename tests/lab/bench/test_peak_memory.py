@@ -62,12 +62,14 @@ def test_the_table_compares_with_full_rank_under_the_same_checkpointing():
             row("ours, nf4", "none", 10**9, 10**9),
             row("full rank", "full", 2 * 10**9),
             row("ours, nf4", "full", 10**9),
+            row("CoLA-M", "low_rank", 10**9),  # which full rank does not have
         ],
     }
-    lines = [line for line in peak_memory.markdown(result).splitlines() if line.startswith("| ours")]
+    lines = [line for line in peak_memory.markdown(result).splitlines() if line.startswith(("| ours", "| CoLA"))]
     assert lines == [
         "| ours, nf4 | none | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 25 % | 1.00 GB |",
         "| ours, nf4 | full | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 50 % | – |",
+        "| CoLA-M | low_rank | 1.0M | 0.50 GB | 1.00 GB | 2.00 GB | 25 % | – |",
     ]
 
 
@@ -117,6 +119,21 @@ def test_an_option_for_a_device_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device: PyTorch sees no CUDA device here; use --device cpu"):
         peak_memory.run(arguments("--device", "cuda"))
+
+
+def test_a_variant_that_names_its_checkpointing_is_measured_once(monkeypatch):
+    good = {"trainable": 1e6, "kept_bytes": 1e9, "peak_bytes": 2e9, "reserved_bytes": 0, "host_bytes": 0}
+    monkeypatch.setattr(peak_memory, "_in_a_process", lambda spec, device: good)
+    result = peak_memory.run(
+        arguments("--device", "cpu", "--preset", "tiny", "--r", "8", "--variants", "full rank", "CoLA", "CoLA-M")
+    )
+    assert [(row["variant"], row["checkpointing"]) for row in result["rows"]] == [
+        ("full rank", "none"),
+        ("CoLA", "none"),
+        ("CoLA-M", "low_rank"),
+        ("full rank", "full"),
+        ("CoLA", "full"),
+    ]
 
 
 def test_a_process_that_dies_is_a_row_with_its_last_line_and_the_others_are_measured(monkeypatch):
