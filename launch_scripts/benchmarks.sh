@@ -61,6 +61,8 @@ bench memory --preset llama_130m --r 192 --threads 1 --variants "${chains[@]}" -
 bench memory --preset llama_350m --r 256 --threads 1 --variants "${chains[@]}" --out $out/memory_chains_350m.json
 bench memory --preset llama_130m --r 192 --threads 1 --checkpointing none --variants "full rank" "${methods[@]}" \
   --out $out/memory_methods.json
+bench memory --preset llama_130m --r 192 --threads 1 --micro-batch-size 8 --checkpointing none --variants "full rank" \
+  CoLA CoLA-M CR-Net "CR-Net, inverted" --out $out/memory_recomputed.json
 
 bench host-memory --vocab-size 54000 --out $out/host_memory_168m.json
 bench host-memory --preset llama_350m --out $out/host_memory_350m.json
