@@ -19,8 +19,8 @@ from relora_ds.lab.experiments.suites import Row
 from relora_ds.training.metrics_log import read_metrics
 from relora_ds.utils.files import write_text
 
-# Of a recipe: what says how a run is watched, not what it computes; and what its name says anyway.
-_ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "seed")
+# Of a recipe: what says how a run is watched and how fast it is, not what it computes; and what its name says anyway.
+_ELSEWHERE = ("run_dir", "resume", "overwrite", "eval", "log", "checkpoint", "guard", "compile", "seed")
 NUM_POINTS = 100  # of a training curve
 
 

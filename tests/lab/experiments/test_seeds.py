@@ -9,7 +9,7 @@ from relora_ds.lab.experiments.suites import read_suite
 from tests.lab.experiments.test_reproduce import Pretended
 
 SUITE = read_suite("rivals", "tiny")
-SWEPT = [row for row in SUITE.rows if row.group == "SwitchLoRA"]
+SWEPT = [row for row in SUITE.rows if row.group == "CoLA"]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_reproduce_trains_them_after_the_others(options, monkeypatch, tmp_path, 
     pretended = Pretended(tmp_path / "runs")
     monkeypatch.setattr(runner, "Runner", lambda *_: pretended)
     monkeypatch.setattr(budget, "trial", lambda _: lambda _: 1000.0)
-    words = ["reproduce", "rivals", "--rows", "full rank", "SwitchLoRA", "--runs", str(tmp_path / "runs"), *options]
+    words = ["reproduce", "rivals", "--rows", "full rank", "CoLA", "--runs", str(tmp_path / "runs"), *options]
     assert main(words) == 0
     first = [("full rank", 0), *((row.name, 0) for row in SWEPT)]
     best = min(first[1:], key=lambda one: len(one[0]))[0]  # by the losses that Pretended leaves

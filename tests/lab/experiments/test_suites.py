@@ -93,7 +93,8 @@ def test_the_ablation_switches_one_part_on_at_a_time():
 def test_a_run_is_known_by_what_it_computes():
     row = next(row for row in read_suite("main", "tiny").rows if row.name == "ReLoRA")
     name = Run.of(row, 0).name
-    assert Run.of(row, 0, ["log.every=3", "checkpoint.every=7", "run_dir=/elsewhere", "eval.every=50"]).name == name
+    watched = ["log.every=3", "checkpoint.every=7", "run_dir=/elsewhere", "eval.every=50", "compile=true"]
+    assert Run.of(row, 0, watched).name == name
     assert Run.of(row, 1).name == name.replace("-seed0", "-seed1")
     others = [
         Run.of(row, 0, [change]).name
