@@ -17,8 +17,8 @@ class TrainLoader:
 
     The global order of the rows (see `order`) does not depend on the world size or on `micro_batch_size`, so a run
     gives the same batches on any number of ranks. The state is how many rows all ranks have taken together; a batch may
-    straddle two epochs. Of several islands each takes every n-th row of that order; the state counts the rows of all,
-    so that a run can continue with another number of islands.
+    straddle two epochs. Of several islands each takes every n-th row of that order, of a mixture every n-th of a step's
+    rows in a random order; the state counts the rows of all, so that a run can continue with another number of islands.
 
     tokens             1-D integer array, or with `weights` one for each corpus of a mixture
     batch_sequences    rows per optimizer step, over all ranks and micro-batches
@@ -72,7 +72,7 @@ class TrainLoader:
             if weights is None
             else MixedOrder(self.num_sequences, weights, seed)
         )
-        self._counts_tokens = layout is not None
+        self._counts_tokens, self._seed = layout is not None, seed
         self.batch_sequences = batch_sequences
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -87,8 +87,7 @@ class TrainLoader:
         micro-batches and ranks is then the mean over tokens, for every world and micro-batch size; the models' own mean
         over a micro-batch would give the tokens of short documents more weight, by how they happen to be grouped.
         """
-        size = self.batch_sequences * self.islands
-        batch = self.order.take(size)[self.island :: self.islands]
+        batch = self._rows_of_islands()[self.island :: self.islands]
         # [accumulation, world, micro]: a micro-step takes neighbours in the global order.
         mine = batch.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         micro_batches = [self.rows.batch(indices) for indices in mine]
@@ -98,6 +97,14 @@ class TrainLoader:
             for micro_batch in micro_batches:
                 micro_batch["num_items_in_batch"] = torch.tensor(share, dtype=torch.float32)
         return micro_batches
+
+    def _rows_of_islands(self) -> np.ndarray:
+        """Return the rows that all islands take in one step; of n islands each takes every n-th."""
+        before, rows = self.order.taken, self.order.take(self.batch_sequences * self.islands)
+        if self.islands == 1 or isinstance(self.order, ShuffledOrder):
+            return rows
+        # Corpora take turns in a fixed rhythm: every n-th row could be of the same ones for the whole run.
+        return np.random.default_rng([self._seed, before]).permutation(rows)
 
     def skip(self, steps: int) -> None:
         """Leave the rows of so many steps out."""

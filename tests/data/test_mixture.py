@@ -101,6 +101,19 @@ def test_batches_do_not_depend_on_the_world_size(data):
     assert (np.sort(one) == np.sort(two)).all()
 
 
+def test_islands_share_every_corpus():
+    """Corpora of the same weight alternate, so that every second row is always of the same one."""
+    corpora = [np.full(6400, number, dtype=np.uint16) for number in range(2)]
+    islands = [
+        TrainLoader(corpora, 32, 8, 8, 0, 1, seed=5, island=island, islands=2, weights=[0.5, 0.5])
+        for island in range(2)
+    ]
+    of_each = np.array([[island.next_step()[0]["input_ids"][:, 0].numpy() for _ in range(100)] for island in islands])
+    assert (of_each.sum((0, 2)) == 8).all(), "of all islands together half of each step"
+    assert (np.abs(of_each.mean((1, 2)) - 0.5) < 0.1).all()
+    assert islands[0].state_dict() == islands[1].state_dict() == {"taken": [800, 800]}
+
+
 @pytest.mark.parametrize("layout", [None, Masking(0), Padding(0, 1)])
 def test_rows_of_several_corpora_come_in_the_order_that_is_asked_for(layout):
     corpora = [training_rows(np.arange(n, n + 60) % 7, 5, layout) for n in (0, 3, 5)]
