@@ -152,11 +152,17 @@ def _require_one_vocabulary(parts: list[Part], trust_remote_code: bool) -> None:
     if len(places) == 1:
         return
     vocabularies = {place: tokenizer.load(place, trust_remote_code).get_vocab() for place in places}
+    first = parts[0].data
     for index, part in enumerate(parts):
-        if vocabularies[part.data.tokenizer_dir] != vocabularies[parts[0].data.tokenizer_dir]:
+        differs = None
+        if vocabularies[part.data.tokenizer_dir] != vocabularies[first.tokenizer_dir]:
+            differs = "is in another vocabulary than"
+        elif part.data.eos_id != first.eos_id:  # as of a base model and one that was tuned to chat
+            differs = f"ends documents with the id {part.data.eos_id}, and not {first.eos_id} as"
+        if differs is not None:
             raise ValueError(
-                f"data.mix[{index}].path: {str(part.data.directory)!r} is in another vocabulary than "
-                f"{parts[0].name}; prepare all corpora of a mixture with the same data.tokenizer"
+                f"data.mix[{index}].path: {str(part.data.directory)!r} {differs} {parts[0].name}; prepare all corpora "
+                "of a mixture with the same data.tokenizer"
             )
 
 

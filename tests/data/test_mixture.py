@@ -127,7 +127,7 @@ def test_rows_of_several_corpora_come_in_the_order_that_is_asked_for(layout):
 
 
 def test_pretokenized_corpora_of_one_vocabulary_are_mixed_and_of_two_refused(data, tmp_path):
-    from relora_ds.data.pretokenized import write
+    from relora_ds.data.pretokenized import read_metadata, write, write_metadata
 
     prepared = prepare(data)
     tokenizer = tokenizers.load(prepared.tokenizer_dir)
@@ -139,6 +139,15 @@ def test_pretokenized_corpora_of_one_vocabulary_are_mixed_and_of_two_refused(dat
     ]
     copied = prepare(dataclasses.replace(data, mix=mix))
     assert copied.fingerprint == prepared.fingerprint and copied.vocab_size == prepared.vocab_size
+
+    ends_otherwise = tmp_path / "out" / mix[2].label  # as of a base model and of one that was tuned to chat
+    metadata = read_metadata(ends_otherwise)
+    write_metadata(ends_otherwise, {**metadata, "eos_id": 1})
+    with pytest.raises(
+        ValueError, match=r"^data\.mix\[2\]\.path: .* ends documents with the id 1, and not 2 as hills;"
+    ):
+        prepare(dataclasses.replace(data, mix=mix))
+    write_metadata(ends_otherwise, metadata)
 
     other = prepare(settings(tmp_path / "cache", source="text", path=data.mix[0].path, vocab_size=330))
     write(other.directory, tokenizers.load(other.tokenizer_dir), tmp_path / "out" / "other")
