@@ -122,7 +122,7 @@ def prepare_corpus(data: DataConfig, trust_remote_code: bool = False) -> Prepare
     if len(train) < data.seq_len and data.packing:
         raise ValueError(
             f"data.seq_len: {data.seq_len} is more than the {len(train)} training tokens of "
-            f"{data.source!r} ({metadata['validation_tokens']} are held out); shorten it or use a larger "
+            f"{data.path or data.source!r} ({metadata['validation_tokens']} are held out); shorten it or use a larger "
             f"corpus"
         )
     return PreparedData(
