@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 NUM_HASHES = 128
+MOST_OF_INDEX = 0.98  # that an index of so many hashes can be made for; what it finds is compared in any case
 WORDS = 5  # of a shingle, as in the deduplication of most corpora for pre-training
 
 
@@ -34,7 +35,7 @@ def without_copies(train: Documents, held_out: Documents, threshold: float) -> t
     """
     from datasketch import MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=NUM_HASHES)
+    index = MinHashLSH(threshold=min(threshold, MOST_OF_INDEX), num_perm=NUM_HASHES)
     hashes: list[MinHash] = []
     dropped: set[int] = set()
     for _, minhash in _hashed(held_out):

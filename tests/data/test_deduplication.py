@@ -38,6 +38,12 @@ def test_documents_that_share_less_stay():
     assert list(kept) == [train[0], *train[3:]]
 
 
+def test_a_threshold_near_one_leaves_out_what_is_the_same():
+    train = [text(0), altered(text(0), 100), text(0).upper()]
+    kept, dropped = without_copies(in_memory(train), in_memory([text(1)]), 0.999)
+    assert dropped == 1 and list(kept) == train[:2]
+
+
 def test_the_first_of_several_copies_stays_and_places_do_not_move():
     train, held_out = hold_out(in_memory([text(n // 2) for n in range(80)]), 0.1)
     kept, dropped = without_copies(train, held_out, 0.8)
