@@ -185,7 +185,7 @@ class Trainer:
         plan = self.run.plan
         init_distributed()
         self.run.emit(Hook.on_start)
-        require_same_tokens(plan.data.fingerprint)  # so every rank has looked at the directory and is here
+        require_same_tokens(plan.data.fingerprint, plan.data.sets)  # so every rank has looked at the directory
         self.directory.claim()
         self.uploads.claim(self.run)
         checkpoint = self.uploads.find(self.run)

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from relora_ds.config import RecipeError
 from relora_ds.data import prepare
 from relora_ds.data.check_same_data import require_same_tokens
+from relora_ds.data.preparation import NamedTokens
 from tests.data.settings import settings, write_text
 from tests.ranks import ranks
 
@@ -30,6 +32,26 @@ def test_the_same_data_pass_and_other_data_are_named_on_every_rank():
     assert first == second
     for words in ("(rank 0): " + "a" * 16, "(rank 1): " + "b" * 16, "data.source=pretokenized", "prepare"):
         assert words in first
+
+
+def compare_sets(sets: list[np.ndarray]) -> str:
+    """On a rank: what is raised where the training data are the same."""
+    import torch.distributed as dist
+
+    try:
+        require_same_tokens("a" * 64, [NamedTokens("more", sets[dist.get_rank()])])
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+def test_hosts_with_other_validation_sets_are_refused():
+    """Each rank evaluates a part: their losses would be added up as if they were of one text."""
+    one, other = np.arange(9, dtype=np.uint16), np.arange(1, 10, dtype=np.uint16)
+    assert ranks(2).run(compare_sets, [one, one.copy()]) == ["", ""]
+    first, second = ranks(2).run(compare_sets, [one, other])
+    assert first == second and "data.validation_sets: the ranks have tokenized different texts" in first
+    assert "(rank 0): " in first and "data.source" not in first
 
 
 def test_the_fingerprint_is_that_of_the_tokens(tmp_path):
