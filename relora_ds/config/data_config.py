@@ -138,6 +138,9 @@ def _stem(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(path).name.split(".")[0])
 
 
-def of_part(message: str, index: int) -> str:
-    """Return a message about `DataConfig.parts()[index]` of a mixture, with the keys as the recipe has them."""
-    return re.sub(rf"\bdata\.({'|'.join(OF_A_CORPUS)})\b", rf"data.mix[{index}].\1", message)
+def of_part(message: str, index: int, field: str = "mix") -> str:
+    """Return a message about `DataConfig.parts()[index]` of a mixture, with the keys as the recipe has them.
+
+    field: the list that the item is in: mix or validation_sets.
+    """
+    return re.sub(rf"\bdata\.({'|'.join(OF_A_CORPUS)})\b", rf"data.{field}[{index}].\1", message)

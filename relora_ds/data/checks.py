@@ -20,6 +20,8 @@ def problems(data: DataConfig) -> list[str]:
     if found := [*data_values.problems(data), *paths.missing_data(data)]:
         return found
     found += of_each_corpus(data, _file_problems)
+    for index, one in enumerate(data.validation_sets or ()):
+        found += _error_of(localfiles.find, one.path, f"data.validation_sets[{index}].path")
     if any(part.source != "pretokenized" for part in data.parts()):
         found += _tokenizer_problems(data)
     if data.deduplicate is not None and (reason := deduplication.missing_package()):

@@ -15,7 +15,8 @@ from relora_ds.config.data_config import of_part
 from relora_ds.data import checks, corpora, tokenizer
 from relora_ds.data.cache import cache_root, ensure_directory
 from relora_ds.data.preparation import Extent, Part, PreparedData, known_extent, prepare_corpus
-from relora_ds.data.validation_sets import prepare_sets
+from relora_ds.data.trained_validation import warn_of_trained
+from relora_ds.data.validation_sets import files_of_sets, prepare_sets
 
 if TYPE_CHECKING:
     from relora_ds.config import DataConfig
@@ -38,7 +39,9 @@ def prepare(data: DataConfig, seed: int = 0, trust_remote_code: bool = False) ->
     del seed
     if found := checks.problems(data):
         raise ValueError("\n".join(found))
+    files_of_sets(data)  # what is wrong with them is said before a corpus is tokenized
     prepared = prepare_corpus(data, trust_remote_code) if data.mix is None else _mixture(data, trust_remote_code)
+    warn_of_trained(data)
     if not data.validation_sets:
         return prepared
     given = tokenizer.load(prepared.tokenizer_dir, trust_remote_code)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from relora_ds.config.data_config import MixSource, ValidationSet
 from relora_ds.data import TrainLoader, documents, mixture, preparation, prepare
 from relora_ds.data import tokenizer as tokenizers
+from relora_ds.data.reading import DataWarning
 from relora_ds.data.rows import Masking, MixedRows, Padding, training_rows
 from tests.data.settings import settings, write_text
 
@@ -194,3 +196,47 @@ def test_validation_sets_have_the_documents_of_their_files(data, tmp_path):
         ValueError, match=r"^data\.validation_sets\[0\]\.path: '.*blank.txt' holds no text; name another"
     ):
         prepare(dataclasses.replace(data, validation_sets=[blank]))
+
+
+def test_mistakes_in_validation_sets_are_found_before_a_corpus_is_tokenized(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "_mixture", None)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "more.jsonl").write_text('{"body": "some text"}\n')
+    for path, message in (
+        ("none", r"^data\.validation_sets\[1\]\.path: directory '.*none' holds no "),
+        ("more.jsonl", r"^data\.validation_sets\[1\]\.text_column: 'text' is not in '.*more.jsonl'"),
+    ):
+        sets = [ValidationSet(path=data.mix[0].path, name="first"), ValidationSet(path=str(tmp_path / path))]
+        with pytest.raises(ValueError, match=message):
+            prepare(dataclasses.replace(data, validation_sets=sets))
+
+
+def test_validation_text_that_is_trained_on_by_another_key_is_named(data, tmp_path):
+    """As of a directory in which one file was meant to be kept apart, and of a part that is given more weight."""
+    hills, seas, woods = data.mix
+    kept, one_file = tmp_path / "kept.txt", tmp_path / "hills" / "03.txt"
+    write_text(kept, 20, "lake")
+    sets = [ValidationSet(path=str(kept)), ValidationSet(path=str(one_file), name="one")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prepare(dataclasses.replace(data, mix=[hills, dataclasses.replace(hills, name="again", weight=0.5)]))
+    assert not [str(one.message) for one in said], "the same documents are held out"
+    for changes, message in (
+        ({"validation_sets": sets}, r"^data\.validation_sets\[1\]\.path: the run also trains on .*/hills/03\.txt; its"),
+        (
+            {
+                "mix": [
+                    dataclasses.replace(seas, weight=0.8, validation=str(one_file)),
+                    dataclasses.replace(hills, weight=0.2),
+                ]
+            },
+            r"^data\.mix\[0\]\.validation: the run also trains on .*/hills/03\.txt; its",
+        ),
+        (
+            {"mix": [hills, dataclasses.replace(woods, weight=0.5, path=str(one_file), validation=str(kept))]},
+            r"^data\.mix\[0\]\.path, part of which is held out: the run also trains on .*/hills/03\.txt; its",
+        ),
+    ):
+        with pytest.warns(DataWarning, match=message) as said:
+            prepare(dataclasses.replace(data, **changes))
+        assert len(said) == 1
