@@ -19,7 +19,7 @@ NAME = "lock"
 RENEW_S = 15.0  # between renewals
 DEAD_S = 60.0  # without a renewal, after which a process counts as dead
 SETTLE_S = 1.0  # after which the later one of two simultaneous starts is seen
-_LAST_CALL_S = 10.0  # for giving it up: the store may hang
+_LAST_CALL_S = 3.0  # for giving it up: the store may hang, and a process that was asked to stop is killed after 30 s
 
 
 class Lease:
@@ -77,8 +77,7 @@ class Lease:
         if self._thread is None:
             return
         self._ended.set()
-        self._thread.join(_LAST_CALL_S)
-        last = threading.Thread(target=self._delete, daemon=True)
+        last = threading.Thread(target=self._delete, args=(self._thread,), daemon=True)
         last.start()
         last.join(_LAST_CALL_S)
         self._thread = None
@@ -95,7 +94,8 @@ class Lease:
             except RemoteError as error:  # the next renewal may succeed
                 logger.debug("checkpoint.remote: its lock is not renewed: %s", error)
 
-    def _delete(self) -> None:
+    def _delete(self, renewing: threading.Thread) -> None:
+        renewing.join()  # or it could write after this
         try:
             if self._read().get("start") == self._about["start"]:
                 self._place.delete(NAME)

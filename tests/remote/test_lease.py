@@ -1,6 +1,7 @@
 """A store has one writer."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from relora_ds.remote.lease import Lease
 from relora_ds.remote.place import Place, RemoteError
 from relora_ds.training.lock import NAME
 from relora_ds.training.run_directory import Claim
+from tests.remote import stores
 from tests.remote.runs import quick_lease
 from tests.training.run_directories import recipe_of
 
@@ -68,3 +70,24 @@ def test_a_process_that_was_taken_over_stops_writing(place):
         first.require()
     first.close()
     assert place.read(lease.NAME) == other
+
+
+def test_a_store_that_hangs_costs_a_process_that_stops_a_few_seconds(tmp_path, monkeypatch):
+    """The launcher kills it 30 s after SIGTERM, 20 of which are the last upload's."""
+    hanging, goes_on = threading.Event(), threading.Event()
+
+    def hang(operation: str, path: str) -> None:
+        if hanging.is_set():
+            goes_on.wait(60)
+
+    monkeypatch.setattr(stores, "FAULTS", [hang])
+    with quick_lease():
+        one = Lease(Place(stores.url(tmp_path / "store")), "process 1 on h", "runs/1")
+        one.take("")
+        hanging.set()
+        time.sleep(0.2)  # it hangs in a renewal
+        started = time.monotonic()
+        one.close()
+        assert time.monotonic() - started < 5
+        goes_on.set()
+        wait_for(lambda: not (tmp_path / "store" / lease.NAME).exists())
