@@ -69,12 +69,15 @@ def with_answer(overrides: list[str], answer: dict | Exception) -> tuple[dict, d
 
 def test_scores_are_in_the_summary_the_metrics_and_the_console(tmp_path):
     scores = {"arithmetic": {"acc": 0.25, "acc_stderr": 0.125}}
-    found = ranks(2).run(with_answer, [f"run_dir={tmp_path / 'run'}"], scores)
+    store = tmp_path / "store"
+    settings = [f"run_dir={tmp_path / 'run'}", f"checkpoint.remote=file://{store}"]
+    found = ranks(2).run(with_answer, settings, scores)
     for summary, asked, _ in found:
         assert summary["tasks"] == scores
         assert asked == {"batch_size": 4, "max_length": 63, "of_run": True, "training": False}
-    assert summary_of(tmp_path / "run") == found[0][0]
+    assert summary_of(tmp_path / "run") == summary_of(store) == found[0][0]
     [line] = lines(tmp_path / "run", "tasks")
+    assert lines(store, "tasks") == [line]
     assert line["step"] == 12 and line["scores"] == {"arithmetic/acc": 0.25, "arithmetic/acc_stderr": 0.125}
     assert scalars_of("tasks", line)["tasks/arithmetic/acc"] == 0.25
     printed = found[0][2]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,6 +26,7 @@ from relora_ds.training.state import RunState
 from relora_ds.training.step import Step
 
 END_S = 600  # that the end of a run waits for the last upload
+_SMALL_FILES_S = 30  # that it waits for those which have changed since
 
 
 class Uploads(Hook):
@@ -128,6 +130,11 @@ class Uploads(Hook):
         if dist.get_rank() == 0 and not said[1]:
             self._uploader.put_small_files(max(1.0, deadline - time.monotonic()))
         return str(said[1])
+
+    def on_end(self, run: RunState, summary: dict[str, Any]) -> None:
+        """Upload the small files once more: scores on tasks came after `finish`."""
+        if self._uploader is not None and dist.get_rank() == 0 and not run.remarks.get("upload"):
+            self._uploader.put_small_files(_SMALL_FILES_S)
 
     def close(self, run: RunState) -> None:
         if self._uploader is not None:
