@@ -24,7 +24,7 @@ class FollowedRun:
 
     Attributes:
         name: what it is called beside others.
-        recipe: None before the run has written it.
+        recipe: None before the run has written it, and while it does not say how long the run is.
         status: of status.json; {} before there is one.
         lines: those of metrics.jsonl, by kind, in the order of their steps.
 
@@ -40,13 +40,13 @@ class FollowedRun:
         self.status: dict = {}
         self.lines: dict[str, list[dict]] = defaultdict(list)
         self._offset, self._inode = 0, -1
+        self._recipe_state: tuple[int, int] | None = None  # of the file that was read
 
     def look(self) -> None:
         """Read what is new. A file that cannot be read now is read the next time."""
         self.status = read_json(self.directory / "status.json")
-        if self.recipe is None:
-            self._read_recipe()
         try:
+            self._read_recipe()
             self._read_metrics()
         except FileNotFoundError:
             self._forget()
@@ -67,8 +67,14 @@ class FollowedRun:
 
     def _read_recipe(self) -> None:
         path = self.directory / "recipe.yaml"
-        if path.is_file():  # of another version it has problems, and may do all the same
-            self.recipe, _ = read_recipe(path, check_files=False)
+        if not path.is_file():
+            return
+        about = path.stat()
+        if (state := (about.st_ino, about.st_mtime_ns)) == self._recipe_state:
+            return
+        recipe, _ = read_recipe(path, check_files=False)  # of another version it has problems, and may do all the same
+        has_length = recipe.train.steps is not None or recipe.train.tokens is not None  # a damaged one has not
+        self.recipe, self._recipe_state = recipe if has_length else None, state
 
     def _read_metrics(self) -> None:
         with (self.directory / METRICS).open("rb") as file:

@@ -72,6 +72,16 @@ def test_a_run_that_has_not_begun_and_one_that_cannot_be_read(tmp_path, caplog):
     assert "status.json cannot be read" in caplog.text and "metrics.jsonl cannot be read" in caplog.text
 
 
+def test_a_recipe_that_a_resume_changes_or_that_is_damaged(tmp_path):
+    run = followed(write_run(tmp_path, 200, total=1000))
+    assert progress_of(run).total_steps == 1000
+    for recipe, total in (("train: {steps: 3000}\n", 3000), ("method: [", None), ("", None), ("\xff", None)):
+        (tmp_path / "new").write_bytes(recipe.encode("latin-1"))
+        (tmp_path / "new").rename(tmp_path / "recipe.yaml")
+        run.look()
+        assert progress_of(run).total_steps == total and "200" in shown(run)
+
+
 # -- what it says of a run ---------------------------------------------------------------------------------------------
 
 
