@@ -48,7 +48,7 @@ def _fingerprint_of(sets: Sequence[NamedTokens]) -> str:
     found = hashlib.sha256()
     for one in sets:
         found.update(f"{one.name} {len(one.tokens)} ".encode())
-        found.update(one.tokens)
+        found.update(one.tokens.data)
     return found.hexdigest()
 
 
