@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 NUM_HASHES = 128
-MOST_OF_INDEX = 0.98  # that an index of so many hashes can be made for; what it finds is compared in any case
+# What the index finds is compared, so that one that finds too much costs time, and one that finds too little copies.
+TOO_MUCH_OR_LITTLE = (0.02, 0.98)
+MOST_OF_INDEX = 0.98  # that an index of so many hashes can be made for
 WORDS = 5  # of a shingle, as in the deduplication of most corpora for pre-training
 
 
@@ -35,7 +37,7 @@ def without_copies(train: Documents, held_out: Documents, threshold: float) -> t
     """
     from datasketch import MinHashLSH
 
-    index = MinHashLSH(threshold=min(threshold, MOST_OF_INDEX), num_perm=NUM_HASHES)
+    index = MinHashLSH(threshold=min(threshold, MOST_OF_INDEX), num_perm=NUM_HASHES, weights=TOO_MUCH_OR_LITTLE)
     hashes: list[MinHash] = []
     dropped: set[int] = set()
     for _, minhash in _hashed(held_out):

@@ -38,6 +38,16 @@ def test_documents_that_share_less_stay():
     assert list(kept) == [train[0], *train[3:]]
 
 
+def test_copies_just_above_the_threshold_are_found():
+    """An index that is made to find few others as well would miss a third of these."""
+    train = [text(n, words=100) for n in range(60)]
+    copies = [f"{' '.join(document.split()[:-8])} {text(99, words=8)}" for document in train]
+    similarity = (96 - 8) / (96 + 8)  # of 96 shingles each
+    assert similarity > 0.84
+    _, dropped = without_copies(in_memory([*train, *copies]), in_memory([text(100)]), 0.8)
+    assert 0.85 * len(copies) < dropped <= len(copies)
+
+
 def test_a_threshold_near_one_leaves_out_what_is_the_same():
     train = [text(0), altered(text(0), 100), text(0).upper()]
     kept, dropped = without_copies(in_memory(train), in_memory([text(1)]), 0.999)
