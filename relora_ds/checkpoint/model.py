@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relora_ds.checkpoint import manifest, store
-from relora_ds.checkpoint.contents import BUFFER, DECAY, OTHER, STORED
+from relora_ds.checkpoint.contents import BUFFER, DECAY, OTHER, OWNERS, RESIDUAL, STORED
 from relora_ds.checkpoint.manifest import Manifest, is_needed
 from relora_ds.checkpoint.tensors import SavedTensors
 from relora_ds.lowrank.frozen import merge_, plain_name
@@ -29,6 +29,7 @@ class Contents:
         matrices: `{module name: shape}` of every 2-D weight, those of embeddings and head among them; of a wrapped
             layer that of the plain weight, however it is stored and whether it has a base or not.
         decay: ρ, what weight decay has left of the frozen weights since they were written.
+        has_first_base: nothing has been added to the weights below the factors: no restart, switch or residual update.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Contents:
     layers: dict[str, dict]
     matrices: dict[str, torch.Size]
     decay: float = 1.0
+    has_first_base: bool = True
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,11 @@ def _contents(about: Manifest) -> Contents:
     matrices |= {
         name: torch.Size(layer["shape"]) for name, layer in model["layers"].items() if len(layer["shape"]) == 2
     }
-    decay = about.engine.get(DECAY, 1.0)
-    return Contents(about.step, schedule["t"], schedule["restarts"], model["relora"], layers, matrices, decay)
+    engine, restarts = about.engine, schedule["restarts"]
+    has_first_base = not restarts and OWNERS not in engine and not engine.get(RESIDUAL, {"count": 0})["count"]
+    return Contents(
+        about.step, schedule["t"], restarts, model["relora"], layers, matrices, engine.get(DECAY, 1.0), has_first_base
+    )
 
 
 def _opened(about: Manifest, saved: SavedTensors) -> OpenModel:

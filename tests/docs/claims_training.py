@@ -227,12 +227,16 @@ def other_methods() -> list[str]:
         assert best is not None and len(best.losses) == 3, method
         return mean(best.differences(row(suite, name)))
 
-    full = {method: over(method, "main", "full rank") for method in ("muon", "fira", "apollo")}
+    full = {method: over(method, "main", "full rank") for method in method_quality.GROUPS}
+    relora = {method: over(method, "galore", "ReLoRA, r 16") for method in ("switchlora", "sst")}
     residual = over("muon", "galore", "exact, carried, residual, r 16")
     return [
         f"with each of three seeds, {-full['muon']:.3f} on average",
         f"come nearest, and end {-residual:.3f} above it on average",
         f"close to full rank with AdamW,** {full['fira']:+.4f} and {full['apollo']:+.4f} on average",
+        f"end {full['scale']:.3f} and {full['apollo_mini']:.3f} above it on average",
+        f"after a warm start, {relora['switchlora']:+.4f} and {relora['sst']:+.4f} on average",
+        f"end {full['cola']:.3f} and {full['crnet']:.3f} above full rank on average",
     ]
 
 

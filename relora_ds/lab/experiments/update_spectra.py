@@ -35,7 +35,7 @@ class Window:
     Attributes:
         after: at its end.
         contents: of `after`.
-        before: at its beginning; None where the low-rank phase never restarted, and `s·B·A` of `after` is all it added.
+        before: at its beginning; None where the low-rank phase changed no W, and `s·B·A` of `after` is all it added.
         note: what a reader of the figures should know about this choice, or "".
     """
 
@@ -94,8 +94,8 @@ def measure(sources: Sequence[Path], before: str | None = None, trust_remote_cod
 def window_of(source: Path, before: str | None = None) -> Window:
     """Return which update of a run is measured.
 
-    By default it begins at the end of the warm start. Where that checkpoint is not kept: of a run that never restarted
-    it is all of `s·B·A`, of another one it begins at the oldest checkpoint. Arguments and errors: see `measure`.
+    By default it begins at the end of the warm start. Where that checkpoint is not kept: of a run that changed no W it
+    is all of `s·B·A`, of another one it begins at the oldest checkpoint. Arguments and errors: see `measure`.
     """
     after = find_checkpoint(source)
     contents = contents_of(after)
@@ -107,7 +107,7 @@ def window_of(source: Path, before: str | None = None) -> Window:
     if (begun := after.with_name(tag_of(transition))) in earlier:
         return Window(after, contents, begun)
     has_base = all(layer["base"] for layer in contents.layers.values())
-    if contents.layers and not contents.restarts and (has_base or not earlier):
+    if contents.layers and contents.has_first_base and (has_base or not earlier):
         return Window(after, contents, None, "" if has_base else WITH_INITIAL_VALUE)
     if earlier:
         return Window(after, contents, earlier[0], OLDEST)

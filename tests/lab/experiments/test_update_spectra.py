@@ -112,6 +112,23 @@ def test_a_run_that_never_restarted_needs_no_earlier_checkpoint(runs, without):
             assert mine[:R] == pytest.approx(theirs[:R], rel=2e-3) and max(mine[R:]) < 1e-5 * mine[0]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("method=switchlora", "switchlora.interval=2"),
+        ("method=galore", "relora.restart_every=null", "relora.residual_every=3"),
+    ],
+    ids=["switches", "residual updates"],
+)
+def test_updates_that_change_weights_without_a_restart_count(changes, tmp_path):
+    """More than `s·B·A` has been added: a difference of two checkpoints alone tells what."""
+    few = ("train.steps=12", "warm_start_steps=0", "checkpoint.every=4", "checkpoint.keep_every=4", "eval.samples=0")
+    run(tmp_path / "run", *few, "optim.warmup_steps=2", "relora.r=4", "relora.frozen_dtype=fp32", *changes)
+    [found] = measure([tmp_path / "run"])["runs"]
+    assert (found["restarts"], found["start"], found["stop"], found["note"]) == (0, 4, 12, OLDEST)
+    assert found["before"] == str(checkpoint(tmp_path / "run", 4)) and min(ranks_by_kind(found).values()) > R
+
+
 def test_where_an_update_begins(without):
     copy = without("relora", WARM)
     [oldest] = measure([copy])["runs"]
