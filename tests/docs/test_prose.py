@@ -2,11 +2,16 @@
 
 import pytest
 
-from tests.docs import claims_benchmarks, claims_quantization, claims_training
+from tests.docs import claims_benchmarks, claims_mini, claims_quantization, claims_training
 from tests.docs.pages import DOCS
 from tests.docs.prose import problems, sections
 
-CLAIMS = {"training": claims_training, "benchmarks": claims_benchmarks, "quantization": claims_quantization}
+CLAIMS = {
+    "training": claims_training,
+    "training_mini": claims_mini,
+    "benchmarks": claims_benchmarks,
+    "quantization": claims_quantization,
+}
 PROSE = {path.stem: sections(path.read_text(encoding="utf-8")) for path in (DOCS / "results").glob("*.md")}
 
 

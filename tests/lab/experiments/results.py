@@ -1,4 +1,4 @@
-"""Write the tables of suites in docs/results/training.md and README.md: `python -m tests.lab.experiments.results`.
+"""Write the tables of suites in docs/results/training*.md and README.md: `python -m tests.lab.experiments.results`.
 
 A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, one with few columns between
 `<!-- short SCALE SUITE -->` and its end, `overview`'s between `<!-- overview SCALE SUITE -->` and its end. It has the
@@ -21,7 +21,7 @@ from tests.lab.experiments.levers import results as levers
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "docs" / "results" / "training.md", ROOT / "README.md")
+PAGES = (RESULTS / "training.md", RESULTS / "training_mini.md", ROOT / "README.md")
 TIMES = re.compile(r"^<!-- times of islands -->\n.*?^<!-- end of times of islands -->$", re.MULTILINE | re.DOTALL)
 LEVERS = re.compile(r"^<!-- levers -->\n.*?^<!-- end of levers -->$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(
