@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="TASK",
         help="tasks of lm-eval, by name or by the path of a task file (.yaml). The scores of a finished run are added "
-        "to its summary.json",
+        "to its summary.json, unless --seq-len gives them another context",
     )
     parser.add_argument("--task-files", metavar="DIR", help="task files, whose names --tasks may use")
     parser.add_argument(
@@ -111,11 +111,13 @@ class _TaskList:
         from relora_ds.interop import lm_tasks
 
         self._arguments, self._run = arguments, _run_of(Path(arguments.model).expanduser())
-        self.seq_len = arguments.seq_len
-        if self.seq_len is None and self._run is not None:
+        of_recipe = None
+        if self._run is not None:
             from relora_ds.config import read_recipe
 
-            self.seq_len = read_recipe(self._run / "recipe.yaml", check_files=False)[0].data.seq_len
+            of_recipe = read_recipe(self._run / "recipe.yaml", check_files=False)[0].data.seq_len
+        self.seq_len = of_recipe if arguments.seq_len is None else arguments.seq_len
+        self._has_other_context = self.seq_len != of_recipe
         # As in a validation: the last token of a sequence is predicted, and predicts nothing.
         self._max_length = None if self.seq_len is None else self.seq_len - 1
         self._tasks = lm_tasks.load(
@@ -142,7 +144,13 @@ class _TaskList:
             for task, metric, value, error in lm_scores.rows_of(found):
                 print(f"  {task:<30}{metric:<20}{value:>12}{f' ± {error}' if error else ''}")
         if self._run is not None and self._run == Path(arguments.model).expanduser():
-            self._record(found)
+            if self._has_other_context:  # other scores of a run are with its own
+                print(
+                    f"note: the scores are not added to summary.json: --seq-len {self.seq_len} is not the run's",
+                    file=sys.stderr,
+                )
+            else:
+                self._record(found)
         return found
 
     def _record(self, scores: dict) -> None:

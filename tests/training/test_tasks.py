@@ -192,6 +192,10 @@ def test_bits_per_byte_of_lm_eval_are_those_of_the_run(folder, tmp_path, capsys)
     found = json.loads(capsys.readouterr().out)["tasks"]
     assert found["text"]["bits_per_byte"] == pytest.approx(summary["tasks"]["text"]["bits_per_byte"], rel=1e-6)
     assert summary_of(run_dir) == {**summary, "tasks": {"text": found["text"], "choice": found["choice"]}}
+    before = summary_of(run_dir)
+    assert main(["eval", str(run_dir), "--json", "--seq-len", "32", "--tasks", str(folder / "choice.yaml")]) == 0
+    assert "not added to summary.json: --seq-len 32 is not the run's" in capsys.readouterr().err
+    assert summary_of(run_dir) == before
     # with a validation, in 16 bit; an export by itself has no summary
     assert (
         main(
