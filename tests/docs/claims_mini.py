@@ -22,7 +22,12 @@ def network() -> list[str]:
 
 
 def learning_rates() -> list[str]:
-    (tokens,) = {one["tokens"] for row in results.measured("mini", "lr")[2] for one in row.results}
+    rows = results.measured("mini", "lr")[2]
+    (tokens,) = {one["tokens"] for row in rows for one in row.results}
+    best = {
+        group: min(row.mean for row in rows if row.row.group == group) for group in ("full rank", "LoRA, warm start")
+    }
+    assert best["LoRA, warm start"] < best["full rank"], "what the page says of a longer ramp"
     return [f"Runs of {tokens // RECIPE.tokens_per_step} steps, {tokens / 1e6:.1f}M tokens"]
 
 
