@@ -60,16 +60,6 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
             "activation_checkpointing: inverted reads every layer's β in forward, which compile: true cannot; use "
             "low_rank, or compile=false"
         )
-    if recipe.compile and recipe.relora.restart_init == "gradient":
-        yield (
-            "relora.restart_init: gradient looks into every layer's backward, which compile: true hides; set one of "
-            "the two"
-        )
-    if recipe.compile and recipe.relora.residual_every is not None:
-        yield (
-            f"relora.residual_every: {recipe.relora.residual_every} looks into every layer's backward, which compile: "
-            "true hides; set one of the two"
-        )
     if recipe.init_from and recipe.warm_start_steps:
         yield (
             f"init_from: {recipe.init_from} together with warm_start_steps: {recipe.warm_start_steps} is not "

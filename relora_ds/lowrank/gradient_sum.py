@@ -1,11 +1,16 @@
 """The whole gradient of a low-rank layer's W, summed up where it is computed."""
 
+import itertools
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from relora_ds.lowrank.precision import exact_products
+
+_numbers = itertools.count()
+_sums: weakref.WeakValueDictionary[str, "GradientSum"] = weakref.WeakValueDictionary()
 
 
 class GradientSum:
@@ -18,12 +23,15 @@ class GradientSum:
 
     Attributes:
         added: called after every backward that has added to it.
+        key: of this one and no other of the process; see `sum_of`.
     """
 
     added: Callable[[], None] | None = None
 
     def __init__(self, shape: torch.Size, device: torch.device | str = "cpu"):
         self.values = torch.zeros(shape, device=device)
+        self.key = str(next(_numbers))
+        _sums[self.key] = self
 
     def add(self, g: Tensor, rows: Tensor) -> None:
         """Add one backward of a linear. g: `[n, out]`; rows: `[n, in]`, its input."""
@@ -47,3 +55,8 @@ class GradientSum:
     def _tell(self) -> None:
         if self.added is not None:
             self.added()
+
+
+def sum_of(key: str) -> GradientSum:
+    """Return the sum with this key."""
+    return _sums[key]

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from relora_ds.lowrank.base_format import Format
 from relora_ds.lowrank.formats import DENSE, format_named
 from relora_ds.lowrank.reinit import GradientTap
+from relora_ds.lowrank.taps import add_products
 
 _library = torch.library.Library("relora_ds", "DEF")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
@@ -214,8 +215,7 @@ class LowRankLinearFunction(torch.autograd.Function):
         rows, h, weight, lora_A, lora_B, decay = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         g = grad_y.reshape(-1, grad_y.shape[-1])
-        for tap in ctx.taps:
-            tap.add(g, rows)
+        g, _ = add_products(ctx.taps, g, rows)
 
         grad_x = grad_A = grad_B = grad_bias = gB = None
         if needs_A or (needs_x and not ctx.folded):
@@ -237,8 +237,8 @@ class LowRankLinearFunction(torch.autograd.Function):
 class FrozenLinearFunction(torch.autograd.Function):
     """Autograd node of `ρ x Wᵀ + b` for a W of any format that autograd does not train.
 
-    `lora_A [..., in]` and `lora_B [out, ...]` only tell its shape. anchor: needs a gradient, and gets none: so there is
-    a backward, for the taps, where x needs no gradient.
+    `lora_A [..., in]` and `lora_B [out, ...]` only tell its shape. anchor: needs a gradient, so that there is a
+    backward, for the taps, where x needs none. It gets none, or a zero (`lowrank.taps`).
     """
 
     @staticmethod
@@ -265,13 +265,12 @@ class FrozenLinearFunction(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor):
         rows, weight, lora_A, decay = ctx.saved_tensors
         g = grad_y.reshape(-1, grad_y.shape[-1])
-        for tap in ctx.taps:
-            tap.add(g, rows)
+        g, grad_anchor = add_products(ctx.taps, g, rows)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = linear_input_grad(g, weight, None, lora_A, ctx.format, None, 1.0, decay).view(ctx.x_shape)
         grad_bias = g.sum(0) if ctx.needs_input_grad[6] else None
-        return grad_x, None, None, None, None, None, grad_bias, None, None
+        return grad_x, None, None, None, None, None, grad_bias, None, grad_anchor
 
 
 def lowrank_linear(

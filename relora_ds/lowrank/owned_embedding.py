@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.owned_layer import OwnedLayer
+from relora_ds.lowrank.taps import add_rows
 
 
 class OwnedEmbedding(OwnedLayer):
@@ -49,7 +50,5 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor):
-        if ctx.total is not None:
-            (ids,) = ctx.saved_tensors
-            ctx.total.add_rows(ids, grad_y, ctx.padding_idx)
-        return None, None, None, None, None
+        (ids,) = ctx.saved_tensors
+        return None, None, None, None, add_rows(ctx.total, ids, grad_y, ctx.padding_idx)

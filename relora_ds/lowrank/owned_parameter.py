@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.owned_layer import OwnedLayer
+from relora_ds.lowrank.taps import add_gradient
 
 
 class OwnedParameter(OwnedLayer):
@@ -43,6 +44,4 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if ctx.gradient_sum is not None:
-            ctx.gradient_sum.add_gradient(grad.mT if ctx.transposed else grad)
-        return None, None, None, None
+        return None, None, None, add_gradient(ctx.gradient_sum, grad.mT if ctx.transposed else grad)

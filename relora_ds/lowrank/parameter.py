@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.taps import add_gradient
 
 
 class ReLoRAParameter(LowRankLayer):
@@ -22,6 +23,7 @@ class ReLoRAParameter(LowRankLayer):
 
     def __init__(self, weight_shape: torch.Size, weight: nn.Parameter | None, **options):
         super().__init__(weight_shape, weight, is_parameter=True, **options)
+        self._anchor = torch.zeros((), requires_grad=True)
 
     @property
     def example(self) -> Tensor:
@@ -33,15 +35,15 @@ class ReLoRAParameter(LowRankLayer):
         dense = None
         if self.weight is not None:
             dense = self.format.dequantize(self.weight, self.weight_shape, self.lora_A.dtype)
-        options = self.scaling, self.transposed, self.decay, self.gradient_sum
+        options = self.scaling, self.transposed, self.decay, self.gradient_sum, self._anchor
         return _Sum.apply(dense, self.lora_A, self.lora_B, *options), x
 
 
 class _Sum(torch.autograd.Function):
-    """Autograd node of `ρ·W + s·B·A` (transposed: `ρ·W + s·AᵀBᵀ`)."""
+    """Autograd node of `ρ·W + s·B·A` (transposed: `ρ·W + s·AᵀBᵀ`). anchor: see `lowrank.taps`."""
 
     @staticmethod
-    def forward(ctx, dense, lora_A, lora_B, scaling, transposed, decay, gradient_sum):
+    def forward(ctx, dense, lora_A, lora_B, scaling, transposed, decay, gradient_sum, anchor):
         ctx.save_for_backward(lora_A, lora_B)
         ctx.scaling, ctx.transposed, ctx.gradient_sum = scaling, transposed, gradient_sum
         first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
@@ -55,8 +57,7 @@ class _Sum(torch.autograd.Function):
     def backward(ctx, grad):
         lora_A, lora_B = ctx.saved_tensors
         grad = grad.mT if ctx.transposed else grad
-        if ctx.gradient_sum is not None:
-            ctx.gradient_sum.add_gradient(grad)
+        grad_anchor = add_gradient(ctx.gradient_sum, grad)
         grad_A = (lora_B.mT @ grad).mul_(ctx.scaling) if ctx.needs_input_grad[1] else None
         grad_B = (grad @ lora_A.mT).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
-        return None, grad_A, grad_B, None, None, None, None
+        return None, grad_A, grad_B, None, None, None, None, grad_anchor

@@ -67,14 +67,6 @@ class Owner(Wrapped):
         relora = self.relora
         return [self.name, self.rank, relora.target_modules, relora.trainable_modules, relora.frozen_dtype]
 
-    def recipe_problems(self) -> Iterator[str]:
-        """Yield what owners' updates do not go with."""
-        if self.recipe.compile:
-            yield (
-                f"compile: true hides every layer's backward, which adds gradients up for method {self.name}; use "
-                "compile=false"
-            )
-
     def problems(self, model: "nn.Module") -> list[str]:
         """Return why `model` cannot be wrapped, or what of it would not train."""
         from relora_ds.lowrank.problems import left_frozen

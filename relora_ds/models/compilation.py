@@ -3,7 +3,8 @@
 What computes gradients is compiled. Evaluation, samples and the drift probe run as they are: their batches have
 other shapes, each of which would be compiled for itself, which takes a minute or more. So do the few steps that are
 watched operator by operator, to count the bytes that ranks exchange: torch.compile gives up for good what it meets in
-one of those.
+one of those. And so does the step before a restart that chooses subspaces by the gradient: compiled code adds whole
+gradients up, but hands no sketches on.
 """
 
 import functools
@@ -11,6 +12,7 @@ import os
 import shutil
 import sysconfig
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,18 +43,21 @@ def _has_triton() -> bool:
     return has_triton()
 
 
-def apply(model: nn.Module) -> nn.Module:
+def apply(model: nn.Module, unless: Callable[[], bool] = lambda: False) -> nn.Module:
     """Compile the training forward of `model`, in place: at its first call, which takes minutes for a large model.
 
     Parameters' names, the class and hooks stay as they are. Weights that change in place, as at a restart, do not
     compile it again; other shapes of the batch do.
+
+    Args:
+        unless: whether the coming forward, and its backward, are to run as they are.
     """
     plain = model.forward.__func__  # type: ignore[attr-defined]  # not the class's: liger-kernel gives a model its own
     compiled = torch.compile(plain)
 
     @functools.wraps(plain)
     def forward(self, *args, **kwargs):
-        as_it_is = not torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+        as_it_is = not torch.is_grad_enabled() or is_in_torch_dispatch_mode() or unless()
         return (plain if as_it_is else compiled)(self, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)

@@ -26,6 +26,7 @@ from relora_ds.zero.collect import collect_moments, collect_owned
 from relora_ds.zero.engine import ReLoRAEngine
 from relora_ds.zero.fill import fill_moments
 from relora_ds.zero.initialize import initialize
+from relora_ds.zero.subspaces import takes_gradients_along
 from relora_ds.zero.teardown import release
 from relora_ds.zero.weights import NOTHING, Nothing, OwnedWeights, WeightSource, readers_of
 
@@ -137,7 +138,7 @@ def build_engine(
     )
     engine.lr_scheduler.stop = phase.stop - phase.start
     if recipe.compile and plan.stage < 3:  # at stage 3 it would compile DeepSpeed's hooks around every layer
-        compilation.apply(engine.module)
+        compilation.apply(engine.module, unless=lambda: takes_gradients_along(engine))
     if handover is not None and handover.moments:
         for what, source in handover.moments.items():
             fill_moments(engine.shards, what, source, engine.device)

@@ -42,6 +42,11 @@ def watch_gradients(engine, due: bool) -> None:
         layer.sketch = GradientSketch(layer.r, layer.in_features, key, engine.device, omega)
 
 
+def takes_gradients_along(engine) -> bool:
+    """Return whether the layers of an engine take W's gradient along in this step; see `watch_gradients`."""
+    return any(layer.sketch is not None for layer in engine.frozen.lowrank.values())
+
+
 @dataclass(frozen=True)
 class Subspaces:
     """How the bases of the next cycle are chosen.

@@ -127,7 +127,6 @@ def test_a_low_rank_warm_start_has_no_effect(tmp_path):
 @pytest.mark.parametrize(
     ("method", "override", "message"),
     [
-        ("muon", "compile=true", "compile: true hides every layer's backward"),
         ("muon", "relora.trains=none", "relora.trains: none is what the methods"),
         ("muon", "muon.momentum=1", "muon.momentum: 1.0 is outside"),
         ("fira", "fira.variant=theirs", "fira.variant: 'theirs'"),
