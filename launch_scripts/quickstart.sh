@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A first ReLoRA run, from nothing: bash launch_scripts/quickstart.sh [section.key=value ...]
+# A first run, from nothing: bash launch_scripts/quickstart.sh [section.key=value ...]
 #
 # Sets up an environment, then runs the recipe `quickstart`: one rank per GPU, or two ranks on the CPU. The run
 # is in runs/quickstart and starts afresh each time, unless resume, overwrite or run_dir is given. A complete run ends

@@ -6,6 +6,7 @@ import torch
 import relora_ds
 from relora_ds.models import compilation
 from relora_ds.zero import attention_mask
+from relora_ds.zero.subspaces import takes_gradients_along
 from tests.cuda.gpus import on_gpus, real_gpu
 from tests.parity import cases
 from tests.small_models import batch, llama
@@ -15,13 +16,17 @@ pytestmark = real_gpu
 MASKLESS = ("flash", "cudnn")  # of torch's kernels of attention
 
 
-def train(compiled: bool, searches: bool = False) -> dict:
+def train(compiled: bool, searches: bool = False, residual: bool = False) -> dict:
     """Losses of five steps in bf16 with a restart after the third, and the kernels of attention of one more forward.
 
     searches: transformers looks for packed documents as it is written.
+    residual: a one-sided chain that adds up whole gradients, and restarts by one of them.
     """
     torch._dynamo.reset()
     relora = cases.relora_config(restart_every=3, restart_warmup_steps=1)
+    if residual:
+        chain = dict(restart_every=3, restart_warmup_steps=1, restart_init="gradient", gradient_estimate="exact")
+        relora = cases.one_sided_config(**chain, residual_every=3)
     model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     model.set_attn_implementation("sdpa")
     engine, *_ = relora_ds.initialize(
@@ -37,7 +42,7 @@ def train(compiled: bool, searches: bool = False) -> dict:
         if searches:
             patched.setattr(attention_mask, "_counts_positions", lambda *_: False)
         if compiled:
-            compilation.apply(engine.module)
+            compilation.apply(engine.module, unless=lambda: takes_gradients_along(engine))
         losses = [cases.train_step(engine, step) for step in range(5)]
         assert engine.restarts == [3]
         tokens = batch(9, cases.GLOBAL_BATCH).to(engine.device)
@@ -64,6 +69,11 @@ def test_the_compiled_engine_computes_the_same_without_a_mask():
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=2e-2)
     assert without_mask(plain["kernels"]), plain["kernels"]
     assert without_mask(compiled["kernels"]), compiled["kernels"]
+
+
+def test_a_compiled_chain_adds_gradients_up():
+    (plain,), (compiled,) = (on_gpus(1, train, compiled, residual=True) for compiled in (False, True))
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=2e-2)
 
 
 def test_with_the_search_it_has_another_kernel():

@@ -2,11 +2,12 @@
 
 from relora_ds.config import load_recipe, method_of
 from relora_ds.planning.network import network_of, shapes_of
-from tests.docs import tiny_runs
 from tests.docs.phrases import fraction
 from tests.lab.experiments import results
 
 RECIPE = load_recipe("mini_full", check_files=False)
+FULL, CHAIN = "full rank", "GaLore, residual"
+RAMPS = (20, 100)  # steps
 
 
 def network() -> list[str]:
@@ -23,13 +24,21 @@ def network() -> list[str]:
 
 
 def learning_rates() -> list[str]:
-    rows = results.measured("mini", "lr")[2]
-    (tokens,) = {one["tokens"] for row in rows for one in row.results}
-    best = {
-        group: min(row.mean for row in rows if row.row.group == group) for group in ("full rank", "LoRA, warm start")
+    rows = {row.row.name: row for row in results.measured("mini", "lr")[2]}
+    (tokens,) = {one["tokens"] for row in rows.values() for one in row.results}
+    long, short = max(RAMPS), min(RAMPS)
+    shorter = {
+        group: rows[f"{group}, ramp {short}"].mean - rows[f"{group}, ramp {long}"].mean for group in (FULL, CHAIN)
     }
-    assert best["LoRA, warm start"] < best["full rank"] and tiny_runs.lead("main", "full rank", tiny_runs.LORA) > 0
-    return [f"Runs of {tokens // RECIPE.tokens_per_step} steps, {tokens / 1e6:.1f}M tokens"]
+    flat = 0.001
+    for group, one, other in ((FULL, 0.001, 0.002), (CHAIN, 0.002, 0.004)):
+        assert abs(rows[f"{group}, learning rate {one}"].mean - rows[f"{group}, learning rate {other}"].mean) < flat
+    return [
+        f"Runs of {tokens // RECIPE.tokens_per_step} steps, {tokens / 1e6:.1f}M tokens",
+        f"A ramp has {long} steps",
+        f"With one of {short} steps full rank ends {shorter[FULL]:.3f} nats higher, and the chain {shorter[CHAIN]:.3f}",
+        f"the same at 0.001 and at 0.002 to {flat} nats, and the chain's at 0.002 and at 0.004",
+    ]
 
 
 CLAIMS = {"Training results: scale mini": network, "Learning rates": learning_rates}

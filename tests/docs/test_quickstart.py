@@ -31,13 +31,13 @@ def the_run() -> RunRecord:
         int(step): (number(ours), number(full))
         for step, ours, full in found(r"^step (\d+)  validation.* so far ([\d.]+ GB), full rank ([\d.]+ GB)")
     }
-    ((began, trainable, total),) = found(r"^step (\d+)  relora: ([\d.]+M) of ([\d.]+M) parameters train")
+    ((method, trainable, total),) = found(r"^step 0  (\w+): ([\d.]+M) of ([\d.]+M) parameters train")
     (tokens,) = found(r"steps, ([\d.]+k) tokens and")
     logged = sorted(losses.keys() | sent.keys())
     ours, full = np.array([sent.get(step, (math.nan, math.nan)) for step in logged]).T
     return RunRecord(
         name="quickstart",
-        method="relora",
+        method=method,
         state="done",
         reason="",
         verdict="",
@@ -50,7 +50,7 @@ def the_run() -> RunRecord:
         },
         evaluations={"step": steps, "val_loss": np.log(perplexities), "bits_per_byte": bits},
         restarts=[],
-        transitions=[int(began)],
+        transitions=[],
         trainable=int(number(trainable)),
         total=int(number(total)),
         samples=[found(r"^  sample: (.*) >> (.*)$")[-1]],

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from relora_ds import data
 from relora_ds.config import RecipeError, load_recipe
 from relora_ds.lowrank.wrap import lowrank_layers
-from relora_ds.training.hooks.console import sample_line
+from relora_ds.training.hooks.console import moments_text, sample_line
 from relora_ds.training.metrics_log import MetricsLog, read_metrics
 from relora_ds.training.samples import Sample, continuations, draw_samples, first_documents
 from tests.parity import cases
@@ -164,6 +164,11 @@ def test_a_sample_is_one_line_for_a_person():
     assert "\n" not in line and "\t" not in line and len(line) == 80
     assert line.startswith("  sample: …") and " >> first line second" in line and line.endswith("…")
     assert sample_line(Sample("It", " is."), 80) == "  sample: It >> is."
+
+
+def test_a_restart_says_what_it_did_to_the_moments():
+    assert moments_text("magnitude_joint", 0.98765) == "98.77 % of the moments pruned"
+    assert [moments_text(reset, 0.0) for reset in ("none", "rotate")] == ["moments kept", "moments rotated"]
 
 
 def test_a_negative_number_of_samples_is_refused():

@@ -5,8 +5,8 @@
 
 Both get the same W (normal, 0.02) and the same updates: products of random factors of rank r, independent and of equal
 size, so that the sum S of all n of them is `size` · ‖W‖, and each about size / √n · ‖W‖. What a training run's updates
-are is in its metrics: `relative_update_norms` of every restart. In the quickstart they were 0.26, 0.16 and 0.12 (median
-of the layers), at larger models and smaller learning rates they are smaller.
+are is in its metrics: `relative_update_norms` of every restart. In ReLoRA's run of 400 steps on WikiText-2 they were
+0.26, 0.16 and 0.12 (median of the layers), at larger models and smaller learning rates they are smaller.
 
 After every restart, with Q_k what the stored copy stands for and S_k the sum of the updates so far:
 

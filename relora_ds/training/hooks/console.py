@@ -78,9 +78,10 @@ class Console(Hook):
         drift = "" if report.merge_drift is None else f", drift of the function {report.merge_drift:.1e}"
         sent = human_bytes(report.subspace_bytes)
         subspaces = f" ({report.subspace_s:.2f} s and {sent} sent for the subspaces)" if report.subspace_bytes else ""
+        moments = moments_text(run.engine.relora.optimizer_reset, report.prune_fraction_m)
         self._terminal.line(
-            f"step {run.step}  restart {report.restarts}: merged, {100 * report.prune_fraction_m:.2f} % of the moments "
-            f"pruned{drift}, {report.restart_s:.2f} s{subspaces}, verified on all ranks"
+            f"step {run.step}  restart {report.restarts}: merged, {moments}{drift}, {report.restart_s:.2f} s"
+            f"{subspaces}, verified on all ranks"
         )
 
     def on_exchange(self, run: RunState, report: ExchangeReport) -> None:
@@ -174,6 +175,12 @@ def figures_text(figures: dict[str, Any], on_gpu: bool) -> str:
     if figures["mfu"] is not None:
         text += f"  MFU {100 * figures['mfu']:.1f} %"
     return text + (f"  peak {human_bytes(figures['peak_memory_bytes'])}" if on_gpu else "")
+
+
+def moments_text(optimizer_reset: str, pruned: float) -> str:
+    """Return what a restart did to Adam's moments. pruned: the fraction."""
+    kept = {"none": "moments kept", "rotate": "moments rotated"}
+    return kept.get(optimizer_reset, f"{100 * pruned:.2f} % of the moments pruned")
 
 
 def evaluation_line(run: RunState, result: Evaluation) -> str:
