@@ -10,8 +10,6 @@
 `lowrank.base_format` says what a format is.
 """
 
-import functools
-
 import torch
 
 from relora_ds.lowrank.base_format import Format, Packed, row_scale, scaled
@@ -86,15 +84,14 @@ class Transposed(Format):
 
 DENSE = Format()
 _TRANSPOSED = "transposed_"
+_PLAIN = (DENSE, *map(Cast, DTYPES), Int8(), FP8(), FP8(both_layouts=True), NF4(), NF4(double=True))
+# Not a cached function: torch.compile warns of those.
+_FORMATS: dict[str, Format] = {format.name: format for plain in _PLAIN for format in (plain, Transposed(plain))}
 
 
-@functools.cache
 def format_named(name: str) -> Format:
     """Return the format of this name; `Format.name` of any of them."""
-    if name.startswith(_TRANSPOSED):
-        return Transposed(format_named(name.removeprefix(_TRANSPOSED)))
-    known = (DENSE, *map(Cast, DTYPES), Int8(), FP8(), FP8(both_layouts=True), NF4(), NF4(double=True))
-    return {format.name: format for format in known}[name]
+    return _FORMATS[name]
 
 
 def format_of(frozen_dtype: str, precision: str, *, double_quant: bool = False, in_fp8: bool = False) -> Format:

@@ -41,6 +41,9 @@ _library.define(
     "linear_input_grad(Tensor g, Tensor? weight, Tensor? gB, Tensor lora_A, str format, "
     "Tensor? lora_B=None, float scaling=1.0, Tensor? decay=None) -> Tensor"
 )
+_library.define(
+    "updated(Tensor lora_A, Tensor lora_B, Tensor? dense, float scaling, bool transposed, Tensor? decay) -> Tensor"
+)
 
 
 # 16-bit dtypes that this machine's CPU has no units for.
@@ -146,6 +149,17 @@ def _linear_input_grad(
     return grad if gB is None else grad.addmm_(gB, lora_A)
 
 
+def _updated(
+    lora_A: Tensor, lora_B: Tensor, dense: Tensor | None, scaling: float, transposed: bool, decay: Tensor | None
+) -> Tensor:
+    """Compute `ρ W + s B A`, or without W `s B A`, of experts, `[..., out, in]`; transposed: `[..., in, out]`."""
+    first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
+    if dense is None:
+        return (first @ second).mul_(scaling)
+    added = torch.addmm if dense.ndim == 2 else torch.baddbmm
+    return added(dense, first, second, alpha=scaling, beta=_rho(decay))
+
+
 def _operator(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Register the kernel; returns what calls it, through the dispatcher only where a trace or a mode is to see it."""
     kernel, operator = _in_fp32_where_16_bit_is_slow(kernel), getattr(torch.ops.relora_ds, name)
@@ -161,6 +175,7 @@ def _operator(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]
 product = _operator("product", _product)
 linear = _operator("linear", _linear)
 linear_input_grad = _operator("linear_input_grad", _linear_input_grad)
+updated = _operator("updated", _updated)
 torch.library.register_fake("relora_ds::product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
 torch.library.register_fake(
     "relora_ds::linear",
@@ -172,6 +187,13 @@ torch.library.register_fake(
     "relora_ds::linear_input_grad",
     lambda g, weight, gB, lora_A, format, lora_B=None, scaling=1.0, decay=None: g.new_empty(
         g.shape[0], lora_A.shape[1]
+    ),
+)
+torch.library.register_fake(
+    "relora_ds::updated",
+    lambda lora_A, lora_B, dense, scaling, transposed, decay: lora_A.new_empty(
+        *lora_A.shape[:-2],
+        *((lora_A.shape[-1], lora_B.shape[-2]) if transposed else (lora_B.shape[-2], lora_A.shape[-1])),
     ),
 )
 

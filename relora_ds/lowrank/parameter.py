@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from relora_ds.lowrank.base_layer import LowRankLayer
+from relora_ds.lowrank.kernels import updated
 from relora_ds.lowrank.taps import add_gradient
 
 
@@ -46,11 +47,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx, dense, lora_A, lora_B, scaling, transposed, decay, gradient_sum, anchor):
         ctx.save_for_backward(lora_A, lora_B)
         ctx.scaling, ctx.transposed, ctx.gradient_sum = scaling, transposed, gradient_sum
-        first, second = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
-        if dense is None:
-            return (first @ second).mul_(scaling)
-        added = torch.addmm if dense.ndim == 2 else torch.baddbmm
-        return added(dense, first, second, alpha=scaling, beta=1.0 if decay is None else float(decay))
+        return updated(lora_A, lora_B, dense, scaling, transposed, decay)
 
     @staticmethod
     @once_differentiable

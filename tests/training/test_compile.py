@@ -273,15 +273,17 @@ def test_an_engine_is_one_graph(stage, mode, frozen_dtype, accumulation):
     assert found["drift"] is not None
 
 
-def train_whole_gradients(stage: int, method: str, compiled: bool, **how) -> dict:
+def train_whole_gradients(stage: int, method: str, compiled: bool, family: str = "llama", **how) -> dict:
     """Eight steps, with two residual updates and a restart by the gradient where the method has them."""
     torch._dynamo.reset()
     counters.clear()
     if method == "residual":
-        own = dict(residual_every=3, restart_every=6, restart_warmup_steps=2, restart_init="gradient")
-        engine = cases.build(stage, relora=cases.one_sided_config(**own, gradient_estimate="exact"), **how)
+        chain = dict(residual_every=3, restart_every=6, restart_warmup_steps=2)
+        if family == "llama":
+            chain |= dict(restart_init="gradient", gradient_estimate="exact")
+        engine = cases.build(stage, relora=cases.one_sided_config(family, **chain), family=family, **how)
     else:
-        engine = owner.build(stage, method, **how)
+        engine = owner.build(stage, method, family, **how)
     engine.module.set_attn_implementation("sdpa")
     if compiled:
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -300,7 +302,9 @@ def train_whole_gradients(stage: int, method: str, compiled: bool, **how) -> dic
     "stage, method, how",
     [
         (1, "residual", {}),
+        (1, "residual", {"family": "mixtral"}),
         (2, "muon", {"accumulation": 2}),
+        pytest.param(1, "muon", {"family": "mixtral"}, marks=pytest.mark.slow),
         pytest.param(0, "residual", {"accumulation": 2}, marks=pytest.mark.slow),
         *(
             pytest.param(1, method, {}, marks=pytest.mark.slow)
