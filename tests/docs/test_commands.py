@@ -48,7 +48,7 @@ SMALLER = [
     (r"(train\.py --config llama_\w+)(.*)", rf"\1\2 {TINY} data.seq_len=64"),
     (r"(single_node\.sh llama_\w+)", rf"\1 {TINY} data.seq_len=64"),
     (r"(--link)$", r"\1 --seconds 2 --config quickstart"),
-    (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {TINY} data.seq_len=64"),
+    (r"(train\.py --config quickstart run_dir=\S+)", rf"\1 {TINY} data.seq_len=64 relora.residual_every=2"),
     (r"(test\.sh)\b.*", r"\1 tests/config/test_config.py -q"),
     (r"(reproduce .*--scale small) --num-gpus 1", r"\1 --dry-run"),
 ]

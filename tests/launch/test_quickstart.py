@@ -20,7 +20,7 @@ ROOT={checkout}
 TINY = [
     *("model.preset=tiny", "data.source=pydocs", "data.vocab_size=512", "data.seq_len=64", "log.every=1"),
     *("train.steps=6", "warm_start_steps=2", "optim.warmup_steps=1"),
-    *("relora.r=4", "relora.restart_every=2", "relora.restart_warmup_steps=1"),
+    *("relora.r=4", "relora.restart_every=2", "relora.restart_warmup_steps=1", "relora.residual_every=2"),
 ]
 
 
@@ -74,7 +74,7 @@ def test_a_real_run_starts_afresh_and_replaces_its_figures(tmp_path):
         code, printed = run("bash", SCRIPTS / "quickstart.sh", *TINY, cwd=tmp_path)
         assert code == 0, printed
         *_, state, training, validation, trained, sample, figures = printed.splitlines()
-        assert state.startswith("quickstart: relora, 6 steps, ") and state.endswith(" tokens, done")
+        assert state.startswith("quickstart: galore, 6 steps, ") and state.endswith(" tokens, done")
         assert training.startswith("  The training loss went from ") and "bits per byte" in validation
         assert "trained after step 2. In these steps each rank sent " in trained and "It continues" in sample
         assert figures.startswith("figures in runs/quickstart/plots: loss.png, ")
