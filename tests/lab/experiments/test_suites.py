@@ -14,7 +14,6 @@ def rows(name: str, scale: str = "tiny") -> dict:
     return {row.name: Run.of(row, 0).recipe for row in read_suite(name, scale).rows}
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", suite_names())
 def test_every_row_is_a_recipe_of_its_own(name, scale):
