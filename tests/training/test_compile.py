@@ -299,23 +299,26 @@ def train_whole_gradients(stage: int, method: str, compiled: bool, family: str =
 
 
 @pytest.mark.parametrize(
-    "stage, method, how",
+    "world_size, stage, method, how",
     [
-        (1, "residual", {}),
-        (1, "residual", {"family": "mixtral"}),
-        (2, "muon", {"accumulation": 2}),
-        pytest.param(1, "muon", {"family": "mixtral"}, marks=pytest.mark.slow),
-        pytest.param(0, "residual", {"accumulation": 2}, marks=pytest.mark.slow),
+        (1, 1, "residual", {}),
         *(
-            pytest.param(1, method, {}, marks=pytest.mark.slow)
-            for method in ("fira", "apollo", "apollo_mini", "scale, all matrices")
+            pytest.param(2, *case, marks=pytest.mark.slow)
+            for case in (
+                (0, "residual", {"accumulation": 2}),
+                (1, "residual", {"family": "mixtral"}),
+                (1, "muon", {"family": "mixtral"}),
+                (2, "muon", {"accumulation": 2}),
+                *((1, method, {}) for method in ("fira", "apollo", "apollo_mini", "scale, all matrices")),
+            )
         ),
     ],
 )
-def test_whole_gradients_of_a_compiled_step(stage, method, how):
+def test_whole_gradients_of_a_compiled_step(world_size, stage, method, how):
     """One graph: the step before a restart, in which layers take their gradients along, is not compiled."""
-    plain = ranks(2).run(train_whole_gradients, stage, method, False, **how)[0]
-    found = ranks(2).run(train_whole_gradients, stage, method, True, **how)[0]
+    plain, found = (
+        ranks(world_size).run(train_whole_gradients, stage, method, compiled, **how)[0] for compiled in (False, True)
+    )
     assert found["graphs"] == 1 and not found["breaks"]
     assert found["restarts"] == plain["restarts"] == ([6] if method == "residual" else [])
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-6)
