@@ -1,9 +1,9 @@
 """Write the tables of suites in docs/results/training*.md and README.md: `python -m tests.lab.experiments.results`.
 
 A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, one with few columns between
-`<!-- short SCALE SUITE -->` and its end. It has the rows whose recipes are what the shipped recipes say today: a recipe
-that changes takes its rows from the pages until they are trained again. The variants of `levers` stand between
-`<!-- levers -->` and its end.
+`<!-- short SCALE SUITE -->` and its end, `overview`'s between `<!-- overview SCALE SUITE -->` and its end. It has the
+rows whose recipes are what the shipped recipes say today. A recipe that changes takes its rows from the pages until
+they are trained again. The variants of `levers` stand between `<!-- levers -->` and its end.
 """
 
 import json
@@ -16,7 +16,7 @@ from relora_ds.lab.experiments import seeds, suite_report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
 from relora_ds.utils.text import human_count
-from tests.lab.experiments import link_times
+from tests.lab.experiments import link_times, overview
 from tests.lab.experiments.levers import results as levers
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +24,9 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = (RESULTS / "training.md", RESULTS / "training_mini.md", ROOT / "README.md")
 TIMES = re.compile(r"^<!-- times of islands -->\n.*?^<!-- end of times of islands -->$", re.MULTILINE | re.DOTALL)
 LEVERS = re.compile(r"^<!-- levers -->\n.*?^<!-- end of levers -->$", re.MULTILINE | re.DOTALL)
-TABLE = re.compile(r"^<!-- (short )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(
+    r"^<!-- ((?:short|overview) )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL
+)
 
 
 def measured(scale: str, name: str) -> tuple[Suite, list[Run], list[suite_report.Measured]]:
@@ -58,6 +60,12 @@ def short(scale: str, name: str) -> str:
     return "\n\n".join([rows_as_markdown(table), *suite_report.remarks_on_seeds(rows)])
 
 
+def with_costs(scale: str, name: str) -> str:
+    """Its rows with how well they learned and what they cost."""
+    suite, _, rows = measured(scale, name)
+    return "\n\n".join([overview.table(rows, suite.rows[0].name), *suite_report.remarks_on_seeds(rows)])
+
+
 def times() -> str:
     """How long the runs of suite `islands` take over a link, where one has been measured."""
     record = json.loads((RESULTS / "benchmarks" / "islands_tiny.json").read_text(encoding="utf-8"))["result"]
@@ -69,7 +77,8 @@ def filled(text: str) -> str:
 
     def fill(found: re.Match) -> str:
         name = f"{found[1] or ''}{found[2]} {found[3]}"
-        return f"<!-- {name} -->\n\n{(short if found[1] else block)(found[2], found[3])}\n\n<!-- end of {name} -->"
+        table = {None: block, "short ": short, "overview ": with_costs}[found[1]](found[2], found[3])
+        return f"<!-- {name} -->\n\n{table}\n\n<!-- end of {name} -->"
 
     text = TABLE.sub(fill, text)
     text = TIMES.sub(f"<!-- times of islands -->\n\n{times()}\n\n<!-- end of times of islands -->", text)
