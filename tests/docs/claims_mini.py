@@ -6,7 +6,7 @@ from tests.docs.phrases import fraction
 from tests.lab.experiments import overview, results
 
 RECIPE = load_recipe("mini_full", check_files=False)
-FULL, CHAIN = "full rank", "GaLore, residual"
+FULL, CHAIN, LORA, RELORA = "full rank", "GaLore, residual", "LoRA, warm start", "ReLoRA"
 RAMPS = (20, 100)  # steps
 
 
@@ -42,6 +42,8 @@ def learning_rates() -> list[str]:
     shorter = {
         group: rows[f"{group}, ramp {short}"].mean - rows[f"{group}, ramp {long}"].mean for group in (FULL, CHAIN)
     }
+    best = {group: min(row.mean for row in rows.values() if row.row.group == group) for group in (FULL, LORA, RELORA)}
+    lora, relora = (best[FULL] - best[group] for group in (LORA, RELORA))
     flat = 0.001
     for group, one, other in ((FULL, 0.001, 0.002), (CHAIN, 0.002, 0.004)):
         assert abs(rows[f"{group}, learning rate {one}"].mean - rows[f"{group}, learning rate {other}"].mean) < flat
@@ -50,6 +52,7 @@ def learning_rates() -> list[str]:
         f"A ramp has {long} steps",
         f"With one of {short} steps full rank ends {shorter[FULL]:.3f} nats higher, and the chain {shorter[CHAIN]:.3f}",
         f"the same at 0.001 and at 0.002 to {flat} nats, and the chain's at 0.002 and at 0.004",
+        f"end below full rank, by {lora:.3f} and {relora:.3f} nats",
     ]
 
 
