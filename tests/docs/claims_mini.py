@@ -30,7 +30,7 @@ def equal_tokens() -> list[str]:
     every = load_recipe("mini_galore", check_files=False).relora.residual_every
     return [
         f"The one-sided chain ends {lower:.1f} % below full rank in perplexity",
-        f"Every {every} steps it applies",
+        f"Every {every} steps the chain applies",
         f"costs are those of {overview.RANKS} ranks at ZeRO stage 1",
     ]
 
@@ -50,6 +50,7 @@ def learning_rates() -> list[str]:
     return [
         f"Runs of {tokens // RECIPE.tokens_per_step} steps, {tokens / 1e6:.1f}M tokens",
         f"A ramp has {long} steps",
+        f"rates of residual updates were compared with one of {short}",
         f"With one of {short} steps full rank ends {shorter[FULL]:.3f} nats higher, and the chain {shorter[CHAIN]:.3f}",
         f"the same at 0.001 and at 0.002 to {flat} nats, and the chain's at 0.002 and at 0.004",
         f"end below full rank, by {lora:.3f} and {relora:.3f} nats",

@@ -77,6 +77,16 @@ def test_the_leads_at_toy_size():
     assert "ReLoRA ends below LoRA on the same warm start and below" in text_of("README.md")
 
 
+def test_the_chain_at_mini():
+    """As README.md tells of it."""
+    full, chain = (
+        row for row in results.measured("mini", "main")[2] if row.row.name in ("full rank", "GaLore, residual")
+    )
+    parameters = full.results[0]["total_parameters"] / 1e6
+    assert f"on a network of {parameters:.1f}M parameters, with one seed so far, [below it]" in text_of("README.md")
+    assert len(chain.losses) == 1 and max(chain.differences(full)) < 0
+
+
 def island_losses(suite: str) -> dict[str, dict[str, float]]:
     """The first seed's loss of each row with two islands, by kind of run and what its name says of it."""
     found: dict[str, dict[str, float]] = {}

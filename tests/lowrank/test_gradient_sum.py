@@ -1,11 +1,16 @@
 """A layer sums up the whole gradient of its W, over backward passes, in whatever layout W is."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.linear import ReLoRALinear
+from relora_ds.lowrank.owned_embedding import OwnedEmbedding
+from relora_ds.lowrank.owned_linear import OwnedLinear
+from relora_ds.lowrank.owned_parameter import OwnedParameter
 from relora_ds.lowrank.parameter import ReLoRAParameter
 from relora_ds.lowrank.reinit import OVERSAMPLED, GradientSketch
 
@@ -81,3 +86,39 @@ def test_a_sketch_is_taken_along_beside_it():
     layer.sketch = GradientSketch(R, IN, "key", omega=torch.eye(OUT)[:rows])
     layer(torch.randn(7, IN)).pow(2).sum().backward()
     close(layer.gradient_sum.values[:rows], layer.sketch.values)
+
+
+EXPERTS = torch.Size((3, OUT, IN))
+COMPILED = {
+    "linear": (lambda: OwnedLinear(IN, OUT, nn.Parameter(torch.randn(OUT, IN)), None), torch.randn(2, 5, IN)),
+    "low-rank linear": (
+        lambda: filled(
+            ReLoRALinear(IN, OUT, nn.Parameter(torch.randn(OUT, IN)), None, r=R, lora_alpha=8, one_sided=True)
+        ),
+        torch.randn(2, 5, IN),
+    ),
+    "embedding": (lambda: OwnedEmbedding(nn.Embedding(OUT, IN, padding_idx=3)), torch.arange(10).view(2, 5)),
+    "experts": (lambda: OwnedParameter(EXPERTS, nn.Parameter(torch.randn(EXPERTS))), torch.randn(4)),
+    "low-rank experts": (
+        lambda: filled(ReLoRAParameter(EXPERTS, nn.Parameter(torch.randn(EXPERTS)), r=R, lora_alpha=8, one_sided=True)),
+        torch.randn(4),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_a_compiled_backward_adds_to_it(kind):
+    """Although the input needs no gradient: the compiler then sees no use of what it computes."""
+    make, x = COMPILED[kind]
+    layer, told, found = make(), [], []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        forward = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else layer
+        layer.gradient_sum = GradientSum(layer.shape_of_gradient)
+        layer.gradient_sum.added = functools.partial(told.append, compiled)
+        for _ in range(2):
+            y = forward(x)
+            (y[0] if isinstance(y, tuple) else y).square().sum().backward()
+        found.append(layer.gradient_sum.values)
+    assert told == [False, False, True, True]
+    assert found[0].any() and torch.equal(*found)

@@ -16,18 +16,12 @@ from torch._dynamo.utils import counters
 import relora_ds
 from relora_ds.config import ReLoRAConfig
 from relora_ds.lowrank.formats import DENSE, format_named
-from relora_ds.lowrank.gradient_sum import GradientSum
 from relora_ds.lowrank.linear import ReLoRALinear
-from relora_ds.lowrank.owned_embedding import OwnedEmbedding
-from relora_ds.lowrank.owned_linear import OwnedLinear
-from relora_ds.lowrank.owned_parameter import OwnedParameter
-from relora_ds.lowrank.parameter import ReLoRAParameter
 from relora_ds.lowrank.wrap import lowrank_layers
 from relora_ds.models import compilation, recompute
 from relora_ds.training.preflight import check, resolve
 from relora_ds.training.trainer import Trainer
-from relora_ds.zero.subspaces import takes_gradients_along
-from tests.parity import cases, owner
+from tests.parity import cases
 from tests.ranks import ranks
 from tests.small_models import batch, llama
 from tests.training.runs import lines, losses
@@ -105,54 +99,6 @@ def test_the_layer_is_one_graph_and_a_restart_compiles_nothing(format, dropout):
             assert torch.equal(one, other)
         restart(layer)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-def linear() -> tuple:
-    layer = OwnedLinear(24, 32, torch.nn.Parameter(torch.randn(32, 24)), None)
-    return layer, [torch.randn(2, 5, 24) for _ in range(2)]
-
-
-def low_rank_linear() -> tuple:
-    weight = torch.nn.Parameter(torch.randn(32, 24))
-    layer = ReLoRALinear(24, 32, weight, None, r=4, lora_alpha=8, one_sided=True)
-    torch.nn.init.normal_(layer.lora_A)
-    torch.nn.init.normal_(layer.lora_B)
-    return layer, [torch.randn(2, 5, 24) for _ in range(2)]
-
-
-def embedding() -> tuple:
-    return OwnedEmbedding(torch.nn.Embedding(30, 8, padding_idx=3)), list(torch.arange(20).view(2, 2, 5))
-
-
-def experts() -> tuple:
-    return OwnedParameter(torch.Size((3, 8, 6)), torch.nn.Parameter(torch.randn(3, 8, 6))), list(torch.randn(2, 4))
-
-
-def low_rank_experts() -> tuple:
-    weight = torch.nn.Parameter(torch.randn(3, 8, 6))
-    layer = ReLoRAParameter(weight.shape, weight, r=2, lora_alpha=8, one_sided=True)
-    torch.nn.init.normal_(layer.lora_A)
-    torch.nn.init.normal_(layer.lora_B)
-    return layer, list(torch.randn(2, 4))
-
-
-@pytest.mark.parametrize("make", [linear, low_rank_linear, embedding, experts, low_rank_experts])
-def test_a_compiled_backward_adds_to_the_sum_of_a_gradient(make):
-    """Where the input needs no gradient as well: the compiler then sees no use of what it computes."""
-    layer, inputs = make()
-    told: list[bool] = []
-    found = []
-    for compiled in (False, True):
-        forward = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else layer
-        layer.gradient_sum = GradientSum(layer.shape_of_gradient)
-        layer.gradient_sum.added = functools.partial(told.append, compiled)
-        for x in inputs:
-            y = forward(x)
-            (y[0] if isinstance(y, tuple) else y).square().sum().backward()
-        found.append(layer.gradient_sum.values)
-    assert told == [False, False, True, True]
-    assert found[0].any() and torch.equal(*found)
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(
@@ -273,59 +219,6 @@ def test_an_engine_is_one_graph(stage, mode, frozen_dtype, accumulation):
     assert found["drift"] is not None
 
 
-def train_whole_gradients(stage: int, method: str, compiled: bool, family: str = "llama", **how) -> dict:
-    """Eight steps, with two residual updates and a restart by the gradient where the method has them."""
-    torch._dynamo.reset()
-    counters.clear()
-    if method == "residual":
-        chain = dict(residual_every=3, restart_every=6, restart_warmup_steps=2)
-        if family == "llama":
-            chain |= dict(restart_init="gradient", gradient_estimate="exact")
-        engine = cases.build(stage, relora=cases.one_sided_config(family, **chain), family=family, **how)
-    else:
-        engine = owner.build(stage, method, family, **how)
-    engine.module.set_attn_implementation("sdpa")
-    if compiled:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(
-                torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-            )
-            compilation.apply(engine.module, unless=lambda: takes_gradients_along(engine))
-    found = {"losses": [cases.train_step(engine, step) for step in range(8)]}
-    found |= {"weights": engine.collect_merged(), "graphs": counters["stats"]["unique_graphs"]}
-    found |= {"breaks": dict(counters["graph_break"]), "restarts": engine.restarts}
-    cases.release(engine)
-    return found
-
-
-@pytest.mark.parametrize(
-    "world_size, stage, method, how",
-    [
-        (1, 1, "residual", {}),
-        *(
-            pytest.param(2, *case, marks=pytest.mark.slow)
-            for case in (
-                (0, "residual", {"accumulation": 2}),
-                (1, "residual", {"family": "mixtral"}),
-                (1, "muon", {"family": "mixtral"}),
-                (2, "muon", {"accumulation": 2}),
-                *((1, method, {}) for method in ("fira", "apollo", "apollo_mini", "scale, all matrices")),
-            )
-        ),
-    ],
-)
-def test_whole_gradients_of_a_compiled_step(world_size, stage, method, how):
-    """One graph: the step before a restart, in which layers take their gradients along, is not compiled."""
-    plain, found = (
-        ranks(world_size).run(train_whole_gradients, stage, method, compiled, **how)[0] for compiled in (False, True)
-    )
-    assert found["graphs"] == 1 and not found["breaks"]
-    assert found["restarts"] == plain["restarts"] == ([6] if method == "residual" else [])
-    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-6)
-    for name, weight in plain["weights"].items():
-        assert (found["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
-
-
 RECIPE = [
     "train.steps=12",
     "warm_start_steps=4",
@@ -361,21 +254,6 @@ def test_a_recipe_that_is_compiled(tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     assert (tmp_path / "compiled" / "export" / "model.safetensors").is_file()
     assert train("zero3", "compile=true", "deepspeed=zero3")[0] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["galore", "muon"])
-def test_a_recipe_of_whole_gradients_that_is_compiled(method, tmp_path):
-    """Generated code adds the gradients up as well."""
-    chain = ["relora.trains=B", "relora.residual_every=2", "relora.restart_init=gradient"]
-    overrides = [*RECIPE, f"method={method}", "warm_start_steps=0", *(chain if method == "galore" else [])]
-    plain, compiled = (
-        ranks(1).run(train_recipe, [f"run_dir={tmp_path / name}", *overrides, f"compile={name}"], timeout=600)[0]
-        for name in ("false", "true")
-    )
-    assert (plain[0], compiled[0]) == (0, 1)
-    assert compiled[1] == pytest.approx(plain[1], rel=1e-4)
-    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
 def test_zero_3_is_not_compiled(tmp_path, monkeypatch):
