@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from relora_ds.checkpoint.run_files import read_json
+from relora_ds.lab.bench.environment import environment_info
 from relora_ds.lab.experiments import run_islands
 from relora_ds.lab.experiments.runs import Results, Run, result_of
 from relora_ds.training.exit_codes import PREEMPTED, Preempted
@@ -53,9 +54,10 @@ class Runner:
                 raise Preempted(f"{run.name} was not started")
             if results.read(run) is None:
                 say(f"{run.row.name}, seed {run.seed}: {self.directory(run)}")
+                conditions = environment_info()  # now: the checkout may move on under a run of hours
                 if failure := self.train(run):
                     return failure
-                results.write(run, result := result_of(run, self.directory(run)))
+                results.write(run, result := result_of(run, self.directory(run), conditions))
                 say(
                     f"{run.row.name}, seed {run.seed}: validation loss {result['val_loss']:.4f}, "
                     f"{result['seconds'] / 60:.0f} min"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from relora_ds.checkpoint.run_files import read_json
 from relora_ds.config import Recipe, load_recipe, method_of
-from relora_ds.lab.bench.environment import environment_info
 from relora_ds.lab.experiments import run_islands, update_spectra
 from relora_ds.lab.experiments.suites import Row
 from relora_ds.training.metrics_log import read_metrics
@@ -78,8 +77,12 @@ def _settings(recipe: Recipe) -> dict:
     }
 
 
-def result_of(run: Run, directory: Path) -> dict:
-    """Return what is kept of a finished run; plain JSON. All islands have the same weights: the first tells of them."""
+def result_of(run: Run, directory: Path, conditions: dict) -> dict:
+    """Return what is kept of a finished run; plain JSON. All islands have the same weights: the first tells of them.
+
+    Args:
+        conditions: what `environment_info` said when the run was started, or last resumed.
+    """
     islands = run.recipe.islands.count
     directory, *_ = run_islands.directories(directory, islands)
     summary, lines = read_json(directory / "summary.json"), read_metrics(directory)
@@ -141,8 +144,8 @@ def result_of(run: Run, directory: Path) -> dict:
         "bytes_exchanged": sum(line["bytes_sent"] + line["bytes_received"] for line in exchanges),  # by one of them
         "first_updates": _first_updates(train),
         "spectrum": _spectrum(directory, transition),
-        "conditions": {key: value for key, value in environment_info().items() if key != "threads"},
-    }  # of this process
+        "conditions": {key: value for key, value in conditions.items() if key != "threads"},  # of this process
+    }
 
 
 def _spectrum(directory: Path, transition: int | None) -> dict | None:

@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from relora_ds.lab.figures.page import suite_page
 from relora_ds.lab.figures.plot_spectra import draw_spectra
 from relora_ds.lab.figures.run_figures import png
-from relora_ds.lab.figures.style import DARK, LIGHT, Theme, colour, dash, limits, rc
+from relora_ds.lab.figures.style import DARK, LIGHT, Theme, colour, dash, limits, rc, smoothed
 from relora_ds.utils.text import human_count
 
 LINEAR = 0.02  # nats per token: larger differences are drawn to a logarithmic scale
 CAPTIONS = {
-    "loss": "Loss in nats per token: training (lines, the mean over the seeds) and validation (points, one a seed).",
+    "loss": "Loss in nats per token: training (smoothed; thick: the mean over the seeds, thin: one seed) and "
+    "validation (points, one a seed).",
     "differences": "Training loss less the reference's, on the same batches: the mean over the seeds, and their range. "
     f"To scale up to {LINEAR} nats, logarithmic beyond.",
     "link": "Validation loss over what went in and out of an island, or of a rank of data parallel: points are seeds, "
@@ -71,7 +72,7 @@ def _draw(
 
 
 def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
-    """Training loss, the mean over seeds, as lines; validation loss as points, one a seed."""
+    """Draw the smoothed training loss of every seed and their mean as lines; validation loss as points, one a seed."""
     with rc_context(rc(theme)):
         figure = Figure(figsize=(9.6, 4.8), layout="constrained")
         axes = figure.subplots()
@@ -79,9 +80,12 @@ def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
         for i, (name, runs) in enumerate(curves.items()):
             hue, trained = colour(theme, i), [np.array(run["train_curve"]) for run in runs]
             length = min(map(len, trained))
-            tokens, losses = trained[0][:length, 0], np.mean([one[:length, 1] for one in trained], axis=0)
-            axes.plot(tokens, losses, color=hue, linestyle=dash(i), linewidth=1.2, alpha=0.7, label=name)
-            shown.append((tokens, losses))
+            tokens = trained[0][:length, 0]
+            seeds = [smoothed(tokens, one[:length, 1]) for one in trained]
+            axes.plot(tokens, np.mean(seeds, axis=0), color=hue, linestyle=dash(i), linewidth=1.6, label=name)
+            if len(seeds) > 1:  # what the seed changes
+                axes.plot(tokens, np.transpose(seeds), color=hue, linewidth=0.6, alpha=0.5)
+            shown += [(tokens, one) for one in seeds]
             for run in runs:
                 points = np.array(run["curve"])
                 axes.plot(
@@ -98,7 +102,7 @@ def draw_curves(curves: dict[str, list[dict]], theme: Theme) -> Figure:
                 shown.append((points[:, 0], points[:, 1]))
         if found := limits(shown):
             axes.set_ylim(*found)
-        axes.set_title("Loss: training (lines), validation (points)")
+        axes.set_title("Loss: training (lines, smoothed), validation (points)")
         axes.set_ylabel("nats per token")
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(lambda value, _: human_count(value).replace(".00", ""))

@@ -11,6 +11,7 @@ import pytest
 
 from relora_ds.__main__ import main
 from relora_ds.config import load_recipe
+from relora_ds.lab.bench import environment
 from relora_ds.lab.experiments import budget, suite_report
 from relora_ds.lab.experiments.runner import Runner
 from relora_ds.lab.experiments.runs import Results, Run, _spectrum, result_of
@@ -152,14 +153,29 @@ def test_a_failure_is_told_in_the_programs_own_words(tmp_path, monkeypatch):
 def test_what_is_kept_of_a_run(tmp_path):
     (run,) = runs_of("ReLoRA")
     leave_a_run(run, tmp_path)
-    kept = result_of(run, tmp_path)
+    kept = result_of(run, tmp_path, {"commit": "abc", "threads": 1})
     assert kept["loss_at_switch"] == 4 + TRANSITION / STEPS
     assert kept["curve"] == [[run.tokens * TRANSITION / STEPS, kept["loss_at_switch"]], [run.tokens, 5.0]]
     assert kept["first_updates"] == 10 and kept["restart_steps"] == RESTARTS
     assert kept["tokens_per_s"] == {"warm_start": 100, "relora": 100}
     assert len(kept["train_curve"]) == 100 and kept["train_curve"][-1][0] == run.tokens
     assert kept["train_curve"][0] == [run.tokens // 100, pytest.approx(5 - 50 / STEPS)]
+    assert kept["conditions"] == {"commit": "abc"}
     assert json.loads(json.dumps(kept)) == kept
+
+
+def test_the_commit_is_that_of_the_runs_start(tmp_path, monkeypatch):
+    checked_out = ["first"]
+    monkeypatch.setattr(environment, "commit_of", lambda package: checked_out[-1])
+
+    class MovesOn(Pretended):
+        def execute(self, run, directory, *more, **options):
+            checked_out.append("second")
+            return super().execute(run, directory, *more, **options)
+
+    (run,), results = runs_of("full rank"), Results(tmp_path / "results")
+    assert MovesOn(tmp_path / "runs").train_all([run], results, 1, lambda _: None) == []
+    assert results.read(run)["conditions"]["commit"] == "first"
 
 
 def test_the_table(tmp_path):

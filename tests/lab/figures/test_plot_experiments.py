@@ -2,12 +2,25 @@
 
 import numpy as np
 
-from relora_ds.lab.figures.plot_experiments import draw_differences, draw_link
+from relora_ds.lab.figures.plot_experiments import draw_curves, draw_differences, draw_link
 from relora_ds.lab.figures.style import LIGHT
 
 
 def run(seed: int, *losses: float) -> dict:
     return {"seed": seed, "train_curve": [[512.0 * (i + 1), loss] for i, loss in enumerate(losses)], "curve": []}
+
+
+def test_of_several_seeds_each_is_shown_and_the_mean():
+    curves = {"two seeds": [run(0, 5.0, 4.0), run(1, 7.0, 6.0)], "one": [run(0, 3.0, 2.0)]}
+    for one in (one for runs in curves.values() for one in runs):
+        one["curve"] = [[1024.0, 2.5]]
+    axes = draw_curves(curves, LIGHT).axes[0]
+    mean, *seeds, first, second, alone, _ = axes.lines
+    assert [line.get_label() for line in axes.lines if not line.get_label().startswith("_")] == ["two seeds", "one"]
+    assert mean.get_ydata().tolist() == [6.0, 5.0] and alone.get_ydata().tolist() == [3.0, 2.0]
+    assert [line.get_ydata().tolist() for line in seeds] == [[5.0, 4.0], [7.0, 6.0]]
+    assert all(line.get_linewidth() < mean.get_linewidth() for line in seeds)
+    assert [line.get_marker() for line in (first, second)] == ["o", "o"]
 
 
 def test_differences_are_of_the_same_seed():
