@@ -15,6 +15,10 @@ from relora_ds.config import Recipe, read_recipe
 
 logger = logging.getLogger(__name__)
 
+_NUMBERS = ("step", "time", "loss", "val_loss", "tokens_per_s", "total_bytes_wire", "full_rank_bytes_wire")
+_NUMBERS += ("restart_s", "bytes", "write_s", "sync_s")
+_OTHERS = {"state": str, "reason": str, "islands": list, "missing": list}
+
 
 class FollowedRun:
     """What is known of a run so far.
@@ -44,7 +48,7 @@ class FollowedRun:
 
     def look(self) -> None:
         """Read what is new. A file that cannot be read now is read the next time."""
-        self.status = read_json(self.directory / "status.json")
+        self.status = _readable(read_json(self.directory / "status.json"))
         try:
             self._read_recipe()
             self._read_metrics()
@@ -88,11 +92,24 @@ class FollowedRun:
         self._offset += whole
         for line in map(line_in, new[:whole].splitlines()):
             if line is not None:  # of damaged ones `relora plot` tells
-                self.lines[line["kind"]].append(line)
+                self.lines[line["kind"]].append(_readable(line))
 
     def _forget(self) -> None:
         self.lines.clear()
         self._offset, self._inode = 0, -1
+
+
+def _readable(values: dict) -> dict:
+    """Return the values that can be shown: a damaged file may have anything under a name."""
+    return {
+        key: value
+        for key, value in values.items()
+        if (_is_number(value) if key in _NUMBERS else isinstance(value, _OTHERS.get(key, object)))
+    }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # no NaN, no infinity
 
 
 def _is_alive(pid: int) -> bool:

@@ -108,7 +108,7 @@ _TEXTS = {
     "checkpoint": lambda line: f"checkpoint of {human_bytes(line.get('bytes') or 0)}{_seconds(line, 'write_s')}",
     "sync": lambda line: (
         f"exchange {line.get('round')} of {len(line.get('islands') or [])} islands{_seconds(line, 'sync_s')}"
-        + (f", without {', '.join(line['missing'])}" if line.get("missing") else "")
+        + (f", without {', '.join(map(str, line['missing']))}" if line.get("missing") else "")
     ),
     "spike": lambda line: f"loss spike: {_number(line.get('loss'))}",
     "phase": lambda line: f"phase {line.get('phase')} begins",

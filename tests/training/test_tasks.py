@@ -84,9 +84,10 @@ def test_scores_are_in_the_summary_the_metrics_and_the_console(tmp_path):
     assert "evaluating on arithmetic" in printed and "[['arithmetic', 'acc', '0.2500', '0.1250']]" in printed
 
 
-def test_tasks_that_fail_leave_a_complete_run(tmp_path):
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])  # of a task, of torch
+def test_tasks_that_fail_leave_a_complete_run(tmp_path, kind):
     run_dir = tmp_path / "run"
-    [(summary, _, printed)] = ranks(1).run(with_answer, [f"run_dir={run_dir}"], ValueError("no such metric"))
+    [(summary, _, printed)] = ranks(1).run(with_answer, [f"run_dir={run_dir}"], kind("no such metric"))
     assert "tasks" not in summary and summary == summary_of(run_dir) and (run_dir / "export/config.json").is_file()
     assert status(run_dir)["state"] == "done" and not lines(run_dir, "tasks")
     assert f"warning: eval.tasks: no such metric; `relora eval {run_dir} --tasks arithmetic`" in printed

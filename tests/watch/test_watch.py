@@ -46,6 +46,24 @@ def test_what_is_new_is_read_and_a_line_that_is_being_written_waits(tmp_path):
     assert [entry["step"] for entry in run.lines["train"]] == list(range(10, 111, 10))
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["many", [1], {"a": 1}, True, None, float("nan"), float("inf"), 10**400],
+    ids=lambda value: str(value)[:9],
+)
+def test_what_is_no_number_is_left_out(tmp_path, value):
+    write_run(tmp_path, 300)
+    names = {name for line in lines_until(300) for name in line} - {"kind", "step", "phase"}
+    names |= {"bytes", "write_s", "sync_s", "islands", "missing"}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for kind in ("train", "eval", "restart", "checkpoint", "sync", "spike", "phase"):
+            file.write(json.dumps({"kind": kind, "step": 305, **dict.fromkeys(names, value)}) + "\n")
+    text = shown(followed(tmp_path), now=BEGAN + STEP_S * 300 + 1)
+    assert "305 of 1,000" in text and "500" in text
+    (tmp_path / "status.json").write_text(json.dumps(dict.fromkeys(["state", "step", "reason", "time"], value)))
+    assert "305 of 1,000" in shown(followed(tmp_path))
+
+
 @pytest.mark.parametrize("how", ["replaced", "shortened", "gone"])
 def test_lines_that_a_resume_drops_are_forgotten(tmp_path, how):
     run, file = followed(write_run(tmp_path, 200)), tmp_path / "metrics.jsonl"

@@ -36,9 +36,9 @@ class TaskScores(Hook):
                     max_length=recipe.data.seq_len - 1,
                     of_run=True,
                 )
-        except RuntimeError:  # torch's may be of this rank alone, for which the others then wait
-            raise
-        except Exception as error:  # of the code of a task, the same on every rank
+        except Exception as error:
+            if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
+                raise  # torch's may be of this rank alone, for which the others then wait
             logger.warning(
                 "eval.tasks: %s; `relora eval %s --tasks %s` evaluates the exported model",
                 error,
