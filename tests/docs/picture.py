@@ -1,4 +1,4 @@
-"""Draw the picture of README and the docs' first page: `python -m tests.docs.picture`.
+"""Draw the picture of the first page of the docs: `python -m tests.docs.picture`.
 
 It shows one run of a shipped recipe; every number comes from the recipe.
 """

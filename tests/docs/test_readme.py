@@ -42,9 +42,9 @@ def test_the_tree_names_what_there_is():
     assert outside == {f"{name}/" for name in found - made}
 
 
-def test_the_picture_is_the_run_of_its_recipe():
-    run = picture.run_of(picture.RECIPE)
-    assert f"`{picture.RECIPE}`" in TEXT and picture.PICTURE.is_file()
+def test_the_picture_of_the_first_page_is_the_run_of_its_recipe():
+    run, index = picture.run_of(picture.RECIPE), (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert f"`{picture.RECIPE}`" in index and picture.PICTURE.is_file()
     assert (run.warm_start, run.restarts, run.ranks) == (5000, [10_000, 15_000], [128, 256, 384])
     assert [round(number) for number in run.trainable] == [368, 126]
     assert np.flatnonzero(run.lr == 0).tolist() == [0, 5000, 10_000, 15_000]

@@ -1,21 +1,19 @@
 """Write the tables of suites in docs/results/training*.md and README.md: `python -m tests.lab.experiments.results`.
 
-A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, one with few columns between
-`<!-- short SCALE SUITE -->` and its end, `overview`'s between `<!-- overview SCALE SUITE -->` and its end. It has the
-rows whose recipes are what the shipped recipes say today. A recipe that changes takes its rows from the pages until
-they are trained again. The variants of `levers` stand between `<!-- levers -->` and its end.
+A suite's table stands between `<!-- SCALE SUITE -->` and `<!-- end of SCALE SUITE -->`, `overview`'s between
+`<!-- overview SCALE SUITE -->` and its end. It has the rows whose recipes are what the shipped recipes say today. A
+recipe that changes takes its rows from the pages until they are trained again. The variants of `levers` stand between
+`<!-- levers -->` and its end.
 """
 
 import json
 import re
-import statistics
 from pathlib import Path
 
 from relora_ds.lab.bench.environment import rows_as_markdown
 from relora_ds.lab.experiments import seeds, suite_report
 from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Suite, read_suite
-from relora_ds.utils.text import human_count
 from tests.lab.experiments import link_times, overview
 from tests.lab.experiments.levers import results as levers
 
@@ -24,9 +22,7 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = (RESULTS / "training.md", RESULTS / "training_mini.md", ROOT / "README.md")
 TIMES = re.compile(r"^<!-- times of islands -->\n.*?^<!-- end of times of islands -->$", re.MULTILINE | re.DOTALL)
 LEVERS = re.compile(r"^<!-- levers -->\n.*?^<!-- end of levers -->$", re.MULTILINE | re.DOTALL)
-TABLE = re.compile(
-    r"^<!-- ((?:short|overview) )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL
-)
+TABLE = re.compile(r"^<!-- (overview )?(\w+) (\w+) -->\n(.*?)^<!-- end of \1?\2 \3 -->$", re.MULTILINE | re.DOTALL)
 
 
 def measured(scale: str, name: str) -> tuple[Suite, list[Run], list[suite_report.Measured]]:
@@ -43,21 +39,6 @@ def block(scale: str, name: str) -> str:
     suite, runs, rows = measured(scale, name)
     told = suite_report.blocks(suite, rows, len(runs))[1:]
     return "\n\n".join(one if isinstance(one, str) else rows_as_markdown(one) for one in told)
-
-
-def short(scale: str, name: str) -> str:
-    """Its rows with what trains and how well it learned."""
-    table, rows = [["", "trains", "validation loss", "perplexity"]], measured(scale, name)[2]
-    for row in rows:
-        table.append(
-            [
-                row.row.name,
-                human_count(row.results[0]["trainable_parameters"]),
-                suite_report.spread(row.losses),
-                f"{statistics.mean(one['ppl'] for one in row.results):.2f}",
-            ]
-        )
-    return "\n\n".join([rows_as_markdown(table), *suite_report.remarks_on_seeds(rows)])
 
 
 def with_costs(scale: str, name: str) -> str:
@@ -77,7 +58,7 @@ def filled(text: str) -> str:
 
     def fill(found: re.Match) -> str:
         name = f"{found[1] or ''}{found[2]} {found[3]}"
-        table = {None: block, "short ": short, "overview ": with_costs}[found[1]](found[2], found[3])
+        table = (with_costs if found[1] else block)(found[2], found[3])
         return f"<!-- {name} -->\n\n{table}\n\n<!-- end of {name} -->"
 
     text = TABLE.sub(fill, text)

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from relora_ds.lab.bench.island_times import ISLANDS, PARALLEL
-from tests.lab.experiments import link_times, results
+from tests.lab.experiments import figures, link_times, results
 
 
 @pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
@@ -13,6 +13,13 @@ def test_tables_are_those_of_the_runs(page):
     text = page.read_text(encoding="utf-8")
     assert results.TABLE.search(text)
     assert results.filled(text) == text, f"{page.name} is stale: python -m tests.lab.experiments.results"
+
+
+@pytest.mark.parametrize(("scale", "suite", "figure"), figures.shown())
+def test_figures_are_those_of_the_runs(scale, suite, figure):
+    file = figures.file_of(scale, suite, figure)
+    stale = f"{file} is stale: python -m tests.lab.experiments.figures"
+    assert figures.digest_in(file) == figures.digest_of(scale, suite), stale
 
 
 @pytest.fixture(scope="module")
