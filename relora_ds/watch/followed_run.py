@@ -15,8 +15,10 @@ from relora_ds.config import Recipe, read_recipe
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS = ("step", "time", "loss", "val_loss", "tokens_per_s", "total_bytes_wire", "full_rank_bytes_wire")
-_NUMBERS += ("restart_s", "bytes", "write_s", "sync_s")
+_NUMBERS = (
+    *("step", "time", "loss", "val_loss", "tokens_per_s", "total_bytes_wire", "full_rank_bytes_wire"),
+    *("restart_s", "bytes", "write_s", "sync_s"),
+)
 _OTHERS = {"state": str, "reason": str, "islands": list, "missing": list}
 
 
