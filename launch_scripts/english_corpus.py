@@ -6,30 +6,36 @@
     python -m relora_ds reproduce main --scale small data.source=text data.path=DIRECTORY/train.jsonl \\
         data.validation=DIRECTORY/validation.jsonl
 
-WikiText-2 and 17 books of Project Gutenberg, as relora_ds itself finds them, and three packages of Debian, fetched with
-`apt-get download` and unpacked with `dpkg-deb`, not installed: the GNU Collaborative International Dictionary of
-English (dict-gcide), the Free On-line Dictionary of Computing (dict-foldoc) and the kernel's documentation
-(linux-doc-6.1). Paragraphs that were there before are dropped. Of every 50 documents one is for validation, and another
-one, in tuning.jsonl, to choose settings on. Debian's packages change with its releases: DIRECTORY/NOTICE names them.
+WikiText-2 and 17 books of Project Gutenberg, as relora_ds itself finds them, and three packages of Debian, downloaded
+and unpacked with `dpkg-deb`, not installed: the GNU Collaborative International Dictionary of English (dict-gcide),
+the Free On-line Dictionary of Computing (dict-foldoc) and the kernel's documentation (linux-doc-6.1). Paragraphs that
+were there before are dropped. Of every 50 documents one is for validation, and another one, in tuning.jsonl, to
+choose settings on. The versions of the packages are fixed, so that everybody has the same text; DIRECTORY/NOTICE
+names them.
 """
 
 import argparse
 import gzip
 import hashlib
+import http.client
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("dict-gcide", "dict-foldoc", "linux-doc-6.1")
+MIRROR = "https://deb.debian.org/debian/pool/main"  # has a version until the next one comes
+ARCHIVE = "https://snapshot.debian.org/file"  # has every version, by its SHA-1
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"  # dictd's digits, the highest first
 DOCUMENT = 4000  # characters of dictionary entries that make one document
 SHORT_PARAGRAPH = 80  # characters; shorter ones, such as headings, may repeat
 SHORT_DOCUMENT = 200
+TIMEOUT_S = 60
 HELD_OUT = {0: "validation", 25: "tuning"}  # of every 50 documents
 NOTICE = """\
 Text of WikiText-2 (Wikipedia's contributors, CC BY-SA), Project Gutenberg (public domain in the United States), and of
@@ -37,6 +43,41 @@ these packages of Debian, under the licences in their files `copyright`:
 {packages}
 Repeated paragraphs are dropped; otherwise unmodified.
 """
+
+
+class Package(NamedTuple):
+    """A file of Debian: its path below MIRROR, and its digests."""
+
+    path: str
+    sha1: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return f"{MIRROR}/{self.path}", f"{ARCHIVE}/{self.sha1}"
+
+
+PACKAGES = (
+    Package(
+        "d/dict-foldoc/dict-foldoc_20230119-1_all.deb",
+        "b2bde1b5adbc41b7dad4f920c2a466b3477e792f",
+        "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+    ),
+    Package(
+        "d/dict-gcide/dict-gcide_0.48.5+nmu2_all.deb",
+        "a731e5db951f4e5cc16d55bc42736be0768ba8c5",
+        "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+    ),
+    Package(
+        "l/linux/linux-doc-6.1_6.1.176-1_all.deb",
+        "97a5e89b363de0a3439a2b0953a366683e859d77",
+        "0d843674607703b9ef8c1db5e715c38ed52ff23574feabfe0d961d552126859f",
+    ),
+)
 
 
 def main() -> int:
@@ -48,21 +89,51 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as name:
         try:
-            packages = arguments.packages or _download(Path(name))
-            trees = [_unpack(path, Path(name)) for path in sorted(packages.glob("*.deb"))]
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(
-                f"error: Debian's packages cannot be had ({error}); on another system, give their directory with "
-                "--packages",
-                file=sys.stderr,
-            )
+            packages = arguments.packages or download(PACKAGES, Path(name))
+            check(packages)
+            trees = [_unpack(packages / package.name, Path(name)) for package in PACKAGES]
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
         documents = without_repeats((*_own(), *(text for tree in trees for text in documents_of(tree))))
         arguments.directory.mkdir(parents=True, exist_ok=True)
         _write(arguments.directory, documents)
-        versions = "\n".join(f"  {path.name}" for path in sorted(packages.glob("*.deb")))
+        versions = "\n".join(f"  {package.name}" for package in PACKAGES)
         (arguments.directory / "NOTICE").write_text(NOTICE.format(packages=versions), encoding="utf-8")
     return 0
+
+
+def download(packages: Iterable[Package], directory: Path) -> Path:
+    """Download packages into a directory, and return it.
+
+    Raises:
+        ValueError: one of them cannot be had.
+    """
+    for package in packages:
+        failures = []
+        for url in package.urls:
+            try:
+                with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+                    (directory / package.name).write_bytes(answer.read())
+                break
+            except (OSError, http.client.HTTPException) as error:
+                failures.append(f"{url}: {error}")
+        else:
+            raise ValueError(
+                f"{package.name} cannot be downloaded ({'; '.join(failures)}); give the directory that it is in with "
+                "--packages"
+            )
+    return directory
+
+
+def check(directory: Path) -> None:
+    """Raise ValueError where a package is missing, or is not the one whose digest is known."""
+    for package in PACKAGES:
+        path = directory / package.name
+        if not path.is_file():
+            raise ValueError(f"--packages: {directory} has no {package.name}; download it from {package.urls[-1]}")
+        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != package.sha256:
+            raise ValueError(f"{path} has sha256 {found}, expected {package.sha256}; delete it and download it again")
 
 
 def documents_of(tree: Path) -> Iterator[str]:
@@ -121,11 +192,6 @@ def _own() -> Iterator[str]:
     for source in ("wikitext2", "gutenberg"):
         for split in ("train", "validation"):
             yield from documents(DataConfig(source=source), split)
-
-
-def _download(directory: Path) -> Path:
-    subprocess.run(["apt-get", "download", *PACKAGES], cwd=directory, check=True, stdout=subprocess.DEVNULL)
-    return directory
 
 
 def _unpack(package: Path, directory: Path) -> Path:

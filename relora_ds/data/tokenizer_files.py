@@ -45,9 +45,14 @@ _GENERIC_CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def save(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write `tokenizer` to `directory`, with the vocabulary files of the directory or Hugging Face id it came from."""
-    tokenizer.save_pretrained(directory)
+    """Write `tokenizer` to `directory`, with the vocabulary files of the directory or Hugging Face id it came from.
+
+    One that came from `directory` itself is there.
+    """
     source = origin(tokenizer.name_or_path)
+    if source is not None and source.resolve() == directory.resolve():
+        return
+    tokenizer.save_pretrained(directory)
     given = {}
     if source is not None:
         for name in {*_VOCABULARIES, *tokenizer.vocab_files_names.values()} - {"tokenizer.json"}:

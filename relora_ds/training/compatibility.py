@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.manifest import Manifest
 from relora_ds.config import Recipe, fields
 from relora_ds.config.methods import METHODS, method_class, own_keys
+from relora_ds.interop.sources import TOKENIZER
 from relora_ds.training.phases import WARM_START
 from relora_ds.training.preflight import Plan
 
@@ -72,12 +74,24 @@ def require_same_run(saved: Manifest, plan: Plan) -> None:
     if saved.run["data"] != plan.data.fingerprint:
         found.append(
             "the training data or the tokenizer are others (data.source, data.mix, data.path, data.tokenizer, "
-            "data.max_tokens, or the files themselves)"
+            f"data.max_tokens, or the files themselves{_own_tokenizer(plan)})"
         )
     if plan.recipe.total_steps < saved.step:
         found.append(f"train.steps is {plan.recipe.total_steps}, and the checkpoint is after step {saved.step}")
     if found:
         raise ResumeError("resume: " + "; ".join(found) + ". Change it back, or begin a new run with init_from")
+
+
+def _own_tokenizer(plan: Plan) -> str:
+    """Return what to do where the tokenizer was trained on the corpus, and the run has it."""
+    assert plan.recipe.run_dir is not None, "reading a recipe fills it in"
+    kept = Path(plan.recipe.run_dir) / "checkpoints" / TOKENIZER
+    if plan.recipe.data.tokenizer is not None or not kept.is_dir():
+        return ""
+    return (
+        "; the same text gives another tokenizer with another version of sentencepiece: the run's own is "
+        f"data.tokenizer={kept}"
+    )
 
 
 def _may_change(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ def summary_of(run: RunState) -> dict[str, Any]:
         "method": recipe.method,
         "model": model_name(recipe),
         "precision": run.plan.precision,
+        "data_fingerprint": run.plan.data.fingerprint,
         "world_size": run.plan.world_size,
         "step": totals.step,
         **final.figures(),

@@ -5,12 +5,14 @@ import platform
 
 from relora_ds import __version__
 
-# What decides which numbers a run gives and which files it writes. The last four need not be installed.
+# What decides which numbers a run gives and which files it writes. Tokenizers that are trained on the corpus differ
+# between versions of sentencepiece. The last four need not be installed.
 LIBRARIES = (
     "torch",
     "deepspeed",
     "transformers",
     "safetensors",
+    "sentencepiece",
     "bitsandbytes",
     "peft",
     "accelerate",

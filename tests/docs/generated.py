@@ -56,7 +56,8 @@ def fixed_keys() -> str:
     return (
         f"- the shape of the network;\n- {names};\n"
         "- the training data or the tokenizer (`data.source`, `data.path`, `data.tokenizer`, `data.max_tokens`, or\n"
-        "  the files themselves);\n"
+        "  the files themselves). The same text gives another tokenizer with another version of sentencepiece;\n"
+        "  `data.tokenizer=RUN/checkpoints/tokenizer` is the run's own;\n"
         "- `warm_start_steps`, where the checkpoint is past the old or the new end of the warm start;\n"
         "- `train.steps` or `train.tokens`, where the run would end before the checkpoint."
     )

@@ -247,7 +247,8 @@ def test_the_times_of_object_storage_are_those_of_the_code():
 
 def test_extras_are_named_as_they_are_installed():
     """Nothing of that name is on PyPI: `relora_ds[plot]` would install somebody else's."""
-    for path in [*(ROOT / "relora_ds").rglob("*.py"), *PAGES, ROOT / "README.md", *(ROOT / "launch_scripts").iterdir()]:
+    scripts = (path for path in (ROOT / "launch_scripts").iterdir() if path.is_file())
+    for path in [*(ROOT / "relora_ds").rglob("*.py"), *PAGES, ROOT / "README.md", *scripts]:
         assert "relora_ds[" not in path.read_text(encoding="utf-8").replace("relora-ds[", "relora_ds["), path
 
 

@@ -1,6 +1,7 @@
 """launch_scripts/english_corpus.py: what it reads out of Debian's packages, and that no paragraph comes twice."""
 
 import gzip
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -54,3 +55,42 @@ def test_no_paragraph_comes_twice(corpus):
     long, longer, new = ("one " * 60).strip(), ("two " * 80).strip(), ("three " * 50).strip()
     documents = [f"Title\n\n{long}\n\n{longer}", f"Title\n\n{longer.replace(' ', chr(10), 5)}\n\n{new}", long]
     assert list(corpus.without_repeats(documents)) == [documents[0], f"Title\n\n{new}"]
+
+
+@pytest.fixture
+def packages(corpus, tmp_path, monkeypatch):
+    """Two files where Debian's mirror and archive would be; the mirror has only the first."""
+    (tmp_path / "archive").mkdir()
+    found = []
+    for number, text in enumerate((b"one", b"two")):
+        sha1, sha256 = hashlib.sha1(text).hexdigest(), hashlib.sha256(text).hexdigest()
+        (tmp_path / "archive" / sha1).write_bytes(text)
+        found.append(corpus.Package(f"p/{number}_all.deb", sha1, sha256))
+    (tmp_path / "p").mkdir()
+    (tmp_path / found[0].path).write_bytes(b"one")
+    monkeypatch.setattr(corpus, "MIRROR", tmp_path.as_uri())
+    monkeypatch.setattr(corpus, "ARCHIVE", (tmp_path / "archive").as_uri())
+    monkeypatch.setattr(corpus, "PACKAGES", tuple(found))
+    return found
+
+
+def test_a_version_that_the_mirror_no_longer_has_comes_from_the_archive(corpus, packages, tmp_path):
+    place = tmp_path / "here"
+    place.mkdir()
+    corpus.check(corpus.download(packages, place))
+    assert sorted(path.read_bytes() for path in place.iterdir()) == [b"one", b"two"]
+
+
+def test_what_cannot_be_downloaded_is_said_with_what_to_do(corpus, packages, tmp_path):
+    (tmp_path / "archive" / packages[1].sha1).unlink()
+    with pytest.raises(ValueError, match=rf"1_all\.deb cannot be downloaded \(.*{packages[1].sha1}.*--packages"):
+        corpus.download(packages, tmp_path)
+
+
+def test_another_version_is_refused(corpus, packages, tmp_path):
+    with pytest.raises(ValueError, match=rf"has no 0_all\.deb; download it from .*{packages[0].sha1}"):
+        corpus.check(tmp_path)
+    corpus.download(packages, tmp_path)
+    (tmp_path / packages[1].name).write_bytes(b"three")
+    with pytest.raises(ValueError, match=rf"1_all\.deb has sha256 .*, expected {packages[1].sha256}"):
+        corpus.check(tmp_path)

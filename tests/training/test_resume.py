@@ -1,5 +1,6 @@
 """A resumed run is the run that would have been: in the warm start, at the phase transition, through restarts."""
 
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.store import drop_after
+from relora_ds.data import tokenizer
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
@@ -125,6 +127,28 @@ def test_what_would_make_another_run_is_refused_by_name(tmp_path):
         [message] = ranks(1).run(resume, [*overrides, changed])
         assert words in message and "resume" in message, changed
     assert not (tmp_path / "new").exists()
+
+
+def resume_where_tokenizers_are_trained_otherwise(overrides: list[str]) -> str:
+    tokenizer.TRAINING["max_sentencepiece_length"] = 6
+    try:
+        return resume(overrides)
+    finally:
+        del tokenizer.TRAINING["max_sentencepiece_length"]
+
+
+def test_a_run_keeps_its_tokenizer_where_another_one_would_be_trained(tmp_path):
+    """As another version of sentencepiece does."""
+    settings = ["warm_start_steps=0", "eval.samples=0", "train.steps=12", "checkpoint.every=8"]
+    settings += ["checkpoint.keep_last=2"]
+    run(tmp_path / "r", *settings)
+    whole = losses(tmp_path / "r")
+    overrides = [f"run_dir={tmp_path / 'r'}", f"resume={tmp_path / 'r/checkpoints/step_00000008'}", *settings]
+    [message] = ranks(1).run(resume_where_tokenizers_are_trained_otherwise, overrides)
+    own = re.search(r"the training data or the tokenizer are others .*(data\.tokenizer=\S+)\)", message)[1]
+    assert ranks(1).run(resume_where_tokenizers_are_trained_otherwise, [*overrides, own]) == [""]
+    resumed = losses(tmp_path / "r")
+    assert resumed == whole and lines(tmp_path / "r", "phase")[-1]["step"] == 8
 
 
 def resume_without_a_shared_disk(overrides: list[str], own: str) -> str:

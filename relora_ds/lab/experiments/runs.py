@@ -109,6 +109,7 @@ def result_of(run: Run, directory: Path, conditions: dict) -> dict:
                 "world_size",
                 "val_loss",
                 "val_tokens",
+                "data_fingerprint",
                 "ppl",
                 "tokens",
                 "step",

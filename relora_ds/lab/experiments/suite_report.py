@@ -14,6 +14,8 @@ from relora_ds.lab.experiments.runs import Results, Run
 from relora_ds.lab.experiments.suites import Row, Suite
 from relora_ds.utils.text import human_bytes, human_count
 
+_FINGERPRINT = "data_fingerprint"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -113,7 +115,7 @@ def blocks(suite: Suite, rows: list[Measured], num_runs: int) -> list[str | list
         groups = dict.fromkeys(row.row.axis for row in rows)
         islands = _numbers_of_islands(rows)
         told += [_table([row for row in rows if row.row.axis == axis], reference, islands) for axis in groups]
-        told += [*_best(rows), _made(rows)]
+        told += [*remarks_on_texts(rows), *_best(rows), _made(rows)]
     return told
 
 
@@ -226,6 +228,26 @@ def _short(commit: str) -> str:
     """Return the first digits of a commit, and whether the tree had changes."""
     digits, _, dirty = commit.partition("-")
     return digits[:10] + (f"-{dirty}" if dirty else "")
+
+
+def remarks_on_texts(rows: list[Measured]) -> list[str]:
+    """Return what is to be said where results are not of the same token ids, so that their losses do not compare.
+
+    Earlier results have no fingerprint of them; the number of validation tokens tells most texts apart.
+    """
+    texts: dict[tuple[int, str], dict[str, None]] = {}
+    known = {one["val_tokens"]: one[_FINGERPRINT] for row in rows for one in row.results if _FINGERPRINT in one}
+    for row in rows:
+        for one in row.results:
+            fingerprint = one.get(_FINGERPRINT) or known.get(one["val_tokens"], "")
+            texts.setdefault((one["val_tokens"], fingerprint[:10]), {})[row.row.name] = None
+    if len(texts) < 2:
+        return []
+    told = (
+        f"{', '.join(names)}: {tokens:,} validation tokens" + (f", fingerprint {fingerprint}" if fingerprint else "")
+        for (tokens, fingerprint), names in texts.items()
+    )
+    return [f"Not all have the same text or tokenizer, and losses on different ones do not compare. {'; '.join(told)}."]
 
 
 def remarks_on_seeds(rows: list[Measured]) -> list[str]:

@@ -44,7 +44,13 @@ def block(scale: str, name: str) -> str:
 def with_costs(scale: str, name: str) -> str:
     """Its rows with how well they learned and what they cost."""
     suite, _, rows = measured(scale, name)
-    return "\n\n".join([overview.table(rows, suite.rows[0].name), *suite_report.remarks_on_seeds(rows)])
+    return "\n\n".join(
+        [
+            overview.table(rows, suite.rows[0].name),
+            *suite_report.remarks_on_texts(rows),
+            *suite_report.remarks_on_seeds(rows),
+        ]
+    )
 
 
 def times() -> str:

@@ -80,6 +80,7 @@ def leave_a_run(run: Run, directory, loss: float = 3.0) -> None:
                 "world_size": 1,
                 "val_loss": loss,
                 "val_tokens": 1000,
+                "data_fingerprint": "0123456789abcdef",
                 "ppl": math.exp(loss),
                 "tokens": tokens,
                 "step": STEPS,
@@ -207,6 +208,7 @@ def test_a_sweep_names_its_best_value_and_whether_it_is_an_edge(tmp_path):
                 "name": run.name,
                 "seed": 0,
                 "val_loss": loss,
+                "val_tokens": 1,
                 "ppl": 1,
                 "seconds": 1,
                 "restarts": 0,
@@ -247,6 +249,23 @@ def test_conditions_are_said_once_with_all_of_their_commits():
     ]
     told = suite_report._made([suite_report.Measured(row, results)])
     assert told == "torch 2, commit 0123456789 fedcba9876-dirty. 0.1 hours of training."
+
+
+def test_losses_on_other_texts_are_told_apart():
+    def told(*texts: tuple[int, str | None]) -> list[str]:
+        return suite_report.remarks_on_texts(
+            [
+                suite_report.Measured(row, [{"val_tokens": tokens, **({"data_fingerprint": text} if text else {})}])
+                for row, (tokens, text) in zip(read_suite("main", "tiny").rows, texts, strict=False)
+            ]
+        )
+
+    assert told((1000, "a" * 64), (1000, "a" * 64), (1000, None)) == []
+    assert told((1000, None), (1000, None)) == []
+    [remark] = told((1000, "a" * 64), (1000, "b" * 64), (1000, "b" * 64))
+    assert "full rank: 1,000 validation tokens, fingerprint aaaaaaaaaa; Control, LoRA: 1,000 validation" in remark
+    [remark] = told((1000, None), (1001, None))
+    assert remark.endswith("full rank: 1,000 validation tokens; Control: 1,001 validation tokens.")
 
 
 def test_more_tokens_are_not_a_better_setting():

@@ -13,6 +13,7 @@ def test_tables_are_those_of_the_runs(page):
     text = page.read_text(encoding="utf-8")
     assert results.TABLE.search(text)
     assert results.filled(text) == text, f"{page.name} is stale: python -m tests.lab.experiments.results"
+    assert "Not all have the same text" not in text, "rows of one table were trained on different texts"
 
 
 @pytest.mark.parametrize(("scale", "suite", "figure"), figures.shown())
