@@ -88,7 +88,11 @@ def test_the_chain_at_mini():
     tiny = {row.row.name: row for row in results.measured("tiny", "main")[2]}
     gaps = tiny["GaLore, residual"].differences(tiny["full rank"])
     assert f"with three seeds, it ends {-max(gaps):.3f} to {-min(gaps):.3f} nats below full rank" in said
-    assert len(gaps) == 3
+    muon = next(
+        row for row in results.measured("tiny", "rivals")[2] if row.row.group == "Muon" and len(row.results) == 3
+    ).differences(tiny["full rank"])
+    assert f"trained by Muon ends lower still, {-max(muon):.3f} to {-min(muon):.3f} nats below AdamW's" in said
+    assert len(gaps) == len(muon) == 3 and statistics.mean(muon) < statistics.mean(gaps)
 
 
 def island_losses(suite: str) -> dict[str, dict[str, float]]:
