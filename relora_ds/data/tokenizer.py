@@ -78,7 +78,8 @@ SAMPLES = (
 def train(documents: Iterable[str], vocab_size: int, out_dir: str | Path) -> PreTrainedTokenizerBase:
     """Train on `documents`, write the tokenizer into `out_dir`, and return it, loaded back and verified.
 
-    The same documents give the same tokenizer, to the bit. Reads the first 100 million characters at most.
+    The same documents give the same tokenizer, to the bit, with the same version of sentencepiece. Reads the first 100
+    million characters at most.
     Raises ValueError when the documents hold no text, or when `vocab_size` is too large for them or too
     small for the characters in them; RuntimeError when transformers would tokenize otherwise than
     sentencepiece.
