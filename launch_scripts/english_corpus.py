@@ -60,6 +60,9 @@ class Package(NamedTuple):
     def urls(self) -> tuple[str, ...]:
         return f"{MIRROR}/{self.path}", f"{ARCHIVE}/{self.sha1}"
 
+    def is_in(self, contents: bytes) -> bool:
+        return hashlib.sha256(contents).hexdigest() == self.sha256
+
 
 PACKAGES = (
     Package(
@@ -89,8 +92,9 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as name:
         try:
-            packages = arguments.packages or download(PACKAGES, Path(name))
-            check(packages)
+            if arguments.packages:
+                check(arguments.packages)
+            packages = arguments.packages or download(Path(name))
             trees = [_unpack(packages / package.name, Path(name)) for package in PACKAGES]
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -103,21 +107,25 @@ def main() -> int:
     return 0
 
 
-def download(packages: Iterable[Package], directory: Path) -> Path:
-    """Download packages into a directory, and return it.
+def download(directory: Path) -> Path:
+    """Download PACKAGES into a directory, and return it.
 
     Raises:
         ValueError: one of them cannot be had.
     """
-    for package in packages:
+    for package in PACKAGES:
         failures = []
         for url in package.urls:
             try:
                 with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-                    (directory / package.name).write_bytes(answer.read())
-                break
+                    contents = answer.read()
             except (OSError, http.client.HTTPException) as error:
                 failures.append(f"{url}: {error}")
+                continue
+            if package.is_in(contents):
+                (directory / package.name).write_bytes(contents)
+                break
+            failures.append(f"{url}: another file")
         else:
             raise ValueError(
                 f"{package.name} cannot be downloaded ({'; '.join(failures)}); give the directory that it is in with "
@@ -127,13 +135,13 @@ def download(packages: Iterable[Package], directory: Path) -> Path:
 
 
 def check(directory: Path) -> None:
-    """Raise ValueError where a package is missing, or is not the one whose digest is known."""
+    """Raise ValueError where a package is missing, or is another file than the one that is known."""
     for package in PACKAGES:
         path = directory / package.name
         if not path.is_file():
             raise ValueError(f"--packages: {directory} has no {package.name}; download it from {package.urls[-1]}")
-        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != package.sha256:
-            raise ValueError(f"{path} has sha256 {found}, expected {package.sha256}; delete it and download it again")
+        if not package.is_in(path.read_bytes()):
+            raise ValueError(f"--packages: {path} has another sha256 than {package.sha256}; download it again")
 
 
 def documents_of(tree: Path) -> Iterator[str]:

@@ -86,7 +86,8 @@ def _own_tokenizer(plan: Plan) -> str:
     """Return what to do where the tokenizer was trained on the corpus, and the run has it."""
     assert plan.recipe.run_dir is not None, "reading a recipe fills it in"
     kept = Path(plan.recipe.run_dir) / "checkpoints" / TOKENIZER
-    if plan.recipe.data.tokenizer is not None or not kept.is_dir():
+    data = plan.recipe.data
+    if data.tokenizer is not None or data.source == "pretokenized" or not kept.is_dir():
         return ""
     return (
         "; the same text gives another tokenizer with another version of sentencepiece: the run's own is "

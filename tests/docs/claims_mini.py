@@ -34,7 +34,7 @@ def equal_tokens() -> list[str]:
         f"The one-sided chain ends {listed(sorted(lower), 1)} % below full rank in perplexity, {with_each_seed(lower)}",
         f"Its two seeds differ by {noise[CHAIN]:.3f} nats, full rank's by {noise[FULL]:.3f}",
         f"Every {every} steps the chain applies",
-        f"The validation text of these runs has {tokens:,} tokens",
+        f"These runs are scored on {tokens:,} validation tokens",
         f"costs are those of {overview.RANKS} ranks at ZeRO stage 1",
     ]
 

@@ -77,20 +77,28 @@ def packages(corpus, tmp_path, monkeypatch):
 def test_a_version_that_the_mirror_no_longer_has_comes_from_the_archive(corpus, packages, tmp_path):
     place = tmp_path / "here"
     place.mkdir()
-    corpus.check(corpus.download(packages, place))
+    corpus.check(corpus.download(place))
     assert sorted(path.read_bytes() for path in place.iterdir()) == [b"one", b"two"]
+
+
+def test_what_a_mirror_has_under_a_packages_name_is_checked(corpus, packages, tmp_path):
+    (tmp_path / packages[0].path).write_bytes(b"an error page")
+    corpus.check(corpus.download(tmp_path))
+    (tmp_path / "archive" / packages[0].sha1).write_bytes(b"an error page")
+    with pytest.raises(ValueError, match=r"0_all\.deb cannot be downloaded \(.*/p/.*: another file; .*another file\)"):
+        corpus.download(tmp_path)
 
 
 def test_what_cannot_be_downloaded_is_said_with_what_to_do(corpus, packages, tmp_path):
     (tmp_path / "archive" / packages[1].sha1).unlink()
     with pytest.raises(ValueError, match=rf"1_all\.deb cannot be downloaded \(.*{packages[1].sha1}.*--packages"):
-        corpus.download(packages, tmp_path)
+        corpus.download(tmp_path)
 
 
 def test_another_version_is_refused(corpus, packages, tmp_path):
     with pytest.raises(ValueError, match=rf"has no 0_all\.deb; download it from .*{packages[0].sha1}"):
         corpus.check(tmp_path)
-    corpus.download(packages, tmp_path)
+    corpus.download(tmp_path)
     (tmp_path / packages[1].name).write_bytes(b"three")
-    with pytest.raises(ValueError, match=rf"1_all\.deb has sha256 .*, expected {packages[1].sha256}"):
+    with pytest.raises(ValueError, match=rf"1_all\.deb has another sha256 than {packages[1].sha256}"):
         corpus.check(tmp_path)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 
 from relora_ds.checkpoint.find import ResumeError
 from relora_ds.checkpoint.store import drop_after
+from relora_ds.config import DataConfig, Recipe
 from relora_ds.data import tokenizer
+from relora_ds.training.compatibility import _own_tokenizer
 from relora_ds.training.preflight import check
 from relora_ds.training.trainer import Trainer
 from tests.ranks import ranks
@@ -149,6 +152,16 @@ def test_a_run_keeps_its_tokenizer_where_another_one_would_be_trained(tmp_path):
     assert ranks(1).run(resume_where_tokenizers_are_trained_otherwise, [*overrides, own]) == [""]
     resumed = losses(tmp_path / "r")
     assert resumed == whole and lines(tmp_path / "r", "phase")[-1]["step"] == 8
+
+
+def test_only_a_tokenizer_that_would_be_trained_can_be_replaced_by_the_runs(tmp_path):
+    (tmp_path / "checkpoints/tokenizer").mkdir(parents=True)
+
+    def told(**settings: str) -> str:
+        return _own_tokenizer(SimpleNamespace(recipe=Recipe(run_dir=str(tmp_path), data=DataConfig(**settings))))
+
+    assert f"data.tokenizer={tmp_path}/checkpoints/tokenizer" in told(source="pydocs")
+    assert told(source="pydocs", tokenizer="gpt2") == told(source="pretokenized", path="tokens") == ""
 
 
 def resume_without_a_shared_disk(overrides: list[str], own: str) -> str:
